@@ -1,0 +1,65 @@
+"""What all command-line tools share: exit codes and JSON output."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from calm_dist.errors import PeerLostError, RecipeError, UserError
+
+EXIT_BAD_INPUT = 2
+EXIT_PEER_LOST = 3
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a tool's ``main`` and exit with 0, its own code, or the code of its error.
+
+    2 for a `UserError`, 3 for a `PeerLostError`; both with a message instead of a traceback.
+    """
+    try:
+        code = main()
+    except UserError as error:
+        _report(error)
+        code = EXIT_BAD_INPUT
+    except PeerLostError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = EXIT_PEER_LOST
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        # The reader of our output (head, less) went away: not an error of ours.
+        sys.stderr.close()
+        code = 0
+    sys.exit(code or 0)
+
+
+def _report(error: UserError) -> None:
+    """Print an error once: every rank of a launch finds the same one in recipe and files."""
+    same_everywhere = isinstance(error, RecipeError) or getattr(error, "reported", False)
+    if not same_everywhere or os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def write_json(value: Any, target: str | Path) -> None:
+    """Write ``value`` as JSON to a file, or to stdout for ``-``.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    text = json.dumps(value, indent=2) + "\n"
+    if str(target) == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        path = Path(target)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"--json {target}: cannot write ({error.strerror}); "
+            "give a writable file or - for stdout"
+        ) from error

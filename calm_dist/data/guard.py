@@ -1,0 +1,229 @@
+"""Streaming's dataset behind a guard: what it does silently wrong ends in a `DataError`.
+
+MosaicML Streaming 0.13.0 passes over in silence a damaged or missing shard (the epoch ends early),
+data that lies on local disk (never hashed), and a failure of its background threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from math import gcd
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import numpy as np
+from streaming.base import Stream, StreamingDataset
+from streaming.base.format import Reader
+from streaming.base.shared import SharedScalar
+from streaming.base.world import World
+
+from calm_dist.data.remote import is_remote
+from calm_dist.data.shared_names import RunNumber
+from calm_dist.data.store import Shard, StoreMeta, read_meta, read_shards
+from calm_dist.errors import DataError
+
+# Local stores up to this size are hashed when they are opened, so that damage is found before a
+# run starts; the shards of larger ones when each is first used.
+CHECK_ON_OPEN_BYTES = 4 << 30
+
+# Independent paths through the shards; more mix better, fewer keep more nodes on shards of
+# their own. The number used is its greatest common divisor with the global batch size.
+_MOST_CANONICAL_NODES = 64
+# Samples over which a shard is spread. Blocks were shuffled by document when they were written.
+_SHUFFLE_BLOCK_SIZE = 1 << 12
+# Streaming picks the part of a store that an epoch draws in a Python loop over such picks.
+_MOST_PICKS_PER_EPOCH = 1 << 16
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened store: the path as given, where its files are or will be, and what it holds."""
+
+    path: str
+    directory: Path
+    meta: StoreMeta
+    shards: list[Shard]
+
+    @property
+    def checked(self) -> bool:
+        """Whether every shard is hashed on opening."""
+        size = sum(shard.size for shard in self.shards)
+        return not is_remote(self.path) and size <= CHECK_ON_OPEN_BYTES
+
+    def check(self) -> None:
+        """Find shards that are missing or of a wrong size and, in small stores, damaged ones.
+
+        Raises:
+            DataError: for the first such shard. Shards of remote stores are checked as they come.
+        """
+        if is_remote(self.path):
+            return
+        for shard in self.shards:
+            shard.check_size()
+        if self.checked:
+            for shard in self.shards:
+                shard.check()
+
+
+def open_source(path: str, directory: Path) -> Source:
+    """Read and check the description of the store in ``directory``, not yet its shards.
+
+    Raises:
+        DataError: see `read_meta` and `read_shards`.
+    """
+    meta = read_meta(directory)
+    return Source(path, directory, meta, read_shards(directory, meta))
+
+
+class _CheckedStream(Stream):
+    """A store whose every shard is hashed before its first use on a node."""
+
+    def __init__(self, source: Source, weight: float | None) -> None:
+        super().__init__(
+            remote=source.path if is_remote(source.path) else None,
+            local=str(source.directory),
+            proportion=weight,
+        )
+        self._source = source
+        self._shard_of = {shard.path.name: shard for shard in source.shards}
+
+    def set_up_local(self, shards: list[Reader], cache_usage_per_shard: np.ndarray) -> None:
+        """Report shards that were not hashed yet as absent, so that `prepare_shard` is called."""
+        super().set_up_local(shards, cache_usage_per_shard)
+        if not self._source.checked:
+            cache_usage_per_shard[:] = 0
+
+    def prepare_shard(self, shard: Reader) -> int:
+        """Download where needed, then hash."""
+        expected = self._shard_of[shard.file_pairs[0][0].basename]
+        if self.remote is None:
+            # Streaming says only that there is no remote.
+            expected.check_size()
+        change = super().prepare_shard(shard)
+        try:
+            expected.check()
+        except DataError:
+            if self.remote is not None:
+                # A damaged download must not be taken for a good copy next time.
+                expected.path.unlink(missing_ok=True)
+            raise
+        return change
+
+
+class GuardedDataset(StreamingDataset):
+    """A StreamingDataset that raises where its parent ends an epoch early or hangs."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        weights: Sequence[float] | None,
+        *,
+        batch_size: int,
+        replication: int,
+        seed: int,
+        number: RunNumber,
+    ) -> None:
+        world = World.detect()
+        num_replicas = world.num_ranks // replication
+        global_batch_size = batch_size * num_replicas
+        num_blocks = sum(source.meta.num_blocks for source in sources)
+        streams = [
+            _CheckedStream(source, weights[i] if weights else None)
+            for i, source in enumerate(sources)
+        ]
+        with number.used_by_streaming():
+            super().__init__(
+                streams=streams,
+                epoch_size=num_blocks // global_batch_size * global_batch_size,
+                sampling_granularity=-(-num_blocks // _MOST_PICKS_PER_EPOCH),
+                partition_algo="orig",
+                num_canonical_nodes=gcd(_MOST_CANONICAL_NODES, global_batch_size),
+                batch_size=batch_size,
+                shuffle=True,
+                shuffle_seed=seed,
+                shuffle_block_size=_SHUFFLE_BLOCK_SIZE,
+                replication=replication,
+            )
+        assert self.num_canonical_nodes is not None
+        if self.num_canonical_nodes % self._parallel_rank_world.num_nodes:
+            # Streaming refuses such node counts. As one big node, each node reads from all
+            # shards instead of its own share; the batches are the same.
+            rank = world.rank // replication
+            self._parallel_rank_world = World(1, num_replicas, 1, rank)
+        self._failed_shard = number.shared_scalar("failed_shard")
+        self._failure: BaseException | None = None
+        self._num_expected = 0
+
+    def _get_work(self, epoch: int, sample_in_epoch: int) -> np.ndarray:
+        ids = super()._get_work(epoch, sample_in_epoch)
+        self._num_expected = int((ids != -1).sum())
+        return ids
+
+    def on_exception(self, future: Future) -> None:
+        """Keep the failure of a background thread for `__iter__`; the parent only logs it."""
+        error = future.exception()
+        if error is not None:
+            self._failure = error
+            self._event.set()
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """As the parent's, and tells all readers on the node where it fails.
+
+        They would wait without end for a shard that stays "being prepared".
+        """
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except Exception:
+            self._failed_shard.set(shard_id + 1)
+            raise
+
+    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
+        """The sample, with its number."""
+        return {"index": int(sample_id), **super().get_item(sample_id, retry)}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        # The parent's threads and loops end when this event is set.
+        self._event = _NodeEvent(self._failed_shard)
+        received = 0
+        try:
+            for sample in super().__iter__():
+                received += 1
+                yield sample
+        except Exception as error:
+            raise self._problem(error) from error
+        if self._event.is_set():
+            raise self._problem(None)
+        if received != self._num_expected:
+            raise DataError(
+                f"data store: the epoch ended after {received} of {self._num_expected} blocks of "
+                "this reader; shards were lost while it was read"
+            )
+
+    def _problem(self, error: Exception | None) -> DataError:
+        """The first cause of what went wrong, on this reader or another of the node."""
+        cause = self._failure or error
+        if isinstance(cause, DataError):
+            return cause
+        failed_shard = int(self._failed_shard.get()) - 1
+        if self._failure is None and failed_shard >= 0:
+            stream = self.streams[self.stream_per_shard[failed_shard]]
+            name = self.shards[failed_shard].file_pairs[0][0].basename
+            return DataError(
+                f"shard {Path(stream.local) / name}: another reader on this node found it missing "
+                "or damaged; its message says which"
+            )
+        return DataError(f"data store: cannot be read ({type(cause).__name__}: {cause})")
+
+
+class _NodeEvent(Event):
+    """Set in this process, or because some reader on the node failed to prepare a shard."""
+
+    def __init__(self, failed_shard: SharedScalar) -> None:
+        super().__init__()
+        self._failed_shard = failed_shard
+
+    def is_set(self) -> bool:
+        return super().is_set() or self._failed_shard.get() != 0

@@ -1,0 +1,77 @@
+"""Stores in S3 and the other schemes that Streaming can download from."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from streaming.base.storage import CloudDownloader
+
+from calm_dist.data.shared_names import scratch_directory
+from calm_dist.data.store import INDEX, META
+from calm_dist.errors import DataError
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL and not a local directory."""
+    return "://" in path
+
+
+@contextmanager
+def fetch_meta(path: str) -> Iterator[Path]:
+    """A temporary directory that holds ``meta.json`` of a remote store.
+
+    Raises:
+        DataError: the download failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="calm_dist_meta_") as directory:
+        _download(path, META, Path(directory))
+        yield Path(directory)
+
+
+def _download(path: str, name: str, directory: Path) -> None:
+    try:
+        CloudDownloader.direct_download(f"{path.rstrip('/')}/{name}", str(directory / name))
+    except Exception as error:  # each cloud has exceptions of its own
+        raise DataError(f"data store {path}: {name} cannot be downloaded ({error})") from error
+
+
+def fetch_description(path: str, cache_dir: str | Path | None, fetch: bool = False) -> Path:
+    """The local directory of a store: its own, or the one that a remote store is cached in.
+
+    Args:
+        path: as the user gave it.
+        cache_dir: parent of all caches; None: this user's scratch directory on the node.
+        fetch: download ``meta.json`` and ``index.json`` of a remote store. Shards that are
+            cached stay if the store is still the same.
+
+    Raises:
+        DataError: the download failed.
+    """
+    if not is_remote(path):
+        return Path(path)
+    parent = Path(cache_dir) if cache_dir else scratch_directory()
+    cache = parent / hashlib.sha256(path.encode()).hexdigest()[:16]
+    if not fetch:
+        return cache
+    parent.mkdir(parents=True, exist_ok=True)
+    # Its own for each process: nodes may share the parent of the cache.
+    incoming = Path(tempfile.mkdtemp(prefix="incoming_", dir=parent))
+    try:
+        for name in (META, INDEX):
+            _download(path, name, incoming)
+    except DataError:
+        shutil.rmtree(incoming)
+        raise
+    present = cache / META
+    if not present.exists() or present.read_bytes() != (incoming / META).read_bytes():
+        shutil.rmtree(cache, ignore_errors=True)
+    cache.mkdir(parents=True, exist_ok=True)
+    for name in (INDEX, META):
+        (incoming / name).replace(cache / name)
+    incoming.rmdir()
+    return cache

@@ -1,0 +1,128 @@
+"""Names under which the processes of one run share Streaming's memory on a node.
+
+Streaming 0.13.0 numbers its shared memory and lock files 0, 1, 2, … by what it finds in use. Two
+runs that start together take the same number, and what a killed run leaves behind stands in the
+way of the next. Here every run draws a number of its own. While it lives it holds a lock file;
+the kernel drops that lock when the process dies, however it dies, and the next run removes what
+an unlocked number has left.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import streaming.base.dataset as streaming_dataset
+import torch.distributed as dist
+from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS, SHM_TO_CLEAN
+from streaming.base.shared import SharedMemory as StreamingSharedMemory
+from streaming.base.shared import SharedScalar, _get_path
+from streaming.base.world import World
+
+_OUR_NAMES = ("failed_shard",)
+
+
+def scratch_directory() -> Path:
+    """This user's directory for what the processes of a node share."""
+    path = Path(tempfile.gettempdir()) / f"calm_dist_{os.getuid()}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    return path
+
+
+class RunNumber:
+    """A number that no other run uses, the same on all ranks of a node of this run.
+
+    Every rank must take part. The first rank of each node holds the lock file while it lives; at
+    its exit it removes the run's files, and each process the shared memory that it created.
+    """
+
+    def __init__(self, world: World) -> None:
+        drawn = [secrets.randbits(48)]
+        if dist.is_initialized():
+            dist.broadcast_object_list(drawn, src=0)
+        # Nodes may be simulated on one machine, so each has a number of its own.
+        self.value: int = drawn[0] + world.node
+        if world.is_local_leader:
+            remove_leftovers()
+            # Never closed: the kernel does it when the process ends.
+            _lock(_lock_path(self.value))
+            atexit.register(_remove_files, self.value)
+
+    def shared_scalar(self, name: str) -> SharedScalar:
+        """An int64, at first 0, that all processes of this run on this node share."""
+        assert name in _OUR_NAMES
+        return SharedScalar(np.int64, _get_path(self.value, name))
+
+    @contextmanager
+    def used_by_streaming(self) -> Iterator[None]:
+        """Let a StreamingDataset that is built inside take this number instead of its own."""
+
+        def get_shm_prefix(*_: Any, **__: Any) -> tuple[int, StreamingSharedMemory]:
+            name = _get_path(self.value, LOCALS)
+            return self.value, StreamingSharedMemory(name=name, size=4)
+
+        original = streaming_dataset.get_shm_prefix
+        streaming_dataset.get_shm_prefix = get_shm_prefix
+        try:
+            yield
+        finally:
+            streaming_dataset.get_shm_prefix = original
+
+
+def remove_leftovers() -> None:
+    """Remove shared memory and lock files of runs on this node that are no longer alive."""
+    for path in scratch_directory().glob("run_*.lock"):
+        lock = _lock(path, wait=False)
+        if lock is not None:
+            number = int(path.stem.removeprefix("run_"))
+            _remove_segments(number)
+            _remove_files(number)
+            os.close(lock)
+
+
+def _lock_path(number: int) -> Path:
+    return scratch_directory() / f"run_{number}.lock"
+
+
+def _lock(path: Path, wait: bool = True) -> int | None:
+    """A descriptor that holds the lock on ``path``, or None where another process holds it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # Another run may have removed the file between the two calls.
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)
+        if not wait:
+            return None
+
+
+def _remove_segments(number: int) -> None:
+    for name in (*SHM_TO_CLEAN, *_OUR_NAMES):
+        try:
+            segment = SharedMemory(_get_path(number, name))
+        except FileNotFoundError:
+            continue
+        segment.close()
+        segment.unlink()
+
+
+def _remove_files(number: int) -> None:
+    for name in (BARRIER_FILELOCK, CACHE_FILELOCK):
+        (Path(tempfile.gettempdir()) / _get_path(number, name)).unlink(missing_ok=True)
+    _lock_path(number).unlink(missing_ok=True)

@@ -1,0 +1,235 @@
+"""What a data store is: one MDS dataset, its ``meta.json`` and a copy of its tokenizer.
+
+A sample is one block: ``tokens`` uint32[T] and, in the variant ``fp16``, the posterior of every
+patch, ``mean`` and ``log_std`` float16[P, l] with P = T/K. Streaming trusts ``index.json``: it
+unpickles what the index calls a pickle, writes where the index says, and skips what it cannot
+read. So the index is checked here, field by field, before Streaming sees it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from calm_dist.data.corpus import file_sha256
+from calm_dist.errors import DataError
+
+META = "meta.json"
+INDEX = "index.json"
+# Of every shard, in the index. Streaming's name for it is the same.
+HASH = "sha256"
+
+Variant = Literal["fp16", "tokens"]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+_SHARD_NAME = re.compile(r"shard\.\d{5,}\.mds")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TokenizerInfo(_Strict):
+    """The tokenizer of a store; ``file`` is the name of its copy inside the store."""
+
+    sha256: Sha256
+    file: Literal["tokenizer.json", "tokenizer.model"]
+    begin_id: NonNegative
+    end_id: NonNegative
+    pad_id: NonNegative | None
+
+
+class AutoencoderInfo(_Strict):
+    """The autoencoder of a store: sha256 of its weights file, and the directory it came from."""
+
+    sha256: Sha256
+    file: str
+
+
+class StorePlan(_Strict):
+    """All that is known of a store before it is written; two runs of equal plan write one store."""
+
+    format: Literal[1] = 1
+    variant: Variant
+    block_size: Positive
+    patch_size: Positive
+    latent_size: Positive | None
+    vocab_size: Positive
+    tokenizer: TokenizerInfo
+    autoencoder: AutoencoderInfo | None
+    corpus_sha256: Sha256
+    seed: int
+
+    @property
+    def num_patches(self) -> int:
+        """Patches per block."""
+        return self.block_size // self.patch_size
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """MDS encoding of each column."""
+        columns = {"tokens": f"ndarray:uint32:{self.block_size}"}
+        if self.variant == "fp16":
+            shape = f"{self.num_patches},{self.latent_size}"
+            columns["mean"] = columns["log_std"] = f"ndarray:float16:{shape}"
+        return columns
+
+    @property
+    def sample_bytes(self) -> int:
+        """Size of one sample in a shard."""
+        latents = 2 * 2 * self.num_patches * self.latent_size if self.latent_size else 0
+        return 4 * self.block_size + latents
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, in the form of ``meta.json``."""
+        return self.model_dump(mode="json")
+
+
+class StoreMeta(StorePlan):
+    """``meta.json`` of a finished store."""
+
+    num_blocks: Positive
+    num_tokens: Positive
+    fingerprint: Sha256
+    """sha256 over the other fields and ``index.json``: it pins every byte of the store."""
+
+
+def fingerprint(fields: dict[str, Any], index: bytes) -> str:
+    """The fingerprint that a store with these ``meta.json`` fields and this index must have."""
+    others = {name: value for name, value in fields.items() if name != "fingerprint"}
+    digest = hashlib.sha256(json.dumps(others, sort_keys=True).encode())
+    digest.update(index)
+    return digest.hexdigest()
+
+
+def read_meta(path: str | Path) -> StoreMeta:
+    """``meta.json`` of a store in a local directory, or at a URL.
+
+    Raises:
+        DataError: there is no store, it is unfinished, or its ``meta.json`` is damaged.
+    """
+    if "://" in str(path):
+        # Importing Streaming takes seconds, which local stores need not wait for.
+        from calm_dist.data.remote import fetch_meta
+
+        with fetch_meta(str(path)) as directory:
+            return read_meta(directory)
+    path = Path(path)
+    if not path.is_dir():
+        raise DataError(f"data store {path}: no such directory; tools/encode_latents.py writes one")
+    try:
+        text = (path / META).read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(
+            f"data store {path}: has no readable {META}; it is unfinished or no store. Run "
+            "tools/encode_latents.py (again)"
+        ) from error
+    try:
+        return StoreMeta.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "JSON"
+        raise DataError(
+            f"{path / META}: {where}: {first['msg']}; the file is damaged or of another version, "
+            "encode the corpus again"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a store as its index describes it."""
+
+    path: Path
+    samples: int
+    size: int
+    sha256: str
+
+    def check_size(self) -> None:
+        """Raises DataError where the file is missing or of another size."""
+        try:
+            found = self.path.stat().st_size
+        except OSError as error:
+            raise DataError(
+                f"shard {self.path}: is missing ({error.strerror}); copy or encode it again"
+            ) from error
+        if found != self.size:
+            raise DataError(
+                f"shard {self.path}: has {found} bytes instead of {self.size}; copy or encode it "
+                "again"
+            )
+
+    def check(self) -> None:
+        """Raises DataError where the file is missing or any byte differs."""
+        self.check_size()
+        found = file_sha256(self.path)
+        if found != self.sha256:
+            raise DataError(
+                f"shard {self.path}: is damaged (sha256 {found[:12]}… instead of "
+                f"{self.sha256[:12]}…); copy or encode it again"
+            )
+
+
+def read_shards(path: str | Path, meta: StoreMeta) -> list[Shard]:
+    """The shards of a store whose index is exactly what ``meta`` promises.
+
+    Raises:
+        DataError: the index is missing, damaged, altered, or names anything but shards of the
+            store's own columns inside the store's own directory.
+    """
+    path = Path(path)
+    file = path / INDEX
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}); copy it again") from error
+    if fingerprint(meta.to_dict(), raw) != meta.fingerprint:
+        raise DataError(
+            f"{file}: does not belong to {path / META} (fingerprints differ); one of them was "
+            "changed or is damaged, copy or encode the store again"
+        )
+    # The fingerprint proves consistency, not good will: whoever wrote both files chose it.
+    try:
+        index = json.loads(raw)
+        if index["version"] != 2:
+            raise ValueError(f"version {index['version']} instead of 2")
+        shards = [_shard(path, meta, entry) for entry in index["shards"]]
+        if len({shard.path for shard in shards}) != len(shards):
+            raise ValueError("shard names repeat")
+        if sum(shard.samples for shard in shards) != meta.num_blocks:
+            raise ValueError(f"samples do not add up to {meta.num_blocks}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{file}: is not the index of a data store: {error}") from error
+    return shards
+
+
+def _shard(path: Path, meta: StoreMeta, entry: dict[str, Any]) -> Shard:
+    names = sorted(meta.columns)
+    expected = {
+        "version": 2,
+        "format": "mds",
+        "compression": None,
+        "zip_data": None,
+        "hashes": [HASH],
+        "column_names": names,
+        "column_encodings": [meta.columns[name] for name in names],
+    }
+    for key, value in expected.items():
+        if entry[key] != value:
+            raise ValueError(f"shard {key} {entry[key]!r} instead of {value!r}")
+    if sum(entry["column_sizes"]) != meta.sample_bytes:
+        raise ValueError(f"column sizes {entry['column_sizes']} for {meta.sample_bytes} bytes")
+    raw = entry["raw_data"]
+    if not _SHARD_NAME.fullmatch(raw["basename"]):
+        raise ValueError(f"shard name {raw['basename']!r}")
+    samples, size, sha256 = entry["samples"], raw["bytes"], raw["hashes"][HASH]
+    if not (type(samples) is int and samples > 0 and type(size) is int):
+        raise ValueError(f"{samples!r} samples in {size!r} bytes")
+    return Shard(path / raw["basename"], samples, size, sha256)

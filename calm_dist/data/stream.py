@@ -1,0 +1,332 @@
+"""Read data stores: an endless stream of training batches, and random access for evaluation.
+
+MosaicML Streaming orders, shares out and downloads the samples, behind the guard of `guard.py`.
+
+Order. With G blocks in a global batch, an epoch is N // G global batches drawn from N blocks
+without repetition; the N % G blocks that an epoch leaves out are others each time. Which blocks
+form step s is a function of the stores, their weights, G and the seed: not of the number of ranks,
+nodes or workers, nor of where the run was resumed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from streaming.base import LocalDataset
+from streaming.base.world import World
+from torch.utils.data import DataLoader
+
+from calm_dist.data.guard import GuardedDataset, Source, open_source
+from calm_dist.data.remote import fetch_description, is_remote
+from calm_dist.data.shared_names import RunNumber
+from calm_dist.data.store import StoreMeta
+from calm_dist.errors import DataError, LaunchError
+
+Batch = dict[str, torch.Tensor]
+T = TypeVar("T")
+
+# In which stores of one run must agree.
+_COMMON: dict[str, Callable[[StoreMeta], Any]] = {
+    **{
+        name: attrgetter(name)
+        for name in ("variant", "block_size", "patch_size", "latent_size", "vocab_size")
+    },
+    "tokenizer": attrgetter("tokenizer.sha256"),
+    "autoencoder": lambda meta: meta.autoencoder and meta.autoencoder.sha256,
+}
+
+
+class Store:
+    """Random access to the blocks of a local store.
+
+    ``store[i]`` is ``{"index", "tokens" uint32[T]}`` and, in the variant ``fp16``, ``"mean"`` and
+    ``"log_std"`` float16[P, l], as numpy arrays.
+
+    Raises:
+        DataError: on opening or on access, what is missing or damaged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        if is_remote(str(path)):
+            raise DataError(f"data store {path}: random access needs a local copy; download it")
+        self._source = open_source(str(path), Path(path))
+        self._source.check()
+        self._checked = {i for i, _ in enumerate(self._source.shards) if self._source.checked}
+        self._samples = LocalDataset(str(path))
+
+    @property
+    def meta(self) -> StoreMeta:
+        """What the store holds."""
+        return self._source.meta
+
+    def __len__(self) -> int:
+        return self.meta.num_blocks
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"block {index} of {len(self)} in {self._source.path}")
+        number, _ = self._samples.spanner[index]
+        if number not in self._checked:
+            self._source.shards[number].check()
+            self._checked.add(number)
+        return {"index": index, **self._samples[index]}
+
+
+def open_store(path: str | Path) -> Store:
+    """Open a local store for random access; see `Store`."""
+    return Store(path)
+
+
+class TrainingStream:
+    """Batches of one rank, one for each optimizer step, endless over epochs.
+
+    Iterating gives ``{"index": int64[B], "tokens": int64[B, T]}`` and, in the variant ``fp16``,
+    ``"mean"`` and ``"log_std"`` float32[B, P, l], on the CPU. ``index`` is the number of the block
+    over all stores in the order given.
+
+    Attributes:
+        metas: what the stores hold, in the order given.
+        steps_per_epoch: global batches in an epoch.
+    """
+
+    def __init__(
+        self,
+        dataset: GuardedDataset,
+        loader: DataLoader,
+        metas: Sequence[StoreMeta],
+        identity: dict[str, Any],
+    ) -> None:
+        self._dataset, self._loader = dataset, loader
+        self._identity = identity
+        self._step = 0
+        self._started = False
+        self.metas = list(metas)
+        self.steps_per_epoch: int = dataset.epoch_size // identity["global_batch_size"]
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._started:
+            raise RuntimeError("a TrainingStream is iterated once; open another one")
+        self._started = True
+        while True:
+            steps_left = self.steps_per_epoch - self._step % self.steps_per_epoch
+            received = 0
+            for batch in self._epoch():
+                received += 1
+                yield batch
+            if received != steps_left:
+                raise DataError(
+                    f"data store: the epoch ended after {received} of {steps_left} steps; shards "
+                    "were lost while it was read"
+                )
+            self._step += received
+
+    def _epoch(self) -> Iterator[Batch]:
+        try:
+            yield from self._loader
+        except DataError as error:
+            # From a worker process the message comes wrapped in that process's traceback.
+            message = str(error).rstrip().rpartition("DataError: ")[2]
+            raise DataError(message) from error
+        except RuntimeError as error:
+            raise DataError(
+                f"data store: a reader process died or gave nothing in time ({error}); "
+                "data.num_workers=0 reads in the training process"
+            ) from error
+
+    def state_dict(self, steps_done: int) -> dict[str, Any]:
+        """The position after ``steps_done`` optimizer steps, as plain values; no communication."""
+        return {"steps_done": steps_done, **self._identity}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue behind ``state["steps_done"]`` steps; the number of ranks may differ.
+
+        Every rank calls this, before the first batch.
+
+        Raises:
+            DataError: the state belongs to other stores, weights, batch size or seed.
+        """
+        if self._started:
+            raise RuntimeError("load_state_dict comes before the first batch")
+        for key, value in self._identity.items():
+            if state.get(key) != value:
+                raise DataError(
+                    f"checkpoint: its data position is for {key}={state.get(key)}, this run has "
+                    f"{value}; continue with the same stores, weights, batch size and seed"
+                )
+        self._step = state["steps_done"]
+        epoch, step = divmod(self._step, self.steps_per_epoch)
+        self._dataset.load_state_dict(
+            {
+                "epoch": epoch,
+                "sample_in_epoch": step * self._identity["global_batch_size"],
+                "num_canonical_nodes": self._dataset.num_canonical_nodes,
+                "shuffle_seed": self._dataset.shuffle_seed,
+            }
+        )
+
+
+def open_training_stream(
+    paths: Sequence[str | Path],
+    weights: Sequence[float] | None = None,
+    *,
+    batch_size: int,
+    replication: int = 1,
+    seed: int = 0,
+    num_workers: int = 0,
+    cache_dir: str | Path | None = None,
+    timeout_seconds: float = 600.0,
+) -> TrainingStream:
+    """Open stores for training. Every rank calls this; RANK, WORLD_SIZE, LOCAL_RANK and
+    LOCAL_WORLD_SIZE are set, and with several ranks the process group exists.
+
+    Args:
+        paths: stores: local directories, or ``s3://…`` and other schemes of Streaming.
+        weights: share of the blocks drawn from each store; None: in proportion to their sizes.
+        batch_size: blocks of this rank per optimizer step, B.
+        replication: consecutive ranks that get the same blocks (TP·CP·PP).
+        seed: of the order.
+        num_workers: reader processes per rank; 0 reads in this process.
+        cache_dir: where shards of remote stores are kept; it must hold all of them.
+        timeout_seconds: how long a reader process may take for a batch.
+
+    Raises:
+        DataError: on every rank, whatever is missing, damaged, or does not fit together on any;
+            a store smaller than one global batch.
+    """
+    world = World.detect()
+    _check_world(world, replication)
+    given = [str(path) for path in paths]
+    if len(given) == 1:
+        weights = None
+    global_batch_size = batch_size * (world.num_ranks // replication)
+
+    def fetch() -> None:
+        if world.is_local_leader:
+            for path in given:
+                open_source(path, fetch_description(path, cache_dir, fetch=True)).check()
+
+    def read() -> list[Source]:
+        sources = [open_source(path, fetch_description(path, cache_dir)) for path in given]
+        _check_together(sources, weights, global_batch_size)
+        return sources
+
+    _on_all_ranks(fetch)
+    sources = _on_all_ranks(read)
+    fingerprints = [source.meta.fingerprint for source in sources]
+    for rank, others in enumerate(_gather(fingerprints)):
+        if others != fingerprints:
+            raise DataError(
+                f"data store {given}: rank {rank} and {world.rank} see different stores"
+            )
+
+    # It warns at each epoch that replication must be counted in its state; ours does.
+    logging.getLogger("streaming.base.dataset").setLevel(logging.ERROR)
+    dataset = GuardedDataset(
+        sources,
+        weights,
+        batch_size=batch_size,
+        replication=replication,
+        seed=seed,
+        number=RunNumber(world),
+    )
+    loader = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        timeout=timeout_seconds if num_workers else 0,
+        persistent_workers=num_workers > 0,
+    )
+    identity = {
+        "stores": fingerprints,
+        "weights": list(weights) if weights else None,
+        "global_batch_size": global_batch_size,
+        "seed": seed,
+    }
+    return TrainingStream(dataset, loader, [source.meta for source in sources], identity)
+
+
+def _collate(samples: list[dict[str, Any]]) -> Batch:
+    batch = {"index": torch.tensor([sample["index"] for sample in samples])}
+    for name, dtype in (("tokens", np.int64), ("mean", np.float32), ("log_std", np.float32)):
+        if name in samples[0]:
+            stacked = np.stack([sample[name] for sample in samples]).astype(dtype)
+            batch[name] = torch.from_numpy(stacked)
+    return batch
+
+
+def _check_world(world: World, replication: int) -> None:
+    """Refuse what Streaming would take for one node per rank, or hang on."""
+    if world.num_ranks > 1 and "LOCAL_WORLD_SIZE" not in os.environ:
+        raise LaunchError("LOCAL_WORLD_SIZE is not set; start through calm_dist.parallel.launch")
+    if world.num_ranks > 1 and not dist.is_initialized():
+        raise LaunchError("the process group does not exist yet; join the world first")
+    if replication < 1 or world.num_ranks % replication:
+        raise LaunchError(
+            f"{world.num_ranks} ranks cannot be divided into groups of {replication} that read "
+            "the same blocks; launch a multiple of TP·CP·PP"
+        )
+
+
+def _gather(value: T) -> list[T]:
+    """``value`` of every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _on_all_ranks(work: Callable[[], T]) -> T:
+    """The result of ``work`` on this rank; a DataError on one rank is raised on every rank."""
+    result: T | None = None
+    message = None
+    try:
+        result = work()
+    except DataError as error:
+        message = str(error)
+    for problem in _gather(message):
+        if problem is not None:
+            raise DataError(problem)
+    return result  # type: ignore[return-value]
+
+
+def _check_together(
+    sources: Sequence[Source], weights: Sequence[float] | None, global_batch_size: int
+) -> None:
+    if not sources:
+        raise DataError("data store: no path was given")
+    if len({source.directory.resolve() for source in sources}) != len(sources):
+        raise DataError(
+            f"data stores {[source.path for source in sources]}: one is named twice; name it once "
+            "with a larger weight"
+        )
+    if weights is not None and (
+        len(weights) != len(sources) or not all(weight > 0 for weight in weights)
+    ):
+        raise DataError(
+            f"weights {list(weights)}: give one number above 0 for each of {len(sources)} stores"
+        )
+    first = sources[0]
+    for source in sources[1:]:
+        for name, value in _COMMON.items():
+            if value(source.meta) != value(first.meta):
+                raise DataError(
+                    f"data stores {first.path} and {source.path}: differ in {name} "
+                    f"({value(first.meta)} and {value(source.meta)}); encode both alike"
+                )
+    num_blocks = sum(source.meta.num_blocks for source in sources)
+    if num_blocks < global_batch_size:
+        raise DataError(
+            f"data store {', '.join(source.path for source in sources)}: holds {num_blocks} "
+            f"blocks, less than one global batch of {global_batch_size}; encode more text or "
+            "lower training.global_batch_size"
+        )

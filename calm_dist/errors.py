@@ -1,0 +1,29 @@
+"""Errors that a user can mend.
+
+Every tool ends with exit code 2 and the message of such an error, without a traceback. A message
+names the field or file, the value found and the remedy.
+"""
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: a recipe, a file, a command line, a launch."""
+
+
+class RecipeError(UserError):
+    """A recipe field is unknown, of the wrong type, or impossible together with another."""
+
+
+class DataError(UserError):
+    """A corpus, tokenizer or latent store is missing, damaged or does not fit."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged or belongs to another model."""
+
+
+class LaunchError(UserError):
+    """The processes that were launched do not form the world that the recipe needs."""
+
+
+class PeerLostError(RuntimeError):
+    """Another process of the run died or stopped answering; the message names it."""

@@ -1,0 +1,1 @@
+"""Evaluation: BrierLM, likelihood-free sampling, text generation."""

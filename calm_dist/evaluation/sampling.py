@@ -1,0 +1,164 @@
+"""Likelihood-free temperature: patches from P(x)^(1/T) / Z with samples of P alone.
+
+CALM has no probabilities to sharpen, but draws are free to compare: n draws agree on x with
+probability P(x)^n (arXiv 2510.27688, section 5). Two forms:
+
+* `sample_exact`: rejection. Exact at every T in (0, 1], but the number of draws has no bound.
+* `sample_from_pool`: one pool of N draws, for T = 1/n. Cheap, and biased at a finite N.
+
+Both take a ``draw`` function, ``draw(count) -> tokens [count, K]``, that returns independent
+samples of P, and a numpy generator for the choices of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import comb, floor
+
+import numpy as np
+
+from calm_dist.errors import UserError
+
+Patch = tuple[int, ...]
+DrawFunction = Callable[[int], np.ndarray]
+
+DEFAULT_MAX_DRAWS = 100_000
+DEFAULT_POOL_SIZE = 200
+_DRAWS_AT_ONCE = 64
+
+
+def sample_exact(
+    draw: DrawFunction,
+    temperature: float,
+    rng: np.random.Generator,
+    *,
+    max_draws: int = DEFAULT_MAX_DRAWS,
+) -> Patch:
+    """One exact sample of P(x)^(1/T) / Z by rejection.
+
+    With 1/T = n + a: n draws must agree on x, which happens with probability P(x)^n, and a coin of
+    probability P(x)^a must show heads; it is thrown with further draws alone (Bernoulli factory).
+    Otherwise all starts again. T = 1 takes one draw.
+
+    Args:
+        draw: independent samples of P.
+        temperature: T in (0, 1].
+        rng: decides the coins.
+        max_draws: draws that may be used before giving up.
+
+    Raises:
+        UserError: the temperature is outside (0, 1], or ``max_draws`` draws gave no sample.
+    """
+    whole, fraction = exponent_parts(temperature)
+    draws = _one_by_one(draw, temperature, max_draws)
+    while True:
+        candidate = next(draws)
+        # `all` stops at the first draw that disagrees: the rest of the n could not change it.
+        agree = all(next(draws) == candidate for _ in range(whole - 1))
+        if agree and (fraction == 0 or _coin(candidate, fraction, draws, rng)):
+            return candidate
+
+
+def _coin(candidate: Patch, power: float, draws: Iterator[Patch], rng: np.random.Generator) -> bool:
+    """True with probability P(candidate)^power, 0 < power < 1.
+
+    With q = 1 - P(candidate): P · Σ_i q^i Π_{j<=i} (1 - power/j) = P · (1 - q)^(power - 1), the
+    binomial series.
+    """
+    step = 1
+    while next(draws) != candidate:
+        if rng.random() < power / step:
+            return False
+        step += 1
+    return True
+
+
+def _one_by_one(draw: DrawFunction, temperature: float, max_draws: int) -> Iterator[Patch]:
+    """Single draws, made in batches; ends in a `UserError` after ``max_draws``."""
+    made = 0
+    while made < max_draws:
+        count = min(1 if temperature == 1 else _DRAWS_AT_ONCE, max_draws - made)
+        made += count
+        for patch in draw(count).tolist():
+            yield tuple(patch)
+    raise UserError(
+        f"temperature {temperature:g}: no patch was accepted in {max_draws} draws (max_draws); "
+        "raise the limit, the temperature, or sample from a pool"
+    )
+
+
+@dataclass(frozen=True)
+class PoolCandidates:
+    """The patches of a pool that may be chosen, in the order of first appearance."""
+
+    patches: list[Patch]
+    weights: list[int]
+    """C(count, level) for each patch."""
+    level: int
+    """How often each of them was seen at least; less than n where the pool had no such patch."""
+
+
+def pool_candidates(pool: np.ndarray, n: int) -> PoolCandidates:
+    """The patches seen at least n times in ``pool`` ``[N, K]``, weighted by C(count, n).
+
+    C(count, n) is the number of ways to pick n draws of the pool that agree on the patch. Where no
+    patch was seen n times, n - 1 is tried, and so on; at 1 every draw counts.
+    """
+    counts: dict[Patch, int] = {}
+    for row in pool.tolist():
+        counts[tuple(row)] = counts.get(tuple(row), 0) + 1
+    level = min(n, max(counts.values()))
+    frequent = {patch: count for patch, count in counts.items() if count >= level}
+    weights = [comb(count, level) for count in frequent.values()]
+    return PoolCandidates(list(frequent), weights, level)
+
+
+def sample_from_pool(
+    draw: DrawFunction,
+    temperature: float,
+    rng: np.random.Generator,
+    *,
+    pool_size: int = DEFAULT_POOL_SIZE,
+) -> Patch:
+    """One sample of P(x)^(1/T) / Z, approximated with a pool of N draws, for T = 1/n.
+
+    The distribution tends to the exact one for large N; at a finite N it is biased, and flat where
+    no patch is seen twice. T = 1 takes one draw.
+
+    Raises:
+        UserError: the temperature is not 1/n, or the pool is smaller than n.
+    """
+    n, fraction = exponent_parts(temperature)
+    if fraction != 0:
+        raise UserError(
+            f"temperature {temperature:g}: a pool needs 1/T to be a whole number (1, 1/2, 1/3, "
+            "...); choose such a temperature or the exact method"
+        )
+    if pool_size < n:
+        raise UserError(
+            f"pool_size {pool_size}: temperature {temperature:g} needs at least {n} draws"
+        )
+    if n == 1:
+        return tuple(draw(1)[0].tolist())
+    candidates = pool_candidates(draw(pool_size), n)
+    total = sum(candidates.weights)  # an exact integer: C(count, n) may not fit a float
+    chances = [weight / total for weight in candidates.weights]
+    return candidates.patches[int(rng.choice(len(chances), p=chances))]
+
+
+def exponent_parts(temperature: float) -> tuple[int, float]:
+    """n and a with 1/T = n + a, n >= 1 and 0 <= a < 1.
+
+    Raises:
+        UserError: the temperature is outside (0, 1].
+    """
+    if not 0 < temperature <= 1:
+        raise UserError(
+            f"temperature {temperature:g}: must lie in (0, 1]; CALM can sharpen its samples, not "
+            "flatten them, and has no most likely patch to return at 0"
+        )
+    exponent = 1 / temperature
+    if abs(exponent - round(exponent)) < 1e-9:
+        return round(exponent), 0.0
+    return floor(exponent), exponent - floor(exponent)

@@ -1,0 +1,1 @@
+"""Losses: energy score, autoencoder, cross entropy."""

@@ -1,0 +1,72 @@
+"""The variational loss of the autoencoder (section 2.2 of the paper) and its statistics."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from calm_dist.models.autoencoder import Autoencoder
+
+
+class AutoencoderLoss(NamedTuple):
+    """``total`` = K * cross_entropy + kl_weight * kl; all scalars, in nats."""
+
+    total: torch.Tensor
+    cross_entropy: torch.Tensor
+    kl: torch.Tensor
+
+
+class TrainingNoise(NamedTuple):
+    """The random numbers of one training step for tokens [B, T], P = T/K patches."""
+
+    token_keep: torch.Tensor  # bool [B, T]; False: replaced by `replaced_token_id`
+    eps: torch.Tensor  # [B, P, l], standard normal
+    latent_keep: torch.Tensor  # bool [B, P, l]; False: dropped from z
+
+
+def draw_training_noise(
+    model: Autoencoder, tokens: torch.Tensor, generator: torch.Generator
+) -> TrainingNoise:
+    """Noise of one training step from a generator on the tokens' device."""
+    config = model.config
+    batch, length = tokens.shape
+    latent_shape = (batch, length // config.patch_size, config.latent_size)
+    device = tokens.device
+
+    def keep(shape: tuple[int, ...], dropout: float) -> torch.Tensor:
+        return torch.rand(shape, generator=generator, device=device) >= dropout
+
+    return TrainingNoise(
+        token_keep=keep((batch, length), config.token_dropout),
+        eps=torch.randn(latent_shape, generator=generator, device=device),
+        latent_keep=keep(latent_shape, config.ae_dropout),
+    )
+
+
+def kl_per_dimension(mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
+    """KL(N(mean, std²) || N(0, 1)) of each dimension, same shape as ``mean``, in nats."""
+    return 0.5 * (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std)
+
+
+def autoencoder_loss(
+    model: Autoencoder, tokens: torch.Tensor, noise: TrainingNoise
+) -> AutoencoderLoss:
+    """K·CE + kl_weight·KL with the KL of every dimension raised to ``kl_clamp``.
+
+    Args:
+        tokens: [B, T], the input before token dropout and the target.
+        noise: from `draw_training_noise`; given from outside so that a test can fix it.
+    """
+    config = model.config
+    inputs = torch.where(noise.token_keep, tokens, config.replaced_token_id)
+    # Under autocast they come as bf16, too coarse for the KL.
+    mean, log_std = (part.float() for part in model.encode(inputs))
+    z = mean + noise.eps * log_std.exp()
+    z = z * noise.latent_keep / (1 - config.ae_dropout)  # inverted scaling
+    logits = model.decode(z).float()
+    cross_entropy = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+    kl = kl_per_dimension(mean, log_std).clamp(min=config.kl_clamp).sum(-1).mean()
+    total = config.patch_size * cross_entropy + config.kl_weight * kl
+    return AutoencoderLoss(total, cross_entropy, kl)

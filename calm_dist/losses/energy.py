@@ -1,0 +1,225 @@
+"""The energy score of head samples against a Gaussian posterior.
+
+For N samples x_n and M draws z_m of N(mean, exp(log_std)^2), per position (equation 6 of the paper)
+
+    score = 1/(N(N-1)) Σ_{n≠k} ‖x_n - x_k‖^β - 2/(NM) Σ_{n,m} ‖z_m - x_n‖^β
+
+which is higher for a better head; the loss is its negative mean. `energy_score_reference` is the
+formula as written. `energy_score` gives the same numbers from matrix products over chunks of
+positions and never holds a tensor of N·M·positions·l elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+
+CHUNK_POSITIONS = 128
+# Below this fraction of ‖x‖² + ‖z‖², a squared distance from a matrix product has lost too many
+# digits to cancellation and is computed again from the difference.
+CANCELLATION = 1e-3
+
+
+class NoiseChunks(Protocol):
+    """Standard normal noise [M, positions, l], handed out chunk by chunk."""
+
+    def __iter__(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Yields (start, stop, noise [M, stop - start, l]); the chunks cover all positions."""
+
+
+def energy_score(
+    samples: torch.Tensor,
+    mean: torch.Tensor,
+    log_std: torch.Tensor,
+    noise: torch.Tensor | None = None,
+    beta: float = 1.0,
+    *,
+    num_draws: int = 100,
+    seed: int | None = None,
+) -> torch.Tensor:
+    """Energy score per position, higher is better.
+
+    Args:
+        samples: head samples [N, S, l], N >= 2.
+        mean, log_std: posterior [S, l].
+        noise: standard normal noise of the posterior draws [M, S, l]; None draws it inside, chunk
+            by chunk, from ``seed`` (or torch's global generator).
+        beta: exponent of the distance, 0 < beta < 2.
+        num_draws: M where ``noise`` is None.
+        seed: seed of the draws where ``noise`` is None.
+
+    Returns:
+        Scores [S] in fp32.
+
+    Raises:
+        ValueError: fewer than two samples, a beta outside (0, 2), or shapes that do not fit.
+    """
+    _check(samples, mean, log_std, noise, beta)
+    if mean.requires_grad or log_std.requires_grad:
+        # The chunked form differentiates with respect to the samples alone.
+        if noise is None:
+            noise = torch.cat([part for _, _, part in _DrawnNoise(mean, num_draws, seed)], dim=1)
+        return energy_score_reference(samples, mean, log_std, noise, beta)
+    chunks = _GivenNoise(noise) if noise is not None else _DrawnNoise(mean, num_draws, seed)
+    return energy_score_chunked(samples, mean, log_std, chunks, beta)
+
+
+def energy_score_chunked(
+    samples: torch.Tensor,
+    mean: torch.Tensor,
+    log_std: torch.Tensor,
+    noise: NoiseChunks,
+    beta: float,
+) -> torch.Tensor:
+    """`energy_score` with the noise of the draws handed in by chunks; [N, S, l] -> [S]."""
+    return _ChunkedEnergyScore.apply(samples, mean, log_std, noise, beta)
+
+
+def energy_score_reference(
+    samples: torch.Tensor,
+    mean: torch.Tensor,
+    log_std: torch.Tensor,
+    noise: torch.Tensor,
+    beta: float = 1.0,
+) -> torch.Tensor:
+    """The formula as written, every tensor materialised: the oracle of the other forms."""
+    num_samples = samples.shape[0]
+    samples = samples.float()
+    draws = mean.float() + noise.float() * log_std.float().exp()
+    to_draws = _power(samples[:, None] - draws[None], beta).mean(dim=(0, 1))
+    first, second = torch.triu_indices(num_samples, num_samples, 1, device=samples.device)
+    pairs = num_samples * (num_samples - 1) / 2
+    between = _power(samples[first] - samples[second], beta).sum(dim=0) / pairs
+    return between - 2 * to_draws
+
+
+def _power(difference: torch.Tensor, beta: float) -> torch.Tensor:
+    """‖difference‖^β over the last dimension, with gradient zero (not NaN) at zero."""
+    squared = difference.square().sum(-1)
+    positive = squared > 0
+    return torch.where(positive, torch.where(positive, squared, 1.0).pow(beta / 2), 0.0)
+
+
+class _GivenNoise:
+    """A noise tensor [M, S, l] cut into chunks."""
+
+    def __init__(self, noise: torch.Tensor) -> None:
+        self.noise = noise
+
+    def __iter__(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        positions = self.noise.shape[1]
+        for start in range(0, positions, CHUNK_POSITIONS):
+            stop = min(start + CHUNK_POSITIONS, positions)
+            yield start, stop, self.noise[:, start:stop]
+
+
+class _DrawnNoise:
+    """Noise drawn chunk by chunk, from a seed or torch's global generator."""
+
+    def __init__(self, like: torch.Tensor, num_draws: int, seed: int | None) -> None:
+        self.like, self.num_draws = like, num_draws
+        self.generator: torch.Generator | None = None
+        if seed is not None:
+            self.generator = torch.Generator(like.device).manual_seed(seed)
+
+    def __iter__(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        positions, size = self.like.shape
+        for start in range(0, positions, CHUNK_POSITIONS):
+            stop = min(start + CHUNK_POSITIONS, positions)
+            shape = (self.num_draws, stop - start, size)
+            yield start, stop, torch.randn(shape, generator=self.generator, device=self.like.device)
+
+
+class _ChunkedEnergyScore(torch.autograd.Function):
+    """The score of each position depends on its own samples alone, so the gradient is worked out
+    in the forward pass, while the chunk's draws exist, and only scaled in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        samples: torch.Tensor,
+        mean: torch.Tensor,
+        log_std: torch.Tensor,
+        noise: NoiseChunks,
+        beta: float,
+    ) -> torch.Tensor:
+        needs_gradient = ctx.needs_input_grad[0]
+        score = torch.empty(samples.shape[1], dtype=torch.float32, device=samples.device)
+        gradient = torch.empty_like(samples) if needs_gradient else None
+        for start, stop, draw in noise:
+            # Centred on the mean: smaller numbers lose fewer digits in the products below.
+            centre = mean[start:stop].float()
+            x = samples[:, start:stop].float() - centre  # [N, s, l]
+            z = draw.float() * log_std[start:stop].float().exp()  # [M, s, l]
+            x, z = x.transpose(0, 1).contiguous(), z.transpose(0, 1)
+            to_draws, pull = _mean_power(x, z, beta, needs_gradient)
+            between, push = _mean_power(x, x, beta, needs_gradient, exclude_diagonal=True)
+            score[start:stop] = between - 2 * to_draws
+            if gradient is not None:
+                assert pull is not None and push is not None
+                # A pair (n, k) pulls at both of its ends.
+                total = 2 * (push - pull)
+                gradient[:, start:stop] = total.transpose(0, 1).to(gradient.dtype)
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return score
+
+    @staticmethod
+    def backward(ctx: Any, grad_score: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_score[:, None].to(gradient.dtype), None, None, None, None
+
+
+def _mean_power(
+    x: torch.Tensor,
+    z: torch.Tensor,
+    beta: float,
+    needs_gradient: bool,
+    exclude_diagonal: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Mean ‖x_n - z_m‖^β over n and m, and its gradient with respect to x with z held fixed.
+
+    x [s, N, l], z [s, M, l] -> [s], [s, N, l]. ``exclude_diagonal`` leaves out n = m (z is x).
+    """
+    x_sizes = torch.linalg.vector_norm(x, dim=-1).square_()
+    z_sizes = torch.linalg.vector_norm(z, dim=-1).square_()
+    sizes = x_sizes[:, :, None] + z_sizes[:, None, :]
+    squared = torch.baddbmm(sizes, x, z.transpose(1, 2), alpha=-2)  # [s, N, M]
+    close = squared < CANCELLATION * sizes
+    pairs = x.shape[1] * z.shape[1]
+    if exclude_diagonal:
+        squared.diagonal(dim1=1, dim2=2).zero_()
+        close.diagonal(dim1=1, dim2=2).zero_()
+        pairs -= x.shape[1]
+    if close.any():
+        position, n, m = close.nonzero(as_tuple=True)
+        squared[position, n, m] = (x[position, n] - z[position, m]).square().sum(-1)
+    power = squared.pow(beta / 2)
+    value = power.sum(dim=(1, 2)) / pairs
+    if not needs_gradient:
+        return value, None
+    # d‖v‖^β / dv = β ‖v‖^(β-2) v, taken as zero at v = 0, where it is not defined for β <= 1.
+    weight = power.mul_(beta / pairs).div_(squared).nan_to_num_(nan=0.0)
+    return value, torch.baddbmm(x * weight.sum(-1, keepdim=True), weight, z, alpha=-1)
+
+
+def _check(
+    samples: torch.Tensor,
+    mean: torch.Tensor,
+    log_std: torch.Tensor,
+    noise: torch.Tensor | None,
+    beta: float,
+) -> None:
+    if samples.dim() != 3 or samples.shape[0] < 2:
+        raise ValueError(f"samples must be [N >= 2, S, l], not {list(samples.shape)}")
+    if mean.shape != samples.shape[1:] or log_std.shape != mean.shape:
+        raise ValueError(
+            f"mean {list(mean.shape)} and log_std {list(log_std.shape)} must both be "
+            f"{list(samples.shape[1:])}, as samples {list(samples.shape)} say"
+        )
+    if noise is not None and (noise.dim() != 3 or noise.shape[1:] != mean.shape):
+        raise ValueError(f"noise {list(noise.shape)} must be [M, {mean.shape[0]}, {mean.shape[1]}]")
+    if not 0 < beta < 2:
+        raise ValueError(f"beta must lie in (0, 2), not {beta}")

@@ -1,0 +1,82 @@
+"""How well an autoencoder gives tokens back, and which latent dimensions it uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from calm_dist.losses.autoencoder import kl_per_dimension
+from calm_dist.models.autoencoder import Autoencoder
+
+COLLAPSED_NATS = 0.05
+ACTIVE_VARIANCE = 0.01
+# Logits that are in memory at a time, for vocabularies of any size.
+CHUNK_LOGITS = 1 << 24
+
+
+class Reconstruction:
+    """Sums over held-out blocks, from which `summary` makes the reported numbers.
+
+    A dimension is *collapsed* where its KL to the prior, averaged over patches, is at most
+    `COLLAPSED_NATS`. That average is an upper bound of the information about the patch that the
+    dimension carries, so these carry next to none. The floor of the training loss is no such
+    threshold: below it KL is free, and a dimension there may carry as much as the floor allows
+    (0.5 nats in the paper).
+
+    A dimension is *active* where its mean varies over patches with a variance above
+    `ACTIVE_VARIANCE` (Burda et al., arXiv 1509.00519). One that is far from the prior and yet the
+    same for every patch is neither.
+
+    Attributes:
+        latent_sums: float64 [4, l], over patches: KL, mean, mean², std.
+        counts: int64 [4]: tokens right with a sampled latent, with the mean; tokens; blocks.
+    """
+
+    def __init__(self, latent_size: int, device: torch.device) -> None:
+        self.latent_sums = torch.zeros(4, latent_size, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(4, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def add_block(self, model: Autoencoder, tokens: torch.Tensor, eps: torch.Tensor) -> None:
+        """Encode and decode one block without dropout.
+
+        Args:
+            model: on the device of the sums.
+            tokens: [T]
+            eps: [T/K, l] standard normal; the sampled latent is mean + eps * std.
+        """
+        mean, log_std = (value[0] for value in model.encode(tokens[None]))
+        std = log_std.exp()
+        per_patch = (kl_per_dimension(mean, log_std), mean, mean.square(), std)
+        self.latent_sums += torch.stack([value.double().sum(0) for value in per_patch])
+        self.counts[0] += _tokens_right(model, mean + eps * std, tokens)
+        self.counts[1] += _tokens_right(model, mean, tokens)
+        self.counts[2] += len(tokens)
+        self.counts[3] += 1
+
+    def summary(self, patch_size: int) -> dict[str, Any]:
+        """The numbers of an evaluation record; ``kl_per_dim`` is in nats."""
+        sampled, exact, tokens, blocks = self.counts.tolist()
+        kl, mean, squared_mean, std = self.latent_sums.cpu() * patch_size / tokens
+        return {
+            "token_accuracy": sampled / tokens,
+            "token_accuracy_mean": exact / tokens,
+            "collapsed_dims": int((kl <= COLLAPSED_NATS).sum()),
+            "active_dims": int((squared_mean - mean.square() > ACTIVE_VARIANCE).sum()),
+            "latent_size": len(kl),
+            "kl_per_dim": kl.tolist(),
+            "mean_std": float(std.mean()),
+            "blocks": blocks,
+        }
+
+
+def _tokens_right(model: Autoencoder, latents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """How many of tokens [T] are the most likely ones given latents [T/K, l]."""
+    size = model.patch_size
+    patches = max(1, CHUNK_LOGITS // (size * model.config.vocab_size))
+    parts = zip(latents.split(patches), tokens.split(patches * size), strict=True)
+    return sum(
+        ((model.decode(z[None])[0].argmax(-1) == part).sum() for z, part in parts),
+        torch.zeros((), dtype=torch.int64, device=tokens.device),
+    )

@@ -1,0 +1,1 @@
+"""The models: autoencoder, patch embedding, backbone, generative heads, discrete baseline."""

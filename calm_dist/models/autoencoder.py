@@ -1,0 +1,144 @@
+"""The autoencoder: K tokens <-> the posterior of one latent (section 2 of the paper).
+
+Plain PyTorch. Names of modules and configuration fields are those of the released code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Shape and regularisation of an autoencoder; released field names where they exist.
+
+    ``ae_dropout`` is the dropout of the latent. ``token_dropout`` (released: the same value)
+    replaces that share of the input tokens by ``replaced_token_id`` (released: 0) in training.
+    """
+
+    vocab_size: int
+    patch_size: int = 4
+    latent_size: int = 128
+    hidden_size: int = 512
+    intermediate_size: int = 1280
+    num_encoder_layers: int = 2
+    num_decoder_layers: int = 2
+    ae_dropout: float = 0.15
+    token_dropout: float = 0.15
+    replaced_token_id: int = 0
+    kl_weight: float = 1e-3
+    kl_clamp: float = 0.5
+    rms_norm_eps: float = 1e-6
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU without biases: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class AELayer(nn.Module):
+    """x + MLP(RMSNorm(x)): a layer without attention, each position by itself."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.mlp = GatedMLP(config)
+        self.layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.mlp(self.layernorm(x))
+
+
+class Encoder(nn.Module):
+    """Tokens [n, K] -> mean and log_std side by side [n, 2l]."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
+        self.encoder_layers = nn.ModuleList(
+            AELayer(config) for _ in range(config.num_encoder_layers)
+        )
+        self.hidden_to_latent = nn.Linear(hidden, 2 * config.latent_size)
+        self.squeeze_layer = nn.Linear(config.patch_size * hidden, hidden)
+        self.norm = nn.RMSNorm(hidden, eps=config.rms_norm_eps)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        half = len(self.encoder_layers) // 2
+        # These layers see one token at a time: each token that occurs goes through them once.
+        occurring, position = tokens.unique(return_inverse=True)
+        x = self.embed_tokens(occurring)
+        for layer in self.encoder_layers[:half]:
+            x = layer(x)
+        x = self.squeeze_layer(F.embedding(position, x).flatten(-2))
+        for layer in self.encoder_layers[half:]:
+            x = layer(x)
+        return self.hidden_to_latent(self.norm(x))
+
+
+class Decoder(nn.Module):
+    """Latents [..., l] -> hidden states of K tokens [..., K, d]."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.patch_size = config.patch_size
+        self.latent_to_hidden = nn.Linear(config.latent_size, hidden)
+        self.decoder_layers = nn.ModuleList(
+            AELayer(config) for _ in range(config.num_decoder_layers)
+        )
+        self.expand_layer = nn.Linear(hidden, config.patch_size * hidden)
+        self.norm = nn.RMSNorm(hidden, eps=config.rms_norm_eps)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        half = len(self.decoder_layers) // 2
+        x = self.latent_to_hidden(latents)
+        for layer in self.decoder_layers[:half]:
+            x = layer(x)
+        x = self.expand_layer(x).unflatten(-1, (self.patch_size, -1))
+        for layer in self.decoder_layers[half:]:
+            x = layer(x)
+        return self.norm(x)
+
+
+class Autoencoder(nn.Module):
+    """Encoder and decoder with the output logits tied to the token embedding."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    @property
+    def patch_size(self) -> int:
+        """K, the number of tokens in a patch."""
+        return self.config.patch_size
+
+    def encode(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens [B, T] -> posterior mean and log_std, each [B, T/K, l].
+
+        Raises:
+            ValueError: T is no multiple of K.
+        """
+        batch, length = tokens.shape
+        if length % self.patch_size:
+            raise ValueError(f"{length} tokens are no multiple of patch_size={self.patch_size}")
+        mean, log_std = self.encoder(tokens.reshape(batch, -1, self.patch_size)).chunk(2, dim=-1)
+        return mean, log_std
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [B, P, l] -> logits [B, P*K, V]."""
+        hidden = self.decoder(latents).flatten(-3, -2)
+        return F.linear(hidden, self.encoder.embed_tokens.weight)

@@ -1,0 +1,190 @@
+"""The Transformer body on Megatron-core, shared by CALM and the discrete baseline.
+
+Llama-like: RMSNorm, SwiGLU, rotary positions over steps, no biases, no dropout. A *step* is a
+patch for CALM and a token for the baseline.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType, ModelType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+from calm_dist.models.attention import CoreAttention, RMSNorm
+from calm_dist.models.patch_embedding import PatchEmbedding, TokenEmbedding
+from calm_dist.recipe import Recipe
+
+RMS_NORM_EPS = 1e-6
+
+
+def transformer_config(recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's configuration of the body that a recipe describes."""
+    model, parallel = recipe.model, recipe.parallel
+    on_cpu = not torch.cuda.is_available()
+    recompute = (
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        if parallel.recompute
+        else {}
+    )
+    return TransformerConfig(
+        num_layers=model.num_hidden_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.intermediate_size,
+        num_attention_heads=model.num_attention_heads,
+        normalization="RMSNorm",
+        layernorm_epsilon=RMS_NORM_EPS,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel and parallel.tensor_parallel_size > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=on_cpu,
+        # `models.initialize` sets every weight again; this also tags weights as tensor-parallel.
+        perform_initialization=True,
+        # These fusions are CUDA or Transformer Engine kernels.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        # Batched and overlapped p2p gave a silently wrong loss on gloo; NCCL needs batching.
+        batch_p2p_comm=not on_cpu,
+        overlap_p2p_comm=False,
+        **recompute,
+    )
+
+
+def layer_spec() -> ModuleSpec:
+    """One Llama-like layer of Megatron's own parts."""
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=CoreAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=IdentityOp,
+            k_layernorm=IdentityOp,
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLP,
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+class Backbone(MegatronModule):
+    """One pipeline stage (or virtual chunk) of the body.
+
+    ``first`` stages embed tokens; ``last`` stages end in the final norm. `forward` returns hidden
+    states [steps, B, d], this rank's part of the steps under sequence parallelism.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: TransformerConfig,
+        groups: ProcessGroupCollection,
+        *,
+        first: bool = True,
+        last: bool = True,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config)
+        model = recipe.model
+        # Megatron's schedules, DDP and checkpoints read these four names.
+        self.pre_process, self.post_process, self.vp_stage = first, last, vp_stage
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = False
+        self.embedding: MegatronModule | None = None
+        if first:
+            assert model.vocab_size is not None
+            if model.kind == "calm":
+                self.embedding = PatchEmbedding(config, model.vocab_size, model.patch_size, groups)
+            else:
+                self.embedding = TokenEmbedding(config, model.vocab_size, groups)
+        self.rotary = RotaryEmbedding(
+            config.kv_channels,
+            rotary_percent=1.0,
+            rotary_base=model.rope_theta,
+            use_cpu_initialization=config.use_cpu_initialization,
+            cp_group=groups.cp,
+        )
+        # A bare layer spec would make the block use Megatron's own wrapper for the final norm,
+        # which refuses sequence parallelism.
+        layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp.rank())
+        self.decoder = TransformerBlock(
+            config,
+            TransformerBlockSubmodules([layer_spec()] * layers, RMSNorm),
+            pre_process=first,
+            post_process=last,
+            pg_collection=groups,
+            vp_stage=vp_stage,
+        )
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Called by Megatron's schedules with the previous stage's output."""
+        if isinstance(input_tensor, list):
+            input_tensor = input_tensor[0]
+        self.decoder.set_input_tensor(input_tensor)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        num_steps: int,
+        positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run this stage.
+
+        Args:
+            tokens: [B, num_steps * K] (CALM) or [B, num_steps]; read by the first stage only.
+            num_steps: length of the whole sequence in steps.
+            positions: rotary position of each step [num_steps]; default 0, 1, 2, ...
+            mask: [num_steps, num_steps], True where a step may attend; default causal.
+        """
+        rotary = self.rotary(num_steps if positions is None else int(positions.max()) + 1)
+        if positions is not None:
+            rotary = rotary[positions.to(rotary.device)]
+        hidden = self.embedding(tokens) if self.embedding is not None else None
+        return self.decoder(hidden_states=hidden, attention_mask=mask, rotary_pos_emb=rotary)

@@ -1,0 +1,1 @@
+"""Generative heads: hidden state and noise in, latent samples out."""

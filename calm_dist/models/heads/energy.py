@@ -1,0 +1,116 @@
+"""The energy head: one step from noise and hidden state to a latent sample (section 4 of the paper).
+
+Names of parameters are those of the released code's ``mlp_generator``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from calm_dist.losses.energy import NoiseChunks, energy_score_chunked
+from calm_dist.recipe import HeadRecipe
+
+LAYER_NORM_EPS = 1e-6
+
+
+class HeadBlock(nn.Module):
+    """Residual block: concat[LN(x), y] -> Linear, SiLU, Linear, SiLU, Linear -> gate -> Linear."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.in_ln = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPS)
+        self.linears = nn.Sequential(
+            nn.Linear(2 * hidden_size, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, 2 * hidden_size),
+        )
+        self.down_proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """x [N, S, d], condition [S, d] -> [N, S, d]."""
+        # The first linear acts on concat[LN(x), condition]. Its condition half is the same for
+        # all N samples, so it is computed once and broadcast.
+        first = self.linears[0]
+        of_x, of_condition = first.weight.chunk(2, dim=1)  # type: ignore[operator]
+        hidden = F.linear(self.in_ln(x), of_x) + F.linear(condition, of_condition, first.bias)  # type: ignore[arg-type]
+        gate, up = self.linears[1:](hidden).chunk(2, dim=-1)
+        return x + self.down_proj(F.silu(gate) * up)
+
+
+class FinalLayer(nn.Module):
+    """LN -> Linear, SiLU, Linear to the latent size."""
+
+    def __init__(self, hidden_size: int, latent_size: int) -> None:
+        super().__init__()
+        self.in_ln = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPS)
+        self.linears = nn.Sequential(
+            nn.Linear(hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, latent_size)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linears(self.in_ln(x))
+
+
+class EnergyHead(nn.Module):
+    """MLP from uniform noise and the backbone's hidden state to a latent (no iteration)."""
+
+    def __init__(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> None:
+        super().__init__()
+        self.noise_size = head.noise_size
+        self.num_samples = head.num_samples
+        self.beta = head.beta
+        self.noise_embd = nn.Linear(head.noise_size, hidden_size)
+        self.hidden_embd = nn.Linear(hidden_size, hidden_size)
+        self.norm_hidden = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPS)
+        self.norm_noise = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPS)
+        self.mlp_blocks = nn.ModuleList(HeadBlock(hidden_size) for _ in range(head.num_mlp_layers))
+        self.final_layer = FinalLayer(hidden_size, latent_size)
+
+    @torch.no_grad()
+    def zero_final_layer(self) -> None:
+        """The released initialisation: every first sample is the origin."""
+        last = self.final_layer.linears[-1]
+        assert isinstance(last, nn.Linear)
+        last.weight.zero_()
+        last.bias.zero_()
+
+    def draw_noise(
+        self, generator: torch.Generator, num_samples: int, positions: int
+    ) -> torch.Tensor:
+        """Uniform noise in [-0.5, 0.5) of shape [num_samples, positions, noise_size]."""
+        shape = (num_samples, positions, self.noise_size)
+        return torch.rand(shape, generator=generator, device=generator.device) - 0.5
+
+    def sample(self, hidden: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """hidden [S, d], noise [N, S, noise_size] -> latent samples [N, S, l]."""
+        x = self.norm_noise(self.noise_embd(noise))
+        condition = self.norm_hidden(self.hidden_embd(hidden))
+        for block in self.mlp_blocks:
+            x = block(x, condition)
+        return self.final_layer(x)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        noise: torch.Tensor,
+        mean: torch.Tensor,
+        log_std: torch.Tensor,
+        draws: NoiseChunks,
+        weight: torch.Tensor,
+    ) -> torch.Tensor:
+        """Weighted sum of the energy loss over positions, a scalar (so that shards add up).
+
+        Args:
+            hidden: [S, d].
+            noise: [N, S, noise_size] from `draw_noise`.
+            mean, log_std: [S, l], the posterior of the patch to predict.
+            draws: standard normal noise of the posterior draws.
+            weight: [S], zero where a position predicts nothing.
+        """
+        samples = self.sample(hidden, noise.to(hidden.dtype))
+        score = energy_score_chunked(samples, mean, log_std, draws, self.beta)
+        return -(score * weight).sum()

@@ -1,0 +1,63 @@
+"""The discrete baseline: the same body with a vocabulary-parallel output layer."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer import TransformerConfig
+
+from calm_dist.models.backbone import Backbone
+from calm_dist.models.patch_embedding import padded_vocab_size
+from calm_dist.recipe import Recipe
+
+
+class Transformer(Backbone):
+    """One stage of the discrete Transformer.
+
+    The last stage returns logits [T, B, V / tensor_parallel_size] (untied output layer, no bias);
+    rows that only pad the vocabulary to equal shards are -inf.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: TransformerConfig,
+        groups: ProcessGroupCollection,
+        *,
+        first: bool = True,
+        last: bool = True,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(recipe, config, groups, first=first, last=last, vp_stage=vp_stage)
+        self.output_layer: ColumnParallelLinear | None = None
+        if not last:
+            return
+        vocab_size = recipe.model.vocab_size
+        assert vocab_size is not None
+        padded = padded_vocab_size(vocab_size)
+        self.output_layer = ColumnParallelLinear(
+            config.hidden_size,
+            padded,
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            tp_group=groups.tp,
+        )
+        shard = padded // groups.tp.size()
+        self.real_rows = min(max(vocab_size - groups.tp.rank() * shard, 0), shard)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        num_steps: int,
+        positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        hidden = super().forward(tokens, num_steps, positions, mask)
+        if self.output_layer is None:
+            return hidden
+        logits, _ = self.output_layer(hidden)
+        if self.real_rows < logits.shape[-1]:
+            logits[..., self.real_rows :] = float("-inf")
+        return logits

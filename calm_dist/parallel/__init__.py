@@ -1,0 +1,1 @@
+"""Everything that knows about processes: launch, groups, pipeline schedule, ZeRO engine."""

@@ -1,0 +1,248 @@
+"""One world from the environment of deepspeed, torchrun, srun or a single process.
+
+`read_world` reads the launcher's variables, `join_world` connects the processes. Both end with a
+message that names what is wrong: a port that is taken, a rank that never came.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from calm_dist.errors import LaunchError
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_ADDRESS = "127.0.0.1"
+DEFAULT_PORT = 29500
+# Ports that are derived from a Slurm job id: below Linux's ephemeral range.
+SLURM_PORTS = range(20000, 32000)
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is among all processes of the run."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    address: str
+    port: int
+    launcher: str
+
+    def export(self) -> None:
+        """Set the variables that Streaming and DeepSpeed read.
+
+        DeepSpeed's launcher sets no LOCAL_WORLD_SIZE; without it Streaming takes every rank for
+        a node of its own.
+        """
+        os.environ.update(
+            RANK=str(self.rank),
+            WORLD_SIZE=str(self.size),
+            LOCAL_RANK=str(self.local_rank),
+            LOCAL_WORLD_SIZE=str(self.local_size),
+            MASTER_ADDR=self.address,
+            MASTER_PORT=str(self.port),
+        )
+
+
+def read_world(env: Mapping[str, str] | None = None) -> World:
+    """The world that the launcher's environment describes.
+
+    Raises:
+        LaunchError: a variable is missing or contradicts another.
+    """
+    env = os.environ if env is None else env
+    if "RANK" in env or "WORLD_SIZE" in env:
+        world = _from_torch_variables(env)
+    # A batch script has SLURM_PROCID too; only a task of srun has the step's variables.
+    elif "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
+        world = _from_slurm(env)
+    else:
+        world = World(0, 1, 0, 1, DEFAULT_ADDRESS, DEFAULT_PORT, "single process")
+    if not (0 <= world.rank < world.size and 0 <= world.local_rank < world.local_size):
+        raise LaunchError(
+            f"rank {world.rank} of {world.size} (local {world.local_rank} of {world.local_size}) "
+            f"cannot be, as {world.launcher} set it; check RANK, WORLD_SIZE, LOCAL_RANK and "
+            "LOCAL_WORLD_SIZE"
+        )
+    return world
+
+
+def _number(env: Mapping[str, str], *names: str) -> int:
+    """The first of ``names`` that is set, as a number."""
+    for name in names:
+        if name in env:
+            try:
+                return int(env[name])
+            except ValueError as error:
+                raise LaunchError(f"{name}={env[name]!r} is not a number") from error
+    raise LaunchError(
+        f"{names[0]} is not set, although other variables of a launcher are; start with "
+        "deepspeed, torchrun or srun, or unset RANK and WORLD_SIZE for a single process"
+    )
+
+
+def _from_torch_variables(env: Mapping[str, str]) -> World:
+    rank, size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
+    return World(
+        rank,
+        size,
+        _number(env, "LOCAL_RANK"),
+        # DeepSpeed's launcher calls it LOCAL_SIZE.
+        _number(env, "LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
+        env.get("MASTER_ADDR", DEFAULT_ADDRESS),
+        _number(env, "MASTER_PORT") if "MASTER_PORT" in env else DEFAULT_PORT,
+        "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed",
+    )
+
+
+def _from_slurm(env: Mapping[str, str]) -> World:
+    job = _number(env, "SLURM_JOB_ID")
+    return World(
+        _number(env, "SLURM_PROCID"),
+        _number(env, "SLURM_STEP_NUM_TASKS"),
+        _number(env, "SLURM_LOCALID"),
+        _tasks_on_node(env.get("SLURM_STEP_TASKS_PER_NODE", ""), _number(env, "SLURM_NODEID")),
+        env.get("MASTER_ADDR") or _first_slurm_host(env.get("SLURM_STEP_NODELIST", "")),
+        _number(env, "MASTER_PORT")
+        if "MASTER_PORT" in env
+        else SLURM_PORTS[job % len(SLURM_PORTS)],
+        "srun",
+    )
+
+
+def _tasks_on_node(tasks_per_node: str, node: int) -> int:
+    """Slurm's compact list, such as ``8(x16),4``: tasks on node number ``node``."""
+    counts: list[int] = []
+    for part in tasks_per_node.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            raise LaunchError(f"SLURM_STEP_TASKS_PER_NODE={tasks_per_node!r} cannot be read")
+        counts += [int(match[1])] * int(match[2] or 1)
+    if node >= len(counts):
+        raise LaunchError(f"SLURM_NODEID={node}, but {tasks_per_node!r} has {len(counts)} nodes")
+    return counts[node]
+
+
+def _first_slurm_host(nodes: str) -> str:
+    """The first name of a node list such as ``gpu[03-18]``."""
+    if not any(mark in nodes for mark in "[,"):
+        return nodes or DEFAULT_ADDRESS
+    listed = subprocess.run(
+        ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False
+    )
+    if listed.returncode or not listed.stdout.split():
+        raise LaunchError(f"scontrol cannot expand SLURM_STEP_NODELIST={nodes!r}: {listed.stderr}")
+    return listed.stdout.split()[0]
+
+
+def select_device(world: World, device: str) -> torch.device:
+    """The device of this process for ``parallel.device`` (auto, cuda or cpu).
+
+    Raises:
+        LaunchError: cuda is asked for and absent, or has fewer devices than local ranks.
+    """
+    import torch
+
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise LaunchError("parallel.device=cuda, but torch finds no CUDA device; use auto or cpu")
+    if torch.cuda.device_count() <= world.local_rank:
+        raise LaunchError(
+            f"local rank {world.local_rank} has no GPU: {socket.gethostname()} shows "
+            f"{torch.cuda.device_count()}; launch one process per GPU"
+        )
+    torch.cuda.set_device(world.local_rank)
+    return torch.device("cuda", world.local_rank)
+
+
+def join_world(
+    world: World, device: torch.device, timeout_seconds: float
+) -> torch.distributed.Store:
+    """Connect all processes (NCCL on GPUs, gloo on CPUs) and return their common store.
+
+    A single process opens no port.
+
+    Raises:
+        LaunchError: the port is taken, rank 0 does not answer, or ranks are missing after
+            ``timeout_seconds``; the message names them.
+    """
+    import torch.distributed as dist
+
+    timeout = timedelta(seconds=timeout_seconds)
+    if world.size == 1:
+        store: dist.Store = dist.HashStore()
+    else:
+        store = _open_store(world, timeout)
+        _call_the_roll(store, world, timeout)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("world", store),
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+    return store
+
+
+def _open_store(world: World, timeout: timedelta) -> torch.distributed.Store:
+    import torch.distributed as dist
+
+    # torchrun's agent already serves a store at that address.
+    serve = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    where = f"{world.address}:{world.port}"
+    try:
+        store = dist.TCPStore(
+            world.address, world.port, world.size, serve, timeout, wait_for_workers=False
+        )
+    except (RuntimeError, ValueError) as error:
+        if serve:
+            raise LaunchError(
+                f"rank 0 cannot listen on {where} (MASTER_PORT): {_first_line(error)}; "
+                "another job may use the port, choose another one"
+            ) from error
+        raise LaunchError(
+            f"rank {world.rank} cannot reach rank 0 at {where} within "
+            f"{timeout.total_seconds():.0f} s: {_first_line(error)}; see the log of rank 0, and "
+            "check MASTER_ADDR and MASTER_PORT"
+        ) from error
+    # A restarted group of torchrun meets the keys of its last life in the agent's store.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"calm_dist/{attempt}", store)
+
+
+def _call_the_roll(store: torch.distributed.Store, world: World, timeout: timedelta) -> None:
+    """Wait until every rank has come; name those that have not."""
+    import torch.distributed as dist
+
+    store.set(f"roll/{world.rank}", socket.gethostname())
+    names = [f"roll/{rank}" for rank in range(world.size)]
+    try:
+        store.wait(names, timeout)
+    except (RuntimeError, dist.DistError) as error:
+        missing = [rank for rank, name in enumerate(names) if not store.check([name])]
+        if not missing:
+            return
+        raise LaunchError(
+            f"rank {world.rank}: of {world.size} ranks, {_ranks(missing)} did not come within "
+            f"{timeout.total_seconds():.0f} s; see their logs, or launch {world.size} processes"
+        ) from error
+
+
+def _ranks(ranks: list[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

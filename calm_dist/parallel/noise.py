@@ -1,0 +1,69 @@
+"""Random numbers that do not depend on the layout.
+
+Noise is keyed by (seed, step, sample index, block of 64 positions, kind). A rank draws only the
+blocks that its positions touch, so every layout trains the same model, per device type.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+
+import torch
+
+BLOCK_POSITIONS = 64
+
+Draw = Callable[[torch.Generator], torch.Tensor]
+
+
+class KeyedNoise:
+    """Noise of one micro-batch shard: samples ``index``, positions [start, stop) of each.
+
+    The shard's positions are flattened sample by sample: [len(index) * (stop - start)].
+    """
+
+    def __init__(
+        self, seed: int, step: int, index: list[int], start: int, stop: int, device: torch.device
+    ) -> None:
+        self._seed, self._step, self._index = seed, step, index
+        self._start, self._stop = start, stop
+        self._device = device
+
+    def chunks(self, kind: str, draw: Draw) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Yield (first, end, noise [n, end - first, ...]) over the flattened positions.
+
+        ``draw`` makes the noise of a whole block, [n, `BLOCK_POSITIONS`, ...], from a generator.
+        """
+        length = self._stop - self._start
+        for number, sample in enumerate(self._index):
+            offset = number * length - self._start
+            first_block = self._start // BLOCK_POSITIONS
+            for block in range(first_block, -(-self._stop // BLOCK_POSITIONS)):
+                base = block * BLOCK_POSITIONS
+                first, end = max(base, self._start), min(base + BLOCK_POSITIONS, self._stop)
+                noise = draw(self._generator(sample, block, kind))
+                yield first + offset, end + offset, noise[:, first - base : end - base]
+
+    def whole(self, kind: str, draw: Draw) -> torch.Tensor:
+        """All chunks side by side: [n, positions, ...]."""
+        return torch.cat([noise for _, _, noise in self.chunks(kind, draw)], dim=1)
+
+    def _generator(self, sample: int, block: int, kind: str) -> torch.Generator:
+        key = f"{self._seed}/{self._step}/{sample}/{block}/{kind}"
+        digest = hashlib.sha256(key.encode()).digest()
+        seed = int.from_bytes(digest[:7], "little")
+        return torch.Generator(self._device).manual_seed(seed)
+
+
+class PosteriorDraws:
+    """Standard normal noise of the M posterior draws, chunk by chunk (`losses.energy`)."""
+
+    def __init__(self, noise: KeyedNoise, num_draws: int, latent_size: int) -> None:
+        self._noise = noise
+        self._shape = (num_draws, BLOCK_POSITIONS, latent_size)
+
+    def __iter__(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        def draw(generator: torch.Generator) -> torch.Tensor:
+            return torch.randn(self._shape, generator=generator, device=generator.device)
+
+        return self._noise.chunks("posterior", draw)

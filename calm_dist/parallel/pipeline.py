@@ -1,0 +1,151 @@
+"""The forward step that Megatron's pipeline schedules call, for CALM and for the baseline."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+
+from calm_dist.losses.cross_entropy import next_token_loss
+from calm_dist.models.autoencoder import Autoencoder
+from calm_dist.parallel.noise import BLOCK_POSITIONS, KeyedNoise, PosteriorDraws
+from calm_dist.parallel.topology import Topology
+from calm_dist.parallel.zero_head import ZeroHead
+from calm_dist.recipe import Recipe
+
+Batch = dict[str, torch.Tensor]
+LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+
+def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
+    """Cut this rank's part of a global batch into micro-batches."""
+    for start in range(0, len(batch["index"]), size):
+        yield {name: tensor[start : start + size] for name, tensor in batch.items()}
+
+
+class ForwardStep(ABC):
+    """Base of the two forward steps: pads, runs a stage, scales the loss.
+
+    A loss function returns the loss for the schedule, and ``loss``: this rank's contribution to
+    the mean over all valid positions of the global batch. Contributions of all ranks add up.
+    """
+
+    def __init__(self, recipe: Recipe, topology: Topology) -> None:
+        self._topology = topology
+        self._patch_size = recipe.model.patch_size
+        self._steps = recipe.num_patches
+        self._padded_steps = recipe.padded_length
+        # The last step of a block predicts nothing inside it; padding predicts nothing at all.
+        valid = torch.arange(self._padded_steps, device=topology.device) < self._steps - 1
+        count = recipe.training.global_batch_size * (self._steps - 1)
+        self._weight = valid.float() / count
+        # The schedule divides by the number of micro-batches, Megatron's DDP by that of replicas.
+        self._schedule_factor = float(recipe.num_micro_batches * topology.dp_size)
+        self._num_micro_batches = recipe.num_micro_batches
+        self._step = 0
+        self._forwarded = 0
+
+    def begin(self, step: int) -> None:
+        """Called before the schedule runs training step ``step``."""
+        self._step, self._forwarded = step, 0
+
+    def __call__(self, batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, LossFunction]:
+        batch = {name: value.to(self._topology.device) for name, value in next(batches).items()}
+        padding = (self._padded_steps - self._steps) * self._patch_size
+        output = model(F.pad(batch["tokens"], (0, padding)), self._padded_steps)
+        return output, partial(self._loss, batch)
+
+    @abstractmethod
+    def _loss(
+        self, batch: Batch, output: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The last stage's loss from its output; see the class."""
+
+
+class TransformerForwardStep(ForwardStep):
+    """Vocabulary-parallel cross entropy of the next token, in nats."""
+
+    def _loss(
+        self, batch: Batch, output: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        tokens = F.pad(batch["tokens"], (0, self._padded_steps - self._steps))
+        loss = next_token_loss(output, tokens, self._weight)
+        # Every rank of a vocabulary shard has the whole loss; it counts once.
+        counted = loss.detach() if self._topology.tp_rank == 0 else torch.zeros_like(loss)
+        return loss * self._schedule_factor, {"loss": counted}
+
+
+class CalmForwardStep(ForwardStep):
+    """Energy loss of the next patch's latent, each rank for its shard of the sequence."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        topology: Topology,
+        head: ZeroHead | None,
+        autoencoder: Autoencoder | None,
+    ) -> None:
+        super().__init__(recipe, topology)
+        self._head, self._autoencoder = head, autoencoder
+        self._seed = recipe.run.seed
+        assert recipe.model.kind == "calm" and recipe.model.latent_size is not None
+        self._num_samples = recipe.model.head.num_samples
+        self._num_draws = recipe.model.head.posterior_samples
+        self._latent_size = recipe.model.latent_size
+        self._sequence_parallel = recipe.parallel.use_sequence_parallel
+        shard = self._padded_steps // topology.tp_size
+        self._start = topology.tp_rank * shard
+        self._stop = self._start + shard
+
+    def _loss(
+        self, batch: Batch, output: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        assert self._head is not None
+        if not self._sequence_parallel:
+            output = scatter_to_sequence_parallel_region(output, group=self._topology.groups.tp)
+        # [positions of this shard, B, d] -> [B * positions, d], sample by sample as the noise.
+        hidden = output.transpose(0, 1).flatten(0, 1)
+        mean, log_std = self._targets(batch)
+        noise = KeyedNoise(
+            self._seed,
+            self._step,
+            batch["index"].tolist(),
+            self._start,
+            self._stop,
+            self._topology.device,
+        )
+        self._forwarded += 1
+        loss = self._head.loss(
+            hidden,
+            noise.whole("head", self._draw_head_noise),
+            mean.flatten(0, 1),
+            log_std.flatten(0, 1),
+            PosteriorDraws(noise, self._num_draws, self._latent_size),
+            self._weight[self._start : self._stop].repeat(len(mean)),
+            last_micro_batch=self._forwarded == self._num_micro_batches,
+        )
+        return loss * self._schedule_factor, {"loss": loss.detach()}
+
+    def _targets(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Posterior of the patch that each position of this shard predicts, [B, positions, l]."""
+        if self._autoencoder is not None:
+            tokens = batch["tokens"][
+                :, (self._start + 1) * self._patch_size : (self._stop + 1) * self._patch_size
+            ]
+            with torch.no_grad():
+                mean, log_std = self._autoencoder.encode(tokens)
+        else:
+            mean, log_std = (
+                batch[name][:, self._start + 1 : self._stop + 1] for name in ("mean", "log_std")
+            )
+        missing = self._stop - self._start - mean.shape[1]
+        return F.pad(mean, (0, 0, 0, missing)), F.pad(log_std, (0, 0, 0, missing))
+
+    def _draw_head_noise(self, generator: torch.Generator) -> torch.Tensor:
+        assert self._head is not None
+        return self._head.module.draw_noise(generator, self._num_samples, BLOCK_POSITIONS)  # type: ignore[operator]

@@ -1,0 +1,90 @@
+"""Process groups of a run: Megatron's, and the one of the head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from calm_dist.recipe import Recipe
+
+# Model-parallel peers are consecutive ranks: the streaming reader's replication needs that.
+RANK_ORDER = "tp-cp-ep-pp-dp"
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this rank stands in the tensor, pipeline and data dimensions.
+
+    ``head_group`` holds every rank of the last pipeline stage: the head is token-wise, so the
+    tensor-parallel ranks of that stage are further data parallelism for it.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    groups: ProcessGroupCollection
+    head_ranks: tuple[int, ...]
+    head_group: dist.ProcessGroup
+    self_group: dist.ProcessGroup
+
+    @property
+    def tp_rank(self) -> int:
+        return self.groups.tp.rank()
+
+    @property
+    def tp_size(self) -> int:
+        return self.groups.tp.size()
+
+    @property
+    def pp_rank(self) -> int:
+        return self.groups.pp.rank()
+
+    @property
+    def pp_size(self) -> int:
+        return self.groups.pp.size()
+
+    @property
+    def dp_rank(self) -> int:
+        return self.groups.dp.rank()
+
+    @property
+    def dp_size(self) -> int:
+        return self.groups.dp.size()
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the end of the body, and the head."""
+        return self.pp_rank == self.pp_size - 1
+
+
+def build_topology(recipe: Recipe, device: torch.device) -> Topology:
+    """Create all process groups; every rank of an initialised world calls it once."""
+    parallel = recipe.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_size,
+        context_parallel_size=parallel.context_parallel_size,
+        order=RANK_ORDER,
+    )
+    # Megatron draws initial weights from this tracker before `models.initialize` sets them.
+    tensor_parallel.model_parallel_cuda_manual_seed(recipe.run.seed)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    per_replica = parallel.model_parallel_size
+    per_stage = per_replica // parallel.pipeline_parallel_size
+    head_ranks = [r for r in range(world_size) if r % per_replica >= per_replica - per_stage]
+    return Topology(
+        rank,
+        world_size,
+        device,
+        groups,
+        tuple(head_ranks),
+        head_group=dist.new_group(head_ranks),
+        # new_group is a collective of the whole world, also for groups of one.
+        self_group=[dist.new_group([r]) for r in range(world_size)][rank],
+    )

@@ -1,0 +1,254 @@
+"""The generative head as one DeepSpeed ZeRO engine on the last pipeline stage.
+
+The engine lives inside Megatron's schedule: its forward is part of the last stage's loss, its
+backward runs in the schedule's own `backward`. It sees the TP·DP ranks of the last stage as plain
+data parallelism, each with its shard of the sequence.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from calm_dist.parallel.noise import PosteriorDraws
+from calm_dist.parallel.topology import Topology
+from calm_dist.recipe import Recipe
+
+STATE_NAMES = ("fp32", "exp_avg", "exp_avg_sq")
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed without a C++ build at run time and without its banners.
+
+    On CPU it would compile `deepspeed_shm_comm` for over a minute (0.19.8); only its inference
+    kernels use that.
+    """
+    on_cpu = not torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if on_cpu else "cuda")
+    # Set before the import: the module logs while it is loaded.
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    if on_cpu:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class HeadGroups:
+    """The head's process groups in the form of DeepSpeed's ``mpu``: all data parallelism."""
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._topology.head_group
+
+    def get_data_parallel_world_size(self) -> int:
+        return len(self._topology.head_ranks)
+
+    def get_data_parallel_rank(self) -> int:
+        return self._topology.head_ranks.index(self._topology.rank)
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return list(self._topology.head_ranks)
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._topology.self_group
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_pipeline_model_parallel_world_size = get_model_parallel_world_size
+    get_pipeline_model_parallel_rank = get_model_parallel_rank
+
+    def get_tensor_model_parallel_src_rank(self) -> int:
+        return self._topology.rank
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """Identity whose gradient is multiplied by a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return gradient * ctx.scale, None
+
+
+class ZeroHead:
+    """A head module in a ZeRO-1 or ZeRO-2 engine."""
+
+    def __init__(self, head: nn.Module, recipe: Recipe, topology: Topology) -> None:
+        deepspeed = import_deepspeed()
+        self._group = topology.head_group
+        self._group_rank = topology.head_ranks.index(topology.rank)
+        self._group_size = len(topology.head_ranks)
+        self._tp_size = topology.tp_size
+        self._device = topology.device
+        training = recipe.training
+        decayed = [p for p in head.parameters() if p.dim() > 1]
+        others = [p for p in head.parameters() if p.dim() <= 1]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": training.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=training.learning_rate,
+            betas=(training.adam_beta1, training.adam_beta2),
+            eps=training.adam_eps,
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=head,
+            optimizer=optimizer,
+            config=_engine_config(recipe),
+            mpu=HeadGroups(topology),
+            dist_init_required=False,
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        """The head itself."""
+        return self._engine.module
+
+    def loss(
+        self,
+        hidden: torch.Tensor,
+        noise: torch.Tensor,
+        mean: torch.Tensor,
+        log_std: torch.Tensor,
+        draws: PosteriorDraws,
+        weight: torch.Tensor,
+        last_micro_batch: bool,
+    ) -> torch.Tensor:
+        """This rank's share of the loss: the weighted sum over its positions.
+
+        Shapes as in `models.heads.energy.EnergyHead.forward`. DeepSpeed averages the head's
+        gradient over TP·DP ranks, but the loss is a *sum* over the TP shards and a mean over DP
+        (Megatron averages the body's gradient over DP). So the loss is scaled by TP, and the
+        gradient into the body back by 1/TP.
+        """
+        self._engine.set_gradient_accumulation_boundary(last_micro_batch)
+        hidden = _ScaleGradient.apply(hidden, 1.0 / self._tp_size)
+        value = self._engine(hidden, noise, mean, log_std, draws, weight)
+        # The schedule scales the loss in place; it must not touch the engine's own tensor.
+        return _ScaleGradient.apply(value, float(self._tp_size)).clone()
+
+    def squared_gradient_norm(self) -> torch.Tensor:
+        """Squared norm of this rank's partition of the averaged gradient, fp64 scalar."""
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for gradient in self._gradients():
+            total += gradient.double().square().sum()
+        return total
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply the averaged gradient before `step`."""
+        for gradient in self._gradients():
+            gradient.mul_(factor)
+
+    def step(self, learning_rate: float) -> None:
+        """Apply AdamW to this rank's partition and gather the new weights."""
+        for group in self._zero.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+
+    def discard_gradients(self) -> None:
+        """Forget the gradient of a skipped step, as the ZeRO optimizer does on an overflow."""
+        zero = self._zero
+        zero.micro_step_id = -1
+        zero.zero_grad(set_to_none=True)
+        zero._release_preflattened_grad_buffers()
+        for number in zero.averaged_gradients:
+            zero.averaged_gradients[number] = None
+            zero.all_grad_tensors[number] = None
+
+    def export_state(self) -> dict[str, torch.Tensor]:
+        """fp32 weights and Adam moments as ``<state>.<parameter>``, whole and layout-free.
+
+        A collective of the head's ranks; every rank gets all of it.
+        """
+        names = {id(p): name for name, p in self.module.named_parameters()}
+        state: dict[str, torch.Tensor] = {}
+        for parameters, partition, moments in self._partitions():
+            for kind in STATE_NAMES:
+                local = partition.detach() if kind == "fp32" else moments.get(kind)
+                local = torch.zeros_like(partition) if local is None else local
+                whole = torch.empty(
+                    local.numel() * self._group_size, dtype=local.dtype, device=local.device
+                )
+                dist.all_gather_into_tensor(whole, local.contiguous(), group=self._group)
+                offset = 0
+                for p in parameters:
+                    part = whole[offset : offset + p.numel()].view(p.shape)
+                    state[f"{kind}.{names[id(p)]}"] = part.clone()
+                    offset += p.numel()
+        return state
+
+    @torch.no_grad()
+    def import_state(self, state: dict[str, torch.Tensor], step: int) -> None:
+        """Take over what `export_state` gave, on any number of ranks; ``step`` is Adam's count."""
+        names = {id(p): name for name, p in self.module.named_parameters()}
+        for parameters, partition, moments in self._partitions():
+            for kind in STATE_NAMES:
+                flat = torch.cat([state[f"{kind}.{names[id(p)]}"].flatten() for p in parameters])
+                padding = partition.numel() * self._group_size - flat.numel()
+                flat = nn.functional.pad(flat, (0, padding)).to(partition.device)
+                local = flat[self._group_rank * partition.numel() :][: partition.numel()]
+                if kind == "fp32":
+                    partition.copy_(local)
+                else:
+                    moments[kind] = local.clone()
+            moments["step"] = torch.tensor(float(step))
+            for p in parameters:
+                p.copy_(state[f"fp32.{names[id(p)]}"])
+
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's ZeRO-1/2 optimizer around our AdamW."""
+        return self._engine.optimizer
+
+    def _gradients(self) -> Iterator[torch.Tensor]:
+        for gradients in self._zero.averaged_gradients.values():
+            for gradient in gradients or ():
+                if gradient is not None:
+                    yield gradient
+
+    def _partitions(self) -> Iterator[tuple[list[nn.Parameter], torch.Tensor, dict[str, Any]]]:
+        """(parameters in flat order, this rank's fp32 part, its Adam state) of each group."""
+        zero = self._zero
+        for number, partition in enumerate(zero.single_partition_of_fp32_groups):
+            moments = zero.optimizer.state.setdefault(partition, {})
+            yield zero.round_robin_bit16_groups[number], partition, moments
+
+
+def _engine_config(recipe: Recipe) -> dict[str, Any]:
+    """DeepSpeed's configuration: accumulation, averaging and clipping are ours or Megatron's."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        # Megatron divides by the number of micro-batches.
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": recipe.parallel.zero_stage, "overlap_comm": False},
+    }
+    if recipe.precision == "bf16":
+        config["bf16"] = {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config

@@ -1,0 +1,277 @@
+"""The sections of a recipe and their fields: types, ranges, defaults and what they mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+Text = Annotated[str, Field(min_length=1)]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Base of all parts of a recipe: immutable, no unknown keys, no silent type conversions."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+class Run(Section):
+    """What the run is called and where it is kept."""
+
+    dir: Text
+    """The run directory itself; it holds recipe.yaml, metrics.jsonl, checkpoints/ and logs/."""
+    name: str | None = None
+    """Name shown by trackers and reports; the directory's own name where absent."""
+    seed: NonNegative = 0
+    """Seed of weights, noise and posterior draws."""
+
+    @property
+    def display_name(self) -> str:
+        """``name``, or the last part of ``dir``."""
+        return self.name or Path(self.dir).name
+
+
+class HeadRecipe(Section):
+    """The one-step generative head trained with the energy score."""
+
+    kind: Literal["energy"] = "energy"
+    num_mlp_layers: Positive = 4
+    """Residual blocks."""
+    noise_size: Positive = 64
+    num_samples: Annotated[int, Field(ge=2)] = 8
+    """Head samples N per position in training; the score's second term needs two."""
+    posterior_samples: Positive = 100
+    """Draws M from the autoencoder's posterior per position."""
+    beta: Annotated[float, Field(gt=0, lt=2)] = 1.0
+    """Exponent of the energy score; strictly proper inside (0, 2)."""
+
+
+class AutoencoderSize(Section):
+    """Shape of an autoencoder's token-wise and patch-wise MLP blocks."""
+
+    hidden_size: Positive = 512
+    intermediate_size: Positive = 1280
+    num_encoder_layers: Positive = 2
+    """Half of them work on tokens, half on patches."""
+    num_decoder_layers: Positive = 2
+    """Half of them work on patches, half on tokens."""
+
+
+class Initialization(Section):
+    """How the weights of a model start."""
+
+    init: Literal["fan_in", "released"] = "fan_in"
+    """``fan_in``: std 1/sqrt(fan in); ``released``: ``initializer_range`` everywhere."""
+    initializer_range: PositiveFloat = 0.02
+
+
+class BackboneRecipe(Initialization):
+    """Shape of the Llama-like Transformer that both language models share."""
+
+    vocab_size: Positive | None = None
+    """Taken from the data store where absent."""
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_hidden_layers: Positive
+    num_attention_heads: Positive
+    rope_theta: PositiveFloat = 10000.0
+
+
+class CalmRecipe(BackboneRecipe):
+    """A continuous autoregressive language model: backbone over patches and a generative head."""
+
+    kind: Literal["calm"]
+    patch_size: Positive = 4
+    """Tokens per patch, K."""
+    latent_size: Positive | None = None
+    """Taken from the data store where absent."""
+    autoencoder: str | None = None
+    """Autoencoder checkpoint directory; taken from the data store where absent."""
+    autoencoder_size: AutoencoderSize = AutoencoderSize()
+    """Shape of that autoencoder, from which its FLOPs and memory are counted; the paper's where
+    absent, replaced by the checkpoint's own (`Recipe.with_autoencoder`) once there is one."""
+    head: HeadRecipe = HeadRecipe()
+
+
+class TransformerRecipe(BackboneRecipe):
+    """The discrete baseline on the same backbone, with an untied output layer."""
+
+    kind: Literal["transformer"]
+
+    @property
+    def patch_size(self) -> int:
+        """One: every token is a step."""
+        return 1
+
+
+class AutoencoderRecipe(AutoencoderSize, Initialization):
+    """The autoencoder that packs K tokens into one Gaussian latent."""
+
+    kind: Literal["autoencoder"]
+    vocab_size: Positive | None = None
+    """Taken from the data store where absent."""
+    patch_size: Positive = 4
+    latent_size: Positive = 128
+    latent_dropout: Probability = 0.15
+    token_dropout: Probability = 0.15
+    """Probability with which an input token is replaced by ``replaced_token_id``."""
+    replaced_token_id: NonNegative | None = None
+    """The tokenizer's padding token where absent."""
+    kl_weight: NonNegativeFloat = 1e-3
+    kl_clamp: NonNegativeFloat = 0.5
+    """Floor of the KL term of each dimension of each latent."""
+
+
+Model = Annotated[CalmRecipe | TransformerRecipe | AutoencoderRecipe, Field(discriminator="kind")]
+
+
+class DataSource(Section):
+    """One store of a mixture."""
+
+    path: Text
+    weight: PositiveFloat = 1.0
+    """Share of the blocks drawn from it, relative to the other weights."""
+
+
+DataPath = Annotated[
+    Annotated[Text, Tag("store")]
+    | Annotated[
+        tuple[DataSource, ...],
+        # Strict tuples refuse the lists that YAML gives.
+        Field(strict=False),
+        Tag("mixture"),
+    ],
+    Discriminator(lambda value: "store" if isinstance(value, str) else "mixture"),
+]
+
+
+class Data(Section):
+    """Where blocks of tokens and latents come from."""
+
+    path: DataPath
+    """A store, or a list of ``{path, weight}``."""
+    tokenizer: str | None = None
+    """Tokenizer file; the store's own copy where absent."""
+    block_size: Positive | None = None
+    """Tokens per block; taken from the data store where absent."""
+    latents: Literal["stored", "on_the_fly"] = "stored"
+    seed: NonNegative = 0
+    """Seed of the order in which blocks are read."""
+    num_workers: NonNegative = 0
+    """Reader processes per rank; 0 reads in the training process."""
+    cache_dir: str | None = None
+    """Where shards of remote stores are kept; a temporary directory where absent."""
+
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        """The stores with their weights, whichever way ``path`` was written."""
+        return (DataSource(path=self.path),) if isinstance(self.path, str) else self.path
+
+
+class Parallel(Section):
+    """How the model is cut over processes."""
+
+    tensor_parallel_size: Positive = 1
+    pipeline_parallel_size: Positive = 1
+    virtual_pipeline_size: Annotated[int, Field(ge=2)] | None = None
+    """Model chunks per pipeline stage for the interleaved schedule; plain 1F1B where absent."""
+    sequence_parallel: bool = False
+    """Share norms and dropout along the sequence over tensor-parallel ranks; no effect alone."""
+    context_parallel_size: Positive = 1
+    zero_stage: int = 2
+    """ZeRO stage of the head's engine, over all ranks of the last pipeline stage."""
+    world_size: Positive | None = None
+    """Processes planned for; the launch decides. Where absent: one model replica."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    recompute: bool = False
+    """Recompute each layer's activations in the backward pass instead of keeping them."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that hold one model replica: TP x PP x CP."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
+
+    @property
+    def chunks_per_stage(self) -> int:
+        """Model chunks that each pipeline stage holds."""
+        return self.virtual_pipeline_size or 1
+
+    @property
+    def use_sequence_parallel(self) -> bool:
+        """Whether the sequence is really cut: asked for, and TP > 1."""
+        return self.sequence_parallel and self.tensor_parallel_size > 1
+
+
+class Training(Section):
+    """Length, batch and optimizer (AdamW) of a run."""
+
+    steps: Positive
+    micro_batch_size: Positive
+    """Blocks per forward pass and rank."""
+    global_batch_size: Positive
+    """Blocks per optimizer step, over all ranks."""
+    learning_rate: PositiveFloat = 3e-4
+    warmup_steps: NonNegative = 2000
+    """Steps of linear warm-up; may exceed ``steps``."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """After warm-up: constant, or a decay to zero at ``steps``."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Not applied to biases and norms."""
+    adam_beta1: Probability = 0.9
+    adam_beta2: Probability = 0.95
+    adam_eps: PositiveFloat = 1e-8
+    clip_grad_norm: PositiveFloat = 1.0
+    """Limit of the joint gradient norm of backbone and head."""
+
+
+class Checkpoint(Section):
+    """When checkpoints are written."""
+
+    every: Positive = 1000
+    """Steps between checkpoints; the last step always writes one."""
+    keep: Positive = 2
+    """Newest checkpoints that stay on disk."""
+
+
+class Logging(Section):
+    """What is reported while training."""
+
+    every: Positive = 10
+    """Steps between records."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    tensorboard: bool = False
+    project: str = "calm_dist"
+
+
+class Health(Section):
+    """When a run gives up."""
+
+    timeout_seconds: PositiveFloat = 600.0
+    """Longest wait for another rank."""
+    max_skipped_steps: Positive = 50
+    """Consecutive steps with a non-finite loss or gradient after which the run ends."""
+
+
+class Evaluation(Section):
+    """How held-out scores are taken."""
+
+    data: str | None = None
+    """Store on which autoencoder training measures reconstruction; where absent, the store
+    ``valid`` beside the first of ``data.path``, if there is one."""
+    blocks: Positive | None = None
+    """Blocks that are scored; all of the store where absent."""
+    samples: Annotated[int, Field(ge=2)] = 8
+    """Draws per position; the Brier score needs two."""
+    seed: NonNegative = 0

@@ -1,0 +1,1 @@
+"""What a user looks at: plans before a run, comparisons and reports after it."""

@@ -1,0 +1,117 @@
+"""What finished (or unfinished) run directories say: their recipe, and their metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from calm_dist.errors import UserError
+from calm_dist.flops import Counts, count
+from calm_dist.recipe import Recipe, load_recipe
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory as read from disk."""
+
+    path: Path
+    recipe: Recipe
+    training: list[Record] = field(default_factory=list)
+    """Records with a loss, by step; of a step that was run again after a resume, the last."""
+    evaluations: list[Record] = field(default_factory=list)
+    """The ``eval`` parts with their ``step``, by step; of one step the last."""
+
+    @property
+    def name(self) -> str:
+        return self.recipe.run.display_name
+
+    @property
+    def kind(self) -> str:
+        return self.recipe.model.kind
+
+    @property
+    def last_evaluation(self) -> Record:
+        """The evaluation of the last evaluated step; empty where there is none."""
+        return self.evaluations[-1] if self.evaluations else {}
+
+    @property
+    def comparable_evaluations(self) -> list[Record]:
+        """The evaluations taken on the same data and in the same way as the last one."""
+        wanted = conditions(self.last_evaluation)
+        return [
+            e for e in self.evaluations if conditions(e) == wanted and e.get("brierlm") is not None
+        ]
+
+    @property
+    def tokens_seen(self) -> int | None:
+        """Measured training tokens; None where nothing was recorded."""
+        trained = [record["tokens"] for record in self.training if "tokens" in record]
+        evaluated = [e["tokens_seen"] for e in self.evaluations if e.get("tokens_seen") is not None]
+        return max(trained or evaluated, default=None)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Median over the training records."""
+        rates = [r["tokens_per_second"] for r in self.training if r.get("tokens_per_second")]
+        return median(rates) if rates else None
+
+    def counts(self, tokens: int | None = None) -> Counts:
+        """Parameters and FLOPs over ``tokens`` (default: those seen, 0 where unknown)."""
+        return count(self.recipe, tokens=(self.tokens_seen or 0) if tokens is None else tokens)
+
+
+def conditions(evaluation: Record) -> tuple[Any, ...]:
+    """What two BrierLM must share to be compared: the data, the block size, the n-grams."""
+    protocol = evaluation.get("protocol") or {}
+    names = ("block_size", "patch_size", "alignment")
+    return (evaluation.get("data_fingerprint"), *(protocol.get(name) for name in names))
+
+
+def read_run(path: str | Path) -> Run:
+    """Read a run directory. Metrics may be missing; the recipe may not.
+
+    Raises:
+        UserError: the directory or its recipe.yaml is not there, or metrics.jsonl is unreadable.
+    """
+    path = Path(path)
+    if not (path / "recipe.yaml").is_file():
+        raise UserError(f"{path}: no recipe.yaml in it; give a run directory of tools/train.py")
+    records = _read_records(path / "metrics.jsonl")
+    training = {record["step"]: record for record in records if "loss" in record}
+    evaluations = {
+        record["step"]: {"step": record["step"], **record["eval"]}
+        for record in records
+        if "eval" in record
+    }
+    return Run(
+        path,
+        load_recipe(path / "recipe.yaml"),
+        [training[step] for step in sorted(training)],
+        [evaluations[step] for step in sorted(evaluations)],
+    )
+
+
+def _read_records(path: Path) -> list[Record]:
+    """The records of a metrics.jsonl; a line that a killed run left unfinished is passed over."""
+    if not path.exists():
+        return []
+    records: list[Record] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
+    return records
+
+
+def first_of_kind(entries: Sequence[dict[str, Any]], kind: str) -> dict[str, Any] | None:
+    """The first entry of report.json's ``models`` of that kind."""
+    return next((entry for entry in entries if entry["kind"] == kind), None)

@@ -1,0 +1,54 @@
+"""Adam's moments as a safetensors file, by parameter name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from calm_dist.errors import CheckpointError
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save_adam(optimizer: torch.optim.AdamW, model: nn.Module, directory: Path) -> None:
+    """Write both moments of every parameter; before the first step there are none."""
+    tensors = {
+        f"{moment}.{name}": optimizer.state[parameter][moment].contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+        for moment in _MOMENTS
+    }
+    save_file(tensors, directory / OPTIMIZER_FILE)
+
+
+def load_adam(optimizer: torch.optim.AdamW, model: nn.Module, directory: Path, steps: int) -> None:
+    """Read what `save_adam` wrote after ``steps`` updates.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or of another model.
+    """
+    if steps == 0:
+        return
+    path = directory / OPTIMIZER_FILE
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = optimizer.state_dict()["param_groups"]
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    try:
+        tensors = load_file(path)
+        state = {
+            number: {
+                # One tensor each: a shared one would be counted up once per parameter.
+                "step": torch.tensor(float(steps)),
+                **{moment: tensors[f"{moment}.{names[p]}"] for moment in _MOMENTS},
+            }
+            for number, p in enumerate(order)
+        }
+    except (OSError, SafetensorError, KeyError) as error:
+        raise CheckpointError(f"{path}: does not hold this optimizer's state ({error})") from error
+    # It also moves the tensors to where each parameter lies.
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,0 +1,402 @@
+"""Training of the autoencoder: plain torch, data parallel.
+
+A checkpoint is a directory in the released layout (``config.json``, ``model.safetensors``), so that
+`interop.huggingface.load_autoencoder` reads it, plus what a resume needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from calm_dist.data.store import StoreMeta
+from calm_dist.data.stream import Batch, Store, open_store, open_training_stream
+from calm_dist.errors import CheckpointError, DataError, RecipeError
+from calm_dist.interop.huggingface import load_autoencoder, save_autoencoder
+from calm_dist.losses.autoencoder import (
+    AutoencoderLoss,
+    TrainingNoise,
+    autoencoder_loss,
+    draw_training_noise,
+)
+from calm_dist.losses.reconstruction import Reconstruction
+from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
+from calm_dist.models.weights import init_std, initialize_module
+from calm_dist.parallel.launch import join_world, read_world, select_device
+from calm_dist.parallel.peers import name_lost_peers
+from calm_dist.parallel.rank_zero import on_rank_zero
+from calm_dist.recipe import Recipe
+from calm_dist.training import checkpoint
+from calm_dist.training.adam_state import load_adam, save_adam
+from calm_dist.training.metrics import MetricsLog
+from calm_dist.training.resolve import resolve
+from calm_dist.training.run import prepare_run_directory
+from calm_dist.training.schedule import learning_rate
+
+HELD_OUT = "valid"
+
+
+def train_autoencoder(recipe: Recipe) -> None:
+    """Train the autoencoder of a recipe in the world that the launcher made.
+
+    Raises:
+        UserError: recipe, data, checkpoint or launch are wrong.
+        PeerLostError: another process died.
+    """
+    check_kind(recipe)
+    world = read_world()
+    world.export()
+    recipe = resolve(recipe.with_world_size(world.size))
+    device = select_device(world, recipe.parallel.device)
+    store = join_world(world, device, recipe.health.timeout_seconds)
+    try:
+        with name_lost_peers(store, world):
+            if world.rank == 0:
+                prepare_run_directory(recipe, world)
+            AutoencoderTrainer(recipe, device).run()
+            dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def check_kind(recipe: Recipe) -> None:
+    """Raises RecipeError for the recipe of a language model."""
+    if recipe.model.kind != "autoencoder":
+        raise RecipeError(
+            f"model.kind: {recipe.model.kind}; this command trains autoencoders, use "
+            "tools/train.py for language models"
+        )
+
+
+def autoencoder_config(recipe: Recipe) -> AutoencoderConfig:
+    """The model's configuration from a recipe that `resolve` has completed."""
+    model = recipe.model
+    assert model.kind == "autoencoder" and model.vocab_size is not None
+    return AutoencoderConfig(
+        vocab_size=model.vocab_size,
+        patch_size=model.patch_size,
+        latent_size=model.latent_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_encoder_layers=model.num_encoder_layers,
+        num_decoder_layers=model.num_decoder_layers,
+        ae_dropout=model.latent_dropout,
+        token_dropout=model.token_dropout,
+        # Absent only where token_dropout is 0 and nothing is replaced.
+        replaced_token_id=model.replaced_token_id or 0,
+        kl_weight=model.kl_weight,
+        kl_clamp=model.kl_clamp,
+    )
+
+
+def build_autoencoder(recipe: Recipe) -> Autoencoder:
+    """The initialised autoencoder, fp32 on the CPU."""
+    autoencoder = Autoencoder(autoencoder_config(recipe))
+    initialize_module(autoencoder, "autoencoder", init_std(recipe.model), recipe.run.seed)
+    return autoencoder
+
+
+def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.AdamW:
+    """AdamW that decays matrices, the embedding among them, but not norms and biases."""
+    training = recipe.training
+    parameters = list(model.parameters())
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim > 1]},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=training.learning_rate,
+        betas=(training.adam_beta1, training.adam_beta2),
+        eps=training.adam_eps,
+        weight_decay=training.weight_decay,
+        fused=True,
+    )
+
+
+def block_noise(
+    model: Autoencoder, tokens: torch.Tensor, index: torch.Tensor, seed: int, step: int
+) -> TrainingNoise:
+    """Noise keyed by (seed, step, number of the block): any number of ranks trains one model.
+
+    Args:
+        tokens: [B, T], on the device of the noise.
+        index: [B], number of each block in its stores.
+    """
+    drawn = [
+        draw_training_noise(model, block[None], _generator(tokens.device, seed, step, number))
+        for block, number in zip(tokens, index.tolist(), strict=True)
+    ]
+    return TrainingNoise(*(torch.cat(parts) for parts in zip(*drawn, strict=True)))
+
+
+def _generator(device: torch.device, *key: int | str) -> torch.Generator:
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step did; the same on every rank. Losses in nats."""
+
+    loss: float
+    cross_entropy: float
+    kl: float
+    grad_norm: float
+    learning_rate: float
+    skipped: bool
+
+
+class _LossModule(nn.Module):
+    """The loss as a module: DDP averages the gradients of what runs in its forward."""
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, tokens: torch.Tensor, noise: TrainingNoise) -> AutoencoderLoss:
+        return autoencoder_loss(self.autoencoder, tokens, noise)
+
+
+class AutoencoderTrainer:
+    """One rank of a run: builds or resumes it, and trains to the recipe's last step."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.recipe, self.device = recipe, device
+        self.run_dir = Path(recipe.run.dir)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.step = 0
+        self.adam_steps = 0
+        self.skipped_in_a_row = 0
+        self.model = build_autoencoder(recipe).to(device)
+        self.optimizer = build_optimizer(recipe, self.model)
+        self._loss: nn.Module = _LossModule(self.model)
+        if self.world_size > 1:
+            self._loss = DistributedDataParallel(self._loss, gradient_as_bucket_view=True)
+        self._stream = open_training_stream(
+            [source.path for source in recipe.data.sources],
+            [source.weight for source in recipe.data.sources],
+            batch_size=recipe.training.global_batch_size // self.world_size,
+            seed=recipe.data.seed,
+            num_workers=recipe.data.num_workers,
+            cache_dir=recipe.data.cache_dir,
+        )
+        self._held_out = open_held_out(recipe, self._stream.metas[0])
+        self._resume()
+        self._metrics: MetricsLog | None = None
+        if self.rank == 0:
+            self._announce()
+            self._metrics = MetricsLog(recipe, self.run_dir, self.step)
+
+    def run(self) -> None:
+        """Train until the last step; the last step always leaves a checkpoint."""
+        recipe = self.recipe
+        batches = iter(self._stream)
+        while self.step < recipe.training.steps:
+            started = time.perf_counter()
+            result = self.train_step(next(batches))
+            self.step += 1
+            self._log(result, time.perf_counter() - started)
+            self._check_health(result)
+            if self.step % recipe.checkpoint.every == 0 or self.step == recipe.training.steps:
+                # The score comes first: where there is a checkpoint, there is its score.
+                self._evaluate()
+                on_rank_zero(self._save)
+        if self._metrics is not None:
+            self._metrics.close()
+
+    def train_step(self, batch: Batch) -> StepResult:
+        """One optimizer step on this rank's blocks of a global batch."""
+        training = self.recipe.training
+        self.optimizer.zero_grad()
+        sums = torch.zeros(3, device=self.device)
+        parts = list(
+            zip(
+                batch["tokens"].split(training.micro_batch_size),
+                batch["index"].split(training.micro_batch_size),
+                strict=True,
+            )
+        )
+        for number, (tokens, index) in enumerate(parts):
+            tokens = tokens.to(self.device)
+            noise = block_noise(self.model, tokens, index, self.recipe.run.seed, self.step)
+            with self._gradient_exchange(number == len(parts) - 1), self._autocast():
+                losses = self._loss(tokens, noise)
+                (losses.total / len(parts)).backward()
+            sums += torch.stack(losses).detach() / len(parts)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_grad_norm)
+        dist.all_reduce(sums)
+        loss, cross_entropy, kl = (sums / self.world_size).tolist()
+        rate = learning_rate(training, self.step)
+        skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        if not skipped:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.adam_steps += 1
+        return StepResult(loss, cross_entropy, kl, float(norm), rate, skipped)
+
+    def _gradient_exchange(self, wanted: bool) -> contextlib.AbstractContextManager[None]:
+        """Gradients are averaged over ranks in the last micro-batch's backward pass only."""
+        if wanted or not isinstance(self._loss, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self._loss.no_sync()
+
+    def _autocast(self) -> torch.autocast:
+        """bf16 matrix products on GPUs; weights, moments and the loss stay fp32."""
+        enabled = self.recipe.precision == "bf16" and self.device.type == "cuda"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def evaluate(self) -> dict[str, Any] | None:
+        """Reconstruction on the held-out store, the same on every rank; None without one."""
+        store, settings = self._held_out, self.recipe.evaluation
+        if store is None:
+            return None
+        wanted = min(settings.blocks or len(store), len(store))
+        numbers = [i * len(store) // wanted for i in range(wanted)]
+        config = self.model.config
+        result = Reconstruction(config.latent_size, self.device)
+        for number in numbers[self.rank :: self.world_size]:
+            tokens = torch.from_numpy(store[number]["tokens"].astype(np.int64)).to(self.device)
+            generator = _generator(self.device, settings.seed, "evaluation", number)
+            shape = (len(tokens) // config.patch_size, config.latent_size)
+            eps = torch.randn(shape, generator=generator, device=self.device)
+            result.add_block(self.model, tokens, eps)
+        dist.all_reduce(result.latent_sums)
+        dist.all_reduce(result.counts)
+        return result.summary(config.patch_size)
+
+    def _evaluate(self) -> None:
+        values = self.evaluate()
+        if values is None or self._metrics is None:
+            return
+        self._metrics.evaluation(self.step, values)
+        print(
+            f"step {self.step} | held-out tokens right: {values['token_accuracy']:.3%} (from the "
+            f"mean {values['token_accuracy_mean']:.3%}) | {values['collapsed_dims']} of "
+            f"{values['latent_size']} dimensions collapsed | std {values['mean_std']:.2f}",
+            flush=True,
+        )
+
+    def _save(self) -> None:
+        """Write and commit a checkpoint, on one rank."""
+        temporary = checkpoint.begin(self.run_dir, self.step)
+        save_autoencoder(self.model, temporary)
+        save_adam(self.optimizer, self.model, temporary)
+        state = {
+            "format": 1,
+            "step": self.step,
+            "tokens": self.step * self.recipe.tokens_per_step,
+            "adam_steps": self.adam_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "data": self._stream.state_dict(self.step),
+        }
+        text = json.dumps(state, indent=1) + "\n"
+        (temporary / checkpoint.STATE_FILE).write_text(text, encoding="utf-8")
+        (temporary / checkpoint.RECIPE_FILE).write_text(self.recipe.to_yaml(), encoding="utf-8")
+        checkpoint.commit(temporary, self.recipe.checkpoint.keep)
+
+    def _resume(self) -> None:
+        """Go on from the newest valid checkpoint of the run directory, if it has one."""
+        directory = on_rank_zero(lambda: checkpoint.newest_valid(self.run_dir))
+        if directory is None:
+            return
+        saved = load_autoencoder(directory)
+        _check_same_config(directory, saved.config, self.model.config)
+        state = json.loads((directory / checkpoint.STATE_FILE).read_text(encoding="utf-8"))
+        self.model.load_state_dict(saved.state_dict())
+        load_adam(self.optimizer, self.model, directory, state["adam_steps"])
+        self._stream.load_state_dict(state["data"])
+        self.step, self.adam_steps = state["step"], state["adam_steps"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        if self.rank == 0:
+            print(f"resumed from {directory} at step {self.step}", flush=True)
+
+    def _announce(self) -> None:
+        """Say what a user would not expect."""
+        if self._held_out is None:
+            print(
+                f"note: no store {HELD_OUT!r} lies beside data.path, so reconstruction is not "
+                "measured; name a held-out store in evaluation.data",
+                file=sys.stderr,
+            )
+        if self.recipe.precision == "bf16" and self.device.type != "cuda":
+            print("note: precision bf16 is for GPUs; this run computes in fp32", file=sys.stderr)
+
+    def _log(self, result: StepResult, seconds: float) -> None:
+        every, step = self.recipe.logging.every, self.step
+        if self._metrics is None or (step % every and step != self.recipe.training.steps):
+            return
+        tokens = self.recipe.tokens_per_step
+        self._metrics.training(
+            {
+                "step": step,
+                **result._asdict(),
+                "tokens": step * tokens,
+                "tokens_per_second": tokens / seconds,
+                "step_seconds": seconds,
+                "skipped": int(result.skipped),
+            }
+        )
+
+    def _check_health(self, result: StepResult) -> None:
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
+        limit = self.recipe.health.max_skipped_steps
+        if self.skipped_in_a_row > limit:
+            raise RuntimeError(
+                f"step {self.step}: loss or gradient not finite for {self.skipped_in_a_row} steps "
+                f"in a row (health.max_skipped_steps={limit}); lower training.learning_rate or "
+                "look at the data"
+            )
+
+
+def open_held_out(recipe: Recipe, training: StoreMeta) -> Store | None:
+    """The store on which reconstruction is measured, if there is one.
+
+    Raises:
+        DataError: it is damaged, or its tokens do not fit the training store's.
+    """
+    path = recipe.evaluation.data
+    if path is None:
+        first = recipe.data.sources[0].path
+        sibling = Path(first).with_name(HELD_OUT)
+        if "://" in first or sibling == Path(first) or not sibling.is_dir():
+            return None
+        path = str(sibling)
+    store = open_store(path)
+    meta = store.meta
+    if meta.tokenizer.sha256 != training.tokenizer.sha256:
+        raise DataError(
+            f"evaluation.data: {path} was made with another tokenizer "
+            f"({meta.tokenizer.sha256[:12]}…) than the training data "
+            f"({training.tokenizer.sha256[:12]}…); encode it again with the same"
+        )
+    if meta.block_size % recipe.model.patch_size:
+        raise DataError(
+            f"evaluation.data: {path} has blocks of {meta.block_size} tokens, no multiple of "
+            f"model.patch_size {recipe.model.patch_size}; encode it again"
+        )
+    return store
+
+
+def _check_same_config(directory: Path, saved: AutoencoderConfig, now: AutoencoderConfig) -> None:
+    """A checkpoint goes on only with the model and losses that it was written for."""
+    before, after = dataclasses.asdict(saved), dataclasses.asdict(now)
+    changed = [name for name in after if before[name] != after[name]]
+    if changed:
+        listed = ", ".join(f"{name}: {before[name]} -> {after[name]}" for name in changed)
+        raise CheckpointError(
+            f"{directory}: was written for another autoencoder ({listed}); use its recipe, or "
+            "another run.dir"
+        )

@@ -1,0 +1,99 @@
+"""Models and optimizers of a run, from its recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer import TransformerConfig
+
+from calm_dist.interop.huggingface import load_autoencoder
+from calm_dist.models.backbone import Backbone, transformer_config
+from calm_dist.models.heads.energy import EnergyHead
+from calm_dist.models.initialize import initialize_backbone
+from calm_dist.models.transformer import Transformer
+from calm_dist.models.weights import init_std, initialize_module
+from calm_dist.parallel.pipeline import CalmForwardStep, ForwardStep, TransformerForwardStep
+from calm_dist.parallel.topology import Topology
+from calm_dist.parallel.zero_head import ZeroHead
+from calm_dist.recipe import CalmRecipe, Recipe
+from calm_dist.training.optimizer import build_body_optimizer
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything of a run that lives on this rank."""
+
+    config: TransformerConfig
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    head: ZeroHead | None
+    forward_step: ForwardStep
+
+
+def parameter_dtype(recipe: Recipe) -> torch.dtype:
+    """dtype of weights and activations."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.precision]
+
+
+def build_body(
+    recipe: Recipe, config: TransformerConfig, topology: Topology, vp_stage: int | None
+) -> Backbone:
+    """One initialised chunk of the body on this rank's device."""
+    chunks = recipe.parallel.chunks_per_stage
+    first = topology.pp_rank == 0 and (vp_stage or 0) == 0
+    last = topology.is_last_stage and (vp_stage or 0) == chunks - 1
+    model = recipe.model
+    assert model.kind != "autoencoder" and model.vocab_size is not None
+    kind = Backbone if model.kind == "calm" else Transformer
+    body = kind(recipe, config, topology.groups, first=first, last=last, vp_stage=vp_stage)
+    std = init_std(model, model.num_hidden_layers)
+    initialize_backbone(body, topology.groups, std, recipe.run.seed, model.vocab_size)
+    return body.to(device=topology.device, dtype=config.params_dtype)
+
+
+def build_head(model: CalmRecipe, seed: int) -> EnergyHead:
+    """The initialised head, fp32 on the CPU."""
+    assert model.latent_size is not None
+    head = EnergyHead(model.head, model.hidden_size, model.latent_size)
+    initialize_module(head, "head", init_std(model), seed)
+    if model.init == "released":
+        # With `fan_in` a small first sample lets gradients reach the body from the first step.
+        head.zero_final_layer()
+    return head
+
+
+def build_parts(recipe: Recipe, topology: Topology) -> Parts:
+    """Body chunks in Megatron's DDP, head in its ZeRO engine, optimizer and forward step."""
+    dtype = parameter_dtype(recipe)
+    config = transformer_config(recipe, dtype)
+    size = recipe.parallel.virtual_pipeline_size
+    stages = [None] if size is None else list(range(size))
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    chunks = [
+        DistributedDataParallel(config, ddp_config, build_body(recipe, config, topology, stage))
+        for stage in stages
+    ]
+    config.finalize_model_grads_func = finalize_model_grads
+    optimizer = build_body_optimizer(recipe, chunks, dtype)
+    head: ZeroHead | None = None
+    forward_step: ForwardStep
+    model = recipe.model
+    if model.kind == "calm":
+        autoencoder = None
+        if topology.is_last_stage:
+            module = build_head(model, recipe.run.seed).to(topology.device)
+            head = ZeroHead(module, recipe, topology)
+            if recipe.data.latents == "on_the_fly":
+                assert model.autoencoder is not None
+                autoencoder = load_autoencoder(model.autoencoder).to(topology.device)
+        forward_step = CalmForwardStep(recipe, topology, head, autoencoder)
+    else:
+        forward_step = TransformerForwardStep(recipe, topology)
+    return Parts(config, chunks, optimizer, head, forward_step)

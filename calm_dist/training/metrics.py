@@ -1,0 +1,159 @@
+"""The run's records: ``metrics.jsonl`` is the truth, the console and trackers are fed from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from calm_dist.recipe import Recipe
+
+METRICS_FILE = "metrics.jsonl"
+
+Record = dict[str, Any]
+
+
+class Tracker(Protocol):
+    """Something that is fed every record."""
+
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsLog:
+    """Appends records to a run's metrics.jsonl and passes them to the console and trackers.
+
+    Records of steps after ``resume_step`` belong to work that was lost and is done again: they
+    are dropped from the file.
+    """
+
+    def __init__(self, recipe: Recipe, run_dir: Path, resume_step: int) -> None:
+        self._total_steps = recipe.training.steps
+        self._path = run_dir / METRICS_FILE
+        if self._path.exists():
+            _drop_records_after(self._path, resume_step)
+        self._file: IO[str] = self._path.open("a", encoding="utf-8")
+        self._trackers = _open_trackers(recipe, run_dir)
+
+    def training(self, record: Record) -> None:
+        """Log one training step."""
+        self._write(record)
+        print(self._console_line(record), flush=True)
+        values = {name: value for name, value in record.items() if name != "step"}
+        for tracker in self._trackers:
+            tracker.log(record["step"], values)
+
+    def evaluation(self, step: int, values: dict[str, Any]) -> None:
+        """Log an evaluation; it carries ``eval`` and no key ``loss``."""
+        self._write({"step": step, "eval": values})
+        numbers = {f"eval/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+        for tracker in self._trackers:
+            tracker.log(step, numbers)
+
+    def close(self) -> None:
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def _write(self, record: Record) -> None:
+        # One write per line, so that a reader or a crash never sees half a record of ours.
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def _console_line(self, record: Record) -> str:
+        remaining = (self._total_steps - record["step"]) * record["step_seconds"]
+        return (
+            f"step {record['step']}/{self._total_steps} | loss {record['loss']:.4f} | "
+            f"grad norm {record['grad_norm']:.3f} | lr {record['learning_rate']:.2e} | "
+            f"{record['tokens_per_second']:,.0f} tokens/s | {_duration(remaining)} left"
+            + (" | SKIPPED: not finite" if record["skipped"] else "")
+        )
+
+
+def read_records(run_dir: str | Path) -> list[Record]:
+    """All records of a run, in order; a line cut short by a crash is left out."""
+    path = Path(run_dir) / METRICS_FILE
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def _drop_records_after(path: Path, step: int) -> None:
+    kept = [record for record in read_records(path.parent) if record["step"] <= step]
+    replacement = path.with_suffix(".tmp")
+    text = "".join(json.dumps(record) + "\n" for record in kept)
+    replacement.write_text(text, encoding="utf-8")
+    os.replace(replacement, path)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def _open_trackers(recipe: Recipe, run_dir: Path) -> list[Tracker]:
+    trackers: list[Tracker] = []
+    if recipe.logging.wandb != "off":
+        trackers.append(WandbTracker(recipe, run_dir))
+    if recipe.logging.tensorboard:
+        trackers.append(TensorBoardTracker(run_dir))
+    return trackers
+
+
+class WandbTracker:
+    """Weights & Biases; a resumed run goes on in the same wandb run."""
+
+    def __init__(self, recipe: Recipe, run_dir: Path) -> None:
+        import wandb
+
+        mode = recipe.logging.wandb
+        if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+            print(
+                "logging.wandb=online, but no API key is set: logging offline; "
+                "`wandb login`, then `wandb sync` the run's wandb directory",
+                file=sys.stderr,
+            )
+            mode = "offline"
+        id_file = run_dir / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(wandb.util.generate_id() + "\n", encoding="utf-8")
+        self._run = wandb.init(
+            project=recipe.logging.project,
+            name=recipe.run.display_name,
+            id=id_file.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            mode=mode,  # type: ignore[arg-type]
+            dir=run_dir,
+            config=recipe.to_dict(),
+            settings=wandb.Settings(silent=True),
+        )
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorBoardTracker:
+    """TensorBoard event files under ``logs/tensorboard``."""
+
+    def __init__(self, run_dir: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_dir / "logs" / "tensorboard"))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()

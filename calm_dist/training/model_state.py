@@ -1,0 +1,135 @@
+"""Weights and optimizer state of body and head in one Megatron distributed checkpoint.
+
+Tensors are stored by global name and position, so a checkpoint loads on any TP/PP/DP/ZeRO layout.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.optimizer import MegatronOptimizer
+from torch import nn
+
+from calm_dist.errors import CheckpointError
+from calm_dist.parallel.topology import Topology
+from calm_dist.parallel.zero_head import ZeroHead
+
+TENSORS = "tensors"
+_HEAD = "head."
+
+
+def save(
+    directory: Path,
+    chunks: list[Any],
+    optimizer: MegatronOptimizer,
+    head: ZeroHead | None,
+    topology: Topology,
+) -> None:
+    """Write the state of all ranks below ``directory``; a collective of the world."""
+    target = directory / TENSORS
+    if topology.rank == 0:
+        target.mkdir()
+    dist.barrier()
+    state = _body_state(chunks)
+    state["optimizer"] = optimizer.sharded_state_dict(_body_state(chunks))
+    if head is not None:
+        replica = topology.head_ranks.index(topology.rank)
+        state |= _head_state(head.export_state(), replica)
+    dist_checkpointing.save(state, str(target))
+
+
+def load(
+    directory: Path,
+    chunks: list[Any],
+    optimizer: MegatronOptimizer,
+    head: ZeroHead | None,
+    adam_step: int,
+) -> None:
+    """Read the state that `save` wrote, on this or another layout; a collective of the world.
+
+    Args:
+        adam_step: updates that the optimizers have made.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model.
+    """
+    state = _body_state(chunks)
+    state["optimizer"] = optimizer.sharded_state_dict(_body_state(chunks), is_loading=True)
+    if head is not None:
+        state |= _head_state(head.export_state(), replica=0)
+    loaded = _load(state, directory)
+    _load_body(chunks, loaded)
+    optimizer.load_state_dict(loaded["optimizer"])
+    if head is not None:
+        head.import_state(_strip(loaded), adam_step)
+
+
+def load_weights(directory: Path, body: Any, head: nn.Module | None) -> None:
+    """Read only the weights, into one process: body and unwrapped head.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model.
+    """
+    state = _body_state([body])
+    if head is not None:
+        weights = {f"fp32.{name}": p.detach().float() for name, p in head.named_parameters()}
+        state |= _head_state(weights, replica=0)
+    loaded = _load(state, directory)
+    _load_body([body], loaded)
+    if head is not None:
+        head.load_state_dict({n.removeprefix("fp32."): t for n, t in _strip(loaded).items()})
+
+
+def _body_state(chunks: list[Any]) -> dict[str, Any]:
+    """Sharded tensors of this rank's chunks; the number of a chunk is local, the keys are not."""
+    return {
+        f"{number}/{name}": tensor
+        for number, chunk in enumerate(chunks)
+        for name, tensor in _unwrap(chunk).sharded_state_dict().items()
+    }
+
+
+def _load_body(chunks: list[Any], loaded: dict[str, Any]) -> None:
+    for number, chunk in enumerate(chunks):
+        prefix = f"{number}/"
+        weights = {n.removeprefix(prefix): t for n, t in loaded.items() if n.startswith(prefix)}
+        _unwrap(chunk).load_state_dict(weights)
+
+
+def _head_state(tensors: dict[str, torch.Tensor], replica: int) -> dict[str, ShardedTensor]:
+    return {
+        f"{_HEAD}{name}": ShardedTensor.from_rank_offsets(
+            f"{_HEAD}{name}", tensor, replica_id=(0, 0, replica)
+        )
+        for name, tensor in tensors.items()
+    }
+
+
+def _strip(loaded: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {n.removeprefix(_HEAD): t for n, t in loaded.items() if n.startswith(_HEAD)}
+
+
+def _unwrap(chunk: Any) -> Any:
+    """The module inside Megatron's DDP and mixed-precision wrappers."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def _load(state: dict[str, Any], directory: Path) -> dict[str, Any]:
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    source = directory / TENSORS
+    try:
+        return dist_checkpointing.load(state, str(source))
+    except (CheckpointingException, KeyError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{source}: does not fit the model of the recipe ({reason}); use the recipe that lies "
+            "beside it, or another run.dir"
+        ) from error

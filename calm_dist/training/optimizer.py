@@ -1,0 +1,111 @@
+"""One optimizer step over body (Megatron) and head (DeepSpeed) with one global gradient norm."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+from calm_dist.parallel.topology import Topology
+from calm_dist.parallel.zero_head import ZeroHead
+from calm_dist.recipe import Recipe
+from calm_dist.training.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did; the same on every rank."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    skipped: bool
+
+
+def build_body_optimizer(
+    recipe: Recipe, chunks: list[DistributedDataParallel], dtype: torch.dtype
+) -> MegatronOptimizer:
+    """Megatron's AdamW for the body, with its own clipping off."""
+    training = recipe.training
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=training.learning_rate,
+            weight_decay=training.weight_decay,
+            adam_beta1=training.adam_beta1,
+            adam_beta2=training.adam_beta2,
+            adam_eps=training.adam_eps,
+            clip_grad=0.0,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            log_num_zeros_in_grad=False,
+        ),
+        chunks,
+    )
+    for group in optimizer.param_groups:
+        # Only Megatron's own scheduler would apply the tag that spares norms and biases.
+        group["weight_decay"] = training.weight_decay * group.get("wd_mult", 1.0)
+    return optimizer
+
+
+class JointOptimizer:
+    """Clips body and head by their joint gradient norm and steps both, or skips both."""
+
+    def __init__(
+        self, recipe: Recipe, body: MegatronOptimizer, head: ZeroHead | None, topology: Topology
+    ) -> None:
+        self._training = recipe.training
+        self._body, self._head = body, head
+        self._device = topology.device
+
+    def step(self, step: int, loss: torch.Tensor) -> StepResult:
+        """Apply the gradients of training step ``step``.
+
+        Args:
+            loss: this rank's contribution to the mean loss, a scalar.
+
+        A loss or norm that is not finite anywhere skips the step on every rank.
+        """
+        rate = learning_rate(self._training, step)
+        self._body.prepare_grads()
+        total_loss, norm = self._reduce(loss)
+        skipped = not (math.isfinite(total_loss) and math.isfinite(norm))
+        if skipped:
+            if self._head is not None:
+                self._head.discard_gradients()
+        else:
+            self._clip(norm)
+            for group in self._body.param_groups:
+                group["lr"] = rate
+            self._body.step_with_ready_grads()
+            if self._head is not None:
+                self._head.step(rate)
+        return StepResult(total_loss, norm, rate, skipped)
+
+    def _reduce(self, loss: torch.Tensor) -> tuple[float, float]:
+        """The loss and the joint gradient norm, the same numbers on every rank."""
+        # Already summed over the ranks that share the body, and equal on its replicas.
+        body_norm = float(self._body.get_grad_norm())
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        sums[0] = loss
+        if self._head is not None:
+            sums[1] = self._head.squared_gradient_norm()
+        dist.all_reduce(sums)
+        total_loss, head_squared = sums.tolist()
+        return total_loss, math.sqrt(body_norm**2 + head_squared)
+
+    def _clip(self, norm: float) -> None:
+        limit = self._training.clip_grad_norm
+        # torch.nn.utils.clip_grad_norm_ and Megatron both add this to the norm.
+        factor = limit / (norm + 1e-6)
+        if factor >= 1.0:
+            return
+        for optimizer in getattr(self._body, "chained_optimizers", [self._body]):
+            clip_grad_by_total_norm_fp32(optimizer.get_parameters(), limit, norm)
+        if self._head is not None:
+            self._head.scale_gradients(factor)

@@ -1,0 +1,67 @@
+"""Complete a recipe from the files it names: the data store and the autoencoder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from calm_dist.data.corpus import file_sha256
+from calm_dist.data.store import StoreMeta, read_meta
+from calm_dist.errors import RecipeError
+from calm_dist.interop.layout import weights_file
+from calm_dist.recipe import Recipe
+from calm_dist.training.checkpoint import find_checkpoint
+
+
+def resolve(recipe: Recipe, *, missing_stores: bool = False) -> Recipe:
+    """The recipe with everything filled in that its stores and autoencoder say.
+
+    Args:
+        missing_stores: leave stores out that do not exist (for a dry run).
+
+    Raises:
+        DataError: a store is missing or damaged.
+        RecipeError: store or autoencoder do not fit the recipe.
+    """
+    for source in recipe.data.sources:
+        if missing_stores and "://" not in source.path and not Path(source.path).exists():
+            continue
+        meta = read_meta(source.path)
+        recipe = recipe.with_store(meta.to_dict())
+        _check_autoencoder(recipe, meta)
+    return with_autoencoder_shape(recipe)
+
+
+def with_autoencoder_shape(recipe: Recipe) -> Recipe:
+    """Take over the autoencoder's shape where its checkpoint is there."""
+    model = recipe.model
+    if model.kind != "calm" or model.autoencoder is None or not Path(model.autoencoder).is_dir():
+        return recipe
+    config = autoencoder_directory(model.autoencoder) / "config.json"
+    return recipe.with_autoencoder(json.loads(config.read_text(encoding="utf-8")))
+
+
+def autoencoder_directory(path: str | Path) -> Path:
+    """The directory with ``config.json`` and weights that ``path`` means: itself, or the newest
+    valid checkpoint of a run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    return path if (path / "config.json").is_file() else find_checkpoint(path)
+
+
+def _check_autoencoder(recipe: Recipe, meta: StoreMeta) -> None:
+    """Latents are decoded by the autoencoder that encoded them, or by none."""
+    model = recipe.model
+    if model.kind != "calm" or meta.autoencoder is None or model.autoencoder is None:
+        return
+    if not Path(model.autoencoder).is_dir():
+        return
+    found = file_sha256(weights_file(autoencoder_directory(model.autoencoder)))
+    if found != meta.autoencoder.sha256:
+        raise RecipeError(
+            f"model.autoencoder: {model.autoencoder} has sha256 {found[:12]}…, the store was "
+            f"encoded by {meta.autoencoder.sha256[:12]}…; name that autoencoder, or encode again"
+        )

@@ -1,0 +1,66 @@
+"""Packaging of calm_dist: ``pip install -c constraints.txt -e .``"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def read_version() -> str:
+    """``__version__`` as written, without importing the package and what it depends on."""
+    text = (ROOT / "calm_dist" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if match is None:
+        raise RuntimeError('calm_dist/__init__.py: no line __version__ = "..."')
+    return match[1]
+
+
+setup(
+    name="calm-dist",
+    version=read_version(),
+    description="Distributed pretraining of Continuous Autoregressive Language Models (CALM)",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The calm_dist authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["calm_dist", "calm_dist.*"]),
+    # megatron-core 0.16.1 is the last that runs on 3.11; deepspeed and streaming are not tested
+    # beyond 3.12.
+    python_requires=">=3.11,<3.13",
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core==0.16.1",
+        "deepspeed>=0.18.3,<0.20",
+        "mosaicml-streaming==0.13.0",
+        "numpy>=1.26,<2.2",
+        "pydantic>=2.10,<3",
+        "pyyaml>=6",
+        "safetensors>=0.4.3",
+        "tokenizers>=0.21",
+        "tiktoken>=0.7",
+        "zstandard>=0.22",
+        "tqdm>=4.66",
+        "matplotlib>=3.8,<4",
+        "wandb>=0.17",
+        "tensorboard>=2.15",
+    ],
+    extras_require={
+        "gpu": ["flash-attn>=2.7", "triton>=3"],
+        "hf": ["transformers>=4.45,<5"],
+        "dev": [
+            "pytest>=8",
+            "ruff>=0.11",
+            "mypy>=1.15",
+            "scipy>=1.11",
+            "types-PyYAML>=6",
+        ],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,36 @@
+"""Which tests run: the quick ones always, the long ones with ``--full``, GPU tests on a GPU."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run the long tests, too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: takes long; runs only with --full")
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped where there is none")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skips = {}
+    if not config.getoption("--full"):
+        skips["full"] = pytest.mark.skip(reason="long: runs with --full")
+    if any("gpu" in item.keywords for item in items) and not _has_gpu():
+        skips["gpu"] = pytest.mark.skip(reason="no NVIDIA GPU on this machine")
+    for item in items:
+        for name, skip in skips.items():
+            if item.get_closest_marker(name) is not None:
+                item.add_marker(skip)
+
+
+def _has_gpu() -> bool:
+    if shutil.which("nvidia-smi") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()

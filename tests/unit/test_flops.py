@@ -1,0 +1,247 @@
+"""Closed forms against published sizes, a hand count and torch's own FLOP counter."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from calm_dist import flops
+from calm_dist.errors import RecipeError
+from calm_dist.recipe import AutoencoderSize, CalmRecipe, load_recipe
+from calm_dist.reports.comparison_paper import compare_with_paper, format_comparison
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+TINY = RECIPES / "calm_tiny.yaml"
+ROWS = 6
+
+
+def measured(module: nn.Module, *inputs: torch.Tensor) -> int:
+    """FLOPs of a module on the meta device, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        module.to("meta")(*inputs)
+    return counter.get_total_flops()
+
+
+def meta(*shape: int) -> torch.Tensor:
+    return torch.empty(*shape, device="meta")
+
+
+def linears(*sizes: tuple[int, int], bias: bool = True) -> nn.ModuleList:
+    return nn.ModuleList(nn.Linear(*size, bias=bias) for size in sizes)
+
+
+class Mlp(nn.Module):
+    def __init__(self, d: int, f: int) -> None:
+        super().__init__()
+        self.norm, self.fc = nn.RMSNorm(d), linears((d, f), (d, f), (f, d), bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = self.norm(x)
+        return x + self.fc[2](F.silu(self.fc[0](normed)) * self.fc[1](normed))
+
+
+class Attention(nn.Module):
+    def __init__(self, d: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.norm = heads, nn.RMSNorm(d)
+        self.fc = linears((d, d), (d, d), (d, d), (d, d), bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = self.norm(x)
+        q, k, v = (fc(normed).unflatten(-1, (self.heads, -1)).transpose(0, 1) for fc in self.fc[:3])
+        mixed = (q @ k.transpose(1, 2)).softmax(-1) @ v
+        return x + self.fc[3](mixed.transpose(0, 1).flatten(1))
+
+
+class ReleasedHead(nn.Module):
+    """The authors' head: the condition is repeated for each sample before anything is computed."""
+
+    def __init__(self, d: int, blocks: int, noise: int, latent: int) -> None:
+        super().__init__()
+        self.embed = linears((noise, d), (d, d))
+        self.norms = nn.ModuleList(nn.LayerNorm(d) for _ in range(2))
+        self.blocks = nn.ModuleList(
+            nn.ModuleList([nn.LayerNorm(d), *linears((2 * d, d), (d, d), (d, 2 * d), (d, d))])
+            for _ in range(blocks)
+        )
+        self.final = nn.Sequential(
+            nn.LayerNorm(d), nn.Linear(d, d), nn.SiLU(), nn.Linear(d, latent)
+        )
+
+    def forward(self, hidden: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        hidden = hidden.expand(noise.shape[0], *hidden.shape)
+        x, condition = self.norms[0](self.embed[0](noise)), self.norms[1](self.embed[1](hidden))
+        for norm, first, second, third, last in self.blocks:
+            h = second(F.silu(first(torch.cat([norm(x), condition], -1))))
+            gate, up = third(F.silu(h)).chunk(2, -1)
+            x = x + last(F.silu(gate) * up)
+        return self.final(x)
+
+
+class SharedConditionHead(ReleasedHead):
+    """The same head with what depends on the condition alone computed once."""
+
+    def forward(self, hidden: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        x, condition = self.norms[0](self.embed[0](noise)), self.norms[1](self.embed[1](hidden))
+        for norm, first, second, third, last in self.blocks:
+            of_x, of_condition = first.weight.chunk(2, 1)
+            h = F.linear(norm(x), of_x) + F.linear(condition, of_condition, first.bias)
+            gate, up = third(F.silu(second(F.silu(h)))).chunk(2, -1)
+            x = x + last(F.silu(gate) * up)
+        return self.final(x)
+
+
+class Encoder(nn.Module):
+    def __init__(self, size: AutoencoderSize, patch_size: int, latent: int) -> None:
+        super().__init__()
+        d, f, half = size.hidden_size, size.intermediate_size, size.num_encoder_layers // 2
+        self.token_blocks = nn.Sequential(*(Mlp(d, f) for _ in range(half)))
+        self.squeeze = nn.Linear(patch_size * d, d)
+        self.patch_blocks = nn.Sequential(*(Mlp(d, f) for _ in range(half)))
+        self.out = nn.Sequential(nn.RMSNorm(d), nn.Linear(d, 2 * latent))
+
+    def forward(self, embedded: torch.Tensor) -> torch.Tensor:  # [patches, K, d]
+        return self.out(self.patch_blocks(self.squeeze(self.token_blocks(embedded).flatten(1))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, size: AutoencoderSize, patch_size: int, latent: int) -> None:
+        super().__init__()
+        d, f, half = size.hidden_size, size.intermediate_size, size.num_decoder_layers // 2
+        self.patch_blocks = nn.Sequential(nn.Linear(latent, d), *(Mlp(d, f) for _ in range(half)))
+        self.expand = nn.Linear(d, patch_size * d)
+        self.token_blocks = nn.Sequential(*(Mlp(d, f) for _ in range(half)), nn.RMSNorm(d))
+        self.patch_size = patch_size
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        expanded = self.expand(self.patch_blocks(latents)).unflatten(1, (self.patch_size, -1))
+        return self.token_blocks(expanded)
+
+
+def parameters(*modules: nn.Module) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("calm_s", 201_323_648),
+        ("calm_m", 371_731_584),
+        ("calm_l", 735_330_944),
+        ("calm_xl", 1_829_793_408),
+        ("transformer_s", 281_955_072),
+        ("transformer_m", 465_077_248),
+        ("transformer_l", 847_037_952),
+        ("autoencoder", 75_831_552),
+    ],
+)
+def test_recipes_have_the_published_sizes(name: str, parameters: int) -> None:
+    assert flops.count(load_recipe(RECIPES / f"{name}.yaml")).parameters == parameters
+
+
+def test_attention_and_mlp_match_torch() -> None:
+    recipe = load_recipe(TINY)
+    d, f, heads, steps = 128, 352, 4, recipe.num_patches
+    attention, mlp = Attention(d, heads), Mlp(d, f)
+    counts = flops.count(recipe)
+    # One block of T tokens is `steps` patches through 4 layers; training is three forwards.
+    for name, module in (("attention", attention), ("mlp", mlp)):
+        forward = 4 * measured(module, meta(steps, d))
+        assert counts.part(name).inference_flops_per_token * recipe.block_size == forward
+        assert counts.part(name).train_flops_per_token * recipe.block_size == 3 * forward
+        assert counts.part(name).parameters == 4 * parameters(module)
+
+
+def test_compressor_matches_torch() -> None:
+    recipe = load_recipe(TINY)
+    module = nn.Sequential(
+        nn.Linear(4 * 128, 256), nn.SiLU(), nn.Linear(256, 128), nn.LayerNorm(128)
+    )
+    part = flops.count(recipe).part("patch_compressor")
+    assert part.inference_flops_per_token * 4 * ROWS == measured(module, meta(ROWS, 512))
+    assert part.parameters == parameters(module)
+
+
+@pytest.mark.parametrize(("kind", "shared"), [(ReleasedHead, False), (SharedConditionHead, True)])
+def test_head_matches_torch(kind: type[ReleasedHead], shared: bool) -> None:
+    model = load_recipe(TINY).model
+    assert isinstance(model, CalmRecipe)
+    module = kind(d=128, blocks=2, noise=32, latent=32)
+    expected = measured(module, meta(ROWS, 128), meta(4, ROWS, 32))
+    assert flops.head_flops(model, 4, share_condition=shared) * ROWS == expected
+    assert flops.head_parameters(model) == parameters(module)
+
+
+def test_autoencoder_matches_torch() -> None:
+    overrides = ["model.num_encoder_layers=4", "model.patch_size=2", "model.latent_size=24"]
+    recipe = load_recipe(RECIPES / "autoencoder_tiny.yaml", overrides)
+    size, counts = recipe.model, flops.count(recipe)
+    assert isinstance(size, AutoencoderSize)
+    modules = {
+        "encoder": (Encoder(size, 2, 24), meta(ROWS, 2, 128)),
+        "decoder": (Decoder(size, 2, 24), meta(ROWS, 24)),
+        "output_layer": (nn.Linear(128, 512, bias=False), meta(2 * ROWS, 128)),
+    }
+    for name, (module, inputs) in modules.items():
+        part = counts.part(name)
+        assert part.inference_flops_per_token * 2 * ROWS == measured(module, inputs)
+        if name != "output_layer":  # tied
+            assert part.parameters == parameters(module)
+
+
+def test_sums_and_tokens() -> None:
+    recipe = load_recipe(TINY)
+    counts = flops.count(recipe)
+    assert counts.tokens == recipe.training.steps * 16 * 512
+    assert counts.train_flops == counts.train_flops_per_token * counts.tokens
+    half = flops.count(recipe, counts.tokens // 2)
+    assert half.train_flops_ours == counts.train_flops_ours / 2
+    assert counts.train_flops_ours < counts.train_flops
+    with pytest.raises(KeyError):
+        counts.part("output_layer")
+
+
+def test_sizes_left_to_the_store_are_asked_for() -> None:
+    for name in ("vocab_size", "latent_size"):
+        with pytest.raises(RecipeError, match=f"model.{name}: absent"):
+            flops.count(load_recipe(TINY, [f"model.{name}=null"]))
+
+
+# The natural accounting of the released code: training 1e20 at 5e11 tokens, inference 1e8/token.
+NATURAL = {
+    "Transformer-S": (6.64, 4.42),
+    "Transformer-M": (12.03, 8.02),
+    "Transformer-L": (22.52, 15.01),
+    "CALM-M": (3.75, 2.91),
+    "CALM-L": (8.03, 4.56),
+    "CALM-XL": (21.50, 9.71),
+}
+
+
+@pytest.mark.parametrize("name", NATURAL)
+def test_comparison_reproduces_the_natural_accounting(name: str) -> None:
+    row = next(row for row in compare_with_paper()["models"] if row["name"] == name)
+    train, inference = NATURAL[name]
+    assert row["train_flops"] / 1e20 == pytest.approx(train, rel=1e-3)
+    assert row["inference_flops_per_token"] / 1e8 == pytest.approx(inference, rel=2e-3)
+    published = row["published"]["train_flops"]
+    assert row["relative_error"]["train_flops"] == row["train_flops"] / published - 1
+
+
+def test_comparison_has_the_recipes_shapes() -> None:
+    rows = {row["name"]: row for row in compare_with_paper()["models"]}
+    for path in RECIPES.glob("*_[sml]*.yaml"):
+        kind, size = path.stem.split("_")
+        name = f"{'CALM' if kind == 'calm' else 'Transformer'}-{size.upper()}"
+        counts = flops.count(load_recipe(path), rows[name]["tokens"])
+        assert counts.train_flops == rows[name]["train_flops"]
+        assert counts.parameters == rows[name]["parameters"]
+
+
+def test_comparison_table_states_the_headline() -> None:
+    text = format_comparison(compare_with_paper())
+    assert "44% fewer FLOPs in training (48% ours), 34% fewer in inference" in text
+    assert "CALM-M (K=8)" in text

@@ -1,0 +1,154 @@
+"""The plan behind ``--dry-run``: layout and memory per rank."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from calm_dist import flops
+from calm_dist.recipe import load_recipe
+from calm_dist.reports.plan import format_plan, plan, stage_layers
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+TINY = RECIPES / "calm_tiny.yaml"
+ONE_RANK = ["parallel.tensor_parallel_size=1", "parallel.pipeline_parallel_size=1"]
+
+
+def memory(*overrides: str, recipe: Path = TINY, stage: int = -1) -> dict[str, int]:
+    return plan(load_recipe(recipe, overrides))["stages"][stage]["memory_bytes"]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_has_a_plan(path: Path) -> None:
+    values = plan(load_recipe(path))
+    assert json.loads(json.dumps(values)) == values
+    assert sum(stage["train_flops_share"] for stage in values["stages"]) == pytest.approx(1)
+    assert f"{values['parameters']:,} parameters" in format_plan(values)
+
+
+@pytest.mark.parametrize("name", ["calm_tiny", "transformer_tiny"])
+@pytest.mark.parametrize("pipeline", [1, 2, 4])
+def test_stages_hold_every_parameter_once(name: str, pipeline: int) -> None:
+    recipe = load_recipe(
+        RECIPES / f"{name}.yaml",
+        ["parallel.tensor_parallel_size=1", f"parallel.pipeline_parallel_size={pipeline}"],
+    )
+    stages = plan(recipe)["stages"]
+    weights = sum(stage["memory_bytes"]["weights"] for stage in stages)
+    assert weights == 4 * flops.count(recipe).parameters
+    assert [layer for stage in stages for layer in stage["layers"]] == [0, 1, 2, 3]
+
+
+def test_tensor_parallelism_splits_matrices_and_copies_norms() -> None:
+    one, two = (
+        memory(f"parallel.tensor_parallel_size={size}", stage=0)["weights"] for size in (1, 2)
+    )
+    copied = 4 * (2 * 2 * 128 + 3 * 128)  # norms of two layers; bias and norm of the compressor
+    assert 2 * two - one == copied
+
+
+def test_optimizer_states_of_each_precision() -> None:
+    recipe = RECIPES / "transformer_tiny.yaml"
+    parameters = flops.count(load_recipe(recipe)).parameters
+    per_parameter = {"fp32": (4, 4, 8), "bf16": (2, 4, 12)}
+    for precision, expected in per_parameter.items():
+        found = memory(*ONE_RANK, f"precision={precision}", recipe=recipe)
+        names = ("weights", "gradients", "optimizer")
+        assert tuple(found[name] / parameters for name in names) == expected
+
+
+def test_zero_partitions_the_head_over_all_ranks_of_the_last_stage() -> None:
+    model = load_recipe(TINY).model
+    assert model.kind == "calm"
+    head = flops.head_parameters(model)
+
+    def at(world_size: int, stage: int) -> dict[str, int]:
+        return memory(
+            *ONE_RANK,
+            "training.micro_batch_size=1",
+            f"parallel.world_size={world_size}",
+            f"parallel.zero_stage={stage}",
+        )
+
+    def saved(stage: int) -> tuple[int, ...]:
+        alone, many = at(1, stage), at(8, stage)
+        return tuple(alone[name] - many[name] for name in ("weights", "gradients", "optimizer"))
+
+    eighths = head * 7 // 8
+    assert saved(1) == (0, 0, 12 * eighths)
+    assert saved(2) == (0, 4 * eighths, 12 * eighths)
+    assert saved(3) == (4 * eighths, 4 * eighths, 12 * eighths)
+
+
+def test_interleaved_chunks_take_layers_in_turn() -> None:
+    recipe = load_recipe(TINY, ["model.num_hidden_layers=8", "parallel.virtual_pipeline_size=2"])
+    assert [stage_layers(recipe, stage) for stage in (0, 1)] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert "0-1,4-5" in format_plan(plan(recipe))
+
+
+def test_earlier_stages_keep_more_micro_batches() -> None:
+    overrides = ["parallel.pipeline_parallel_size=4", "training.micro_batch_size=2"]
+    recipe = RECIPES / "transformer_tiny.yaml"
+    second, third = (
+        memory(*overrides, recipe=recipe, stage=stage)["activations"] for stage in (1, 2)
+    )
+    assert second * 2 == third * 3
+
+
+def test_recomputation_and_sequence_parallelism_save_activations() -> None:
+    kept = memory(stage=0)["activations"]
+    assert memory("parallel.recompute=true", stage=0)["activations"] < kept
+    assert memory("parallel.sequence_parallel=false", stage=0)["activations"] > kept
+
+
+class Layer(nn.Module):
+    """A plain Llama-like layer, to measure what autograd keeps."""
+
+    def __init__(self, d: int, f: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.RMSNorm(d) for _ in range(2))
+        self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
+        self.up, self.down = nn.Linear(d, 2 * f, bias=False), nn.Linear(f, d, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in self.qkv(self.norms[0](x)).chunk(3, -1)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        gate, up = self.up(self.norms[1](x)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
+
+
+def test_activation_estimate_is_near_what_autograd_keeps() -> None:
+    layer = Layer(128, 352, 4)
+    weights = {parameter.data_ptr() for parameter in layer.parameters()}
+    kept: dict[int, int] = {}
+
+    def remember(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        output = layer(torch.randn(8, 128, 128, requires_grad=True))
+    del output
+    four, eight = (
+        memory(*ONE_RANK, f"model.num_hidden_layers={layers}")["activations"] for layers in (4, 8)
+    )
+    assert (eight - four) / 4 == pytest.approx(sum(kept.values()), rel=0.25)
+
+
+def test_data_that_does_not_exist_is_said(tmp_path: Path) -> None:
+    (tmp_path / "meta.json").write_text("{}")
+    values = plan(
+        load_recipe(TINY, [f"data.path=[{{path: {tmp_path}}}, {{path: gone}}, {{path: s3://b}}]"])
+    )
+    assert [source["found"] for source in values["data"]] == [True, False, None]
+    assert "gone: NOT FOUND" in format_plan(values)

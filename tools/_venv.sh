@@ -1,0 +1,109 @@
+# Sourced by quickstart.sh and run_tests.sh: `ensure_venv` makes .venv in the checkout.
+# shellcheck shell=bash
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=$ROOT/.venv
+# What .venv was made from; "unfinished" while it is being made.
+VENV_STATE=$VENV/calm_dist.state
+CPU_INDEX=https://download.pytorch.org/whl/cpu
+
+die() {
+  printf 'error: %s\n' "$*" >&2
+  exit 2
+}
+
+# A wanted Python that has what `python -m venv` needs; a pyenv shim can exist without its Python.
+find_python() {
+  local name
+  for name in "${PYTHON:-}" python3.11 python3.12 python3; do
+    if [ -n "$name" ] && "$name" -c '
+import sys, venv, ensurepip
+sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; then
+      printf '%s\n' "$name"
+      return
+    fi
+  done
+  die "no Python 3.11 or 3.12 with the modules venv and ensurepip was found (looked for \$PYTHON," \
+    "python3.11, python3.12, python3); install one (Debian, Ubuntu: apt install python3.11-venv)" \
+    "or set PYTHON to it"
+}
+
+has_gpu() {
+  command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU'
+}
+
+# Hash of all that decides what is installed; a virtual environment cannot be moved, hence ROOT.
+wanted_state() {
+  { cat "$ROOT/setup.py" "$ROOT/constraints.txt" && echo "$ROOT" && "$VENV/bin/python" --version &&
+    if has_gpu; then echo gpu; fi; } | sha256sum | cut -d' ' -f1
+}
+
+is_current() {
+  [ -x "$VENV/bin/python" ] && [ "$(cat "$VENV_STATE" 2>/dev/null)" = "$(wanted_state)" ]
+}
+
+# On Linux the default torch wheels are CUDA builds with 3 GB of nvidia-* wheels; the CPU build has
+# the local version +cpu. It is looked for where pip is configured to look, then at PyTorch.
+install_cpu_torch() {
+  local version
+  version=$(sed -n 's/^torch==//p' "$ROOT/constraints.txt")
+  "$VENV/bin/pip" install -qq "torch==$version+cpu" -c "$ROOT/constraints.txt" 2>/dev/null ||
+    "$VENV/bin/pip" install -qq "torch==$version+cpu" -c "$ROOT/constraints.txt" \
+      --index-url "$CPU_INDEX" ||
+    die "no GPU was found (nvidia-smi), and pip found no CPU build of torch for" \
+      "$("$VENV/bin/python" --version), neither in its configured sources nor at $CPU_INDEX." \
+      "Put torch-$version+cpu-*.whl into a directory, set PIP_FIND_LINKS to it, and start again"
+}
+
+# Without a GPU a CUDA build is gigabytes of no use: make sure that none came in by another way.
+refuse_cuda() {
+  local found
+  found=$("$VENV/bin/python" - <<'PY'
+import runpy
+from importlib.metadata import distributions
+from importlib.util import find_spec
+
+found = [d.name for d in distributions() if d.name.lower().startswith("nvidia-")]
+version = runpy.run_path(find_spec("torch").submodule_search_locations[0] + "/version.py")
+print(*found, *(["torch for CUDA " + version["cuda"]] if version["cuda"] else []), sep=", ")
+PY
+  ) || die "$VENV: torch is not installed properly; remove $VENV and start again"
+  [ -z "$found" ] || die "$VENV: no GPU was found (nvidia-smi), yet CUDA packages came in ($found);" \
+    "remove $VENV, install the CPU wheel of torch ($CPU_INDEX) and start again"
+}
+
+make_venv() {
+  local python started=$SECONDS
+  python=$(find_python)
+  # Only what this script left unfinished is removed: pip takes half-written packages for whole.
+  if [ "$(cat "$VENV_STATE" 2>/dev/null)" = unfinished ] || [ ! -x "$VENV/bin/python" ]; then
+    rm -rf "$VENV"
+  fi
+  echo "installing calm_dist into $VENV (some minutes) ..."
+  if [ ! -d "$VENV" ]; then
+    # The state comes first, so that an interrupted `python -m venv` is recognised, too.
+    mkdir "$VENV" && echo unfinished >"$VENV_STATE"
+    "$python" -m venv "$VENV" || die "$python -m venv $VENV failed"
+  elif [ -e "$VENV_STATE" ]; then
+    echo unfinished >"$VENV_STATE"
+  fi
+  if ! has_gpu && [ "$(uname -s)" = Linux ]; then install_cpu_torch; fi
+  "$VENV/bin/pip" install -qq -c "$ROOT/constraints.txt" -e "$ROOT[dev]" ||
+    die "pip could not install calm_dist (its messages are above); mend the cause and start again"
+  has_gpu || refuse_cuda
+  wanted_state >"$VENV_STATE"
+  echo "installed in $((SECONDS - started)) s"
+}
+
+# Make .venv or bring it up to date, and put it first in PATH. A current one costs nothing.
+ensure_venv() {
+  export PIP_DISABLE_PIP_VERSION_CHECK=1
+  if ! is_current; then
+    # One at a time, where the system has flock.
+    exec 8<"$ROOT/setup.py"
+    if command -v flock >/dev/null; then flock 8; fi
+    is_current || make_venv
+    exec 8<&-
+  fi
+  export PATH="$VENV/bin:$PATH" VIRTUAL_ENV="$VENV"
+}

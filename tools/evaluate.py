@@ -1,0 +1,72 @@
+"""Score a checkpoint on held-out text: BrierLM with its standard error, and the training losses."""
+
+from __future__ import annotations
+
+import argparse
+
+from calm_dist.cli import run, write_json
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--checkpoint", required=True, help="run directory (its newest checkpoint) or checkpoint"
+    )
+    parser.add_argument(
+        "--data", required=True, help="held-out store, as encode_latents.py made it"
+    )
+    parser.add_argument("--autoencoder", help="autoencoder checkpoint (default: the recipe's)")
+    parser.add_argument("--blocks", type=int, help="blocks to score (default: the recipe's)")
+    parser.add_argument("--samples", type=int, help="draws per position (default: the recipe's)")
+    parser.add_argument("--seed", type=int, help="seed of the draws (default: the recipe's)")
+    parser.add_argument(
+        "--alignment-stride",
+        type=int,
+        default=4,
+        help="Transformer: n-grams begin at its multiples; set it to the patch size of the CALM "
+        "to compare with (default: 4)",
+    )
+    parser.add_argument(
+        "--all-checkpoints", action="store_true", help="score every checkpoint of the run"
+    )
+    parser.add_argument("--json", metavar="F", help="write the results to F, or stdout for -")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+
+    import sys
+
+    from calm_dist.data.stream import open_store
+    from calm_dist.evaluation import evaluate
+    from calm_dist.evaluation.load import load_model
+    from calm_dist.training.checkpoint import all_checkpoints, find_checkpoint
+
+    paths = all_checkpoints(args.checkpoint) if args.all_checkpoints else []
+    # Where there is no checkpoint at all, this says so.
+    paths = paths or [find_checkpoint(args.checkpoint)]
+    store = open_store(args.data)
+    # The table must not mix with JSON on stdout.
+    output = sys.stderr if args.json == "-" else sys.stdout
+    results = []
+    for path in paths:
+        model = load_model(path, autoencoder=args.autoencoder)
+        settings = evaluate.settings_of(
+            model.recipe,
+            blocks=args.blocks,
+            samples=args.samples,
+            seed=args.seed,
+            alignment_stride=args.alignment_stride,
+        )
+        results.append(evaluate.evaluate(model, store, settings, show_progress=True))
+        run_dir = evaluate.run_directory(model.checkpoint)
+        if run_dir is not None and not evaluate.record(run_dir, results[-1]):
+            print(f"step {model.step}: already in {run_dir / 'metrics.jsonl'}", file=sys.stderr)
+    print(evaluate.table(results), file=output)
+    if args.json:
+        write_json(results if args.all_checkpoints else results[0], args.json)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,47 @@
+#!/usr/bin/env python3
+"""Split a text corpus into train, valid and test, and train or copy its tokenizer."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from calm_dist.cli import run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--corpus",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help=".txt, .jsonl or .jsonl.zst files, directories or globs of them; "
+        "without it the source text of Python's standard library is used",
+    )
+    parser.add_argument(
+        "--out", required=True, help="directory for corpus/{train,valid,test}.jsonl and tokenizer"
+    )
+    parser.add_argument("--tokenizer", metavar="FILE", help="use this tokenizer, train none")
+    parser.add_argument(
+        "--vocab-size", type=int, default=512, help="entries of the trained BPE (default 512)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split (default 0)")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    from calm_dist.data.prepare import prepare_corpus
+
+    written = prepare_corpus(
+        args.out,
+        args.corpus,
+        tokenizer=args.tokenizer,
+        vocab_size=args.vocab_size,
+        seed=args.seed,
+    )
+    state = "written" if written else "already there and intact"
+    print(f"{args.out}: corpus/{{train,valid,test}}.jsonl and tokenizer {state}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,309 @@
+#!/usr/bin/env bash
+# From a fresh machine to a trained, scored and compared CALM on real text.
+#
+#   bash tools/quickstart.sh [OUT] [--corpus PATH...] [--tokenizer FILE]
+#
+#   OUT          where everything goes (default: runs/quickstart)
+#   --corpus     .txt, .jsonl or .jsonl.zst files, directories, quoted globs
+#                (default: the source text of Python's standard library)
+#   --tokenizer  tokenizer.json or tokenizer.model (default: a BPE is trained on the corpus)
+#
+# Starting it again goes on where it was stopped. A stage is skipped where its result is there and
+# was made from the same inputs; where they changed, the former result moves to OUT/previous.
+set -euo pipefail
+
+. "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+
+usage() {
+  sed -n '2,/^set /{s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+}
+
+absolute() {
+  case $1 in /*) printf '%s\n' "$1" ;; *) printf '%s\n' "$PWD/$1" ;; esac
+}
+
+OUT='' CORPUS=() TOKENIZER=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    -h | --help)
+      usage
+      exit
+      ;;
+    --corpus)
+      shift
+      [ $# -gt 0 ] || die "--corpus: no path given"
+      while [ $# -gt 0 ] && [[ $1 != --* ]]; do
+        CORPUS+=("$(absolute "$1")")
+        shift
+      done
+      ;;
+    --tokenizer)
+      [ $# -gt 1 ] || die "--tokenizer: no file given"
+      TOKENIZER=(--tokenizer "$(absolute "$2")")
+      shift 2
+      ;;
+    -*) die "$1: unknown option; see bash tools/quickstart.sh --help" ;;
+    *)
+      [ -z "$OUT" ] || die "$1: a second OUT after $OUT; paths of text follow --corpus"
+      OUT=$(absolute "$1")
+      shift
+      ;;
+  esac
+done
+OUT=${OUT:-$ROOT/runs/quickstart}
+[ ${#CORPUS[@]} = 0 ] || CORPUS=(--corpus "${CORPUS[@]}")
+
+# ---- stages: what is skipped, shown and logged ---------------------------------------------------
+
+STAGES=8 number=0 stage='' child=''
+
+# Hash of files' contents; a missing one counts, too.
+hash_of() {
+  local file
+  for file in "$@"; do
+    printf '%s\n' "$file"
+    cat "$file" 2>/dev/null || echo missing
+  done | sha256sum | cut -d' ' -f1
+}
+
+# Hash of what is under directories: names and sizes of all files, contents of the JSON ones.
+hash_under() {
+  local folder
+  for folder in "$@"; do
+    find "$folder" -type f -printf '%p %s\n' 2>/dev/null | sort
+    find "$folder" -type f -name '*.json' 2>/dev/null | sort | xargs -r -d '\n' cat
+  done | sha256sum | cut -d' ' -f1
+}
+
+# run_stage NAME RESULTS INPUT... : run the function NAME, unless its results (directories under
+# OUT) are those that the same contents of the input files gave before.
+run_stage() {
+  local name=$1 results=() folder inputs started=$SECONDS
+  for folder in $2; do results+=("$OUT/$folder"); done
+  shift 2
+  number=$((number + 1)) stage=$name
+  local stamp=$OUT/.stages/$name
+  inputs=$(hash_of "$@")
+  if [ "$(cat "$stamp" 2>/dev/null)" = "$inputs $(hash_under "${results[@]}")" ]; then
+    echo "[$number/$STAGES] $name: already there"
+    return
+  fi
+  if [ -e "$stamp" ] && [ "$(cut -d' ' -f1 "$stamp")" != "$inputs" ]; then
+    set_aside "${results[@]}"
+  fi
+  echo "[$number/$STAGES] $name ..."
+  echo "$inputs unfinished" >"$stamp"
+  "$name"
+  echo "$inputs $(hash_under "${results[@]}")" >"$stamp"
+  echo "[$number/$STAGES] $name: done in $((SECONDS - started)) s"
+}
+
+set_aside() {
+  local path target
+  for path in "$@"; do
+    [ -e "$path" ] || continue
+    path=${path%/checkpoints}
+    target=$OUT/previous/${path#"$OUT/"}
+    rm -rf "$target"
+    mkdir -p "$(dirname "$target")"
+    mv "$path" "$target"
+    echo "    its inputs changed: the former result is now $target"
+  done
+}
+
+# What a person wants to see of a log: of the steps of a training one line every ten seconds, and
+# nothing of the libraries' own chatter.
+show() {
+  local line shown=-10
+  while IFS= read -r line; do
+    case $line in
+      'step '*)
+        [ $((SECONDS - shown)) -ge 10 ] || continue
+        shown=$SECONDS
+        ;;
+      '[20'*'] ['* | *Warning:* | *WARNING* | '  warn'* | '' | [WI][0-9][0-9][0-9][0-9]' '*) continue ;;
+    esac
+    printf '    %s\n' "$line"
+  done
+}
+
+# Run a command with its output in OUT/logs/STAGE.log and, thinned out, on the terminal.
+logged() {
+  local log=$OUT/logs/$stage.log code=0 view
+  printf '$ %s\n' "$*" >>"$log"
+  exec 3> >(tee -a "$log" | show)
+  view=$!
+  # In the background, so that a signal to this script is acted on at once.
+  "$@" >&3 2>&1 </dev/null &
+  child=$!
+  wait "$child" || code=$?
+  child=''
+  exec 3>&-
+  wait "$view" || true
+  if [ "$code" != 0 ]; then
+    echo "error: stage $stage failed with exit code $code; all of its output is in $log" >&2
+    exit "$code"
+  fi
+}
+
+stop() {
+  trap - INT TERM HUP
+  echo "stopped in stage ${stage:-(none)}; the same command goes on from here" >&2
+  if [ -n "$child" ]; then
+    kill "$child" 2>/dev/null || true
+    wait "$child" 2>/dev/null || true
+  fi
+  exit "$1"
+}
+
+# value FILE KEY...: one value of a recipe or of a JSON file, which is YAML, too.
+value() {
+  python - "$@" <<'PY'
+import functools, sys, yaml
+print(functools.reduce(dict.__getitem__, sys.argv[2:], yaml.safe_load(open(sys.argv[1]))))
+PY
+}
+
+# ---- the pipeline --------------------------------------------------------------------------------
+
+AUTOENCODER=$ROOT/recipes/autoencoder_tiny.yaml
+CALM=$ROOT/recipes/calm_tiny.yaml
+TRANSFORMER=$ROOT/recipes/transformer_tiny.yaml
+
+corpus() {
+  logged python "$ROOT/tools/prepare_corpus.py" --out "$OUT" "${CORPUS[@]}" "${TOKENIZER[@]}" \
+    --vocab-size "$(value "$AUTOENCODER" model vocab_size)"
+}
+
+encode() {
+  local store=$1 split=$2
+  shift 2
+  logged python "$ROOT/tools/encode_latents.py" --corpus "$OUT/corpus/$split.jsonl" \
+    --tokenizer "$(ls "$OUT"/tokenizer.*)" --out "$OUT/$store/$split" \
+    --block-size "$(value "$CALM" data block_size)" "$@"
+}
+
+tokens() {
+  local split
+  for split in train valid; do
+    encode tokens $split --variant tokens --patch-size "$(value "$AUTOENCODER" model patch_size)"
+  done
+}
+
+autoencoder() {
+  logged python "$ROOT/tools/train_autoencoder.py" "$AUTOENCODER" run.dir="$OUT/autoencoder" \
+    data.path="$OUT/tokens/train" model.vocab_size="$VOCABULARY"
+}
+
+latents() {
+  local split
+  for split in train valid test; do
+    encode latents $split --autoencoder "$OUT/autoencoder"
+  done
+}
+
+# The launch of the two language models: the tiny recipes' four processes, or what GPUs allow.
+choose_layout() {
+  local gpus=4
+  if has_gpu; then gpus=$(python -c 'import torch; print(torch.cuda.device_count())'); fi
+  case $gpus in
+    0 | 1) PROCESSES=1 LAYOUT=(parallel.tensor_parallel_size=1 parallel.pipeline_parallel_size=1) ;;
+    2 | 3) PROCESSES=2 LAYOUT=(parallel.pipeline_parallel_size=1) ;;
+    *) PROCESSES=4 LAYOUT=() ;;
+  esac
+}
+
+train() {
+  local port
+  port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+  # More processes than cores: each of them with one thread.
+  OMP_NUM_THREADS=1 logged deepspeed --num_accelerators "$PROCESSES" --master_port "$port" \
+    "$ROOT/tools/train.py" "$@" data.path="$OUT/latents/train" model.vocab_size="$VOCABULARY" \
+    "${LAYOUT[@]}"
+}
+
+calm() {
+  train "$CALM" run.dir="$OUT/calm" model.autoencoder="$OUT/autoencoder"
+}
+
+transformer() {
+  train "$TRANSFORMER" run.dir="$OUT/transformer"
+}
+
+evaluation() {
+  local model prompt
+  mkdir -p "$OUT/evaluation"
+  prompt=$(python - "$OUT/corpus/test.jsonl" <<'PY'
+import json, sys
+text = json.loads(open(sys.argv[1], encoding="utf-8").readline())["text"].strip()
+print(text[:80].rpartition(" ")[0] or text[:80])
+PY
+  )
+  for model in calm transformer; do
+    logged python "$ROOT/tools/evaluate.py" --checkpoint "$OUT/$model" --data "$OUT/latents/test" \
+      --all-checkpoints --json "$OUT/evaluation/$model.json"
+    logged python "$ROOT/tools/generate.py" --checkpoint "$OUT/$model" --prompt "$prompt" \
+      --max-new-tokens 64 --json "$OUT/evaluation/$model.text.json"
+  done
+}
+
+report() {
+  logged python "$ROOT/tools/report.py" --autoencoder "$OUT/autoencoder" \
+    --run "$OUT/calm" "$OUT/transformer" --out "$OUT/report"
+}
+
+summary() {
+  python - "$OUT" <<'PY'
+import json, sys
+from pathlib import Path
+
+out = Path(sys.argv[1])
+report = json.loads((out / "report" / "report.json").read_text())
+autoencoder, ratio = report["autoencoder"], report["comparison"]
+print(f"\nautoencoder    {autoencoder['token_accuracy']:.2%} of held-out tokens reconstructed, "
+      f"{autoencoder['collapsed_dims']} of {autoencoder['latent_size']} dimensions collapsed")
+for model in report["models"]:
+    error = model["brierlm_stderr"]
+    print(f"{model['kind']:<14} BrierLM {model['brierlm']:.2f}"
+          + (f" ± {error:.2f}" if error is not None else "")
+          + f" | {model['parameters'] / 1e6:.2f}M parameters"
+          f" | {model['train_flops']:.2e} training FLOPs"
+          f" | {model['tokens_per_second']:,.0f} tokens/s")
+print(f"CALM : Transformer   training FLOPs {ratio['train_flops_ratio']:.2f}, "
+      f"inference FLOPs per token {ratio['inference_flops_ratio']:.2f}")
+PY
+  printf '\nreport: %s\n' "$OUT/report/index.html"
+}
+
+mkdir -p "$OUT/logs" "$OUT/.stages" || die "$OUT: cannot be written; give another OUT"
+# Held by every process that is started here: also by those that outlive a killed quickstart.
+exec 9>"$OUT/.stages/lock"
+if command -v flock >/dev/null && ! flock --nonblock 9; then
+  echo "another quickstart is still at work in $OUT; waiting for it to end"
+  flock 9
+fi
+ensure_venv
+trap 'stop 130' INT
+trap 'stop 143' TERM HUP
+has_gpu || export DS_ACCELERATOR=cpu
+
+echo "calm_dist quickstart -> $OUT"
+stage=corpus number=1
+echo "[1/$STAGES] corpus ..."
+# Always asked: it looks at the text itself, and refuses to mix two corpora.
+corpus
+run_stage tokens "tokens" "$OUT/corpus/manifest.json"
+VOCABULARY=$(value "$OUT/tokens/train/meta.json" vocab_size)
+run_stage autoencoder "autoencoder/checkpoints" "$AUTOENCODER" "$OUT"/tokens/{train,valid}/meta.json
+run_stage latents "latents" "$OUT/corpus/manifest.json" "$OUT"/autoencoder/checkpoints/*/manifest.json
+choose_layout
+run_stage calm "calm/checkpoints" "$CALM" "$OUT/latents/train/meta.json"
+run_stage transformer "transformer/checkpoints" "$TRANSFORMER" "$OUT/latents/train/meta.json"
+# A run that was made anew has lost its scores, although its checkpoints may be the same.
+grep -q '"eval"' "$OUT/calm/metrics.jsonl" && grep -q '"eval"' "$OUT/transformer/metrics.jsonl" ||
+  rm -f "$OUT/.stages/evaluation"
+run_stage evaluation "evaluation" "$OUT/latents/test/meta.json" \
+  "$OUT"/{calm,transformer}/checkpoints/*/manifest.json
+run_stage report "report" "$OUT"/{autoencoder,calm,transformer}/{recipe.yaml,metrics.jsonl}
+summary
+echo "in all $((SECONDS / 60)) min $((SECONDS % 60)) s"

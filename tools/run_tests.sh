@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Everything that has to pass: bash tools/run_tests.sh [--full] [arguments of pytest]
+# Makes .venv where needed, then runs linters, type checks and tests. --full adds the long tests:
+# all combinations, many repetitions, the quickstart itself.
+set -euo pipefail
+
+. "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+cd "$ROOT"
+ensure_venv
+
+# The multi-process tests start more processes than there are cores.
+export OMP_NUM_THREADS=1
+
+status=0
+step() {
+  echo "== $*"
+  "$@" || status=1
+}
+step ruff check .
+step ruff format --check .
+step mypy
+# -rs: a test that is skipped for want of hardware is announced.
+step python -m pytest tests -rs --durations=10 "$@"
+[ "$status" = 0 ] || echo "error: not everything passed, see the steps above (== ...)" >&2
+exit "$status"
