@@ -5,29 +5,33 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from calm_dist.errors import PeerLostError, RecipeError, UserError
+from calm_dist.errors import PeerLostError, RecipeError, TrainingDivergedError, UserError
 
 EXIT_BAD_INPUT = 2
 EXIT_PEER_LOST = 3
+EXIT_DIVERGED = 4
 
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a tool's ``main`` and exit with 0, its own code, or the code of its error.
 
-    2 for a `UserError`, 3 for a `PeerLostError`; both with a message instead of a traceback.
+    2 for a `UserError`, 3 for a `PeerLostError`, 4 for a `TrainingDivergedError`; all with a
+    message instead of a traceback.
     """
+    _silence_library_warnings()
     try:
         code = main()
     except UserError as error:
         _report(error)
         code = EXIT_BAD_INPUT
-    except PeerLostError as error:
+    except (PeerLostError, TrainingDivergedError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        code = EXIT_PEER_LOST
+        code = EXIT_PEER_LOST if isinstance(error, PeerLostError) else EXIT_DIVERGED
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
@@ -35,6 +39,12 @@ def run(main: Callable[[], int | None]) -> None:
         sys.stderr.close()
         code = 0
     sys.exit(code or 0)
+
+
+def _silence_library_warnings() -> None:
+    """Megatron-core, DeepSpeed and torch warn dozens of times about their own deprecations and
+    about optional packages; none of it is for the user of a tool. Errors are not touched."""
+    warnings.filterwarnings("ignore", module=r"(megatron|deepspeed|torch)\.")
 
 
 def _report(error: UserError) -> None:

@@ -27,3 +27,7 @@ class LaunchError(UserError):
 
 class PeerLostError(RuntimeError):
     """Another process of the run died or stopped answering; the message names it."""
+
+
+class TrainingDivergedError(RuntimeError):
+    """Loss or gradients stayed non-finite; going on would only waste the machines."""

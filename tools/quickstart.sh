@@ -13,6 +13,7 @@
 set -euo pipefail
 
 . "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+. "$ROOT/tools/_stages.sh"
 
 usage() {
   sed -n '2,/^set /{s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
@@ -53,109 +54,6 @@ done
 OUT=${OUT:-$ROOT/runs/quickstart}
 [ ${#CORPUS[@]} = 0 ] || CORPUS=(--corpus "${CORPUS[@]}")
 
-# ---- stages: what is skipped, shown and logged ---------------------------------------------------
-
-STAGES=8 number=0 stage='' child=''
-
-# Hash of files' contents; a missing one counts, too.
-hash_of() {
-  local file
-  for file in "$@"; do
-    printf '%s\n' "$file"
-    cat "$file" 2>/dev/null || echo missing
-  done | sha256sum | cut -d' ' -f1
-}
-
-# Hash of what is under directories: names and sizes of all files, contents of the JSON ones.
-hash_under() {
-  local folder
-  for folder in "$@"; do
-    find "$folder" -type f -printf '%p %s\n' 2>/dev/null | sort
-    find "$folder" -type f -name '*.json' 2>/dev/null | sort | xargs -r -d '\n' cat
-  done | sha256sum | cut -d' ' -f1
-}
-
-# run_stage NAME RESULTS INPUT... : run the function NAME, unless its results (directories under
-# OUT) are those that the same contents of the input files gave before.
-run_stage() {
-  local name=$1 results=() folder inputs started=$SECONDS
-  for folder in $2; do results+=("$OUT/$folder"); done
-  shift 2
-  number=$((number + 1)) stage=$name
-  local stamp=$OUT/.stages/$name
-  inputs=$(hash_of "$@")
-  if [ "$(cat "$stamp" 2>/dev/null)" = "$inputs $(hash_under "${results[@]}")" ]; then
-    echo "[$number/$STAGES] $name: already there"
-    return
-  fi
-  if [ -e "$stamp" ] && [ "$(cut -d' ' -f1 "$stamp")" != "$inputs" ]; then
-    set_aside "${results[@]}"
-  fi
-  echo "[$number/$STAGES] $name ..."
-  echo "$inputs unfinished" >"$stamp"
-  "$name"
-  echo "$inputs $(hash_under "${results[@]}")" >"$stamp"
-  echo "[$number/$STAGES] $name: done in $((SECONDS - started)) s"
-}
-
-set_aside() {
-  local path target
-  for path in "$@"; do
-    [ -e "$path" ] || continue
-    path=${path%/checkpoints}
-    target=$OUT/previous/${path#"$OUT/"}
-    rm -rf "$target"
-    mkdir -p "$(dirname "$target")"
-    mv "$path" "$target"
-    echo "    its inputs changed: the former result is now $target"
-  done
-}
-
-# What a person wants to see of a log: of the steps of a training one line every ten seconds, and
-# nothing of the libraries' own chatter.
-show() {
-  local line shown=-10
-  while IFS= read -r line; do
-    case $line in
-      'step '*)
-        [ $((SECONDS - shown)) -ge 10 ] || continue
-        shown=$SECONDS
-        ;;
-      '[20'*'] ['* | *Warning:* | *WARNING* | '  warn'* | '' | [WI][0-9][0-9][0-9][0-9]' '*) continue ;;
-    esac
-    printf '    %s\n' "$line"
-  done
-}
-
-# Run a command with its output in OUT/logs/STAGE.log and, thinned out, on the terminal.
-logged() {
-  local log=$OUT/logs/$stage.log code=0 view
-  printf '$ %s\n' "$*" >>"$log"
-  exec 3> >(tee -a "$log" | show)
-  view=$!
-  # In the background, so that a signal to this script is acted on at once.
-  "$@" >&3 2>&1 </dev/null &
-  child=$!
-  wait "$child" || code=$?
-  child=''
-  exec 3>&-
-  wait "$view" || true
-  if [ "$code" != 0 ]; then
-    echo "error: stage $stage failed with exit code $code; all of its output is in $log" >&2
-    exit "$code"
-  fi
-}
-
-stop() {
-  trap - INT TERM HUP
-  echo "stopped in stage ${stage:-(none)}; the same command goes on from here" >&2
-  if [ -n "$child" ]; then
-    kill "$child" 2>/dev/null || true
-    wait "$child" 2>/dev/null || true
-  fi
-  exit "$1"
-}
-
 # value FILE KEY...: one value of a recipe or of a JSON file, which is YAML, too.
 value() {
   python - "$@" <<'PY'
@@ -163,8 +61,6 @@ import functools, sys, yaml
 print(functools.reduce(dict.__getitem__, sys.argv[2:], yaml.safe_load(open(sys.argv[1]))))
 PY
 }
-
-# ---- the pipeline --------------------------------------------------------------------------------
 
 AUTOENCODER=$ROOT/recipes/autoencoder_tiny.yaml
 CALM=$ROOT/recipes/calm_tiny.yaml
@@ -275,33 +171,24 @@ PY
   printf '\nreport: %s\n' "$OUT/report/index.html"
 }
 
-mkdir -p "$OUT/logs" "$OUT/.stages" || die "$OUT: cannot be written; give another OUT"
-# Held by every process that is started here: also by those that outlive a killed quickstart.
-exec 9>"$OUT/.stages/lock"
-if command -v flock >/dev/null && ! flock --nonblock 9; then
-  echo "another quickstart is still at work in $OUT; waiting for it to end"
-  flock 9
-fi
+STAGES=8
+open_output
 ensure_venv
-trap 'stop 130' INT
-trap 'stop 143' TERM HUP
 has_gpu || export DS_ACCELERATOR=cpu
+choose_layout
 
 echo "calm_dist quickstart -> $OUT"
-stage=corpus number=1
-echo "[1/$STAGES] corpus ..."
 # Always asked: it looks at the text itself, and refuses to mix two corpora.
-corpus
+always corpus
 run_stage tokens "tokens" "$OUT/corpus/manifest.json"
 VOCABULARY=$(value "$OUT/tokens/train/meta.json" vocab_size)
 run_stage autoencoder "autoencoder/checkpoints" "$AUTOENCODER" "$OUT"/tokens/{train,valid}/meta.json
 run_stage latents "latents" "$OUT/corpus/manifest.json" "$OUT"/autoencoder/checkpoints/*/manifest.json
-choose_layout
 run_stage calm "calm/checkpoints" "$CALM" "$OUT/latents/train/meta.json"
 run_stage transformer "transformer/checkpoints" "$TRANSFORMER" "$OUT/latents/train/meta.json"
 # A run that was made anew has lost its scores, although its checkpoints may be the same.
 grep -q '"eval"' "$OUT/calm/metrics.jsonl" && grep -q '"eval"' "$OUT/transformer/metrics.jsonl" ||
-  rm -f "$OUT/.stages/evaluation"
+  forget evaluation
 run_stage evaluation "evaluation" "$OUT/latents/test/meta.json" \
   "$OUT"/{calm,transformer}/checkpoints/*/manifest.json
 run_stage report "report" "$OUT"/{autoencoder,calm,transformer}/{recipe.yaml,metrics.jsonl}

@@ -20,9 +20,8 @@ from streaming.base.format import Reader
 from streaming.base.shared import SharedScalar
 from streaming.base.world import World
 
-from calm_dist.data.remote import is_remote
 from calm_dist.data.shared_names import RunNumber
-from calm_dist.data.store import Shard, StoreMeta, read_meta, read_shards
+from calm_dist.data.store import Shard, StoreMeta, is_remote, read_meta, read_shards
 from calm_dist.errors import DataError
 
 # Local stores up to this size are hashed when they are opened, so that damage is found before a
@@ -111,6 +110,19 @@ class _CheckedStream(Stream):
                 expected.path.unlink(missing_ok=True)
             raise
         return change
+
+    def fault(self, shard: Reader) -> DataError:
+        """The error for a shard that another reader on this node failed to prepare."""
+        expected = self._shard_of[shard.file_pairs[0][0].basename]
+        if self.remote is None:
+            try:
+                expected.check()
+            except DataError as error:
+                return error
+        return DataError(
+            f"shard {expected.path}: another reader on this node could not prepare it; see the "
+            "message of the first rank that failed"
+        )
 
 
 class GuardedDataset(StreamingDataset):
@@ -207,14 +219,10 @@ class GuardedDataset(StreamingDataset):
         cause = self._failure or error
         if isinstance(cause, DataError):
             return cause
-        failed_shard = int(self._failed_shard.get()) - 1
-        if self._failure is None and failed_shard >= 0:
-            stream = self.streams[self.stream_per_shard[failed_shard]]
-            name = self.shards[failed_shard].file_pairs[0][0].basename
-            return DataError(
-                f"shard {Path(stream.local) / name}: another reader on this node found it missing "
-                "or damaged; its message says which"
-            )
+        failed = int(self._failed_shard.get()) - 1
+        if self._failure is None and failed >= 0:
+            stream = self.streams[self.stream_per_shard[failed]]
+            return stream.fault(self.shards[failed])
         return DataError(f"data store: cannot be read ({type(cause).__name__}: {cause})")
 
 

@@ -36,6 +36,7 @@ from calm_dist.data.store import (
     TokenizerInfo,
     Variant,
     fingerprint,
+    is_remote,
     read_meta,
     read_shards,
 )
@@ -146,6 +147,13 @@ def finished_store(out: str | Path, plan: StorePlan) -> StoreMeta | None:
     Raises:
         DataError: ``out`` holds a store of another plan, finished or begun, or other files.
     """
+    if is_remote(out):
+        try:
+            meta = read_meta(out)
+        except DataError:
+            return None
+        _refuse_other_plan(out, meta.to_dict(), plan)
+        return meta
     out = Path(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
@@ -162,7 +170,7 @@ def finished_store(out: str | Path, plan: StorePlan) -> StoreMeta | None:
     return None
 
 
-def _refuse_other_plan(out: Path, present: dict[str, Any], plan: StorePlan) -> None:
+def _refuse_other_plan(out: str | Path, present: dict[str, Any], plan: StorePlan) -> None:
     for key, wanted in plan.to_dict().items():
         found = present.get(key)
         if key == "autoencoder" and found and wanted:
@@ -189,7 +197,8 @@ def write_store(
     """Write the store of ``plan``, or what is still missing of it.
 
     Args:
-        out: local directory of the store.
+        out: directory of the store, or a URL that it is uploaded to from a scratch directory
+            (``TMPDIR`` chooses the disk).
         corpus, tokenizer: what ``plan`` was made from.
         plan: as `plan_store` gives it.
         autoencoder: in eval mode and fp32; it encodes on the device where its weights are.
@@ -201,6 +210,17 @@ def write_store(
         DataError: as `finished_store` without ``overwrite``; a corpus shorter than one block;
             latents that fp16 cannot hold.
     """
+    if is_remote(out):
+        return _write_remote(
+            str(out),
+            corpus,
+            tokenizer,
+            plan,
+            autoencoder=autoencoder,
+            batch_size=batch_size,
+            shard_bytes=shard_bytes,
+            overwrite=overwrite,
+        )
     out = Path(out)
     if overwrite:
         _remove_store(out)
@@ -229,6 +249,27 @@ def write_store(
                 f"there, {len(of_part)} now); give the same size, or --overwrite"
             )
     return _finish(out, tokenizer, plan)
+
+
+def _write_remote(
+    url: str,
+    corpus: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    plan: StorePlan,
+    *,
+    overwrite: bool,
+    **options: Any,
+) -> StoreMeta:
+    from calm_dist.data.remote import staging_directory, upload_store
+
+    finished = None if overwrite else finished_store(url, plan)
+    if finished is not None:
+        return finished
+    staging = staging_directory(url)
+    meta = write_store(staging, corpus, tokenizer, plan, overwrite=overwrite, **options)
+    upload_store(staging, meta, url)
+    shutil.rmtree(staging)
+    return meta
 
 
 def _encoder(

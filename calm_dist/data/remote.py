@@ -1,4 +1,4 @@
-"""Stores in S3 and the other schemes that Streaming can download from."""
+"""Stores in S3 and the other object stores that Streaming knows."""
 
 from __future__ import annotations
 
@@ -9,16 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from streaming.base.storage import CloudDownloader
+from streaming.base.storage import CloudDownloader, CloudUploader
 
 from calm_dist.data.shared_names import scratch_directory
-from calm_dist.data.store import INDEX, META
+from calm_dist.data.store import INDEX, META, StoreMeta, is_remote, read_shards
 from calm_dist.errors import DataError
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is a URL and not a local directory."""
-    return "://" in path
 
 
 @contextmanager
@@ -75,3 +70,26 @@ def fetch_description(path: str, cache_dir: str | Path | None, fetch: bool = Fal
         (incoming / name).replace(cache / name)
     incoming.rmdir()
     return cache
+
+
+def staging_directory(url: str) -> Path:
+    """Where a store is written before it is uploaded to ``url``; the same after a kill."""
+    return scratch_directory() / f"staging_{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+
+
+def upload_store(directory: Path, meta: StoreMeta, url: str) -> None:
+    """Upload a finished store, ``meta.json`` last, since it is what makes a store complete.
+
+    Raises:
+        DataError: the upload failed; the store stays in ``directory``.
+    """
+    shards = [shard.path.name for shard in read_shards(directory, meta)]
+    try:
+        uploader = CloudUploader.get((str(directory), url.rstrip("/")), True, exist_ok=True)
+        for name in (*shards, meta.tokenizer.file, INDEX, META):
+            uploader.upload_file(name)
+    except Exception as error:  # each cloud has exceptions of its own
+        raise DataError(
+            f"--out {url}: cannot be uploaded ({error}); the store stays in {directory}, and the "
+            "same command tries again"
+        ) from error

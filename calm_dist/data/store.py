@@ -110,13 +110,18 @@ def fingerprint(fields: dict[str, Any], index: bytes) -> str:
     return digest.hexdigest()
 
 
+def is_remote(path: str | Path) -> bool:
+    """Whether a store is given by a URL and not by a local directory."""
+    return "://" in str(path)
+
+
 def read_meta(path: str | Path) -> StoreMeta:
     """``meta.json`` of a store in a local directory, or at a URL.
 
     Raises:
         DataError: there is no store, it is unfinished, or its ``meta.json`` is damaged.
     """
-    if "://" in str(path):
+    if is_remote(path):
         # Importing Streaming takes seconds, which local stores need not wait for.
         from calm_dist.data.remote import fetch_meta
 

@@ -25,9 +25,9 @@ from streaming.base.world import World
 from torch.utils.data import DataLoader
 
 from calm_dist.data.guard import GuardedDataset, Source, open_source
-from calm_dist.data.remote import fetch_description, is_remote
+from calm_dist.data.remote import fetch_description
 from calm_dist.data.shared_names import RunNumber
-from calm_dist.data.store import StoreMeta
+from calm_dist.data.store import StoreMeta, is_remote
 from calm_dist.errors import DataError, LaunchError
 
 Batch = dict[str, torch.Tensor]
@@ -55,7 +55,7 @@ class Store:
     """
 
     def __init__(self, path: str | Path) -> None:
-        if is_remote(str(path)):
+        if is_remote(path):
             raise DataError(f"data store {path}: random access needs a local copy; download it")
         self._source = open_source(str(path), Path(path))
         self._source.check()
@@ -135,7 +135,7 @@ class TrainingStream:
             # From a worker process the message comes wrapped in that process's traceback.
             message = str(error).rstrip().rpartition("DataError: ")[2]
             raise DataError(message) from error
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:
             raise DataError(
                 f"data store: a reader process died or gave nothing in time ({error}); "
                 "data.num_workers=0 reads in the training process"

@@ -19,7 +19,7 @@ from calm_dist.models.backbone import Backbone, transformer_config
 from calm_dist.models.heads.energy import EnergyHead
 from calm_dist.parallel import cpu
 from calm_dist.parallel.launch import World, join_world
-from calm_dist.parallel.topology import Topology, build_topology
+from calm_dist.parallel.topology import Topology, build_topology, destroy_topology
 from calm_dist.recipe import CalmRecipe, Recipe, load_recipe
 from calm_dist.training import checkpoint, model_state
 from calm_dist.training.build import build_body, build_head
@@ -146,7 +146,7 @@ def single_process_topology(recipe: Recipe, device: torch.device) -> Topology:
     if not dist.is_initialized():
         join_world(World(0, 1, 0, 1, "", 0, "single process"), device, timeout_seconds=60.0)
     if parallel_state.is_initialized():
-        parallel_state.destroy_model_parallel()
+        destroy_topology()
     return build_topology(recipe, device)
 
 

@@ -167,7 +167,7 @@ class _ChunkedEnergyScore(torch.autograd.Function):
         return score
 
     @staticmethod
-    def backward(ctx: Any, grad_score: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_score: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad_score[:, None].to(gradient.dtype), None, None, None, None
 

@@ -70,7 +70,9 @@ class CoreAttention(MegatronModule):
             ).transpose(0, 1)
         else:
             output = F.scaled_dot_product_attention(
-                *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
+                query.permute(1, 2, 0, 3),
+                key.permute(1, 2, 0, 3),
+                value.permute(1, 2, 0, 3),
                 attn_mask=attention_mask,
                 is_causal=attention_mask is None,
                 scale=self.softmax_scale,

@@ -32,7 +32,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from calm_dist.models.attention import CoreAttention, RMSNorm
 from calm_dist.models.patch_embedding import PatchEmbedding, TokenEmbedding
-from calm_dist.recipe import Recipe
+from calm_dist.recipe import BackboneRecipe, Recipe
 
 RMS_NORM_EPS = 1e-6
 
@@ -40,6 +40,7 @@ RMS_NORM_EPS = 1e-6
 def transformer_config(recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's configuration of the body that a recipe describes."""
     model, parallel = recipe.model, recipe.parallel
+    assert isinstance(model, BackboneRecipe)
     on_cpu = not torch.cuda.is_available()
     recompute = (
         {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -132,6 +133,7 @@ class Backbone(MegatronModule):
     ) -> None:
         super().__init__(config)
         model = recipe.model
+        assert isinstance(model, BackboneRecipe)
         # Megatron's schedules, DDP and checkpoints read these four names.
         self.pre_process, self.post_process, self.vp_stage = first, last, vp_stage
         self.model_type = ModelType.encoder_or_decoder

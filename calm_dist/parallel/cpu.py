@@ -83,7 +83,7 @@ def _redirect_cuda_calls() -> None:
     """About 40 factories take ``device=torch.cuda.current_device()``; p2p and checkpoints
     synchronise. Both raise "Torch not compiled with CUDA enabled" on a CPU build."""
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda device=None: None
 
 
 def _replace_rng_tracker() -> None:

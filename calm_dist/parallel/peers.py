@@ -7,10 +7,11 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch.distributed as dist
 
-from calm_dist.errors import PeerLostError, UserError
+from calm_dist.errors import PeerLostError, TrainingDivergedError, UserError
 from calm_dist.parallel.launch import World
 
 BEAT_SECONDS = 1.0
@@ -21,7 +22,7 @@ SILENCE_SECONDS = 5.0
 class Peers:
     """Publishes this rank's heartbeat in the store and tells which other ranks went silent."""
 
-    def __init__(self, store: dist.Store, world: World) -> None:
+    def __init__(self, store: Any, world: World) -> None:
         self._world = world
         # A connection of its own: a blocking wait of the training thread must not stop the beat.
         self._store = store.clone()
@@ -76,7 +77,7 @@ def name_lost_peers(store: dist.Store, world: World) -> Iterator[None]:
     peers = Peers(store, world)
     try:
         yield
-    except UserError:
+    except (UserError, TrainingDivergedError):
         raise
     except RuntimeError as error:
         lost = peers.lost()

@@ -88,3 +88,8 @@ def build_topology(recipe: Recipe, device: torch.device) -> Topology:
         # new_group is a collective of the whole world, also for groups of one.
         self_group=[dist.new_group([r]) for r in range(world_size)][rank],
     )
+
+
+def destroy_topology() -> None:
+    """Forget Megatron's groups, so that another recipe can be built in the same world."""
+    parallel_state.destroy_model_parallel()

@@ -79,7 +79,7 @@ def verify(directory: Path) -> None:
 
 
 def newest_valid(run_dir: Path) -> Path | None:
-    """The newest checkpoint of a run that is whole; says on stderr why newer ones are passed over."""
+    """The newest whole checkpoint of a run; says on stderr why newer ones are passed over."""
     for directory in _step_directories(run_dir / CHECKPOINTS):
         try:
             verify(directory)

@@ -11,7 +11,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from calm_dist.data.stream import open_training_stream
-from calm_dist.errors import CheckpointError
+from calm_dist.errors import CheckpointError, TrainingDivergedError
 from calm_dist.parallel.pipeline import micro_batches
 from calm_dist.parallel.rank_zero import on_rank_zero
 from calm_dist.parallel.topology import Topology
@@ -119,7 +119,14 @@ class Trainer:
         state = json.loads((directory / checkpoint.STATE_FILE).read_text(encoding="utf-8"))
         _check_same_model(directory, self.recipe)
         parts = self.parts
-        model_state.load(directory, parts.chunks, parts.optimizer, parts.head, state["adam_steps"])
+        model_state.load(
+            directory,
+            parts.chunks,
+            parts.optimizer,
+            parts.head,
+            self.topology,
+            state["adam_steps"],
+        )
         self._stream.load_state_dict(state["data"])
         self.step, self.adam_steps = state["step"], state["adam_steps"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
@@ -148,7 +155,7 @@ class Trainer:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
         limit = self.recipe.health.max_skipped_steps
         if self.skipped_in_a_row > limit:
-            raise RuntimeError(
+            raise TrainingDivergedError(
                 f"step {self.step}: loss or gradient not finite for {self.skipped_in_a_row} steps "
                 f"in a row (health.max_skipped_steps={limit}); lower training.learning_rate or "
                 "look at the data"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import uuid
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -124,7 +125,7 @@ class WandbTracker:
             mode = "offline"
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id() + "\n", encoding="utf-8")
+            id_file.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
         self._run = wandb.init(
             project=recipe.logging.project,
             name=recipe.run.display_name,

@@ -5,13 +5,16 @@ Tensors are stored by global name and position, so a checkpoint loads on any TP/
 
 from __future__ import annotations
 
+import queue
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
@@ -38,8 +41,11 @@ def save(
     state = _body_state(chunks)
     state["optimizer"] = optimizer.sharded_state_dict(_body_state(chunks))
     if head is not None:
-        replica = topology.head_ranks.index(topology.rank)
-        state |= _head_state(head.export_state(), replica)
+        state |= _head_state(head.export_state(), topology.head_ranks.index(topology.rank))
+    # Megatron would start a manager process for the writer's results, which imports the entry
+    # script again (seconds) and outlives a killed rank. A synchronous save writes and reads them
+    # in this process. (megatron-core 0.16.1)
+    filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(state, str(target))
 
 
@@ -48,6 +54,7 @@ def load(
     chunks: list[Any],
     optimizer: MegatronOptimizer,
     head: ZeroHead | None,
+    topology: Topology,
     adam_step: int,
 ) -> None:
     """Read the state that `save` wrote, on this or another layout; a collective of the world.
@@ -61,7 +68,7 @@ def load(
     state = _body_state(chunks)
     state["optimizer"] = optimizer.sharded_state_dict(_body_state(chunks), is_loading=True)
     if head is not None:
-        state |= _head_state(head.export_state(), replica=0)
+        state |= _head_state(head.export_state(), topology.head_ranks.index(topology.rank))
     loaded = _load(state, directory)
     _load_body(chunks, loaded)
     optimizer.load_state_dict(loaded["optimizer"])
@@ -122,12 +129,10 @@ def _unwrap(chunk: Any) -> Any:
 
 
 def _load(state: dict[str, Any], directory: Path) -> dict[str, Any]:
-    from megatron.core.dist_checkpointing.core import CheckpointingException
-
     source = directory / TENSORS
     try:
         return dist_checkpointing.load(state, str(source))
-    except (CheckpointingException, KeyError, RuntimeError, ValueError) as error:
+    except CheckpointingException as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{source}: does not fit the model of the recipe ({reason}); use the recipe that lies "

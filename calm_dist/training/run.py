@@ -9,10 +9,14 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from calm_dist.parallel.launch import World, join_world, read_world, select_device
 from calm_dist.recipe import Recipe
 from calm_dist.training.resolve import resolve
+
+if TYPE_CHECKING:
+    import torch
 
 LIBRARIES = ("torch", "megatron-core", "deepspeed", "mosaicml-streaming", "flash-attn", "triton")
 
@@ -26,7 +30,11 @@ def train(recipe: Recipe) -> None:
     """
     world = read_world()
     world.export()
+    # Everything that can be refused is, before any process group exists.
     recipe = resolve(recipe.with_world_size(world.size))
+    if recipe.parallel.device == "cpu":
+        # Before torch looks: Megatron-core and DeepSpeed use a GPU that they see.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
     import torch.distributed as dist
 
@@ -35,18 +43,26 @@ def train(recipe: Recipe) -> None:
     device = select_device(world, recipe.parallel.device)
     cpu.install()
     from calm_dist.parallel.peers import name_lost_peers
-    from calm_dist.parallel.topology import build_topology
-    from calm_dist.training.loop import Trainer
 
     store = join_world(world, device, recipe.health.timeout_seconds)
-    try:
-        with name_lost_peers(store, world):
-            if world.rank == 0:
-                prepare_run_directory(recipe, world)
-            Trainer(recipe, build_topology(recipe, device)).run()
-            dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    with name_lost_peers(store, world):
+        train_in_world(recipe, world, device)
+    # Not after an error: it could wait for a peer that is gone.
+    dist.destroy_process_group()
+
+
+def train_in_world(recipe: Recipe, world: World, device: torch.device) -> None:
+    """`train` once the processes are connected; may be called again for another recipe."""
+    import torch.distributed as dist
+
+    from calm_dist.parallel.rank_zero import on_rank_zero
+    from calm_dist.parallel.topology import build_topology, destroy_topology
+    from calm_dist.training.loop import Trainer
+
+    on_rank_zero(lambda: prepare_run_directory(recipe, world))
+    Trainer(recipe, build_topology(recipe, device)).run()
+    dist.barrier()
+    destroy_topology()
 
 
 def prepare_run_directory(recipe: Recipe, world: World) -> None:

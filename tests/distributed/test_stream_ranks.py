@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 
 from calm_dist.data.latents import plan_store, write_store
-from calm_dist.data.shared_names import scratch_directory
 from calm_dist.data.stream import open_store
 from calm_dist.data.tokenizer import train_tokenizer
 
@@ -60,7 +59,15 @@ def start(tmp: Path, ranks: int, scenarios: list[dict[str, Any]]) -> list[subpro
     """One process per rank, each leader of a process group of its own."""
     tmp.mkdir(parents=True, exist_ok=True)
     (tmp / "job.json").write_text(json.dumps({"rendezvous": str(tmp), "scenarios": scenarios}))
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    # Lock files of other runs on this machine lie elsewhere.
+    scratch = tmp.parent / "tmp"
+    scratch.mkdir(exist_ok=True)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(scratch),
+    }
     return [
         subprocess.Popen(
             [sys.executable, WORKER, tmp / "job.json", str(rank), tmp / f"rank{rank}.json"],
@@ -237,7 +244,7 @@ def test_resume_is_exact_within_and_over_an_epochs_end(
         ("flipped, with workers", "flipped/shard.00003.mds: is damaged"),
         ("missing, while reading", "missing/shard.00002.mds: is missing"),
         ("missing, on opening", "missing/shard.00002.mds: is missing"),
-        ("too small", "less than one global batch of 500"),
+        ("too small", "holds 49 blocks, less than one global batch of 500"),
     ],
 )
 def test_faults_reach_every_rank(results: list[dict[str, Any]], name: str, message: str) -> None:
@@ -246,12 +253,14 @@ def test_faults_reach_every_rank(results: list[dict[str, Any]], name: str, messa
         assert "Traceback" not in result[name]["error"]
 
 
-def segments() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
+def segments_of(locks: list[Path]) -> list[Path]:
+    """Shared memory of the runs that hold, or held, these lock files."""
+    numbers = [lock.stem.removeprefix("run_") for lock in locks]
+    return [path for number in numbers for path in Path("/dev/shm").glob(f"{number:0>6}_*")]
 
 
 def test_restart_after_sigkill_and_two_runs_at_once(stores: Path, tmp_path: Path) -> None:
-    before = segments()
+    scratch = tmp_path / "tmp" / f"calm_dist_{os.getuid()}"
     endless = scenario("endless", 2, paths=[str(stores / "one")], steps=10**9, ready=True)
     killed = start(tmp_path / "killed", 2, [endless])
     try:
@@ -265,8 +274,8 @@ def test_restart_after_sigkill_and_two_runs_at_once(stores: Path, tmp_path: Path
             # The whole process group, as Slurm does: no helper process is left to clean up.
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    left = segments() - before
-    assert left, "the killed run left nothing behind: this test shows nothing"
+    locks = list(scratch.glob("run_*.lock"))
+    assert segments_of(locks), "the killed run left nothing behind: this test shows nothing"
 
     again = [scenario("again", 2, paths=[str(stores / "one")])]
     runs = {name: start(tmp_path / name, 2, again) for name in ("first", "second")}
@@ -275,5 +284,5 @@ def test_restart_after_sigkill_and_two_runs_at_once(stores: Path, tmp_path: Path
         for name, processes in runs.items()
     ]
     assert received[0] == received[1] and len(received[0]) == 9
-    assert not left & segments()
-    assert not list(scratch_directory().glob("run_*.lock"))
+    assert not segments_of(locks)
+    assert not list(scratch.glob("run_*.lock"))

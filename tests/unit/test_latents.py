@@ -72,7 +72,8 @@ def write(inputs: Path, out: Path, **changes: object) -> latents.StoreMeta:
         tokenizer_of(inputs),
         plan,
         autoencoder=model,
-        batch_size=3,
+        # Does not divide the blocks of a shard.
+        batch_size=5,
         shard_bytes=SHARD_BYTES,
     )
 
@@ -151,10 +152,10 @@ def test_shards_and_index_equal_those_of_streamings_own_writer(
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
 
 
-@pytest.mark.parametrize("shards_before_the_kill", [1, 4])
 def test_killed_run_continues_to_the_same_store(
-    inputs: Path, tmp_path: Path, shards_before_the_kill: int, monkeypatch: pytest.MonkeyPatch
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shards_before_the_kill = 3
     write(inputs, tmp_path / "unbroken")
     out = tmp_path / "out"
     process = subprocess.Popen(
@@ -323,7 +324,7 @@ def test_text_shorter_than_a_block_and_broken_weights_are_refused(
     plan = plan_for(inputs)
     model = load_autoencoder(inputs / "autoencoder")
     for parameter in model.parameters():
-        parameter.mul_(1e4)
+        parameter.mul_(1e8)
     with pytest.raises(DataError, match="not finite in fp16"):
         write_store(
             tmp_path / "out",

@@ -1,4 +1,4 @@
-"""The energy head: one step from noise and hidden state to a latent sample (section 4 of the paper).
+"""The energy head: one step from noise and hidden state to a latent sample (paper, section 4).
 
 Names of parameters are those of the released code's ``mlp_generator``.
 """

@@ -1,0 +1,125 @@
+"""A small real store and real launches, shared by the tests of parallel training."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("train_worker.py")
+TIMEOUT_SECONDS = 240
+
+Jobs = Sequence[tuple[str, list[str]]]
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Latents of some of the standard library by an untrained autoencoder, 48 blocks of 64."""
+    import torch
+
+    from calm_dist.data.latents import plan_store, write_store
+    from calm_dist.data.tokenizer import train_tokenizer
+    from calm_dist.interop.huggingface import save_autoencoder
+    from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
+
+    directory = tmp_path_factory.mktemp("data")
+    corpus = directory / "corpus.txt"
+    corpus.write_text(Path(json.__file__).with_name("decoder.py").read_text(encoding="utf-8") * 2)
+    tokenizer = train_tokenizer([corpus.read_text(encoding="utf-8")], 300, directory / "t.json")
+    torch.manual_seed(0)
+    config = AutoencoderConfig(
+        vocab_size=tokenizer.vocab_size, latent_size=16, hidden_size=32, intermediate_size=64
+    )
+    autoencoder = Autoencoder(config).eval()
+    (directory / "autoencoder").mkdir()
+    save_autoencoder(autoencoder, directory / "autoencoder")
+    plan = plan_store(
+        [str(corpus)],
+        tokenizer,
+        variant="fp16",
+        block_size=64,
+        patch_size=None,
+        autoencoder=directory / "autoencoder",
+        seed=0,
+    )
+    write_store(directory / "store", [str(corpus)], tokenizer, plan, autoencoder=autoencoder)
+    return directory / "store"
+
+
+@pytest.fixture(scope="session")
+def tiny(store: Path) -> Callable[..., list[str]]:
+    """Overrides that make a tiny recipe tiny enough for 20 steps in seconds."""
+
+    def overrides(run_dir: Path, kind: str, **more: object) -> list[str]:
+        values: dict[str, object] = {
+            "run.dir": run_dir,
+            "data.path": store,
+            "data.block_size": 64,
+            "model.vocab_size": 300,
+            "model.hidden_size": 32,
+            "model.intermediate_size": 64,
+            "model.num_hidden_layers": 4,
+            "training.steps": 20,
+            "training.global_batch_size": 8,
+            "training.micro_batch_size": 2,
+            "checkpoint.every": 1000,
+            "logging.wandb": "off",
+        }
+        if kind == "calm":
+            values |= {"model.latent_size": 16, "model.autoencoder": store.parent / "autoencoder"}
+        values |= {key.replace("__", "."): value for key, value in more.items()}
+        return [f"{key}={value}" for key, value in values.items()]
+
+    return overrides
+
+
+def recipe(kind: str) -> str:
+    """Path of the tiny recipe of a kind."""
+    return str(ROOT / "recipes" / f"{kind}_tiny.yaml")
+
+
+def torchrun(ranks: int, script: Path, *arguments: str) -> list[str]:
+    """A command that launches real gloo ranks on a free port."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, f"--nproc_per_node={ranks}", str(script), *arguments]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """One thread a process: ranks outnumber the cores."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+
+
+def run_jobs(ranks: int, jobs: Jobs, directory: Path) -> None:
+    """Train (recipe, overrides) after each other in one launch of ``ranks`` processes."""
+    listed = [{"recipe": recipe(kind), "overrides": overrides} for kind, overrides in jobs]
+    file = directory / f"jobs_{ranks}.json"
+    file.write_text(json.dumps(listed), encoding="utf-8")
+    done = subprocess.run(
+        torchrun(ranks, WORKER, str(file)),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def kill_tree(process: subprocess.Popen[str]) -> None:
+    """SIGKILL a process that leads a session, and all that it started."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def training_records(run_dir: Path) -> dict[int, dict[str, float]]:
+    """The training records of a run by step."""
+    from calm_dist.training.metrics import read_records
+
+    return {record["step"]: record for record in read_records(run_dir) if "loss" in record}

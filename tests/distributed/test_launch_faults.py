@@ -1,0 +1,102 @@
+"""A launch that cannot work, or a rank that dies, ends with a message that names it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import ROOT, TIMEOUT_SECONDS, environment, recipe, training_records
+
+BAD_INPUT, PEER_LOST = 2, 3
+
+
+def start_rank(
+    rank: int, world_size: int, port: int, overrides: list[str]
+) -> subprocess.Popen[str]:
+    """One rank, as a launcher would start it."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "train.py"), recipe("calm"), *overrides],
+        env=environment(
+            RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            LOCAL_RANK=str(rank),
+            LOCAL_WORLD_SIZE=str(world_size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        ),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def data_parallel(tiny: Callable[..., list[str]], run_dir: Path, **more: object) -> list[str]:
+    alone = {
+        "parallel__tensor_parallel_size": 1,
+        "parallel__pipeline_parallel_size": 1,
+        "parallel__sequence_parallel": False,
+    }
+    return tiny(run_dir, "calm", **(alone | more))
+
+
+def test_port_in_use_is_named(tmp_path: Path, tiny: Callable[..., list[str]]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        process = start_rank(0, 2, port, data_parallel(tiny, tmp_path / "run"))
+        output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode == BAD_INPUT, output[-3000:]
+    assert f"127.0.0.1:{port}" in output and "MASTER_PORT" in output
+    assert "Traceback" not in output
+
+
+def test_missing_ranks_are_named(tmp_path: Path, tiny: Callable[..., list[str]]) -> None:
+    overrides = data_parallel(
+        tiny, tmp_path / "run", health__timeout_seconds=20.0, training__global_batch_size=8
+    )
+    port = free_port()
+    ranks = [start_rank(rank, 4, port, overrides) for rank in (0, 2)]
+    outputs = [process.communicate(timeout=TIMEOUT_SECONDS)[0] for process in ranks]
+    for process, output in zip(ranks, outputs, strict=True):
+        assert process.returncode == BAD_INPUT, output[-3000:]
+    assert "ranks 1, 3 did not come" in outputs[0]
+    assert "Traceback" not in outputs[0]
+
+
+def test_dead_peer_is_named(tmp_path: Path, tiny: Callable[..., list[str]]) -> None:
+    run_dir = tmp_path / "run"
+    overrides = data_parallel(tiny, run_dir, training__steps=100_000)
+    port = free_port()
+    ranks = [start_rank(rank, 2, port, overrides) for rank in (0, 1)]
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while 3 not in training_records(run_dir) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(ranks[1].pid, signal.SIGKILL)
+    output, _ = ranks[0].communicate(timeout=TIMEOUT_SECONDS)
+    ranks[1].communicate()
+    assert ranks[0].returncode == PEER_LOST, output[-3000:]
+    assert "rank 1 (" in output and "died or stopped answering" in output
+    assert "Traceback" not in output
+
+
+def test_wrong_number_of_ranks_names_the_field(
+    tmp_path: Path, tiny: Callable[..., list[str]]
+) -> None:
+    overrides = tiny(tmp_path / "run", "calm")
+    process = start_rank(0, 3, free_port(), overrides)
+    output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode == BAD_INPUT, output[-3000:]
+    assert "parallel.world_size" in output and "Traceback" not in output

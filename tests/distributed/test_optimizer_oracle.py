@@ -1,0 +1,119 @@
+"""The joint optimizer against plain PyTorch: autograd, `clip_grad_norm_` and AdamW.
+
+Layouts agree with each other even where all are wrong in the same way (weight decay on norms, a
+head that is left out of the norm), so one of them is held against an unwrapped model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import recipe, run_jobs, training_records
+from test_layouts import ALONE, TOLERANCE
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def overrides(
+    tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., list[str]]
+) -> list[str]:
+    run_dir = tmp_path_factory.mktemp("oracle") / "run"
+    # A limit that clips every step, a large decay and rate: mistakes in either would show.
+    return tiny(
+        run_dir,
+        "calm",
+        training__steps=STEPS,
+        training__weight_decay=0.5,
+        training__learning_rate=1e-2,
+        training__clip_grad_norm=0.3,
+        training__schedule="cosine",
+        **ALONE,
+    )
+
+
+def plain_training(overrides: list[str]) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step of a loop without Megatron's DDP and DeepSpeed."""
+    from calm_dist.data.stream import open_training_stream
+    from calm_dist.evaluation.load import single_process_recipe, single_process_topology
+    from calm_dist.losses.energy import energy_score_reference
+    from calm_dist.models.backbone import transformer_config
+    from calm_dist.parallel.launch import World
+    from calm_dist.parallel.noise import KeyedNoise, PosteriorDraws
+    from calm_dist.recipe import load_recipe
+    from calm_dist.training.build import build_body, build_head
+    from calm_dist.training.resolve import resolve
+
+    given = resolve(load_recipe(recipe("calm"), overrides))
+    model = given.model
+    assert model.kind == "calm"
+    topology = single_process_topology(single_process_recipe(given), torch.device("cpu"))
+    body = build_body(given, transformer_config(given, torch.float32), topology, None)
+    head = build_head(model, given.run.seed)
+    parameters = [*body.parameters(), *head.parameters()]
+    training = given.training
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.dim() > 1]},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ],
+        lr=training.learning_rate,
+        betas=(training.adam_beta1, training.adam_beta2),
+        eps=training.adam_eps,
+        weight_decay=training.weight_decay,
+    )
+    # The schedule in torch's own words.
+    warm_up = torch.optim.lr_scheduler.LinearLR(
+        optimizer, 1 / training.warmup_steps, 1.0, training.warmup_steps - 1
+    )
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, training.steps - training.warmup_steps
+    )
+    schedule = torch.optim.lr_scheduler.SequentialLR(
+        optimizer, [warm_up, decay], [training.warmup_steps]
+    )
+    World(0, 1, 0, 1, "", 0, "test").export()
+    stream = open_training_stream(
+        [source.path for source in given.data.sources], batch_size=training.global_batch_size
+    )
+    patches = given.num_patches
+    history = []
+    for step, batch in zip(range(STEPS), stream, strict=False):
+        hidden = body(batch["tokens"], patches).transpose(0, 1)  # [B, P, d]
+        noise = KeyedNoise(
+            given.run.seed, step, batch["index"].tolist(), 0, patches, torch.device("cpu")
+        )
+        draws = torch.cat(
+            [part for _, _, part in PosteriorDraws(noise, model.head.posterior_samples, 16)], dim=1
+        )
+        head_noise = noise.whole(
+            "head", lambda generator: head.draw_noise(generator, model.head.num_samples, 64)
+        )
+        # Patch i + 1 is predicted from position i; the last position predicts nothing.
+        keep = (torch.arange(patches) < patches - 1).repeat(len(hidden))
+        targets = [
+            torch.roll(batch[name], -1, dims=1).flatten(0, 1)[keep] for name in ("mean", "log_std")
+        ]
+        samples = head.sample(hidden.flatten(0, 1)[keep], head_noise[:, keep])
+        loss = -energy_score_reference(samples, *targets, draws[:, keep]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, training.clip_grad_norm)
+        optimizer.step()
+        schedule.step()
+        history.append((float(loss), float(norm)))
+    return history
+
+
+def test_trainer_equals_plain_pytorch(overrides: list[str]) -> None:
+    run_dir = Path(overrides[0].removeprefix("run.dir="))
+    run_jobs(1, [("calm", overrides)], run_dir.parent)
+    ours = training_records(run_dir)
+    plain = plain_training(overrides)
+    assert all(norm > 0.3 for _, norm in plain), "the limit must clip every step"
+    for step, (loss, norm) in enumerate(plain, start=1):
+        assert abs(ours[step]["loss"] - loss) <= TOLERANCE * max(1, abs(loss)), step
+        assert abs(ours[step]["grad_norm"] - norm) <= TOLERANCE * max(1, norm), step

@@ -1,0 +1,70 @@
+"""A step whose loss is not finite changes nothing, and the next one works as if it had not been."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import recipe
+from test_layouts import ALONE
+
+from calm_dist.errors import TrainingDivergedError
+from calm_dist.parallel.launch import World
+from calm_dist.parallel.topology import Topology
+from calm_dist.recipe import Recipe, load_recipe
+from calm_dist.training.resolve import resolve
+
+
+@pytest.fixture(params=[1, 2])
+def given(request: pytest.FixtureRequest, tmp_path: Path, tiny: Callable[..., list[str]]) -> Recipe:
+    """A one-process run with ZeRO-1 or ZeRO-2, which may skip one step in a row."""
+    overrides = tiny(tmp_path, "calm", parallel__zero_stage=request.param, **ALONE)
+    return resolve(load_recipe(recipe("calm"), [*overrides, "health.max_skipped_steps=1"]))
+
+
+@pytest.fixture
+def topology(given: Recipe) -> Iterator[Topology]:
+    from calm_dist.evaluation.load import single_process_topology
+
+    World(0, 1, 0, 1, "", 0, "test").export()
+    yield single_process_topology(given, torch.device("cpu"))
+
+
+def weights(trainer: object) -> list[torch.Tensor]:
+    parts = trainer.parts  # type: ignore[attr-defined]
+    modules = [*parts.chunks, parts.head.module]
+    return [p.detach().clone() for module in modules for p in module.parameters()]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_poisoned_batch_is_skipped(given: Recipe, topology: Topology) -> None:
+    from calm_dist.training.loop import Trainer
+
+    poisoned, clean = Trainer(given, topology), Trainer(given, topology)
+    batches = [batch for _, batch in zip(range(3), poisoned._stream, strict=False)]
+
+    for trainer in (poisoned, clean):
+        assert not trainer.train_step(batches[0]).skipped
+    before = weights(poisoned)
+    bad = {name: tensor.clone() for name, tensor in batches[1].items()}
+    bad["mean"][0, 5, 0] = float("nan")
+    poisoned.step = 1
+    result = poisoned.train_step(bad)
+    assert result.skipped
+    assert same(weights(poisoned), before)
+
+    for trainer in (poisoned, clean):
+        trainer.step = 2
+        assert not trainer.train_step(batches[2]).skipped
+    assert not same(weights(poisoned), before)
+    assert same(weights(poisoned), weights(clean))
+    assert poisoned.adam_steps == clean.adam_steps == 2
+
+    poisoned._check_health(result)
+    with pytest.raises(TrainingDivergedError, match="max_skipped_steps=1"):
+        poisoned._check_health(result)

@@ -1,0 +1,38 @@
+"""Several trainings, one after the other, in the ranks of one launch (imports cost most of it).
+
+Usage: train_worker.py JOBS.json, a list of {"recipe": path, "overrides": [...]}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from calm_dist.cli import run
+
+
+def main() -> None:
+    jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+
+    import torch.distributed as dist
+
+    from calm_dist.parallel import cpu
+    from calm_dist.parallel.launch import join_world, read_world, select_device
+    from calm_dist.recipe import load_recipe
+    from calm_dist.training.resolve import resolve
+    from calm_dist.training.run import train_in_world
+
+    world = read_world()
+    world.export()
+    device = select_device(world, "auto")
+    cpu.install()
+    join_world(world, device, timeout_seconds=120.0)
+    for job in jobs:
+        recipe = load_recipe(job["recipe"], job["overrides"]).with_world_size(world.size)
+        train_in_world(resolve(recipe), world, device)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,200 @@
+"""The autoencoder, its loss and its statistics against the released code and closed forms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch.distributions import Normal, kl_divergence
+
+from calm_dist.interop.huggingface import load_autoencoder
+from calm_dist.losses import reconstruction
+from calm_dist.losses.autoencoder import (
+    TrainingNoise,
+    autoencoder_loss,
+    draw_training_noise,
+    kl_per_dimension,
+)
+from calm_dist.losses.reconstruction import Reconstruction
+from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
+from calm_dist.models.weights import init_std, initialize_module
+from calm_dist.recipe import AutoencoderRecipe
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+VOCAB, LATENT = 40, 6
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=[2, 4], ids="K={}".format)
+def golden(request: pytest.FixtureRequest) -> tuple[Autoencoder, dict[str, torch.Tensor]]:
+    directory = GOLDEN / f"ae_k{request.param}"
+    return load_autoencoder(directory), load_file(directory / "io.safetensors")
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Relative to the largest value: single entries near zero carry no precision."""
+    torch.testing.assert_close(
+        found, expected, rtol=0, atol=tolerance * float(expected.abs().max())
+    )
+
+
+def small_autoencoder(patch_size: int = 4, **changes: float) -> Autoencoder:
+    config = AutoencoderConfig(
+        vocab_size=VOCAB,
+        patch_size=patch_size,
+        latent_size=LATENT,
+        hidden_size=16,
+        intermediate_size=24,
+        **changes,  # type: ignore[arg-type]
+    )
+    model = Autoencoder(config)
+    initialize_module(model, "", init_std(AutoencoderRecipe(kind="autoencoder")), seed=0)
+    return model
+
+
+def set_posterior(model: Autoencoder, mean: torch.Tensor, log_std: torch.Tensor) -> None:
+    """Give every patch the same posterior."""
+    with torch.no_grad():
+        model.encoder.hidden_to_latent.weight.zero_()
+        model.encoder.hidden_to_latent.bias.copy_(torch.cat([mean, log_std]))
+
+
+def test_encode_decode_and_eval_loss_equal_the_released_code(golden) -> None:
+    model, io = golden
+    tokens = io["input_ids"]
+    mean, log_std = model.encode(tokens)
+    close(mean, io["eval.mean"])
+    close(log_std, io["eval.log_std"])
+    close(model.decode(mean), io["eval.decoder_logits_of_mean"])
+    logits = model.decode(mean + io["eval.eps"].view_as(mean) * log_std.exp())
+    close(F.cross_entropy(logits.flatten(0, 1), tokens.flatten()), io["eval.loss"])
+
+
+def test_training_loss_and_gradients_equal_the_released_code(golden) -> None:
+    model, io = golden
+    model.requires_grad_(True)
+    tokens, latent_shape = io["input_ids"], io["eval.mean"].shape
+    noise = TrainingNoise(
+        token_keep=io["train.token_uniform"].view_as(tokens) > model.config.token_dropout,
+        eps=io["train.eps"].view(latent_shape),
+        latent_keep=io["train.latent_keep_mask"].view(latent_shape) > 0,
+    )
+    losses = autoencoder_loss(model, tokens, noise)
+    losses.total.backward()
+    close(losses.total, io["train.loss_fp32"])
+    expected = {
+        name.removeprefix("train.grad_fp32."): gradient
+        for name, gradient in io.items()
+        if name.startswith("train.grad_fp32.")
+    }
+    assert len(expected) == 4
+    for name, gradient in expected.items():
+        found = model.get_parameter(name).grad
+        assert found is not None
+        close(found, gradient, 2e-5)
+
+
+@pytest.mark.parametrize("patch_size", [1, 8])
+def test_other_patch_sizes(patch_size: int) -> None:
+    """Shapes, and each patch by itself: K = 1 has no neighbours, K = 8 packs eight tokens."""
+    model = small_autoencoder(patch_size)
+    tokens = torch.randint(VOCAB, (3, 5 * patch_size))
+    mean, log_std = model.encode(tokens)
+    assert mean.shape == log_std.shape == (3, 5, LATENT)
+    logits = model.decode(mean)
+    assert logits.shape == (3, 5 * patch_size, VOCAB)
+
+    other = tokens.clone()
+    other[:, -1] = (other[:, -1] + 1) % VOCAB
+    changed = model.encode(other)[0] - mean
+    assert torch.all(changed[:, :-1].abs() < 1e-5) and torch.all(changed[:, -1].abs().sum(-1) > 0.1)
+
+
+def test_tokens_that_fill_no_patch_are_refused() -> None:
+    with pytest.raises(ValueError, match="10 tokens are no multiple of patch_size=4"):
+        small_autoencoder().encode(torch.zeros(1, 10, dtype=torch.int64))
+
+
+def test_kl_of_a_dimension_is_torchs() -> None:
+    mean, log_std = torch.randn(2, 100).unbind()
+    expected = kl_divergence(Normal(mean, log_std.exp()), Normal(0.0, 1.0))
+    torch.testing.assert_close(kl_per_dimension(mean, log_std), expected)
+
+
+def test_kl_is_raised_to_the_floor_dimension_by_dimension() -> None:
+    """Constant posterior: dimension d costs max(0.5, KL_d), and below the floor has no gradient."""
+    model = small_autoencoder(kl_weight=10.0)
+    mean = torch.tensor([0.0, 0.5, 0.99, 1.01, 2.0, -3.0])
+    set_posterior(model, mean, torch.zeros(LATENT))
+    tokens = torch.randint(VOCAB, (2, 20))
+    losses = autoencoder_loss(
+        model, tokens, draw_training_noise(model, tokens, torch.Generator().manual_seed(0))
+    )
+    # KL of a unit variance is mean² / 2.
+    assert losses.kl.item() == pytest.approx(3 * 0.5 + 0.5 * (1.01**2 + 4 + 9))
+    total = 4 * losses.cross_entropy.item() + 10 * losses.kl.item()
+    assert losses.total.item() == pytest.approx(total)
+    (gradient,) = torch.autograd.grad(losses.kl, [model.encoder.hidden_to_latent.bias])
+    torch.testing.assert_close(gradient[:LATENT], torch.where(mean.abs() > 1, mean, 0.0))
+
+
+def test_training_noise_has_the_asked_rates() -> None:
+    model = small_autoencoder(token_dropout=0.15, ae_dropout=0.3)
+    tokens = torch.zeros(50, 400, dtype=torch.int64)
+    noise = draw_training_noise(model, tokens, torch.Generator().manual_seed(0))
+    for keep, dropout in ((noise.token_keep, 0.15), (noise.latent_keep, 0.3)):
+        rate = 1 - keep.double().mean()
+        assert abs(rate - dropout) < 5 * (dropout * (1 - dropout) / keep.numel()) ** 0.5
+    assert abs(noise.eps.mean()) < 5 / noise.eps.numel() ** 0.5
+    assert noise.eps.std() == pytest.approx(1, abs=0.02)
+    calm = small_autoencoder(token_dropout=0.0, ae_dropout=0.0)
+    noise = draw_training_noise(calm, tokens, torch.Generator().manual_seed(0))
+    assert noise.token_keep.all() and noise.latent_keep.all()
+
+
+def test_reconstruction_counts_tokens_with_the_mean_and_with_a_sample(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Against one plain pass; patches are decoded in chunks of 3, blocks differ in size."""
+    monkeypatch.setattr(reconstruction, "CHUNK_LOGITS", 3 * 4 * VOCAB)
+    model = small_autoencoder()
+    result = Reconstruction(LATENT, torch.device("cpu"))
+    right = torch.zeros(2)
+    for length in (40, 24):
+        tokens = torch.randint(VOCAB, (length,))
+        eps = 3 * torch.randn(length // 4, LATENT)
+        result.add_block(model, tokens, eps)
+        mean, log_std = model.encode(tokens[None])
+        for number, z in enumerate((mean + eps * log_std.exp(), mean)):
+            right[number] += (model.decode(z)[0].argmax(-1) == tokens).sum()
+    summary = result.summary(patch_size=4)
+    assert 64 * summary["token_accuracy"] == right[0]
+    assert 64 * summary["token_accuracy_mean"] == right[1]
+    assert 0 < right[0] != right[1]
+    assert summary["blocks"] == 2 and summary["latent_size"] == LATENT
+
+
+def test_collapsed_and_active_dimensions() -> None:
+    """Dimensions at the prior, around the threshold, far away but constant, and used."""
+    model = small_autoencoder()
+    threshold = (2 * reconstruction.COLLAPSED_NATS) ** 0.5
+    mean = torch.tensor([0.0, 0.99 * threshold, 1.01 * threshold, 3.0, 0.0, 0.0])
+    set_posterior(model, mean, torch.tensor([0.0, 0.0, 0.0, 0.0, -2.0, -2.0]))
+    with torch.no_grad():
+        model.encoder.hidden_to_latent.weight[4:6].normal_()
+    result = Reconstruction(LATENT, torch.device("cpu"))
+    tokens = torch.randint(VOCAB, (400,))
+    result.add_block(model, tokens, torch.zeros(100, LATENT))
+    summary = result.summary(patch_size=4)
+    assert summary["collapsed_dims"] == 2
+    assert summary["active_dims"] == 2
+    expected = [0.5 * float(m) ** 2 for m in mean[:4]]
+    assert summary["kl_per_dim"][:4] == pytest.approx(expected, abs=1e-6)
+    assert summary["mean_std"] == pytest.approx((4 + 2 * float(torch.tensor(-2.0).exp())) / 6)

@@ -1,0 +1,112 @@
+"""Learning-rate schedule and the records of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from calm_dist.recipe import Recipe, Training
+from calm_dist.training.metrics import METRICS_FILE, MetricsLog, read_records
+from calm_dist.training.schedule import learning_rate
+
+
+def training(**values: object) -> Training:
+    base = {"steps": 110, "micro_batch_size": 1, "global_batch_size": 1, "learning_rate": 2.0}
+    return Training.model_validate(base | {"warmup_steps": 10} | values)
+
+
+def test_warm_up_is_linear_and_reaches_the_rate() -> None:
+    rates = [learning_rate(training(), step) for step in range(12)]
+    assert rates == pytest.approx([0.2 * n for n in range(1, 11)] + [2.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [2.0, 2.0, 2.0]),
+        ("linear", [2.0, 1.0, 0.02]),
+        ("cosine", [2.0, 1.0, 1 + math.cos(math.pi * 0.99)]),
+    ],
+)
+def test_schedule_after_warm_up(schedule: str, expected: list[float]) -> None:
+    rates = [learning_rate(training(schedule=schedule), step) for step in (10, 60, 109)]
+    assert rates == pytest.approx(expected)
+
+
+def test_warm_up_may_exceed_the_steps() -> None:
+    short = training(steps=5, warmup_steps=10, schedule="linear")
+    assert learning_rate(short, 4) == pytest.approx(1.0)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return Recipe.from_dict(
+        {
+            "run": {"dir": str(tmp_path)},
+            "model": {
+                "kind": "transformer",
+                "vocab_size": 64,
+                "hidden_size": 8,
+                "intermediate_size": 8,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 1,
+            },
+            "data": {"path": "x", "block_size": 8},
+            "training": {"steps": 10, "micro_batch_size": 1, "global_batch_size": 1},
+        }
+    )
+
+
+def record(step: int) -> dict[str, float]:
+    return {
+        "step": step,
+        "loss": 1.0,
+        "grad_norm": 1.0,
+        "learning_rate": 0.1,
+        "tokens": 8 * step,
+        "tokens_per_second": 1.0,
+        "step_seconds": 1.0,
+        "skipped": 0,
+    }
+
+
+def test_lost_steps_are_dropped_on_resume(tmp_path: Path, recipe: Recipe) -> None:
+    log = MetricsLog(recipe, tmp_path, resume_step=0)
+    for step in range(1, 6):
+        log.training(record(step))
+    log.evaluation(2, {"brierlm": 1.5})
+    log.close()
+    # A crash in the middle of a line.
+    with (tmp_path / METRICS_FILE).open("a", encoding="utf-8") as file:
+        file.write('{"step": 6, "lo')
+
+    log = MetricsLog(recipe, tmp_path, resume_step=3)
+    log.training(record(4))
+    log.close()
+    records = read_records(tmp_path)
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4]
+    assert [r for r in records if "eval" in r] == [{"step": 2, "eval": {"brierlm": 1.5}}]
+    lines = (tmp_path / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    assert all(json.loads(line) for line in lines)
+
+
+def test_trackers_are_fed_from_the_same_records(tmp_path: Path, recipe: Recipe) -> None:
+    """Real wandb (offline) and real TensorBoard event files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    values = recipe.to_dict()
+    values["logging"] |= {"wandb": "offline", "tensorboard": True}
+    tracked = Recipe.from_dict(values)
+    log = MetricsLog(tracked, tmp_path, resume_step=0)
+    for step in (1, 2):
+        log.training(record(step))
+    log.close()
+    events = EventAccumulator(str(tmp_path / "logs" / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 1.0)]
+    (offline,) = (tmp_path / "wandb").glob("offline-run-*")
+    run_id = (tmp_path / "wandb_id").read_text(encoding="utf-8").strip()
+    assert (offline / f"run-{run_id}.wandb").stat().st_size > 0

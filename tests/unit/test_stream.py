@@ -1,0 +1,318 @@
+"""The training stream and random access in one process: order, resumption, and every fault.
+
+FACTS of Streaming 0.13.0 that these tests hold down: a damaged or missing shard ends an epoch
+early, local data is never hashed, a pickle in the index is unpickled by LocalDataset, a name like
+``../x`` is written outside the cache.
+"""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from calm_dist.data import guard
+from calm_dist.data.latents import plan_store, write_store
+from calm_dist.data.store import fingerprint, read_meta
+from calm_dist.data.stream import TrainingStream, open_store, open_training_stream
+from calm_dist.data.tokenizer import train_tokenizer
+from calm_dist.errors import DataError, LaunchError
+from calm_dist.interop.huggingface import load_autoencoder, save_autoencoder
+from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
+
+
+def write(root: Path, name: str, *, variant: str = "tokens", block_size: int = 16) -> Path:
+    texts = [f"{name} {i}: " + "some words " * (1 + i % 7) for i in range(20)]
+    corpus = root / f"{name}.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = train_tokenizer(["some words"], 265, root / "tokenizer.json")
+    folder, model = None, None
+    if variant == "fp16":
+        folder = root / "autoencoder"
+        folder.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        config = AutoencoderConfig(
+            vocab_size=265, patch_size=4, latent_size=6, hidden_size=16, intermediate_size=32
+        )
+        save_autoencoder(Autoencoder(config), folder)
+        model = load_autoencoder(folder)
+    plan = plan_store(
+        [corpus],
+        tokenizer,
+        variant=variant,  # type: ignore[arg-type]
+        block_size=block_size,
+        patch_size=4,
+        autoencoder=folder,
+    )
+    write_store(root / name, [corpus], tokenizer, plan, autoencoder=model, shard_bytes=512)
+    return root / name
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("stores")
+    write(root, "tokens")
+    write(root, "latents", variant="fp16")
+    write(root, "long", block_size=32)
+    return root
+
+
+@pytest.fixture
+def store(stores: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage; several shards of 8 blocks."""
+    shutil.copytree(stores / "tokens", tmp_path / "store")
+    return tmp_path / "store"
+
+
+def indices(stream: TrainingStream, steps: int) -> list[list[int]]:
+    return [batch["index"].tolist() for batch in islice(stream, steps)]
+
+
+def flip(path: Path, at: int = -3) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x10
+    path.write_bytes(data)
+
+
+def sign(store: Path, index: Any) -> None:
+    """Give a changed index a meta.json that fits it, as its author could."""
+    raw = json.dumps(index).encode()
+    (store / "index.json").write_bytes(raw)
+    fields = json.loads((store / "meta.json").read_text())
+    fields["fingerprint"] = fingerprint(fields, raw)
+    (store / "meta.json").write_text(json.dumps(fields))
+
+
+def test_batches_hold_what_the_store_holds(stores: Path) -> None:
+    store = open_store(stores / "latents")
+    stream = open_training_stream([stores / "latents"], batch_size=5, seed=1)
+    for batch in islice(stream, 3):
+        assert {name: value.dtype for name, value in batch.items()} == {
+            "index": torch.int64,
+            "tokens": torch.int64,
+            "mean": torch.float32,
+            "log_std": torch.float32,
+        }
+        assert batch["tokens"].shape == (5, 16) and batch["mean"].shape == (5, 4, 6)
+        for row, index in enumerate(batch["index"].tolist()):
+            for name in ("tokens", "mean", "log_std"):
+                np.testing.assert_array_equal(batch[name][row].numpy(), store[index][name])
+    assert store[0]["index"] == 0 and store[0]["mean"].dtype == np.float16
+    assert stream.metas[0] == store.meta
+    assert set(next(iter(open_training_stream([stores / "tokens"], batch_size=2)))) == {
+        "index",
+        "tokens",
+    }
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 7, 16])
+def test_epochs_are_permutations_of_whole_batches(stores: Path, batch_size: int) -> None:
+    num_blocks = len(open_store(stores / "tokens"))
+    stream = open_training_stream([stores / "tokens"], batch_size=batch_size, seed=2)
+    assert stream.steps_per_epoch == num_blocks // batch_size
+    received = np.array(indices(stream, 3 * stream.steps_per_epoch)).reshape(3, -1)
+    for epoch in received:
+        assert len(set(epoch.tolist())) == len(epoch)
+        assert set(epoch.tolist()) <= set(range(num_blocks))
+    assert not np.array_equal(received[0], received[1])
+    if num_blocks % batch_size == 0:
+        assert set(received[0].tolist()) == set(range(num_blocks))
+    # A shuffle, not the order of the store, and another one for another seed.
+    assert np.corrcoef(received[0], np.arange(len(received[0])))[0, 1] < 0.9
+    other = open_training_stream([stores / "tokens"], batch_size=batch_size, seed=3)
+    assert indices(other, stream.steps_per_epoch) != received[0].reshape(-1, batch_size).tolist()
+
+
+@pytest.mark.parametrize("steps_done", [0, 3, 12, 30])
+def test_resume_continues_exactly(stores: Path, steps_done: int) -> None:
+    stream = open_training_stream([stores / "tokens"], batch_size=4)
+    unbroken = indices(stream, steps_done + 20)
+    assert stream.steps_per_epoch < 20
+    state = json.loads(json.dumps(stream.state_dict(steps_done)))
+    resumed = open_training_stream([stores / "tokens"], batch_size=4)
+    resumed.load_state_dict(state)
+    assert indices(resumed, 20) == unbroken[steps_done:]
+
+
+def test_state_of_another_run_is_refused(stores: Path) -> None:
+    state = open_training_stream([stores / "tokens"], batch_size=4).state_dict(1)
+    for changes, name in (
+        ({"batch_size": 2}, "global_batch_size=4, this run has 2"),
+        ({"batch_size": 4, "seed": 9}, "seed=0, this run has 9"),
+    ):
+        stream = open_training_stream([stores / "tokens"], **changes)
+        with pytest.raises(DataError, match=name):
+            stream.load_state_dict(state)
+    with pytest.raises(DataError, match="stores="):
+        open_training_stream([stores / "long"], batch_size=4).load_state_dict(state)
+
+
+def test_stores_that_do_not_fit_together_are_refused(stores: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"differ in block_size \(16 and 32\)"):
+        open_training_stream([stores / "tokens", stores / "long"], batch_size=4)
+    with pytest.raises(DataError, match=r"differ in variant \(tokens and fp16\)"):
+        open_training_stream([stores / "tokens", stores / "latents"], batch_size=4)
+    with pytest.raises(DataError, match="named twice"):
+        open_training_stream([stores / "tokens", f"{stores}/./tokens"], batch_size=4)
+    shutil.copytree(stores / "tokens", tmp_path / "copy")
+    with pytest.raises(DataError, match=r"weights \[1.0\]: give one number above 0 for each of 2"):
+        open_training_stream([stores / "tokens", tmp_path / "copy"], [1.0], batch_size=4)
+    with pytest.raises(DataError, match="less than one global batch of 1000"):
+        open_training_stream([stores / "tokens"], batch_size=1000)
+
+
+def test_world_that_would_hang_is_refused(stores: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LaunchError, match="1 ranks cannot be divided into groups of 2"):
+        open_training_stream([stores / "tokens"], batch_size=4, replication=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LaunchError, match="LOCAL_WORLD_SIZE is not set"):
+        open_training_stream([stores / "tokens"], batch_size=4)
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda store: (store / name).unlink()
+
+
+def rewrite(name: str, text: str) -> Callable[[Path], None]:
+    def damage(store: Path) -> None:
+        (store / name).write_text(text)
+
+    return damage
+
+
+def change_meta(**changes: Any) -> Callable[[Path], None]:
+    def damage(store: Path) -> None:
+        fields = json.loads((store / "meta.json").read_text())
+        (store / "meta.json").write_text(json.dumps({**fields, **changes}))
+
+    return damage
+
+
+def change_index(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Damage done by someone who makes meta.json fit."""
+
+    def damage(store: Path) -> None:
+        index = json.loads((store / "index.json").read_text())
+        change(index)
+        sign(store, index)
+
+    return damage
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no store": (shutil.rmtree, "store: no such directory"),
+    "no meta": (remove("meta.json"), r"store: has no readable meta\.json"),
+    "no index": (remove("index.json"), r"index\.json: cannot be read"),
+    "no shard": (remove("shard.00001.mds"), r"shard\.00001\.mds: is missing"),
+    "meta is not JSON": (rewrite("meta.json", "{"), r"meta\.json: JSON: "),
+    "other format": (change_meta(format=2), r"meta\.json: format"),
+    "field unknown": (change_meta(extra=1), r"meta\.json: extra"),
+    "field changed": (change_meta(seed=7), r"index\.json: does not belong to .*meta\.json"),
+    "index changed": (rewrite("index.json", "{}"), r"index\.json: does not belong to"),
+    "byte flipped": (lambda s: flip(s / "shard.00002.mds"), r"shard\.00002\.mds: is damaged"),
+    "cut off": (
+        lambda s: os.truncate(s / "shard.00000.mds", 100),
+        r"shard\.00000\.mds: has 100 bytes instead of",
+    ),
+    "pickle": (
+        change_index(lambda index: index["shards"][1].update(column_encodings=["pkl"])),
+        r"index\.json: .*column_encodings \['pkl'\] instead of",
+    ),
+    "outside": (
+        change_index(lambda index: index["shards"][0]["raw_data"].update(basename="../x.mds")),
+        r"index\.json: .*shard name '\.\./x\.mds'",
+    ),
+    "other hash": (
+        change_index(lambda index: index["shards"][0].update(hashes=["md5"])),
+        r"index\.json: .*hashes \['md5'\]",
+    ),
+    "compressed": (
+        change_index(lambda index: index["shards"][0].update(compression="zstd")),
+        r"index\.json: .*compression 'zstd'",
+    ),
+    "shard left out": (
+        change_index(lambda index: index["shards"].pop()),
+        r"index\.json: .*samples do not add up to",
+    ),
+    "not an index": (change_index(lambda index: index.pop("shards")), r"index\.json: is not"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_is_found_on_opening(store: Path, kind: str) -> None:
+    damage, message = DAMAGES[kind]
+    damage(store)
+    with pytest.raises(DataError, match=message):
+        open_training_stream([store], batch_size=4)
+    with pytest.raises(DataError, match=message):
+        open_store(store)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("kind", ["byte flipped", "no shard"])
+def test_damage_in_a_large_store_is_found_on_first_use(
+    store: Path, kind: str, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "CHECK_ON_OPEN_BYTES", 0)
+    stream = open_training_stream([store], batch_size=4, num_workers=num_workers)
+    damage, message = DAMAGES[kind]
+    damage(store)
+    with pytest.raises(DataError, match=message) as error:
+        indices(stream, 2 * stream.steps_per_epoch)
+    assert "Traceback" not in str(error.value)
+    if num_workers:
+        # Left to the garbage collector inside pytest's traceback, torch waits 10 s for them.
+        stream._loader._iterator._shutdown_workers()
+
+
+def test_random_access_to_a_large_store_checks_each_shard_once(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "CHECK_ON_OPEN_BYTES", 0)
+    flip(store / "shard.00001.mds")
+    opened = open_store(store)
+    assert opened[0]["tokens"].shape == (16,)
+    per_shard = 512 // (4 * 16)
+    with pytest.raises(DataError, match=r"shard\.00001\.mds: is damaged"):
+        opened[per_shard]
+    with pytest.raises(IndexError):
+        opened[len(opened)]
+
+
+def test_shard_that_vanishes_while_reading_is_an_error(store: Path) -> None:
+    stream = open_training_stream([store], batch_size=2)
+    batches = iter(stream)
+    next(batches)
+    for shard in store.glob("shard.*"):
+        shard.unlink()
+    with pytest.raises(DataError, match=r"shard\.\d+\.mds: is missing"):
+        for _ in range(stream.steps_per_epoch):
+            next(batches)
+
+
+def test_reader_process_that_dies_is_an_error(stores: Path) -> None:
+    batches = iter(open_training_stream([stores / "tokens"], batch_size=1, num_workers=1))
+    next(batches)
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    workers = [int(pid) for pid in children if "resource_tracker" not in cmdline(pid)]
+    os.kill(workers[-1], signal.SIGKILL)
+    with pytest.raises(DataError, match="reader process died"):
+        for _ in range(200):
+            next(batches)
+
+
+def cmdline(pid: str) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+
+
+def test_meta_describes_the_store(stores: Path) -> None:
+    meta = read_meta(stores / "latents")
+    assert (meta.num_patches, meta.latent_size, meta.vocab_size) == (4, 6, 265)
+    assert meta.num_blocks == len(open_store(stores / "latents"))

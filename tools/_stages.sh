@@ -1,0 +1,137 @@
+# Sourced by quickstart.sh: stages that are shown, logged, skipped where their result is there.
+# The sourcing script sets OUT (a directory) and STAGES (how many there are), then calls
+# open_output and the stages.
+# shellcheck shell=bash
+
+number=0 stage='' child=''
+
+# open_output : make OUT and its folders, and wait until nobody else is at work in it.
+open_output() {
+  mkdir -p "$OUT/logs" "$OUT/.stages" || die "$OUT: cannot be written; give another OUT"
+  # Held by every process that is started here: also by those that outlive a killed quickstart.
+  exec 9>"$OUT/.stages/lock"
+  if command -v flock >/dev/null && ! flock --nonblock 9; then
+    echo "another quickstart is still at work in $OUT; waiting for it to end"
+    flock 9
+  fi
+  trap 'stop 130' INT
+  trap 'stop 143' TERM HUP
+}
+
+# Hash of files' contents; a missing one counts, too.
+hash_of() {
+  local file
+  for file in "$@"; do
+    printf '%s\n' "$file"
+    cat "$file" 2>/dev/null || echo missing
+  done | sha256sum | cut -d' ' -f1
+}
+
+# Hash of what is under directories: names and sizes of all files, contents of the JSON ones.
+hash_under() {
+  local folder
+  for folder in "$@"; do
+    find "$folder" -type f -printf '%p %s\n' 2>/dev/null | sort
+    find "$folder" -type f -name '*.json' 2>/dev/null | sort | xargs -r -d '\n' cat
+  done | sha256sum | cut -d' ' -f1
+}
+
+# always NAME : run the function NAME, a stage that decides for itself what there is to do.
+always() {
+  stage=$1 number=$((number + 1))
+  echo "[$number/$STAGES] $stage ..."
+  "$stage"
+}
+
+# forget NAME : let the next run_stage of it do its work.
+forget() {
+  rm -f "$OUT/.stages/$1"
+}
+
+# run_stage NAME RESULTS INPUT... : run the function NAME, unless its results (directories under
+# OUT) are those that the same contents of the input files gave before.
+run_stage() {
+  local name=$1 results=() folder inputs started=$SECONDS
+  for folder in $2; do results+=("$OUT/$folder"); done
+  shift 2
+  number=$((number + 1)) stage=$name
+  local stamp=$OUT/.stages/$name
+  inputs=$(hash_of "$@")
+  if [ "$(cat "$stamp" 2>/dev/null)" = "$inputs $(hash_under "${results[@]}")" ]; then
+    echo "[$number/$STAGES] $name: already there"
+    return
+  fi
+  if [ -e "$stamp" ] && [ "$(cut -d' ' -f1 "$stamp")" != "$inputs" ]; then
+    set_aside "${results[@]}"
+  fi
+  echo "[$number/$STAGES] $name ..."
+  echo "$inputs unfinished" >"$stamp"
+  "$name"
+  echo "$inputs $(hash_under "${results[@]}")" >"$stamp"
+  echo "[$number/$STAGES] $name: done in $((SECONDS - started)) s"
+}
+
+set_aside() {
+  local path target
+  for path in "$@"; do
+    [ -e "$path" ] || continue
+    path=${path%/checkpoints}
+    target=$OUT/previous/${path#"$OUT/"}
+    rm -rf "$target"
+    mkdir -p "$(dirname "$target")"
+    mv "$path" "$target"
+    echo "    its inputs changed: the former result is now $target"
+  done
+}
+
+# What a person wants to see of a log: of a training the last step and one every ten seconds, and
+# none of the libraries' warnings (a second, indented line quotes their code).
+show() {
+  local line step shown=-10 after_warning=''
+  while IFS= read -r line; do
+    case $line in
+      *Warning:* | *WARNING* | *'] [INFO] '* | [WI][0-9][0-9][0-9][0-9]' '*)
+        after_warning=1
+        continue
+        ;;
+      'step '[0-9]*/*' | '*)
+        step=${line#step } step=${step%% *}
+        if [ "${step%/*}" != "${step#*/}" ] && [ $((SECONDS - shown)) -lt 10 ]; then continue; fi
+        shown=$SECONDS
+        ;;
+      ' '*) [ -z "$after_warning" ] || continue ;;
+      '') continue ;;
+    esac
+    after_warning=''
+    printf '    %s\n' "$line"
+  done
+}
+
+# Run a command with its output in OUT/logs/STAGE.log and, thinned out, on the terminal.
+logged() {
+  local log=$OUT/logs/$stage.log code=0 view
+  printf '$ %s\n' "$*" >>"$log"
+  exec 3> >(tee -a "$log" | show)
+  view=$!
+  # In the background, so that a signal to this script is acted on at once.
+  "$@" >&3 2>&1 </dev/null &
+  child=$!
+  wait "$child" || code=$?
+  child=''
+  exec 3>&-
+  wait "$view" || true
+  if [ "$code" != 0 ]; then
+    echo "error: stage $stage failed with exit code $code; all of its output is in $log" >&2
+    exit "$code"
+  fi
+}
+
+stop() {
+  trap - INT TERM HUP
+  echo "stopped in stage ${stage:-(none)}; the same command goes on from here" >&2
+  if [ -n "$child" ]; then
+    kill "$child" 2>/dev/null || true
+    wait "$child" 2>/dev/null || true
+  fi
+  exit "$1"
+}
