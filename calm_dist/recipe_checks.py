@@ -222,12 +222,17 @@ def _head_problems(recipe: Recipe) -> list[str]:
     if stage not in (1, 2, 3):
         problems.append(
             f"parallel.zero_stage: {stage}; the head's engine takes its gradient from the "
-            "backbone's pipeline, which ZeRO 1, 2 and 3 support; use 2"
+            "backbone's pipeline, which ZeRO 1 and 2 support; use 2"
         )
     if stage == 3 and pipeline > 1:
         problems.append(
             f"parallel.zero_stage: 3 with pipeline_parallel_size {pipeline}; ZeRO-3 needs the head "
             "on every rank, but it lives on the last stage only; use 2"
+        )
+    elif stage == 3:
+        problems.append(
+            "parallel.zero_stage: 3; the head's layout-free checkpoint is there for ZeRO 1 and 2 "
+            "only; use 2"
         )
     if stage == 1 and recipe.precision == "bf16":
         problems.append(

@@ -61,10 +61,10 @@ run_stage() {
     echo "[$number/$STAGES] $name: already there"
     return
   fi
+  echo "[$number/$STAGES] $name ..."
   if [ -e "$stamp" ] && [ "$(cut -d' ' -f1 "$stamp")" != "$inputs" ]; then
     set_aside "${results[@]}"
   fi
-  echo "[$number/$STAGES] $name ..."
   echo "$inputs unfinished" >"$stamp"
   "$name"
   echo "$inputs $(hash_under "${results[@]}")" >"$stamp"
@@ -101,6 +101,10 @@ show() {
         ;;
       ' '*) [ -z "$after_warning" ] || continue ;;
       '') continue ;;
+      'error: '*)
+        printf '%s\n' "$line" >&2
+        continue
+        ;;
     esac
     after_warning=''
     printf '    %s\n' "$line"
@@ -121,7 +125,7 @@ logged() {
   exec 3>&-
   wait "$view" || true
   if [ "$code" != 0 ]; then
-    echo "error: stage $stage failed with exit code $code; all of its output is in $log" >&2
+    echo "stage $stage failed with exit code $code; all of its output is in $log" >&2
     exit "$code"
   fi
 }

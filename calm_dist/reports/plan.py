@@ -245,8 +245,8 @@ def _head_memory(recipe: Recipe, model: CalmRecipe) -> Memory:
     per_sample += flops.known_size(model, "latent_size")
     elements = positions / parallel.tensor_parallel_size * head.num_samples * per_sample
     return Memory(
-        weights=parameters * width // (ranks if stage == 3 else 1),
-        gradients=parameters * FP32_BYTES // (ranks if stage >= 2 else 1),
+        weights=parameters * width,
+        gradients=parameters * FP32_BYTES // (ranks if stage == 2 else 1),
         # DeepSpeed keeps fp32 master weights in fp32 training, too.
         optimizer=parameters * (ADAM_MOMENTS_BYTES + FP32_BYTES) // ranks,
         activations=int(elements * width),

@@ -14,7 +14,8 @@ from calm_dist.recipe import AutoencoderSize, CalmRecipe, load_recipe
 from calm_dist.reports.comparison_paper import compare_with_paper, format_comparison
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-TINY = RECIPES / "calm_tiny.yaml"
+SMALL_RECIPES = Path(__file__).parents[1] / "recipes"
+TINY = SMALL_RECIPES / "calm_4_layers.yaml"
 ROWS = 6
 
 

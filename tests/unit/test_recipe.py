@@ -12,7 +12,8 @@ from calm_dist.errors import RecipeError
 from calm_dist.recipe import Recipe, load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-TINY = RECIPES / "calm_tiny.yaml"
+SMALL_RECIPES = Path(__file__).parents[1] / "recipes"
+TINY = SMALL_RECIPES / "calm_4_layers.yaml"
 
 
 def refusal(*overrides: str, recipe: Path = TINY) -> str:
@@ -79,6 +80,7 @@ def test_calm_m_fits_other_world_sizes(world_size: int) -> None:
         ("parallel.world_size=6", "replicas of 4"),
         ("parallel.zero_stage=0", "zero_stage: 0"),
         ("parallel.zero_stage=3", "zero_stage: 3 with pipeline_parallel_size 2"),
+        ("parallel={zero_stage: 3}", "zero_stage: 3; the head's layout-free checkpoint"),
         ("training.global_batch_size=7", "use 8"),
         ("training.steps=many", "found 'many'"),
         ("training.steps=1.5", "found 1.5"),
@@ -225,7 +227,7 @@ def test_store_that_contradicts_the_recipe(field: str, stored: int) -> None:
 
 
 def test_transformer_reads_any_patch_size() -> None:
-    recipe = load_recipe(RECIPES / "transformer_tiny.yaml")
+    recipe = load_recipe(SMALL_RECIPES / "transformer_4_layers.yaml")
     filled = recipe.with_store(store_meta(patch_size=8, latent_size=None, variant="tokens"))
     assert filled.num_patches == 512
 
@@ -270,7 +272,7 @@ def test_autoencoder_checkpoint_gives_its_shape() -> None:
     with pytest.raises(RecipeError, match=r"model.latent_size: 32 in the recipe, 16"):
         load_recipe(TINY).with_autoencoder(config | {"latent_size": 16})
     with pytest.raises(RecipeError, match="has no autoencoder"):
-        load_recipe(RECIPES / "transformer_tiny.yaml").with_autoencoder(config)
+        load_recipe(SMALL_RECIPES / "transformer_4_layers.yaml").with_autoencoder(config)
 
 
 def test_no_torch_is_imported() -> None:
