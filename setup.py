@@ -55,6 +55,10 @@ setup(
             "ruff>=0.11",
             "mypy>=1.15",
             "scipy>=1.11",
+            # An S3 server on loopback. moto[server] would bring every other service's needs.
+            "moto[s3]>=5",
+            "flask>=3",
+            "flask-cors>=5",
             "types-PyYAML>=6",
         ],
     },

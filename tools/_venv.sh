@@ -42,7 +42,7 @@ is_current() {
   [ -x "$VENV/bin/python" ] && [ "$(cat "$VENV_STATE" 2>/dev/null)" = "$(wanted_state)" ]
 }
 
-# On Linux the default torch wheels are CUDA builds with 3 GB of nvidia-* wheels; the CPU build has
+# On Linux the default torch wheels are CUDA builds with gigabytes of nvidia-* wheels; the CPU build has
 # the local version +cpu. It is looked for where pip is configured to look, then at PyTorch.
 install_cpu_torch() {
   local version

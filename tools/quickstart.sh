@@ -32,14 +32,14 @@ while [ $# -gt 0 ]; do
       ;;
     --corpus)
       shift
-      [ $# -gt 0 ] || die "--corpus: no path given"
+      [[ $# -gt 0 && $1 != --* ]] || die "--corpus: no path given"
       while [ $# -gt 0 ] && [[ $1 != --* ]]; do
         CORPUS+=("$(absolute "$1")")
         shift
       done
       ;;
     --tokenizer)
-      [ $# -gt 1 ] || die "--tokenizer: no file given"
+      [[ $# -gt 1 && $2 != --* ]] || die "--tokenizer: no file given"
       TOKENIZER=(--tokenizer "$(absolute "$2")")
       shift 2
       ;;

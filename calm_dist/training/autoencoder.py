@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from calm_dist.data.store import StoreMeta
 from calm_dist.data.stream import Batch, Store, open_store, open_training_stream
-from calm_dist.errors import CheckpointError, DataError, RecipeError
+from calm_dist.errors import DataError, RecipeError
 from calm_dist.interop.huggingface import load_autoencoder, save_autoencoder
 from calm_dist.losses.autoencoder import (
     AutoencoderLoss,
@@ -35,16 +35,14 @@ from calm_dist.losses.autoencoder import (
 from calm_dist.losses.reconstruction import Reconstruction
 from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
 from calm_dist.models.weights import init_std, initialize_module
-from calm_dist.parallel.launch import join_world, read_world, select_device
-from calm_dist.parallel.peers import name_lost_peers
 from calm_dist.parallel.rank_zero import on_rank_zero
 from calm_dist.recipe import Recipe
 from calm_dist.training import checkpoint
 from calm_dist.training.adam_state import load_adam, save_adam
+from calm_dist.training.health import RunProgress
 from calm_dist.training.metrics import MetricsLog
-from calm_dist.training.resolve import resolve
-from calm_dist.training.run import prepare_run_directory
 from calm_dist.training.schedule import learning_rate
+from calm_dist.training.session import launched
 
 HELD_OUT = "valid"
 
@@ -57,19 +55,8 @@ def train_autoencoder(recipe: Recipe) -> None:
         PeerLostError: another process died.
     """
     check_kind(recipe)
-    world = read_world()
-    world.export()
-    recipe = resolve(recipe.with_world_size(world.size))
-    device = select_device(world, recipe.parallel.device)
-    store = join_world(world, device, recipe.health.timeout_seconds)
-    try:
-        with name_lost_peers(store, world):
-            if world.rank == 0:
-                prepare_run_directory(recipe, world)
-            AutoencoderTrainer(recipe, device).run()
-            dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    with launched(recipe) as (resolved, device):
+        AutoencoderTrainer(resolved, device).run()
 
 
 def check_kind(recipe: Recipe) -> None:
@@ -177,9 +164,7 @@ class AutoencoderTrainer:
         self.recipe, self.device = recipe, device
         self.run_dir = Path(recipe.run.dir)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.step = 0
-        self.adam_steps = 0
-        self.skipped_in_a_row = 0
+        self.progress = RunProgress()
         self.model = build_autoencoder(recipe).to(device)
         self.optimizer = build_optimizer(recipe, self.model)
         self._loss: nn.Module = _LossModule(self.model)
@@ -198,19 +183,24 @@ class AutoencoderTrainer:
         self._metrics: MetricsLog | None = None
         if self.rank == 0:
             self._announce()
-            self._metrics = MetricsLog(recipe, self.run_dir, self.step)
+            self._metrics = MetricsLog(recipe, self.run_dir, self.progress.step)
 
     def run(self) -> None:
         """Train until the last step; the last step always leaves a checkpoint."""
         recipe = self.recipe
         batches = iter(self._stream)
-        while self.step < recipe.training.steps:
+        last = recipe.training.steps
+        while self.progress.step < last:
             started = time.perf_counter()
             result = self.train_step(next(batches))
-            self.step += 1
-            self._log(result, time.perf_counter() - started)
-            self._check_health(result)
-            if self.step % recipe.checkpoint.every == 0 or self.step == recipe.training.steps:
+            self.progress.count(result.skipped, recipe.health.max_skipped_steps)
+            step = self.progress.step
+            if self._metrics is not None:
+                numbers = result._asdict()
+                skipped = numbers.pop("skipped")
+                seconds = time.perf_counter() - started
+                self._metrics.training_step(step, numbers, skipped, seconds)
+            if step % recipe.checkpoint.every == 0 or step == last:
                 # The score comes first: where there is a checkpoint, there is its score.
                 self._evaluate()
                 on_rank_zero(self._save)
@@ -231,7 +221,7 @@ class AutoencoderTrainer:
         )
         for number, (tokens, index) in enumerate(parts):
             tokens = tokens.to(self.device)
-            noise = block_noise(self.model, tokens, index, self.recipe.run.seed, self.step)
+            noise = block_noise(self.model, tokens, index, self.recipe.run.seed, self.progress.step)
             with self._gradient_exchange(number == len(parts) - 1), self._autocast():
                 losses = self._loss(tokens, noise)
                 (losses.total / len(parts)).backward()
@@ -239,13 +229,12 @@ class AutoencoderTrainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_grad_norm)
         dist.all_reduce(sums)
         loss, cross_entropy, kl = (sums / self.world_size).tolist()
-        rate = learning_rate(training, self.step)
+        rate = learning_rate(training, self.progress.step)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if not skipped:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
-            self.adam_steps += 1
         return StepResult(loss, cross_entropy, kl, float(norm), rate, skipped)
 
     def _gradient_exchange(self, wanted: bool) -> contextlib.AbstractContextManager[None]:
@@ -282,26 +271,25 @@ class AutoencoderTrainer:
         values = self.evaluate()
         if values is None or self._metrics is None:
             return
-        self._metrics.evaluation(self.step, values)
+        self._metrics.evaluation(self.progress.step, values)
         print(
-            f"step {self.step} | held-out tokens right: {values['token_accuracy']:.3%} (from the "
-            f"mean {values['token_accuracy_mean']:.3%}) | {values['collapsed_dims']} of "
-            f"{values['latent_size']} dimensions collapsed | std {values['mean_std']:.2f}",
+            f"step {self.progress.step} | held-out tokens right: "
+            f"{values['token_accuracy']:.3%} (from the mean {values['token_accuracy_mean']:.3%}) | "
+            f"{values['collapsed_dims']} of {values['latent_size']} dimensions collapsed | "
+            f"std {values['mean_std']:.2f}",
             flush=True,
         )
 
     def _save(self) -> None:
         """Write and commit a checkpoint, on one rank."""
-        temporary = checkpoint.begin(self.run_dir, self.step)
+        temporary = checkpoint.begin(self.run_dir, self.progress.step)
         save_autoencoder(self.model, temporary)
         save_adam(self.optimizer, self.model, temporary)
         state = {
             "format": 1,
-            "step": self.step,
-            "tokens": self.step * self.recipe.tokens_per_step,
-            "adam_steps": self.adam_steps,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "data": self._stream.state_dict(self.step),
+            **dataclasses.asdict(self.progress),
+            "tokens": self.progress.step * self.recipe.tokens_per_step,
+            "data": self._stream.state_dict(self.progress.step),
         }
         text = json.dumps(state, indent=1) + "\n"
         (temporary / checkpoint.STATE_FILE).write_text(text, encoding="utf-8")
@@ -314,15 +302,13 @@ class AutoencoderTrainer:
         if directory is None:
             return
         saved = load_autoencoder(directory)
-        _check_same_config(directory, saved.config, self.model.config)
         state = json.loads((directory / checkpoint.STATE_FILE).read_text(encoding="utf-8"))
         self.model.load_state_dict(saved.state_dict())
         load_adam(self.optimizer, self.model, directory, state["adam_steps"])
         self._stream.load_state_dict(state["data"])
-        self.step, self.adam_steps = state["step"], state["adam_steps"]
-        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.progress = RunProgress.from_state(state)
         if self.rank == 0:
-            print(f"resumed from {directory} at step {self.step}", flush=True)
+            print(f"resumed from {directory} at step {self.progress.step}", flush=True)
 
     def _announce(self) -> None:
         """Say what a user would not expect."""
@@ -334,32 +320,6 @@ class AutoencoderTrainer:
             )
         if self.recipe.precision == "bf16" and self.device.type != "cuda":
             print("note: precision bf16 is for GPUs; this run computes in fp32", file=sys.stderr)
-
-    def _log(self, result: StepResult, seconds: float) -> None:
-        every, step = self.recipe.logging.every, self.step
-        if self._metrics is None or (step % every and step != self.recipe.training.steps):
-            return
-        tokens = self.recipe.tokens_per_step
-        self._metrics.training(
-            {
-                "step": step,
-                **result._asdict(),
-                "tokens": step * tokens,
-                "tokens_per_second": tokens / seconds,
-                "step_seconds": seconds,
-                "skipped": int(result.skipped),
-            }
-        )
-
-    def _check_health(self, result: StepResult) -> None:
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
-        limit = self.recipe.health.max_skipped_steps
-        if self.skipped_in_a_row > limit:
-            raise RuntimeError(
-                f"step {self.step}: loss or gradient not finite for {self.skipped_in_a_row} steps "
-                f"in a row (health.max_skipped_steps={limit}); lower training.learning_rate or "
-                "look at the data"
-            )
 
 
 def open_held_out(recipe: Recipe, training: StoreMeta) -> Store | None:
@@ -389,15 +349,3 @@ def open_held_out(recipe: Recipe, training: StoreMeta) -> Store | None:
             f"model.patch_size {recipe.model.patch_size}; encode it again"
         )
     return store
-
-
-def _check_same_config(directory: Path, saved: AutoencoderConfig, now: AutoencoderConfig) -> None:
-    """A checkpoint goes on only with the model and losses that it was written for."""
-    before, after = dataclasses.asdict(saved), dataclasses.asdict(now)
-    changed = [name for name in after if before[name] != after[name]]
-    if changed:
-        listed = ", ".join(f"{name}: {before[name]} -> {after[name]}" for name in changed)
-        raise CheckpointError(
-            f"{directory}: was written for another autoencoder ({listed}); use its recipe, or "
-            "another run.dir"
-        )

@@ -58,6 +58,11 @@ def commit(temporary: Path, keep: int) -> Path:
     return final
 
 
+def has_checkpoints(run_dir: Path) -> bool:
+    """Whether a run directory holds any checkpoint, whole or damaged."""
+    return bool(_step_directories(run_dir / CHECKPOINTS))
+
+
 def verify(directory: Path) -> None:
     """Check every file of a checkpoint against its manifest.
 

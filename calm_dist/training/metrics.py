@@ -33,19 +33,38 @@ class MetricsLog:
 
     def __init__(self, recipe: Recipe, run_dir: Path, resume_step: int) -> None:
         self._total_steps = recipe.training.steps
+        self._tokens_per_step = recipe.tokens_per_step
+        self._every = recipe.logging.every
         self._path = run_dir / METRICS_FILE
         if self._path.exists():
             _drop_records_after(self._path, resume_step)
         self._file: IO[str] = self._path.open("a", encoding="utf-8")
         self._trackers = _open_trackers(recipe, run_dir)
 
-    def training(self, record: Record) -> None:
-        """Log one training step."""
+    def training_step(
+        self, step: int, values: dict[str, float], skipped: bool, seconds: float
+    ) -> None:
+        """Log training step ``step`` (counted from 1), where it is due (``logging.every``).
+
+        Args:
+            values: loss, grad_norm, learning_rate and further numbers of the trainer's own.
+            skipped: whether the step was not applied.
+            seconds: wall-clock time of the step.
+        """
+        if step % self._every and step != self._total_steps:
+            return
+        record = {
+            "step": step,
+            **values,
+            "tokens": step * self._tokens_per_step,
+            "tokens_per_second": self._tokens_per_step / seconds,
+            "step_seconds": seconds,
+            "skipped": int(skipped),
+        }
         self._write(record)
         print(self._console_line(record), flush=True)
-        values = {name: value for name, value in record.items() if name != "step"}
         for tracker in self._trackers:
-            tracker.log(record["step"], values)
+            tracker.log(step, {name: value for name, value in record.items() if name != "step"})
 
     def evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Log an evaluation; it carries ``eval`` and no key ``loss``."""

@@ -26,6 +26,14 @@ class StepResult:
     learning_rate: float
     skipped: bool
 
+    def numbers(self) -> dict[str, float]:
+        """What is logged."""
+        return {
+            "loss": self.loss,
+            "grad_norm": self.grad_norm,
+            "learning_rate": self.learning_rate,
+        }
+
 
 def build_body_optimizer(
     recipe: Recipe, chunks: list[DistributedDataParallel], dtype: torch.dtype

@@ -14,14 +14,15 @@ from calm_dist.errors import TrainingDivergedError
 from calm_dist.parallel.launch import World
 from calm_dist.parallel.topology import Topology
 from calm_dist.recipe import Recipe, load_recipe
+from calm_dist.training.health import RunProgress
 from calm_dist.training.resolve import resolve
 
 
 @pytest.fixture(params=[1, 2])
 def given(request: pytest.FixtureRequest, tmp_path: Path, tiny: Callable[..., list[str]]) -> Recipe:
-    """A one-process run with ZeRO-1 or ZeRO-2, which may skip one step in a row."""
+    """A one-process run with ZeRO-1 or ZeRO-2."""
     overrides = tiny(tmp_path, "calm", parallel__zero_stage=request.param, **ALONE)
-    return resolve(load_recipe(recipe("calm"), [*overrides, "health.max_skipped_steps=1"]))
+    return resolve(load_recipe(recipe("calm"), overrides))
 
 
 @pytest.fixture
@@ -53,18 +54,22 @@ def test_poisoned_batch_is_skipped(given: Recipe, topology: Topology) -> None:
     before = weights(poisoned)
     bad = {name: tensor.clone() for name, tensor in batches[1].items()}
     bad["mean"][0, 5, 0] = float("nan")
-    poisoned.step = 1
+    poisoned.progress.step = 1
     result = poisoned.train_step(bad)
     assert result.skipped
     assert same(weights(poisoned), before)
 
     for trainer in (poisoned, clean):
-        trainer.step = 2
+        trainer.progress.step = 2
         assert not trainer.train_step(batches[2]).skipped
     assert not same(weights(poisoned), before)
     assert same(weights(poisoned), weights(clean))
-    assert poisoned.adam_steps == clean.adam_steps == 2
 
-    poisoned._check_health(result)
+
+def test_run_gives_up_after_too_many_skips() -> None:
+    progress = RunProgress(step=7, adam_steps=7)
+    for skipped in (True, False, True):
+        progress.count(skipped, max_skipped=1)
+    assert (progress.step, progress.adam_steps, progress.skipped_in_a_row) == (10, 8, 1)
     with pytest.raises(TrainingDivergedError, match="max_skipped_steps=1"):
-        poisoned._check_health(result)
+        progress.count(True, max_skipped=1)

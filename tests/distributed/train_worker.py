@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from calm_dist.cli import run
@@ -17,20 +18,22 @@ def main() -> None:
 
     import torch.distributed as dist
 
-    from calm_dist.parallel import cpu
     from calm_dist.parallel.launch import join_world, read_world, select_device
+    from calm_dist.parallel.rank_zero import on_rank_zero
     from calm_dist.recipe import load_recipe
     from calm_dist.training.resolve import resolve
     from calm_dist.training.run import train_in_world
+    from calm_dist.training.session import prepare_run_directory
 
     world = read_world()
     world.export()
     device = select_device(world, "auto")
-    cpu.install()
     join_world(world, device, timeout_seconds=120.0)
     for job in jobs:
         recipe = load_recipe(job["recipe"], job["overrides"]).with_world_size(world.size)
-        train_in_world(resolve(recipe), world, device)
+        recipe = resolve(recipe)
+        on_rank_zero(partial(prepare_run_directory, recipe, world))
+        train_in_world(recipe, device)
     dist.destroy_process_group()
 
 

@@ -162,22 +162,28 @@ def test_training_noise_has_the_asked_rates() -> None:
 def test_reconstruction_counts_tokens_with_the_mean_and_with_a_sample(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Against one plain pass; patches are decoded in chunks of 3, blocks differ in size."""
+    """One posterior for all patches; every fourth has other tokens than its mean decodes to.
+
+    Patches are decoded in chunks of 3, and blocks differ in size.
+    """
     monkeypatch.setattr(reconstruction, "CHUNK_LOGITS", 3 * 4 * VOCAB)
     model = small_autoencoder()
+    mean = torch.randn(LATENT)
+    set_posterior(model, mean, torch.zeros(LATENT))
+    decoded = model.decode(mean[None, None])[0].argmax(-1)
     result = Reconstruction(LATENT, torch.device("cpu"))
-    right = torch.zeros(2)
-    for length in (400, 240):
-        tokens = torch.randint(VOCAB, (length,))
-        eps = 3 * torch.randn(length // 4, LATENT)
-        result.add_block(model, tokens, eps)
-        mean, log_std = model.encode(tokens[None])
-        for number, z in enumerate((mean + eps * log_std.exp(), mean)):
-            right[number] += (model.decode(z)[0].argmax(-1) == tokens).sum()
+    right_with_sample = 0
+    for patches in (40, 24):
+        tokens = decoded.repeat(patches, 1)
+        tokens[::4] = (tokens[::4] + 1) % VOCAB
+        eps = torch.randn(patches, LATENT)
+        result.add_block(model, tokens.flatten(), eps)
+        guesses = model.decode(mean + eps[None])[0].argmax(-1)
+        right_with_sample += int((guesses == tokens.flatten()).sum())
     summary = result.summary(patch_size=4)
-    assert summary["token_accuracy"] == pytest.approx(right[0].item() / 640)
-    assert summary["token_accuracy_mean"] == pytest.approx(right[1].item() / 640)
-    assert 0 < right[0] != right[1]
+    assert summary["token_accuracy_mean"] == 0.75
+    assert summary["token_accuracy"] == right_with_sample / 256
+    assert 0 < summary["token_accuracy"] < 0.75
     assert summary["blocks"] == 2 and summary["latent_size"] == LATENT
 
 

@@ -55,28 +55,19 @@ def recipe(tmp_path: Path) -> Recipe:
                 "num_attention_heads": 1,
             },
             "data": {"path": "x", "block_size": 8},
+            "logging": {"every": 1},
             "training": {"steps": 10, "micro_batch_size": 1, "global_batch_size": 1},
         }
     )
 
 
-def record(step: int) -> dict[str, float]:
-    return {
-        "step": step,
-        "loss": 1.0,
-        "grad_norm": 1.0,
-        "learning_rate": 0.1,
-        "tokens": 8 * step,
-        "tokens_per_second": 1.0,
-        "step_seconds": 1.0,
-        "skipped": 0,
-    }
+VALUES = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1}
 
 
 def test_lost_steps_are_dropped_on_resume(tmp_path: Path, recipe: Recipe) -> None:
     log = MetricsLog(recipe, tmp_path, resume_step=0)
     for step in range(1, 6):
-        log.training(record(step))
+        log.training_step(step, VALUES, False, 1.0)
     log.evaluation(2, {"brierlm": 1.5})
     log.close()
     # A crash in the middle of a line.
@@ -84,7 +75,7 @@ def test_lost_steps_are_dropped_on_resume(tmp_path: Path, recipe: Recipe) -> Non
         file.write('{"step": 6, "lo')
 
     log = MetricsLog(recipe, tmp_path, resume_step=3)
-    log.training(record(4))
+    log.training_step(4, VALUES, False, 1.0)
     log.close()
     records = read_records(tmp_path)
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4]
@@ -102,7 +93,7 @@ def test_trackers_are_fed_from_the_same_records(tmp_path: Path, recipe: Recipe) 
     tracked = Recipe.from_dict(values)
     log = MetricsLog(tracked, tmp_path, resume_step=0)
     for step in (1, 2):
-        log.training(record(step))
+        log.training_step(step, VALUES, False, 1.0)
     log.close()
     events = EventAccumulator(str(tmp_path / "logs" / "tensorboard"))
     events.Reload()
@@ -110,3 +101,29 @@ def test_trackers_are_fed_from_the_same_records(tmp_path: Path, recipe: Recipe) 
     (offline,) = (tmp_path / "wandb").glob("offline-run-*")
     run_id = (tmp_path / "wandb_id").read_text(encoding="utf-8").strip()
     assert (offline / f"run-{run_id}.wandb").stat().st_size > 0
+
+
+def test_record_has_every_documented_field(tmp_path: Path, recipe: Recipe) -> None:
+    log = MetricsLog(recipe, tmp_path, resume_step=0)
+    log.training_step(3, VALUES, True, 0.5)
+    log.close()
+    assert read_records(tmp_path) == [
+        {
+            "step": 3,
+            **VALUES,
+            "tokens": 24,
+            "tokens_per_second": 16.0,
+            "step_seconds": 0.5,
+            "skipped": 1,
+        }
+    ]
+
+
+def test_only_due_steps_and_the_last_are_logged(tmp_path: Path, recipe: Recipe) -> None:
+    values = recipe.to_dict()
+    values["logging"]["every"] = 4
+    log = MetricsLog(Recipe.from_dict(values), tmp_path, resume_step=0)
+    for step in range(1, 11):
+        log.training_step(step, VALUES, False, 1.0)
+    log.close()
+    assert [record["step"] for record in read_records(tmp_path)] == [4, 8, 10]
