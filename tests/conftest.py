@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -26,6 +28,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for name, skip in skips.items():
             if item.get_closest_marker(name) is not None:
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_process_group() -> Iterator[None]:
+    """A module whose tests connect this process to a world of one leaves none to the next."""
+    yield
+    if "torch" not in sys.modules:
+        return
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return
+    if "megatron.core.parallel_state" in sys.modules:
+        from calm_dist.parallel.topology import destroy_topology
+
+        destroy_topology()
+    dist.destroy_process_group()
 
 
 def _has_gpu() -> bool:

@@ -20,6 +20,6 @@ step ruff check .
 step ruff format --check .
 step mypy
 # -rs: a test that is skipped for want of hardware is announced.
-step python -m pytest tests -rs --durations=10 "$@"
+step python -m pytest -rs --durations=10 "$@"
 [ "$status" = 0 ] || echo "error: not everything passed, see the steps above (== ...)" >&2
 exit "$status"

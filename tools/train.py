@@ -10,39 +10,13 @@ Starting the same command again goes on from the newest valid checkpoint of run.
 
 from __future__ import annotations
 
-import argparse
-
-from calm_dist.cli import run, write_json
-from calm_dist.recipe import load_recipe
+from calm_dist.cli import run
+from calm_dist.training.command import run_training_tool
+from calm_dist.training.run import train
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipe", help="recipe file, see recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="training.steps=20 …")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print sizes, memory, layout and balance; no run"
-    )
-    parser.add_argument("--json", metavar="F", help="with --dry-run: write it as JSON (- = stdout)")
-    # The deepspeed launcher adds it; the environment says the same.
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
-    arguments = parser.parse_intermixed_args()
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    if arguments.dry_run:
-        from calm_dist.reports.plan import format_plan, plan
-        from calm_dist.training.resolve import resolve
-
-        values = plan(resolve(recipe, missing_stores=True))
-        if arguments.json:
-            write_json(values, arguments.json)
-        if arguments.json != "-":
-            print(format_plan(values))
-        return
-    from calm_dist.training.run import train
-
-    train(recipe)
+    run_training_tool(__doc__, train)
 
 
 if __name__ == "__main__":

@@ -95,6 +95,7 @@ def plan_store(
                 f"tokenizer {tokenizer.path}: has {tokenizer.vocab_size} entries, the autoencoder "
                 f"{autoencoder} was trained for {config['vocab_size']}; use its own tokenizer"
             )
+        _check_tokenizer(Path(autoencoder), tokenizer)
     elif autoencoder is not None:
         raise DataError("variant tokens: uses no autoencoder; leave --autoencoder out")
     if patch_size is None:
@@ -137,6 +138,24 @@ def _describe_autoencoder(directory: Path) -> tuple[dict[str, int], AutoencoderI
             sha256 = file_sha256(directory / name)
             return sizes, AutoencoderInfo(sha256=sha256, file=str(directory.resolve()))
     raise DataError(f"autoencoder {directory}: holds no model.safetensors or pytorch_model.bin")
+
+
+def _check_tokenizer(autoencoder: Path, tokenizer: Tokenizer) -> None:
+    """Two tokenizers of one size still give a token different numbers.
+
+    Autoencoders in the released layout do not say which tokenizer they were trained with.
+    """
+    try:
+        state = json.loads((autoencoder / "state.json").read_text(encoding="utf-8"))
+        trained_with = state.get("tokenizer_sha256")
+    except (OSError, ValueError, AttributeError):
+        return
+    if trained_with not in (None, tokenizer.fingerprint):
+        raise DataError(
+            f"tokenizer {tokenizer.path}: has sha256 {tokenizer.fingerprint[:12]}…, the "
+            f"autoencoder {autoencoder} was trained with {trained_with[:12]}…; use its own "
+            "tokenizer, or train an autoencoder with this one"
+        )
 
 
 def finished_store(out: str | Path, plan: StorePlan) -> StoreMeta | None:

@@ -289,6 +289,7 @@ class AutoencoderTrainer:
             "format": 1,
             **dataclasses.asdict(self.progress),
             "tokens": self.progress.step * self.recipe.tokens_per_step,
+            "tokenizer_sha256": self._stream.metas[0].tokenizer.sha256,
             "data": self._stream.state_dict(self.progress.step),
         }
         text = json.dumps(state, indent=1) + "\n"

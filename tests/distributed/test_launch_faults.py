@@ -64,9 +64,8 @@ def test_port_in_use_is_named(tmp_path: Path, tiny: Callable[..., list[str]]) ->
 
 
 def test_missing_ranks_are_named(tmp_path: Path, tiny: Callable[..., list[str]]) -> None:
-    overrides = data_parallel(
-        tiny, tmp_path / "run", health__timeout_seconds=20.0, training__global_batch_size=8
-    )
+    # Long enough for ranks 0 and 2 to meet on a busy machine.
+    overrides = data_parallel(tiny, tmp_path / "run", health__timeout_seconds=30.0)
     port = free_port()
     ranks = [start_rank(rank, 4, port, overrides) for rank in (0, 2)]
     outputs = [process.communicate(timeout=TIMEOUT_SECONDS)[0] for process in ranks]

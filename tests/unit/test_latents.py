@@ -316,6 +316,20 @@ def test_tokenizer_that_the_autoencoder_was_not_trained_for_is_refused(
         )
 
 
+def test_tokenizer_of_the_same_size_is_told_from_the_autoencoders_own(
+    inputs: Path, tmp_path: Path
+) -> None:
+    """Checkpoints of this project say which tokenizer they were trained with."""
+    trained = tmp_path / "autoencoder"
+    shutil.copytree(inputs / "autoencoder", trained)
+    state = {"tokenizer_sha256": tokenizer_of(inputs).fingerprint}
+    (trained / "state.json").write_text(json.dumps(state))
+    assert plan_for(inputs, autoencoder=trained).latent_size == 6
+    (trained / "state.json").write_text(json.dumps({"tokenizer_sha256": "f" * 64}))
+    with pytest.raises(DataError, match=r"trained with ffffffffffff"):
+        plan_for(inputs, autoencoder=trained)
+
+
 def test_text_shorter_than_a_block_and_broken_weights_are_refused(
     inputs: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,47 @@
+"""The command line that both training tools share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from calm_dist.cli import write_json
+from calm_dist.recipe import Recipe, load_recipe
+
+
+def run_training_tool(description: str | None, train: Callable[[Recipe], None]) -> None:
+    """Parse ``RECIPE [key=value ...] [--dry-run]`` and train, or show what a training would be.
+
+    Args:
+        description: the tool's docstring.
+        train: called with the recipe; it imports what it needs, so that --help and --dry-run
+            do without torch.
+
+    Raises:
+        UserError: whatever is wrong with recipe, overrides or launch.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", help="recipe file, see recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="training.steps=20 …")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print sizes, memory, layout and balance; no run"
+    )
+    parser.add_argument("--json", metavar="F", help="with --dry-run: write it as JSON (- = stdout)")
+    # The deepspeed launcher adds it; the environment says the same.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    arguments = parser.parse_intermixed_args()
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if not arguments.dry_run:
+        train(recipe)
+        return
+
+    from calm_dist.reports.plan import format_plan, plan
+    from calm_dist.training.resolve import resolve
+
+    values = plan(resolve(recipe, missing_stores=True))
+    if arguments.json:
+        write_json(values, arguments.json)
+    if arguments.json != "-":
+        print(format_plan(values))
