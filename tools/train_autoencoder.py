@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from calm_dist.cli import run
 from calm_dist.recipe import Recipe
-from calm_dist.training.command import run_training_tool
+from calm_dist.command import run_training_tool
 
 
 def train(recipe: Recipe) -> None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calm_dist.errors import DataError
+from calm_dist.files import file_sha256
 
 if TYPE_CHECKING:
     import zstandard
@@ -118,19 +119,6 @@ def corpus_sha256(files: Iterable[CorpusFile]) -> str:
     for file in files:
         digest.update(f"{file.name}\0{file_sha256(file.path)}\n".encode())
     return digest.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def iter_documents(paths: Iterable[str | Path]) -> Iterator[Document]:

@@ -9,7 +9,6 @@ the result is the same to the byte as without the kill.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
@@ -21,7 +20,6 @@ import numpy as np
 from calm_dist.data.corpus import (
     ShuffledDocuments,
     corpus_sha256,
-    file_sha256,
     find_files,
     pack_blocks,
 )
@@ -42,6 +40,7 @@ from calm_dist.data.store import (
 )
 from calm_dist.data.tokenizer import Tokenizer
 from calm_dist.errors import DataError
+from calm_dist.files import file_sha256, replace_text
 
 if TYPE_CHECKING:
     from calm_dist.models.autoencoder import Autoencoder
@@ -248,7 +247,7 @@ def write_store(
         return finished
     parts = out / _PARTS
     parts.mkdir(parents=True, exist_ok=True)
-    _replace_text(parts / _PLAN, json.dumps(plan.to_dict(), indent=2))
+    replace_text(parts / _PLAN, json.dumps(plan.to_dict(), indent=2))
 
     documents = ShuffledDocuments(corpus, plan.seed)
     shown = progress(documents, len(documents), label=str(out), unit="documents")
@@ -366,7 +365,7 @@ def _finish(out: Path, tokenizer: Tokenizer, plan: StorePlan) -> StoreMeta:
             "smaller --block-size"
         )
     index = json.dumps({"version": 2, "shards": shards}, sort_keys=True)
-    _replace_text(out / INDEX, index)
+    replace_text(out / INDEX, index)
     shutil.copyfile(tokenizer.path, out / plan.tokenizer.file)
     num_blocks = sum(entry["samples"] for entry in shards)
     fields = {
@@ -376,15 +375,9 @@ def _finish(out: Path, tokenizer: Tokenizer, plan: StorePlan) -> StoreMeta:
     }
     fields["fingerprint"] = fingerprint(fields, index.encode())
     meta = StoreMeta.model_validate(fields)
-    _replace_text(out / META, json.dumps(meta.to_dict(), indent=2) + "\n")
+    replace_text(out / META, json.dumps(meta.to_dict(), indent=2) + "\n")
     shutil.rmtree(out / _PARTS)
     return meta
-
-
-def _replace_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _remove_store(out: Path) -> None:

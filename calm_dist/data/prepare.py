@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +14,6 @@ from calm_dist.data.corpus import (
     SPLITS,
     Document,
     corpus_sha256,
-    file_sha256,
     find_files,
     iter_documents,
     split_documents,
@@ -23,6 +21,7 @@ from calm_dist.data.corpus import (
 )
 from calm_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from calm_dist.errors import DataError
+from calm_dist.files import file_sha256, replace_text
 
 MANIFEST = "manifest.json"
 
@@ -72,9 +71,7 @@ def prepare_corpus(
         "tokenizer": {"file": tokenizer_file.name, "sha256": file_sha256(tokenizer_file)},
     }
     # The manifest comes last: with it, all else is complete.
-    partial = manifest_path.with_suffix(".tmp")
-    partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, manifest_path)
+    replace_text(manifest_path, json.dumps(manifest, indent=2) + "\n")
     return True
 
 

@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from calm_dist.data.corpus import file_sha256
 from calm_dist.errors import DataError
+from calm_dist.files import file_sha256
 
 META = "meta.json"
 INDEX = "index.json"

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calm_dist.data.corpus import file_sha256
 from calm_dist.errors import DataError
+from calm_dist.files import file_sha256, replace_text
 
 if TYPE_CHECKING:
     import tiktoken
@@ -150,11 +150,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | Path) -> 
     )
     bpe.train_from_iterator(texts, trainer)
     path = Path(path)
-    partial = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(bpe.to_str(pretty=True), encoding="utf-8")
-        os.replace(partial, path)
+        replace_text(path, bpe.to_str(pretty=True))
     except OSError as error:
         raise DataError(f"tokenizer {path}: cannot be written ({error.strerror})") from error
     return load_tokenizer(path)

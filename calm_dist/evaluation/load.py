@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from calm_dist.data.corpus import file_sha256
 from calm_dist.errors import CheckpointError
+from calm_dist.files import file_sha256
 from calm_dist.interop.huggingface import load_autoencoder
 from calm_dist.interop.layout import weights_file
 from calm_dist.models.autoencoder import Autoencoder

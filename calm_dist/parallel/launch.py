@@ -224,14 +224,18 @@ def _open_store(world: World, timeout: timedelta) -> torch.distributed.Store:
 
 def _call_the_roll(store: torch.distributed.Store, world: World, timeout: timedelta) -> None:
     """Wait until every rank has come; name those that have not."""
-    import torch.distributed as dist
-
     store.set(f"roll/{world.rank}", socket.gethostname())
     names = [f"roll/{rank}" for rank in range(world.size)]
     try:
         store.wait(names, timeout)
-    except (RuntimeError, dist.DistError) as error:
-        missing = [rank for rank, name in enumerate(names) if not store.check([name])]
+    except RuntimeError as error:
+        try:
+            missing = [rank for rank, name in enumerate(names) if not store.check([name])]
+        except RuntimeError:
+            raise LaunchError(
+                f"rank {world.rank}: rank 0 at {world.address}:{world.port} gave up while ranks "
+                "were still missing; see its log"
+            ) from error
         if not missing:
             return
         raise LaunchError(

@@ -6,7 +6,6 @@ and sha256 of every file. A directory without a manifest that holds is not a che
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from calm_dist.errors import CheckpointError
+from calm_dist.files import file_sha256, replace_text
 
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
@@ -50,9 +50,7 @@ def commit(temporary: Path, keep: int) -> Path:
         shutil.rmtree(final)
     os.replace(temporary, final)
     _sync(final.parent)
-    latest = final.parent / f"{LATEST}.tmp"
-    latest.write_text(final.name + "\n", encoding="utf-8")
-    os.replace(latest, final.parent / LATEST)
+    replace_text(final.parent / LATEST, final.name + "\n")
     for old in _step_directories(final.parent)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -143,9 +141,7 @@ def _files(directory: Path) -> Iterator[Path]:
 
 
 def _describe(file: Path) -> dict[str, int | str]:
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"bytes": file.stat().st_size, "sha256": digest}
+    return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
 
 
 def _sync(path: Path) -> None:

@@ -9,6 +9,7 @@ import uuid
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from calm_dist.files import replace_text
 from calm_dist.recipe import Recipe
 
 METRICS_FILE = "metrics.jsonl"
@@ -107,10 +108,7 @@ def read_records(run_dir: str | Path) -> list[Record]:
 
 def _drop_records_after(path: Path, step: int) -> None:
     kept = [record for record in read_records(path.parent) if record["step"] <= step]
-    replacement = path.with_suffix(".tmp")
-    text = "".join(json.dumps(record) + "\n" for record in kept)
-    replacement.write_text(text, encoding="utf-8")
-    os.replace(replacement, path)
+    replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _duration(seconds: float) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from calm_dist.data.corpus import file_sha256
 from calm_dist.data.store import StoreMeta, read_meta
 from calm_dist.errors import RecipeError
+from calm_dist.files import file_sha256
 from calm_dist.interop.layout import weights_file
 from calm_dist.recipe import Recipe
 from calm_dist.training.checkpoint import find_checkpoint

@@ -123,6 +123,9 @@ def run_tool(*arguments: str | Path) -> int:
             runpy.run_path(str(TOOL), run_name="__main__")
     finally:
         sys.argv = before
+        # A process that ends in an error leaves that to its end.
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return exit_info.value.code  # type: ignore[return-value]
 
 
@@ -284,7 +287,7 @@ def test_a_step_that_is_not_finite_changes_nothing(trainer: AutoencoderTrainer) 
         trainer.model.decoder.norm.weight[0] = float("nan")
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     result = trainer.train_step(batch_of(trainer))
-    assert result.skipped and trainer.adam_steps == 0
+    assert result.skipped and trainer.progress.adam_steps == 0
     for name, parameter in trainer.model.named_parameters():
         torch.testing.assert_close(parameter.detach(), before[name], equal_nan=True)
     with pytest.raises(RuntimeError, match="3 steps in a row"):

@@ -1,0 +1,29 @@
+"""Small things that are done to files everywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from calm_dist.errors import DataError
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file so that whoever looks finds the old text or all of the new one."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
