@@ -20,7 +20,6 @@ LAYERS = (
     {"flops"},
     {"data", "models", "losses", "interop"},
     {"parallel"},
-    {"reports"},
     {"training"},
     {"evaluation"},
     {"reports"},
