@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -31,9 +32,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True, scope="module")
-def own_process_group() -> Iterator[None]:
-    """A module whose tests connect this process to a world of one leaves none to the next."""
+def own_world() -> Iterator[None]:
+    """A module whose tests make this process a world of one leaves no trace of it to the next."""
+    environment = dict(os.environ)
     yield
+    os.environ.clear()
+    os.environ.update(environment)
     if "torch" not in sys.modules:
         return
     import torch.distributed as dist

@@ -104,7 +104,7 @@ def plain_training(overrides: list[str]) -> list[tuple[float, float]]:
         norm = torch.nn.utils.clip_grad_norm_(parameters, training.clip_grad_norm)
         optimizer.step()
         schedule.step()
-        history.append((float(loss), float(norm)))
+        history.append((float(loss.detach()), float(norm)))
     return history
 
 
