@@ -20,8 +20,8 @@ EXIT_DIVERGED = 4
 def run(main: Callable[[], int | None]) -> None:
     """Run a tool's ``main`` and exit with 0, its own code, or the code of its error.
 
-    2 for a `UserError`, 3 for a `PeerLostError`, 4 for a `TrainingDivergedError`; all with a
-    message instead of a traceback.
+    2 for a `UserError` or a file that cannot be used, 3 for a `PeerLostError`, 4 for a
+    `TrainingDivergedError`; all with a message instead of a traceback.
     """
     _silence_library_warnings()
     try:
@@ -29,15 +29,20 @@ def run(main: Callable[[], int | None]) -> None:
     except UserError as error:
         _report(error)
         code = EXIT_BAD_INPUT
+    except BrokenPipeError:
+        # The reader of our output (head, less) went away: not an error of ours.
+        sys.stderr.close()
+        code = 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        code = EXIT_BAD_INPUT
     except (PeerLostError, TrainingDivergedError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = EXIT_PEER_LOST if isinstance(error, PeerLostError) else EXIT_DIVERGED
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:
-        # The reader of our output (head, less) went away: not an error of ours.
-        sys.stderr.close()
-        code = 0
     sys.exit(code or 0)
 
 

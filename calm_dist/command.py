@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 
 from calm_dist.cli import write_json
+from calm_dist.errors import UserError
 from calm_dist.recipe import Recipe, load_recipe
 
 
@@ -32,6 +33,8 @@ def run_training_tool(description: str | None, train: Callable[[Recipe], None]) 
     # The deepspeed launcher adds it; the environment says the same.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
+    if arguments.json and not arguments.dry_run:
+        raise UserError("--json: goes with --dry-run; a training writes metrics.jsonl in run.dir")
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if not arguments.dry_run:
         train(recipe)

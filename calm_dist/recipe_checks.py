@@ -215,8 +215,6 @@ def _batch_problems(recipe: Recipe) -> list[str]:
 
 def _head_problems(recipe: Recipe) -> list[str]:
     parallel, model = recipe.parallel, recipe.model
-    if model.kind != "calm":
-        return []
     stage, pipeline = parallel.zero_stage, parallel.pipeline_parallel_size
     problems = []
     if stage not in (1, 2, 3):
@@ -234,6 +232,8 @@ def _head_problems(recipe: Recipe) -> list[str]:
             "parallel.zero_stage: 3; the head's layout-free checkpoint is there for ZeRO 1 and 2 "
             "only; use 2"
         )
+    if model.kind != "calm":
+        return problems
     if stage == 1 and recipe.precision == "bf16":
         problems.append(
             "parallel.zero_stage: 1 with precision bf16 gives no access to the averaged gradients "

@@ -15,8 +15,9 @@ from calm_dist.errors import RecipeError
 class _Loader(yaml.SafeLoader):
     """YAML as people write it in recipes.
 
-    PyYAML follows YAML 1.1, in which ``3e-4`` is a string, ``off`` is a boolean and the later of
-    two equal keys wins silently. Here they are a float, a string and an error.
+    PyYAML follows YAML 1.1, in which ``3e-4`` is a string, ``off`` is a boolean, ``010`` is eight,
+    ``1:30`` is ninety and the later of two equal keys wins silently. Here they are a float, a
+    string, no whole numbers and an error.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -34,13 +35,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_REPLACED = {f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "timestamp")}
+_REPLACED = {f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "timestamp")}
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789")
 )
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -63,6 +67,9 @@ def parse_yaml(text: str, *, source: str) -> Any:
         place = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "cannot be parsed"
         raise RecipeError(f"{source}{place}: {problem}; correct the YAML") from error
+    except (ValueError, KeyError, RecursionError) as error:
+        # An explicit tag such as `!!int abc`, or thousands of brackets.
+        raise RecipeError(f"{source}: cannot be parsed ({error}); correct the YAML") from error
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

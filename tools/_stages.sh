@@ -3,7 +3,8 @@
 # open_output and the stages.
 # shellcheck shell=bash
 
-number=0 stage='' child=''
+# redo is set while a finished result that no longer is what it was is made again.
+number=0 stage='' child='' redo=''
 
 # open_output : make OUT and its folders, and wait until nobody else is at work in it.
 open_output() {
@@ -18,21 +19,20 @@ open_output() {
   trap 'stop 143' TERM HUP
 }
 
-# Hash of files' contents; a missing one counts, too.
+# Hash of files' contents, wherever they lie; a missing one counts, too.
 hash_of() {
   local file
   for file in "$@"; do
-    printf '%s\n' "$file"
+    printf '%s\n' "${file##*/}"
     cat "$file" 2>/dev/null || echo missing
   done | sha256sum | cut -d' ' -f1
 }
 
-# Hash of what is under directories: names and sizes of all files, contents of the JSON ones.
+# Hash of all that is under directories, wherever they lie.
 hash_under() {
   local folder
   for folder in "$@"; do
-    find "$folder" -type f -printf '%p %s\n' 2>/dev/null | sort
-    find "$folder" -type f -name '*.json' 2>/dev/null | sort | xargs -r -d '\n' cat
+    (cd "$folder" 2>/dev/null && find . -type f -print0 | sort -z | xargs -0 -r sha256sum) || true
   done | sha256sum | cut -d' ' -f1
 }
 
@@ -62,8 +62,12 @@ run_stage() {
     return
   fi
   echo "[$number/$STAGES] $name ..."
+  redo=''
   if [ -e "$stamp" ] && [ "$(cut -d' ' -f1 "$stamp")" != "$inputs" ]; then
     set_aside "${results[@]}"
+  elif [ -e "$stamp" ] && [ "$(cat "$stamp")" != "$inputs unfinished" ]; then
+    echo "    its result has changed or is damaged: it is made again"
+    redo=1
   fi
   echo "$inputs unfinished" >"$stamp"
   "$name"
@@ -72,12 +76,12 @@ run_stage() {
 }
 
 set_aside() {
-  local path target
+  local path target number
   for path in "$@"; do
     [ -e "$path" ] || continue
     path=${path%/checkpoints}
-    target=$OUT/previous/${path#"$OUT/"}
-    rm -rf "$target"
+    target=$OUT/previous/${path#"$OUT/"} number=1
+    while [ -e "$target" ]; do target=$OUT/previous/${path#"$OUT/"}.$((number += 1)); done
     mkdir -p "$(dirname "$target")"
     mv "$path" "$target"
     echo "    its inputs changed: the former result is now $target"

@@ -20,7 +20,8 @@ usage() {
 }
 
 absolute() {
-  case $1 in /*) printf '%s\n' "$1" ;; *) printf '%s\n' "$PWD/$1" ;; esac
+  # Not resolved beyond that: a corpus may be a glob.
+  realpath --canonicalize-missing --no-symlinks "$1"
 }
 
 OUT='' CORPUS=() TOKENIZER=()
@@ -76,7 +77,7 @@ encode() {
   shift 2
   logged python "$ROOT/tools/encode_latents.py" --corpus "$OUT/corpus/$split.jsonl" \
     --tokenizer "$(ls "$OUT"/tokenizer.*)" --out "$OUT/$store/$split" \
-    --block-size "$(value "$CALM" data block_size)" "$@"
+    --block-size "$(value "$CALM" data block_size)" ${redo:+--overwrite} "$@"
 }
 
 tokens() {

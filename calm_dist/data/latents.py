@@ -94,7 +94,7 @@ def plan_store(
                 f"tokenizer {tokenizer.path}: has {tokenizer.vocab_size} entries, the autoencoder "
                 f"{autoencoder} was trained for {config['vocab_size']}; use its own tokenizer"
             )
-        _check_tokenizer(Path(autoencoder), tokenizer)
+        check_tokenizer(Path(autoencoder), tokenizer.fingerprint, f"tokenizer {tokenizer.path}")
     elif autoencoder is not None:
         raise DataError("variant tokens: uses no autoencoder; leave --autoencoder out")
     if patch_size is None:
@@ -139,19 +139,23 @@ def _describe_autoencoder(directory: Path) -> tuple[dict[str, int], AutoencoderI
     raise DataError(f"autoencoder {directory}: holds no model.safetensors or pytorch_model.bin")
 
 
-def _check_tokenizer(autoencoder: Path, tokenizer: Tokenizer) -> None:
-    """Two tokenizers of one size still give a token different numbers.
+def check_tokenizer(autoencoder: Path, tokenizer_sha256: str, source: str) -> None:
+    """Refuse a tokenizer that an autoencoder was not trained with.
 
-    Autoencoders in the released layout do not say which tokenizer they were trained with.
+    Two tokenizers of one size still give a token different numbers. Autoencoders in the released
+    layout do not say which one they were trained with.
+
+    Raises:
+        DataError: naming ``source``, where the tokenizer comes from.
     """
     try:
         state = json.loads((autoencoder / "state.json").read_text(encoding="utf-8"))
         trained_with = state.get("tokenizer_sha256")
     except (OSError, ValueError, AttributeError):
         return
-    if trained_with not in (None, tokenizer.fingerprint):
+    if trained_with not in (None, tokenizer_sha256):
         raise DataError(
-            f"tokenizer {tokenizer.path}: has sha256 {tokenizer.fingerprint[:12]}…, the "
+            f"{source}: the tokenizer has sha256 {tokenizer_sha256[:12]}…, the "
             f"autoencoder {autoencoder} was trained with {trained_with[:12]}…; use its own "
             "tokenizer, or train an autoencoder with this one"
         )
@@ -240,7 +244,7 @@ def write_store(
             overwrite=overwrite,
         )
     out = Path(out)
-    if overwrite:
+    if overwrite and ((out / META).is_file() or (out / _PARTS / _PLAN).is_file()):
         _remove_store(out)
     finished = finished_store(out, plan)
     if finished is not None:

@@ -210,7 +210,7 @@ def _open_store(world: World, timeout: timedelta) -> torch.distributed.Store:
         if serve:
             raise LaunchError(
                 f"rank 0 cannot listen on {where} (MASTER_PORT): {_first_line(error)}; "
-                "another job may use the port, choose another one"
+                "another job, or what is left of a killed one, uses the port; choose another one"
             ) from error
         raise LaunchError(
             f"rank {world.rank} cannot reach rank 0 at {where} within "

@@ -24,6 +24,7 @@ from calm_dist.parallel.topology import Topology
 from calm_dist.parallel.zero_head import ZeroHead
 from calm_dist.recipe import CalmRecipe, Recipe
 from calm_dist.training.optimizer import build_body_optimizer
+from calm_dist.training.resolve import autoencoder_directory
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,9 @@ def build_parts(recipe: Recipe, topology: Topology) -> Parts:
             head = ZeroHead(module, recipe, topology)
             if recipe.data.latents == "on_the_fly":
                 assert model.autoencoder is not None
-                autoencoder = load_autoencoder(model.autoencoder).to(topology.device)
+                autoencoder = load_autoencoder(autoencoder_directory(model.autoencoder)).to(
+                    topology.device
+                )
         forward_step = CalmForwardStep(recipe, topology, head, autoencoder)
     else:
         forward_step = TransformerForwardStep(recipe, topology)

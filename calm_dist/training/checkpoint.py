@@ -51,14 +51,30 @@ def commit(temporary: Path, keep: int) -> Path:
     os.replace(temporary, final)
     _sync(final.parent)
     replace_text(final.parent / LATEST, final.name + "\n")
-    for old in _step_directories(final.parent)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    _make_room(final, keep)
     return final
 
 
-def has_checkpoints(run_dir: Path) -> bool:
-    """Whether a run directory holds any checkpoint, whole or damaged."""
-    return bool(_step_directories(run_dir / CHECKPOINTS))
+def _make_room(final: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` checkpoints up to ``final``.
+
+    Those of later steps were passed over as damaged when the run went on from an earlier one.
+    They are set aside: they must neither count nor be met again.
+    """
+    directories = _step_directories(final.parent)
+    newest = directories.index(final)
+    for later in directories[:newest]:
+        aside = later.with_suffix(".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(later, aside)
+    for old in directories[newest + keep :]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def newest_recipe(run_dir: Path) -> Path | None:
+    """The recipe in a run's newest checkpoint that has one, whether the rest is whole or not."""
+    recipes = (directory / RECIPE_FILE for directory in _step_directories(run_dir / CHECKPOINTS))
+    return next(filter(Path.is_file, recipes), None)
 
 
 def verify(directory: Path) -> None:
@@ -72,6 +88,8 @@ def verify(directory: Path) -> None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: missing or damaged; not a finished checkpoint") from error
+    if not isinstance(manifest, dict) or not {STATE_FILE, RECIPE_FILE} <= manifest.keys():
+        raise CheckpointError(f"{path}: damaged; it does not list {STATE_FILE} and {RECIPE_FILE}")
     for name, expected in manifest.items():
         file = directory / name
         if not file.is_file():
@@ -83,14 +101,16 @@ def verify(directory: Path) -> None:
 
 def newest_valid(run_dir: Path) -> Path | None:
     """The newest whole checkpoint of a run; says on stderr why newer ones are passed over."""
-    for directory in _step_directories(run_dir / CHECKPOINTS):
-        try:
-            verify(directory)
-        except CheckpointError as error:
-            print(f"checkpoint passed over: {error}", file=sys.stderr, flush=True)
-        else:
-            return directory
-    return None
+    return next(filter(_is_valid, _step_directories(run_dir / CHECKPOINTS)), None)
+
+
+def _is_valid(directory: Path) -> bool:
+    try:
+        verify(directory)
+    except CheckpointError as error:
+        print(f"checkpoint passed over: {error}", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -113,15 +133,9 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def all_checkpoints(run_dir: str | Path) -> list[Path]:
-    """The valid checkpoints of a run, oldest first."""
-    found = []
-    for directory in reversed(_step_directories(Path(run_dir) / CHECKPOINTS)):
-        try:
-            verify(directory)
-        except CheckpointError:
-            continue
-        found.append(directory)
-    return found
+    """The valid checkpoints of a run, oldest first; says on stderr why others are left out."""
+    directories = _step_directories(Path(run_dir) / CHECKPOINTS)
+    return [directory for directory in reversed(directories) if _is_valid(directory)]
 
 
 def _step_directories(checkpoints: Path) -> list[Path]:

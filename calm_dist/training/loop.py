@@ -52,6 +52,8 @@ class Trainer:
         recipe = self.recipe
         batches = iter(self._stream)
         last = recipe.training.steps
+        if self.progress.step >= last and self._metrics is not None:
+            print(f"nothing to do: training.steps={last} are done", flush=True)
         while self.progress.step < last:
             started = time.perf_counter()
             result = self.train_step(next(batches))

@@ -132,7 +132,7 @@ def _load(state: dict[str, Any], directory: Path) -> dict[str, Any]:
     source = directory / TENSORS
     try:
         return dist_checkpointing.load(state, str(source))
-    except CheckpointingException as error:
+    except (CheckpointingException, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{source}: does not fit the model of the recipe ({reason}); use the recipe that lies "

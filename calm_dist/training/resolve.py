@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from calm_dist.data.latents import check_tokenizer
 from calm_dist.data.store import StoreMeta, read_meta
 from calm_dist.errors import RecipeError
 from calm_dist.files import file_sha256
@@ -23,6 +24,17 @@ def resolve(recipe: Recipe, *, missing_stores: bool = False) -> Recipe:
         DataError: a store is missing or damaged.
         RecipeError: store or autoencoder do not fit the recipe.
     """
+    model = recipe.model
+    if (
+        model.kind == "calm"
+        and model.autoencoder is not None
+        and not missing_stores
+        and not Path(model.autoencoder).is_dir()
+    ):
+        raise RecipeError(
+            f"model.autoencoder: {model.autoencoder}: no such directory; give a "
+            "run directory or a checkpoint, or leave it out to use the store's"
+        )
     for source in recipe.data.sources:
         if missing_stores and "://" not in source.path and not Path(source.path).exists():
             continue
@@ -53,13 +65,15 @@ def autoencoder_directory(path: str | Path) -> Path:
 
 
 def _check_autoencoder(recipe: Recipe, meta: StoreMeta) -> None:
-    """Latents are decoded by the autoencoder that encoded them, or by none."""
+    """Tokens and latents belong to the recipe's autoencoder, where that can be looked at."""
     model = recipe.model
-    if model.kind != "calm" or meta.autoencoder is None or model.autoencoder is None:
+    if model.kind != "calm" or model.autoencoder is None or not Path(model.autoencoder).is_dir():
         return
-    if not Path(model.autoencoder).is_dir():
+    directory = autoencoder_directory(model.autoencoder)
+    check_tokenizer(directory, meta.tokenizer.sha256, "data.path")
+    if meta.autoencoder is None:
         return
-    found = file_sha256(weights_file(autoencoder_directory(model.autoencoder)))
+    found = file_sha256(weights_file(directory))
     if found != meta.autoencoder.sha256:
         raise RecipeError(
             f"model.autoencoder: {model.autoencoder} has sha256 {found[:12]}…, the store was "

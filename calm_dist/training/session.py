@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -11,9 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from calm_dist.errors import CheckpointError
+from calm_dist.errors import CheckpointError, LaunchError
+from calm_dist.files import replace_text
 from calm_dist.parallel.launch import World, join_world, read_world, select_device
 from calm_dist.recipe import Recipe, load_recipe
 from calm_dist.training import checkpoint
@@ -36,6 +38,7 @@ def launched(recipe: Recipe) -> Iterator[tuple[Recipe, torch.device]]:
     world = read_world()
     world.export()
     recipe = resolve(recipe.with_world_size(world.size))
+    (Path(recipe.run.dir) / "logs").mkdir(parents=True, exist_ok=True)
     if recipe.parallel.device == "cpu":
         # Before torch looks: Megatron-core and DeepSpeed use a GPU that they see.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -48,23 +51,31 @@ def launched(recipe: Recipe) -> Iterator[tuple[Recipe, torch.device]]:
     device = select_device(world, recipe.parallel.device)
     store = join_world(world, device, recipe.health.timeout_seconds)
     with name_lost_peers(store, world):
-        on_rank_zero(lambda: prepare_run_directory(recipe, world))
-        yield recipe, device
-        dist.barrier()
+        lock = on_rank_zero(lambda: prepare_run_directory(recipe, world))
+        try:
+            yield recipe, device
+            dist.barrier()
+        finally:
+            if world.rank == 0:
+                os.close(lock)
     # Not after an error: it could wait for a peer that is gone.
     dist.destroy_process_group()
 
 
-def prepare_run_directory(recipe: Recipe, world: World) -> None:
+def prepare_run_directory(recipe: Recipe, world: World) -> int:
     """Write what the run is made of: ``recipe.yaml`` as resolved and ``environment.json``.
+
+    Returns:
+        A descriptor that keeps other runs out of the directory while it is open.
 
     Raises:
         CheckpointError: the directory holds checkpoints of another model.
+        LaunchError: another run is at work in the directory.
     """
     run_dir = Path(recipe.run.dir)
+    lock = _lock(run_dir)
     _refuse_other_model(run_dir, recipe)
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    (run_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    replace_text(run_dir / "recipe.yaml", recipe.to_yaml())
     environment = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
@@ -75,24 +86,49 @@ def prepare_run_directory(recipe: Recipe, world: World) -> None:
         "cpu_count": os.cpu_count(),
         "libraries": {name: _version(name) for name in LIBRARIES},
     }
-    text = json.dumps(environment, indent=2) + "\n"
-    (run_dir / "environment.json").write_text(text, encoding="utf-8")
+    replace_text(run_dir / "environment.json", json.dumps(environment, indent=2) + "\n")
+    return lock
+
+
+def _lock(run_dir: Path) -> int:
+    """Hold the run directory; the kernel lets go of it however this process ends."""
+    path = run_dir / ".lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.read(descriptor, 100).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise LaunchError(
+            f"run.dir: another run is at work in {run_dir} ({holder}); wait for it or end it, or "
+            "use another run.dir"
+        ) from error
+    os.truncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
+    return descriptor
 
 
 def _refuse_other_model(run_dir: Path, recipe: Recipe) -> None:
-    path = run_dir / "recipe.yaml"
-    if not checkpoint.has_checkpoints(run_dir) or not path.is_file():
+    path = checkpoint.newest_recipe(run_dir)
+    if path is None:
         return
-    before, now = load_recipe(path).to_dict()["model"], recipe.to_dict()["model"]
-    # Where the autoencoder lies is no part of the model; its sha256 is checked with the data.
-    names = sorted((before.keys() | now.keys()) - {"autoencoder"})
+    before, now = (_identity(given) for given in (load_recipe(path), recipe))
+    names = sorted(before.keys() | now.keys())
     changed = [name for name in names if before.get(name) != now.get(name)]
     if changed:
-        listed = ", ".join(f"model.{n}: {before.get(n)} -> {now.get(n)}" for n in changed)
+        listed = ", ".join(f"{n}: {before.get(n)} -> {now.get(n)}" for n in changed)
         raise CheckpointError(
             f"{run_dir}: its checkpoints were written for another model ({listed}); use the "
-            "recipe that lies there, or another run.dir"
+            "recipe that lies in them, or another run.dir"
         )
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    """The fields that a checkpoint belongs to."""
+    values = recipe.to_dict()
+    # Where the autoencoder lies is no part of the model; its sha256 is checked with the data.
+    model = {f"model.{n}": value for n, value in values["model"].items() if n != "autoencoder"}
+    return {"precision": values["precision"], **model}
 
 
 def _version(package: str) -> str | None:

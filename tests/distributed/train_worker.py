@@ -32,6 +32,7 @@ def main() -> None:
     for job in jobs:
         recipe = load_recipe(job["recipe"], job["overrides"]).with_world_size(world.size)
         recipe = resolve(recipe)
+        Path(recipe.run.dir).mkdir(parents=True, exist_ok=True)
         on_rank_zero(partial(prepare_run_directory, recipe, world))
         train_in_world(recipe, device)
     dist.destroy_process_group()

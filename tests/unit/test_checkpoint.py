@@ -15,6 +15,7 @@ def write(run_dir: Path, step: int, keep: int = 10) -> Path:
     (temporary / "tensors").mkdir()
     (temporary / "tensors" / "a.bin").write_bytes(bytes(range(256)) * step)
     (temporary / "state.json").write_text("{}")
+    (temporary / "recipe.yaml").write_text("{}")
     return checkpoint.commit(temporary, keep)
 
 
@@ -33,7 +34,10 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert names == ["step_00000002", "step_00000003"]
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "no manifest"])
+@pytest.mark.parametrize(
+    "damage",
+    ["flip", "cut", "remove", "manifest", "list manifest", "short manifest", "no manifest"],
+)
 def test_damaged_checkpoint_is_passed_over_and_named(
     tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -47,6 +51,8 @@ def test_damaged_checkpoint_is_passed_over_and_named(
         "cut": lambda: tensors.write_bytes(data[:-1]),
         "remove": tensors.unlink,
         "manifest": lambda: manifest.write_text("{"),
+        "list manifest": lambda: manifest.write_text("[]"),
+        "short manifest": lambda: manifest.write_text("{}"),
         "no manifest": manifest.unlink,
     }[damage]()
     assert checkpoint.find_checkpoint(tmp_path) == good
@@ -55,6 +61,18 @@ def test_damaged_checkpoint_is_passed_over_and_named(
     if damage != "no manifest":
         with pytest.raises(CheckpointError, match=named.name):
             checkpoint.find_checkpoint(bad)
+
+
+def test_damaged_later_checkpoints_do_not_cost_a_new_one(tmp_path: Path) -> None:
+    """A run that went on from an earlier step reaches them again only later."""
+    write(tmp_path, 5)
+    for step in (20, 30):
+        (write(tmp_path, step) / "state.json").write_text("damaged")
+    new = write(tmp_path, 10, keep=1)
+    assert checkpoint.find_checkpoint(tmp_path) == new
+    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
+    assert names == ["step_00000010", "step_00000020.damaged", "step_00000030.damaged"]
+    assert checkpoint.newest_recipe(tmp_path) == new / "recipe.yaml"
 
 
 def test_half_written_directory_is_no_checkpoint(tmp_path: Path) -> None:

@@ -68,9 +68,26 @@ def test_a_damaged_result_is_made_again(source: Path, text: str | None) -> None:
         result.unlink()
     else:
         result.write_text(text)
-    assert "already there" not in run(source).stdout
+    assert "changed or is damaged" in run(source, after='echo "redo: $redo"').stdout
     assert result.read_text() == "first\n"
     assert not (source.parent / "out" / "previous").exists()
+
+
+def test_results_that_were_moved_are_still_there(source: Path) -> None:
+    run(source)
+    (source.parent / "out").rename(source.parent / "moved")
+    script = PIPELINE.format(tools=TOOLS, out=source.parent / "moved", source=source, after=":")
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[1/1] copy: already there\nend\n"
+
+
+def test_nothing_that_was_set_aside_is_lost(source: Path) -> None:
+    for text in ("first", "second", "third"):
+        source.write_text(text)
+        run(source)
+    previous = source.parent / "out" / "previous"
+    assert (previous / "result" / "copy.json").read_text() == "first"
+    assert (previous / "result.2" / "copy.json").read_text() == "second"
 
 
 def test_a_failed_stage_ends_all_with_its_exit_code_and_goes_on_later(source: Path) -> None:

@@ -1,0 +1,67 @@
+"""Exit codes and messages that all tools share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from calm_dist.cli import run, write_json
+from calm_dist.errors import PeerLostError, RecipeError, TrainingDivergedError, UserError
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def main() -> None:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("field: bad"), 2),
+        (FileNotFoundError(2, "No such file or directory", "/a/b"), 2),
+        (PeerLostError("rank 1 died"), 3),
+        (TrainingDivergedError("not finite"), 4),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_codes(error: BaseException, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        run(raising(error))
+    assert exit_info.value.code == code
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_file_that_cannot_be_used_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(SystemExit):
+        run(lambda: (file / "run").mkdir())
+    assert capsys.readouterr().err == f"error: {file / 'run'}: Not a directory\n"
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run(raising(ZeroDivisionError()))
+
+
+def test_recipe_errors_are_said_by_one_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, said in (("0", "error: x: bad\n"), ("3", "")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as exit_info:
+            run(raising(RecipeError("x: bad")))
+        assert exit_info.value.code == 2
+        assert capsys.readouterr().err == said
+
+
+def test_json_target_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        write_json({}, tmp_path / "file" / "x.json")
