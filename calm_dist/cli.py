@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -57,6 +58,18 @@ def _report(error: UserError) -> None:
     same_everywhere = isinstance(error, RecipeError) or getattr(error, "reported", False)
     if not same_everywhere or os.environ.get("RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """A type for argparse: a whole number from ``minimum`` up to the largest seed."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if not minimum <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"{value}: give a whole number from {minimum}")
+        return value
+
+    return number
 
 
 def write_json(value: Any, target: str | Path) -> None:

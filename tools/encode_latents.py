@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from calm_dist.cli import run
+from calm_dist.cli import at_least, run
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,17 +39,21 @@ def parse_arguments() -> argparse.Namespace:
         help="fp16: tokens and latents (default); tokens: no latents, no autoencoder",
     )
     parser.add_argument(
-        "--block-size", type=int, default=512, metavar="T", help="tokens per block (default 512)"
+        "--block-size",
+        type=at_least(1),
+        default=512,
+        metavar="T",
+        help="tokens per block (default 512)",
     )
     parser.add_argument(
-        "--patch-size", type=int, metavar="K", help="tokens per patch (variant tokens only)"
+        "--patch-size", type=at_least(1), metavar="K", help="tokens per patch (variant tokens only)"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=16, help="blocks encoded at a time (default 16)"
+        "--batch-size", type=at_least(1), default=16, help="blocks encoded at a time (default 16)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the documents' order")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the documents' order")
     parser.add_argument(
-        "--shard-mib", type=int, default=64, help="size of a shard (default 64 MiB)"
+        "--shard-mib", type=at_least(1), default=64, help="size of a shard (default 64 MiB)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace another store in --out")
     return parser.parse_args()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from calm_dist.cli import run, write_json
+from calm_dist.cli import at_least, run, write_json
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -18,7 +18,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--autoencoder", help="autoencoder checkpoint (default: the recipe's)")
     parser.add_argument("--blocks", type=int, help="blocks to score (default: the recipe's)")
     parser.add_argument("--samples", type=int, help="draws per position (default: the recipe's)")
-    parser.add_argument("--seed", type=int, help="seed of the draws (default: the recipe's)")
+    parser.add_argument(
+        "--seed", type=at_least(0), help="seed of the draws (default: the recipe's)"
+    )
     parser.add_argument(
         "--alignment-stride",
         type=int,

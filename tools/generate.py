@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 from fractions import Fraction
 
-from calm_dist.cli import run, write_json
+from calm_dist.cli import at_least, run, write_json
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -20,7 +20,9 @@ def parse_arguments() -> argparse.Namespace:
         help="CALM: above 0, at most 1, also as 1/3 (default: 0.5)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default: 0)")
+    parser.add_argument(
+        "--seed", type=at_least(0), default=0, help="same seed, same text (default: 0)"
+    )
     parser.add_argument(
         "--method",
         choices=("auto", "exact", "pool"),

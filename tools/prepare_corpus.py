@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-from calm_dist.cli import run
+from calm_dist.cli import at_least, run
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument(
         "--vocab-size", type=int, default=512, help="entries of the trained BPE (default 512)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the split (default 0)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the split (default 0)")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 

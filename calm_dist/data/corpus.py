@@ -78,6 +78,8 @@ def find_files(paths: Iterable[str | Path]) -> list[CorpusFile]:
     """
     found: list[CorpusFile] = []
     for given in paths:
+        if not str(given):
+            raise DataError("corpus: an empty path; an unset variable on the command line?")
         matches = [Path(given)]
         if not matches[0].exists():
             matches = sorted(Path(match) for match in glob.glob(str(given), recursive=True))

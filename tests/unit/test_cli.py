@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from calm_dist.cli import run, write_json
+from calm_dist.cli import at_least, run, write_json
 from calm_dist.errors import PeerLostError, RecipeError, TrainingDivergedError, UserError
 
 
@@ -65,3 +66,10 @@ def test_json_target_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):
         write_json({}, tmp_path / "file" / "x.json")
+
+
+@pytest.mark.parametrize("text", ["-1", "x", "1.5", str(2**70)])
+def test_numbers_out_of_range_are_refused(text: str) -> None:
+    with pytest.raises((ValueError, argparse.ArgumentTypeError)):
+        at_least(0)(text)
+    assert at_least(0)("0") == 0
