@@ -48,10 +48,6 @@ class Topology:
         return self.groups.pp.size()
 
     @property
-    def dp_rank(self) -> int:
-        return self.groups.dp.rank()
-
-    @property
     def dp_size(self) -> int:
         return self.groups.dp.size()
 
