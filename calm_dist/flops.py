@@ -32,6 +32,7 @@ from calm_dist.recipe import (
     Recipe,
     TransformerRecipe,
 )
+from calm_dist.recipe_checks import TIME_FEATURES
 
 BACKWARD_AND_FORWARD = 3
 
@@ -113,9 +114,15 @@ def linear_flops(inputs: int, outputs: int) -> int:
     return 2 * inputs * outputs
 
 
-def attention_flops(hidden_size: int, steps: int) -> int:
-    """FLOPs of one step through one attention layer: projections, then scores and their use."""
-    return 4 * linear_flops(hidden_size, hidden_size) + 4 * hidden_size * steps
+def attention_flops(hidden_size: int, steps: int, key_value_size: int | None = None) -> int:
+    """FLOPs of one step through one attention layer: projections, then scores and their use.
+
+    ``key_value_size`` is smaller than ``hidden_size`` with grouped-query attention.
+    """
+    projections = linear_flops(hidden_size, hidden_size) + linear_flops(
+        hidden_size, key_value_size or hidden_size
+    )
+    return 2 * projections + 4 * hidden_size * steps
 
 
 def mlp_flops(hidden_size: int, intermediate_size: int) -> int:
@@ -130,22 +137,37 @@ def compressor_flops(hidden_size: int, patch_size: int) -> int:
     )
 
 
-def head_flops(model: CalmRecipe, samples: int, *, share_condition: bool) -> int:
-    """FLOPs of one patch through the energy head, for ``samples`` draws of the noise.
+def head_flops(
+    model: CalmRecipe, samples: int, *, share_condition: bool, evaluations: int = 1
+) -> int:
+    """FLOPs of one patch through the head: ``samples`` draws, its network run ``evaluations`` times
+    for each.
 
-    Without ``share_condition`` everything runs once a sample, as in the released code. With it, the
-    condition's embedding and its half of each block's first linear run once for all samples.
+    Without ``share_condition`` everything runs once a sample and evaluation, as in the released
+    code. With it, what depends on the hidden state alone runs once: its embedding, and in the
+    energy head its half of each block's first linear.
     """
     d, blocks = model.hidden_size, model.head.num_mlp_layers
-    of_condition = (1 + blocks) * linear_flops(d, d)
-    # A block: the noise's half of Linear(2d, d), then Linear(d, d), (d, 2d), (d, d).
-    of_noise = (
-        linear_flops(model.head.noise_size, d)
-        + blocks * 5 * linear_flops(d, d)
-        + linear_flops(d, d)
-        + linear_flops(d, known_size(model, "latent_size"))
-    )
-    return samples * of_noise + (1 if share_condition else samples) * of_condition
+    latent = known_size(model, "latent_size")
+    square = linear_flops(d, d)
+    if model.head.kind == "energy":
+        of_condition = (1 + blocks) * square
+        # A block: the noise's half of Linear(2d, d), then Linear(d, d), (d, 2d), (d, d).
+        of_noise = linear_flops(model.head.noise_size, d) + (5 * blocks + 1) * square
+        of_noise += linear_flops(d, latent)
+    else:
+        of_condition = square
+        time = linear_flops(TIME_FEATURES, d) + square
+        # A block: two linears, and the modulation's Linear(d, 3d); at the end Linear(d, 2d).
+        of_noise = time + linear_flops(latent, d) + (5 * blocks + 2) * square
+        of_noise += linear_flops(d, _head_outputs(model))
+    passes = samples * evaluations
+    return passes * of_noise + (1 if share_condition else passes) * of_condition
+
+
+def _head_outputs(model: CalmRecipe) -> int:
+    """Outputs of an iterative head's network; diffusion predicts a variance, too."""
+    return known_size(model, "latent_size") * (2 if model.head.kind == "diffusion" else 1)
 
 
 def encoder_flops(size: AutoencoderSize, patch_size: int, latent_size: int) -> int:
@@ -171,12 +193,18 @@ def decoder_flops(size: AutoencoderSize, patch_size: int, latent_size: int) -> i
 
 
 def head_parameters(model: CalmRecipe) -> int:
-    """Weights, biases and norms of the energy head."""
-    d, latent = model.hidden_size, known_size(model, "latent_size")
-    embeddings = _affine(model.head.noise_size, d) + _affine(d, d) + 2 * _layer_norm(d)
-    block = _layer_norm(d) + _affine(2 * d, d) + 2 * _affine(d, d) + _affine(d, 2 * d)
-    final = _layer_norm(d) + _affine(d, d) + _affine(d, latent)
-    return embeddings + model.head.num_mlp_layers * block + final
+    """Weights, biases and norms of the head."""
+    d, blocks = model.hidden_size, model.head.num_mlp_layers
+    latent = known_size(model, "latent_size")
+    if model.head.kind == "energy":
+        embeddings = _affine(model.head.noise_size, d) + _affine(d, d) + 2 * _layer_norm(d)
+        block = _layer_norm(d) + _affine(2 * d, d) + 2 * _affine(d, d) + _affine(d, 2 * d)
+        final = _layer_norm(d) + _affine(d, d) + _affine(d, latent)
+    else:
+        embeddings = _affine(TIME_FEATURES, d) + 2 * _affine(d, d) + _affine(latent, d)
+        block = _layer_norm(d) + 2 * _affine(d, d) + _affine(d, 3 * d)
+        final = _affine(d, 2 * d) + _affine(d, _head_outputs(model))
+    return embeddings + blocks * block + final
 
 
 def _calm_parts(model: CalmRecipe, steps: int) -> list[Part]:
@@ -185,10 +213,11 @@ def _calm_parts(model: CalmRecipe, steps: int) -> list[Part]:
     compressor = _affine(patch_size * d, 2 * d) + _affine(2 * d, d) + _layer_norm(d)
     decoder = decoder_flops(autoencoder, patch_size, latent) / patch_size
     samples = model.head.num_samples
-    natural, ours, one = (
-        head_flops(model, n, share_condition=shared) / patch_size
-        for n, shared in ((samples, False), (samples, True), (1, True))
+    natural, ours = (
+        head_flops(model, samples, share_condition=shared) / patch_size for shared in (False, True)
     )
+    evaluations = model.head.evaluations_per_sample
+    one = head_flops(model, 1, share_condition=True, evaluations=evaluations) / patch_size
     return [
         Part("embedding", vocab_size * d),
         _trained("patch_compressor", compressor, compressor_flops(d, patch_size) / patch_size),
@@ -221,10 +250,11 @@ def _transformer_parts(model: TransformerRecipe, steps: int) -> list[Part]:
 def _body_parts(model: CalmRecipe | TransformerRecipe, steps: int) -> list[Part]:
     """The Transformer layers, with their norms, and the final norm."""
     d, f, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
-    attention = layers * attention_flops(d, steps) / model.patch_size
+    key_value_size = d * model.key_value_heads // model.num_attention_heads
+    attention = layers * attention_flops(d, steps, key_value_size) / model.patch_size
     mlp = layers * mlp_flops(d, f) / model.patch_size
     return [
-        _trained("attention", layers * (4 * d * d + d), attention),
+        _trained("attention", layers * (2 * d * (d + key_value_size) + d), attention),
         _trained("mlp", layers * (3 * d * f + d), mlp),
         Part("final_norm", d),
     ]

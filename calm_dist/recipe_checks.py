@@ -15,6 +15,12 @@ VOCAB_MULTIPLE = 64
 """Rows of vocabulary-parallel tables are padded to a multiple of this, whatever the layout, so that
 a checkpoint has the same shapes for every tensor-parallel size."""
 
+DIFFUSION_STEPS = 1000
+"""Noise levels that the diffusion head is trained on."""
+
+TIME_FEATURES = 256
+"""Sinusoids by which the iterative heads are told the time."""
+
 _UNION_TAGS = {"model": ("calm", "transformer", "autoencoder"), "path": ("store", "mixture")}
 
 
@@ -136,6 +142,11 @@ def _shape_problems(recipe: Recipe) -> list[str]:
             f"model.num_attention_heads {model.num_attention_heads} an even size, which rotary "
             f"positions need; use {_round_up(model.hidden_size, 2 * model.num_attention_heads)}"
         )
+    if model.num_attention_heads % model.key_value_heads:
+        problems.append(
+            f"model.num_key_value_heads: {model.key_value_heads} does not divide "
+            f"model.num_attention_heads {model.num_attention_heads}; use a divisor of it"
+        )
     return problems
 
 
@@ -164,8 +175,8 @@ def _layout_problems(recipe: Recipe) -> list[str]:
     problems += [
         f"parallel.tensor_parallel_size: {tensor} does not divide model.{name} {size}; use a "
         "common divisor of heads and intermediate size"
-        for name in ("num_attention_heads", "intermediate_size")
-        if (size := getattr(model, name)) % tensor
+        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+        if (size := getattr(model, name)) is not None and size % tensor
     ]
     if VOCAB_MULTIPLE % tensor:
         problems.append(
@@ -234,6 +245,22 @@ def _head_problems(recipe: Recipe) -> list[str]:
         )
     if model.kind != "calm":
         return problems
+    head = model.head
+    if head.kind == "energy" and head.num_samples < 2:
+        problems.append(
+            f"model.head.num_samples: found {head.num_samples}; the energy score's second term "
+            "needs two samples; use at least 2"
+        )
+    if head.kind == "diffusion" and (head.sampling_steps or 0) > DIFFUSION_STEPS:
+        problems.append(
+            f"model.head.sampling_steps: {head.sampling_steps}, but the diffusion head is trained "
+            f"on {DIFFUSION_STEPS} steps; use at most that"
+        )
+    if head.kind == "energy" and head.sampling_steps is not None:
+        problems.append(
+            f"model.head.sampling_steps: {head.sampling_steps}, but the energy head draws a sample "
+            "in one step; leave it out"
+        )
     if stage == 1 and recipe.precision == "bf16":
         problems.append(
             "parallel.zero_stage: 1 with precision bf16 gives no access to the averaged gradients "

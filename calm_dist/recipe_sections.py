@@ -44,18 +44,36 @@ class Run(Section):
 
 
 class HeadRecipe(Section):
-    """The one-step generative head trained with the energy score."""
+    """The generative head: one step with the energy score, or the iterative alternatives.
 
-    kind: Literal["energy"] = "energy"
+    One type for all kinds, so that ``model.head.kind=flow`` alone changes the head of a recipe.
+    """
+
+    kind: Literal["energy", "diffusion", "flow"] = "energy"
     num_mlp_layers: Positive = 4
     """Residual blocks."""
     noise_size: Positive = 64
-    num_samples: Annotated[int, Field(ge=2)] = 8
-    """Head samples N per position in training; the score's second term needs two."""
+    """Energy: components of the uniform noise. The other heads start from normal latents."""
+    num_samples: Positive = 8
+    """Energy: head samples N per position in training, at least two for the score's second term.
+    Diffusion and flow: noisy latents per position in training."""
     posterior_samples: Positive = 100
-    """Draws M from the autoencoder's posterior per position."""
+    """Energy: draws M from the autoencoder's posterior per position."""
     beta: Annotated[float, Field(gt=0, lt=2)] = 1.0
-    """Exponent of the energy score; strictly proper inside (0, 2)."""
+    """Energy: exponent of the score; strictly proper inside (0, 2)."""
+    sampling_steps: Positive | None = None
+    """Steps that draw one sample. Flow: midpoint steps of two evaluations each, 10 where absent.
+    Diffusion: 100 where absent, at most 1,000. The energy head has one step."""
+
+    @property
+    def steps_per_sample(self) -> int:
+        """``sampling_steps``, or the released code's number."""
+        return self.sampling_steps or {"energy": 1, "flow": 10, "diffusion": 100}[self.kind]
+
+    @property
+    def evaluations_per_sample(self) -> int:
+        """How often the network runs to draw one sample."""
+        return self.steps_per_sample * (2 if self.kind == "flow" else 1)
 
 
 class AutoencoderSize(Section):
@@ -86,7 +104,15 @@ class BackboneRecipe(Initialization):
     intermediate_size: Positive
     num_hidden_layers: Positive
     num_attention_heads: Positive
+    num_key_value_heads: Positive | None = None
+    """Fewer than attention heads: grouped-query attention; as many where absent."""
     rope_theta: PositiveFloat = 10000.0
+    rms_norm_eps: PositiveFloat = 1e-6
+
+    @property
+    def key_value_heads(self) -> int:
+        """``num_key_value_heads``, or as many as attention heads."""
+        return self.num_key_value_heads or self.num_attention_heads
 
 
 class CalmRecipe(BackboneRecipe):
@@ -274,4 +300,6 @@ class Evaluation(Section):
     """Blocks that are scored; all of the store where absent."""
     samples: Annotated[int, Field(ge=2)] = 8
     """Draws per position; the Brier score needs two."""
+    alignment: Literal["patch", "all"] = "patch"
+    """Where scored n-grams begin: at the beginnings of patches, or at every position."""
     seed: NonNegative = 0

@@ -11,8 +11,8 @@ positions and never holds a tensor of N·M·positions·l elements.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -22,11 +22,8 @@ CHUNK_POSITIONS = 128
 CANCELLATION = 1e-3
 
 
-class NoiseChunks(Protocol):
-    """Standard normal noise [M, positions, l], handed out chunk by chunk."""
-
-    def __iter__(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Yields (start, stop, noise [M, stop - start, l]); the chunks cover all positions."""
+NoiseChunks = Iterable[tuple[int, int, torch.Tensor]]
+"""(start, stop, standard normal noise [M, stop - start, l]); the chunks cover all positions."""
 
 
 def energy_score(

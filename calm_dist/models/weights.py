@@ -36,6 +36,19 @@ def init_std(initialization: Initialization, num_layers: int = 0) -> InitStd:
     return fan_in
 
 
+def head_init_std(initialization: Initialization, kind: str) -> InitStd:
+    """`init_std` of a generative head. The released iterative heads have Xavier's weights instead
+    (here normal, of the same variance), apart from the embedding of the time."""
+    std = init_std(initialization)
+    if initialization.init != "released" or kind == "energy":
+        return std
+
+    def xavier(name: str, shape: torch.Size) -> float:
+        return std(name, shape) if "time_embed" in name else math.sqrt(2.0 / sum(shape))
+
+    return xavier
+
+
 def draw_weight(name: str, shape: torch.Size, std: float, seed: int) -> torch.Tensor:
     """The full weight of one parameter: normal(0, std) from a generator keyed by seed and name."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()

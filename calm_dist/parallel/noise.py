@@ -7,13 +7,13 @@ blocks that its positions touch, so every layout trains the same model, per devi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
-BLOCK_POSITIONS = 64
+from calm_dist.models.heads.base import Draw
 
-Draw = Callable[[torch.Generator], torch.Tensor]
+BLOCK_POSITIONS = 64
 
 
 class KeyedNoise:
@@ -32,7 +32,7 @@ class KeyedNoise:
     def chunks(self, kind: str, draw: Draw) -> Iterator[tuple[int, int, torch.Tensor]]:
         """Yield (first, end, noise [n, end - first, ...]) over the flattened positions.
 
-        ``draw`` makes the noise of a whole block, [n, `BLOCK_POSITIONS`, ...], from a generator.
+        A block is always drawn whole: what a position gets depends on no rank's part of it.
         """
         length = self._stop - self._start
         for number, sample in enumerate(self._index):
@@ -41,7 +41,7 @@ class KeyedNoise:
             for block in range(first_block, -(-self._stop // BLOCK_POSITIONS)):
                 base = block * BLOCK_POSITIONS
                 first, end = max(base, self._start), min(base + BLOCK_POSITIONS, self._stop)
-                noise = draw(self._generator(sample, block, kind))
+                noise = draw(self._generator(sample, block, kind), BLOCK_POSITIONS)
                 yield first + offset, end + offset, noise[:, first - base : end - base]
 
     def whole(self, kind: str, draw: Draw) -> torch.Tensor:
@@ -53,17 +53,3 @@ class KeyedNoise:
         digest = hashlib.sha256(key.encode()).digest()
         seed = int.from_bytes(digest[:7], "little")
         return torch.Generator(self._device).manual_seed(seed)
-
-
-class PosteriorDraws:
-    """Standard normal noise of the M posterior draws, chunk by chunk (`losses.energy`)."""
-
-    def __init__(self, noise: KeyedNoise, num_draws: int, latent_size: int) -> None:
-        self._noise = noise
-        self._shape = (num_draws, BLOCK_POSITIONS, latent_size)
-
-    def __iter__(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        def draw(generator: torch.Generator) -> torch.Tensor:
-            return torch.randn(self._shape, generator=generator, device=generator.device)
-
-        return self._noise.chunks("posterior", draw)

@@ -13,7 +13,8 @@ from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 
 from calm_dist.losses.cross_entropy import next_token_loss
 from calm_dist.models.autoencoder import Autoencoder
-from calm_dist.parallel.noise import BLOCK_POSITIONS, KeyedNoise, PosteriorDraws
+from calm_dist.models.heads.base import NoiseSource
+from calm_dist.parallel.noise import KeyedNoise
 from calm_dist.parallel.topology import Topology
 from calm_dist.parallel.zero_head import ZeroHead
 from calm_dist.recipe import Recipe
@@ -81,7 +82,7 @@ class TransformerForwardStep(ForwardStep):
 
 
 class CalmForwardStep(ForwardStep):
-    """Energy loss of the next patch's latent, each rank for its shard of the sequence."""
+    """The head's loss of the next patch's latent, each rank for its shard of the sequence."""
 
     def __init__(
         self,
@@ -93,10 +94,6 @@ class CalmForwardStep(ForwardStep):
         super().__init__(recipe, topology)
         self._head, self._autoencoder = head, autoencoder
         self._seed = recipe.run.seed
-        assert recipe.model.kind == "calm" and recipe.model.latent_size is not None
-        self._num_samples = recipe.model.head.num_samples
-        self._num_draws = recipe.model.head.posterior_samples
-        self._latent_size = recipe.model.latent_size
         self._sequence_parallel = recipe.parallel.use_sequence_parallel
         shard = self._padded_steps // topology.tp_size
         self._start = topology.tp_rank * shard
@@ -111,21 +108,12 @@ class CalmForwardStep(ForwardStep):
         # [positions of this shard, B, d] -> [B * positions, d], sample by sample as the noise.
         hidden = output.transpose(0, 1).flatten(0, 1)
         mean, log_std = self._targets(batch)
-        noise = KeyedNoise(
-            self._seed,
-            self._step,
-            batch["index"].tolist(),
-            self._start,
-            self._stop,
-            self._topology.device,
-        )
         self._forwarded += 1
         loss = self._head.loss(
             hidden,
-            noise.whole("head", self._draw_head_noise),
             mean.flatten(0, 1),
             log_std.flatten(0, 1),
-            PosteriorDraws(noise, self._num_draws, self._latent_size),
+            self._noise_source(batch),
             self._weight[self._start : self._stop].repeat(len(mean)),
             last_micro_batch=self._forwarded == self._num_micro_batches,
         )
@@ -146,6 +134,13 @@ class CalmForwardStep(ForwardStep):
         missing = self._stop - self._start - mean.shape[1]
         return F.pad(mean, (0, 0, 0, missing)), F.pad(log_std, (0, 0, 0, missing))
 
-    def _draw_head_noise(self, generator: torch.Generator) -> torch.Tensor:
-        assert self._head is not None
-        return self._head.module.draw_noise(generator, self._num_samples, BLOCK_POSITIONS)  # type: ignore[operator]
+    def _noise_source(self, batch: Batch) -> NoiseSource:
+        """The random numbers of this shard's positions, sample by sample."""
+        return KeyedNoise(
+            self._seed,
+            self._step,
+            batch["index"].tolist(),
+            self._start,
+            self._stop,
+            self._topology.device,
+        )

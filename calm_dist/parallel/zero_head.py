@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from calm_dist.parallel.noise import PosteriorDraws
+from calm_dist.models.heads.base import NoiseSource
 from calm_dist.parallel.topology import Topology
 from calm_dist.recipe import Recipe
 
@@ -130,23 +130,22 @@ class ZeroHead:
     def loss(
         self,
         hidden: torch.Tensor,
-        noise: torch.Tensor,
         mean: torch.Tensor,
         log_std: torch.Tensor,
-        draws: PosteriorDraws,
+        noise: NoiseSource,
         weight: torch.Tensor,
         last_micro_batch: bool,
     ) -> torch.Tensor:
         """This rank's share of the loss: the weighted sum over its positions.
 
-        Shapes as in `models.heads.energy.EnergyHead.forward`. DeepSpeed averages the head's
+        Shapes as in `models.heads.base.GenerativeHead.forward`. DeepSpeed averages the head's
         gradient over TP·DP ranks, but the loss is a *sum* over the TP shards and a mean over DP
         (Megatron averages the body's gradient over DP). So the loss is scaled by TP, and the
         gradient into the body back by 1/TP.
         """
         self._engine.set_gradient_accumulation_boundary(last_micro_batch)
         hidden = _ScaleGradient.apply(hidden, 1.0 / self._tp_size)
-        value = self._engine(hidden, noise, mean, log_std, draws, weight)
+        value = self._engine(hidden, mean, log_std, noise, weight)
         # The schedule scales the loss in place; it must not touch the engine's own tensor.
         return _ScaleGradient.apply(value, float(self._tp_size)).clone()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from calm_dist import flops
 from calm_dist.recipe import AutoencoderRecipe, CalmRecipe, Recipe, TransformerRecipe
-from calm_dist.recipe_checks import VOCAB_MULTIPLE
+from calm_dist.recipe_checks import TIME_FEATURES, VOCAB_MULTIPLE
 
 ADAM_MOMENTS_BYTES = 8
 FP32_BYTES = 4
@@ -176,7 +176,8 @@ def _body_memory(recipe: Recipe, model: CalmRecipe | TransformerRecipe, stage: i
     tensor, last = recipe.parallel.tensor_parallel_size, _pipeline_size(recipe) - 1
     d, f, layers = model.hidden_size, model.intermediate_size, len(stage_layers(recipe, stage))
     table = _padded(flops.known_size(model, "vocab_size")) * d // tensor
-    parameters = layers * ((4 * d * d + 3 * d * f) // tensor + 2 * d)
+    key_value_size = d * model.key_value_heads // model.num_attention_heads
+    parameters = layers * ((2 * d * (d + key_value_size) + 3 * d * f) // tensor + 2 * d)
     if stage == 0:
         parameters += table
         if model.kind == "calm":
@@ -239,10 +240,16 @@ def _head_memory(recipe: Recipe, model: CalmRecipe) -> Memory:
     stage = parallel.zero_stage
     width = _element_bytes(recipe)
     positions = recipe.training.micro_batch_size * recipe.padded_length
-    # A block keeps both sides of its norm, both sides of two SiLUs, the gated linear's 2d, SiLU of
-    # the gate and the product; the first and final layers keep six more rows.
-    per_sample = (10 * head.num_mlp_layers + 6) * d + head.noise_size
-    per_sample += flops.known_size(model, "latent_size")
+    latent = flops.known_size(model, "latent_size")
+    if head.kind == "energy":
+        # A block keeps both sides of its norm, both sides of two SiLUs, the gated linear's 2d, SiLU
+        # of the gate and the product; the first and final layers keep six more rows.
+        per_sample = (10 * head.num_mlp_layers + 6) * d + head.noise_size + latent
+    else:
+        # A block keeps its norm's input, the modulation's 3d and its input, what is modulated and
+        # the MLP's rows; then the embeddings, the final layer and the loss's terms.
+        per_sample = (11 * head.num_mlp_layers + 8) * d + TIME_FEATURES
+        per_sample += latent * (20 if head.kind == "diffusion" else 2)
     elements = positions / parallel.tensor_parallel_size * head.num_samples * per_sample
     return Memory(
         weights=parameters * width,

@@ -12,13 +12,14 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer import TransformerConfig
+from torch import nn
 
 from calm_dist.interop.huggingface import load_autoencoder
 from calm_dist.models.backbone import Backbone, transformer_config
-from calm_dist.models.heads.energy import EnergyHead
+from calm_dist.models.heads import HEADS, GenerativeHead
 from calm_dist.models.initialize import initialize_backbone
 from calm_dist.models.transformer import Transformer
-from calm_dist.models.weights import init_std, initialize_module
+from calm_dist.models.weights import head_init_std, init_std, initialize_module
 from calm_dist.parallel.pipeline import CalmForwardStep, ForwardStep, TransformerForwardStep
 from calm_dist.parallel.topology import Topology
 from calm_dist.parallel.zero_head import ZeroHead
@@ -59,14 +60,13 @@ def build_body(
     return body.to(device=topology.device, dtype=config.params_dtype)
 
 
-def build_head(model: CalmRecipe, seed: int) -> EnergyHead:
+def build_head(model: CalmRecipe, seed: int) -> GenerativeHead:
     """The initialised head, fp32 on the CPU."""
     assert model.latent_size is not None
-    head = EnergyHead(model.head, model.hidden_size, model.latent_size)
-    initialize_module(head, "head", init_std(model), seed)
-    if model.init == "released":
-        # With `fan_in` a small first sample lets gradients reach the body from the first step.
-        head.zero_final_layer()
+    head = HEADS[model.head.kind](model.head, model.hidden_size, model.latent_size)
+    initialize_module(head, "head", head_init_std(model, model.head.kind), seed)
+    for layer in head.layers_from_zero(model.init):
+        nn.init.zeros_(layer.weight)
     return head
 
 

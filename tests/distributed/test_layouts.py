@@ -9,6 +9,8 @@ import pytest
 from conftest import run_jobs, training_records
 
 KINDS = ("calm", "transformer")
+# The energy head runs in every layout, these in the largest quick one.
+OTHER_HEADS = ("flow", "diffusion")
 STEPS = 20
 # |a - b| <= TOLERANCE * max(1, |b|)
 TOLERANCE = 1e-5
@@ -59,6 +61,12 @@ def run_layouts(layouts: Layouts, directory: Path, tiny: Callable[..., list[str]
             for kind in KINDS
             for name, layout in named.items()
         ]
+        jobs += [
+            ("calm", tiny(directory / f"{head}_{name}", "calm", model__head__kind=head, **layout))
+            for head in OTHER_HEADS
+            for name, layout in named.items()
+            if name in ("alone", "tp2pp2sp")
+        ]
         run_jobs(ranks, jobs, directory)
     return directory
 
@@ -89,6 +97,11 @@ def test_layout_equals_one_process(quick_runs: Path, kind: str, layout: str) -> 
     assert_equals_one_process(quick_runs, kind, layout)
 
 
+@pytest.mark.parametrize("head", OTHER_HEADS)
+def test_other_heads_equal_one_process(quick_runs: Path, head: str) -> None:
+    assert_equals_one_process(quick_runs, head, "tp2pp2sp")
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", [name for named in LONG.values() for name in named])
@@ -96,7 +109,7 @@ def test_further_layout_equals_one_process(long_runs: Path, kind: str, layout: s
     assert_equals_one_process(long_runs, kind, layout)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *OTHER_HEADS])
 def test_training_lowers_the_loss(quick_runs: Path, kind: str) -> None:
     losses = [record["loss"] for record in training_records(quick_runs / f"{kind}_alone").values()]
     assert sum(losses[-5:]) < sum(losses[:5])

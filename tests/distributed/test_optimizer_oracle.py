@@ -42,7 +42,7 @@ def plain_training(overrides: list[str]) -> list[tuple[float, float]]:
     from calm_dist.losses.energy import energy_score_reference
     from calm_dist.models.backbone import transformer_config
     from calm_dist.parallel.launch import World
-    from calm_dist.parallel.noise import KeyedNoise, PosteriorDraws
+    from calm_dist.parallel.noise import KeyedNoise
     from calm_dist.recipe import load_recipe
     from calm_dist.training.build import build_body, build_head
     from calm_dist.training.resolve import resolve
@@ -86,11 +86,17 @@ def plain_training(overrides: list[str]) -> list[tuple[float, float]]:
         noise = KeyedNoise(
             given.run.seed, step, batch["index"].tolist(), 0, patches, torch.device("cpu")
         )
-        draws = torch.cat(
-            [part for _, _, part in PosteriorDraws(noise, model.head.posterior_samples, 16)], dim=1
+        draws = noise.whole(
+            "posterior",
+            lambda generator, positions: torch.randn(
+                model.head.posterior_samples, positions, 16, generator=generator
+            ),
         )
         head_noise = noise.whole(
-            "head", lambda generator: head.draw_noise(generator, model.head.num_samples, 64)
+            "head",
+            lambda generator, positions: head.draw_noise(
+                generator, model.head.num_samples, positions
+            ),
         )
         # Patch i + 1 is predicted from position i; the last position predicts nothing.
         keep = (torch.arange(patches) < patches - 1).repeat(len(hidden))

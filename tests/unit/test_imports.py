@@ -23,6 +23,7 @@ LAYERS = (
     {"training"},
     {"evaluation"},
     {"reports"},
+    {"benchmark"},
     {"command"},
 )
 # Plans and reports are made of recipes and metrics, where no training library need be.

@@ -6,14 +6,14 @@ import itertools
 
 import torch
 
-from calm_dist.parallel.noise import KeyedNoise, PosteriorDraws
+from calm_dist.parallel.noise import KeyedNoise
 
 CPU = torch.device("cpu")
 POSITIONS = 200
 
 
-def draw(generator: torch.Generator) -> torch.Tensor:
-    return torch.rand(3, 64, 5, generator=generator)
+def draw(generator: torch.Generator, positions: int) -> torch.Tensor:
+    return torch.rand(3, positions, 5, generator=generator)
 
 
 def shard(index: list[int], start: int, stop: int, seed: int = 0, step: int = 0) -> torch.Tensor:
@@ -43,9 +43,11 @@ def test_every_part_of_the_key_counts() -> None:
     assert not torch.equal(first[:, 0], other_kind)
 
 
-def test_posterior_chunks_cover_all_positions_in_order() -> None:
-    noise = KeyedNoise(0, 0, [1, 2], 30, 170, CPU)
-    chunks = list(PosteriorDraws(noise, num_draws=4, latent_size=3))
+def test_chunks_cover_all_positions_in_order() -> None:
+    def normal(generator: torch.Generator, positions: int) -> torch.Tensor:
+        return torch.randn(4, positions, 3, generator=generator)
+
+    chunks = list(KeyedNoise(0, 0, [1, 2], 30, 170, CPU).chunks("posterior", normal))
     ends = [(start, stop) for start, stop, _ in chunks]
     assert ends[0][0] == 0 and ends[-1][1] == 2 * 140
     assert all(a[1] == b[0] for a, b in itertools.pairwise(ends))

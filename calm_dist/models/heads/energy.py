@@ -5,11 +5,14 @@ Names of parameters are those of the released code's ``mlp_generator``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from calm_dist.losses.energy import NoiseChunks, energy_score_chunked
+from calm_dist.losses.energy import energy_score_chunked
+from calm_dist.models.heads.base import GenerativeHead, NoiseSource
 from calm_dist.recipe import HeadRecipe
 
 LAYER_NORM_EPS = 1e-6
@@ -55,13 +58,14 @@ class FinalLayer(nn.Module):
         return self.linears(self.in_ln(x))
 
 
-class EnergyHead(nn.Module):
+class EnergyHead(GenerativeHead):
     """MLP from uniform noise and the backbone's hidden state to a latent (no iteration)."""
 
     def __init__(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> None:
         super().__init__()
         self.noise_size = head.noise_size
         self.num_samples = head.num_samples
+        self.num_draws = head.posterior_samples
         self.beta = head.beta
         self.noise_embd = nn.Linear(head.noise_size, hidden_size)
         self.hidden_embd = nn.Linear(hidden_size, hidden_size)
@@ -70,13 +74,12 @@ class EnergyHead(nn.Module):
         self.mlp_blocks = nn.ModuleList(HeadBlock(hidden_size) for _ in range(head.num_mlp_layers))
         self.final_layer = FinalLayer(hidden_size, latent_size)
 
-    @torch.no_grad()
-    def zero_final_layer(self) -> None:
-        """The released initialisation: every first sample is the origin."""
+    def layers_from_zero(self, init: str) -> Iterable[nn.Linear]:
+        """``released``: the last one, so that every first sample is the origin. With ``fan_in`` a
+        small first sample lets gradients reach the body from the first step."""
         last = self.final_layer.linears[-1]
         assert isinstance(last, nn.Linear)
-        last.weight.zero_()
-        last.bias.zero_()
+        return [last] if init == "released" else []
 
     def draw_noise(
         self, generator: torch.Generator, num_samples: int, positions: int
@@ -87,30 +90,28 @@ class EnergyHead(nn.Module):
 
     def sample(self, hidden: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """hidden [S, d], noise [N, S, noise_size] -> latent samples [N, S, l]."""
-        x = self.norm_noise(self.noise_embd(noise))
+        x = self.norm_noise(self.noise_embd(noise.to(hidden.dtype)))
         condition = self.norm_hidden(self.hidden_embd(hidden))
         for block in self.mlp_blocks:
             x = block(x, condition)
         return self.final_layer(x)
 
-    def forward(
+    def position_loss(
         self,
         hidden: torch.Tensor,
-        noise: torch.Tensor,
         mean: torch.Tensor,
         log_std: torch.Tensor,
-        draws: NoiseChunks,
-        weight: torch.Tensor,
+        noise: NoiseSource,
     ) -> torch.Tensor:
-        """Weighted sum of the energy loss over positions, a scalar (so that shards add up).
+        """The negative energy score of N samples against M posterior draws, fp32 [S]."""
 
-        Args:
-            hidden: [S, d].
-            noise: [N, S, noise_size] from `draw_noise`.
-            mean, log_std: [S, l], the posterior of the patch to predict.
-            draws: standard normal noise of the posterior draws.
-            weight: [S], zero where a position predicts nothing.
-        """
-        samples = self.sample(hidden, noise.to(hidden.dtype))
-        score = energy_score_chunked(samples, mean, log_std, draws, self.beta)
-        return -(score * weight).sum()
+        def head_noise(generator: torch.Generator, positions: int) -> torch.Tensor:
+            return self.draw_noise(generator, self.num_samples, positions)
+
+        def draws(generator: torch.Generator, positions: int) -> torch.Tensor:
+            shape = (self.num_draws, positions, mean.shape[-1])
+            return torch.randn(shape, generator=generator, device=generator.device)
+
+        samples = self.sample(hidden, noise.whole("head", head_noise))
+        chunks = noise.chunks("posterior", draws)
+        return -energy_score_chunked(samples, mean, log_std, chunks, self.beta)

@@ -1,0 +1,1 @@
+"""Measured times of single parts of the models."""

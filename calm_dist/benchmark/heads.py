@@ -1,0 +1,118 @@
+"""What a latent sample costs with each generative head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from calm_dist import flops
+from calm_dist.benchmark.timing import environment, median_seconds
+from calm_dist.errors import RecipeError
+from calm_dist.parallel.noise import KeyedNoise
+from calm_dist.recipe import CalmRecipe, Recipe
+from calm_dist.training.build import build_head
+
+HEADS = (
+    ("energy", None),
+    ("flow", 2),
+    ("flow", 4),
+    ("flow", 10),
+    ("diffusion", 100),
+)
+"""(kind, sampling steps): the paper's for flow, the released code's for flow and diffusion."""
+
+TRAIN_FLOPS = 3
+"""Forward and backward pass, in forward passes."""
+
+
+def measure_heads(
+    recipe: Recipe, *, positions: int, samples: int, repeats: int, device: torch.device
+) -> dict[str, Any]:
+    """Time sampling and training of every head at the size of a CALM recipe.
+
+    Args:
+        recipe: of a CALM.
+        positions: S, hidden states that are sampled from and trained on at once.
+        samples: N, samples of each; in training the recipe's number is used.
+        repeats: the median of so many runs counts.
+
+    Returns:
+        A JSON-able dict; ``heads`` has a row for each head, FLOPs and milliseconds in it are per
+        latent sample, and per position for training.
+
+    Raises:
+        RecipeError: the recipe is no CALM's, or leaves its latent size to a store.
+    """
+    if recipe.model.kind != "calm" or recipe.model.latent_size is None:
+        raise RecipeError(
+            f"model.kind: {recipe.model.kind}, model.latent_size: "
+            f"{getattr(recipe.model, 'latent_size', None)}; give the recipe of a CALM with both"
+        )
+    rows = [
+        _measure(recipe, kind, steps, positions, samples, repeats, device) for kind, steps in HEADS
+    ]
+    sizes = {"positions": positions, "samples": samples, "repeats": repeats}
+    return {**environment(device), **sizes, "recipe": recipe.run.display_name, "heads": rows}
+
+
+def _measure(
+    recipe: Recipe,
+    kind: str,
+    steps: int | None,
+    positions: int,
+    samples: int,
+    repeats: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    values = recipe.to_dict()
+    values["model"]["head"] |= {"kind": kind, "sampling_steps": steps}
+    model = Recipe.from_dict(values).model
+    assert isinstance(model, CalmRecipe) and model.latent_size is not None
+    head = build_head(model, seed=0).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(positions, model.hidden_size, generator=generator, device=device)
+    mean, log_std = torch.randn(2, positions, model.latent_size, generator=generator, device=device)
+    noise = head.draw_noise(generator, samples, positions)
+    weight = torch.full((positions,), 1 / positions, device=device)
+
+    @torch.no_grad()
+    def sample() -> None:
+        head.sample(hidden, noise)
+
+    def train() -> None:
+        source = KeyedNoise(0, 0, [0], 0, positions, device)
+        head.zero_grad()
+        head(hidden.requires_grad_(), mean, log_std, source, weight).backward()
+
+    evaluations = model.head.evaluations_per_sample
+    return {
+        "kind": kind,
+        "sampling_steps": model.head.steps_per_sample,
+        "evaluations_per_sample": evaluations,
+        "parameters": flops.head_parameters(model),
+        "flops_per_sample": flops.head_flops(
+            model, 1, share_condition=True, evaluations=evaluations
+        ),
+        "ms_per_sample": 1e3 * median_seconds(sample, repeats, device) / (positions * samples),
+        "train_flops_per_position": TRAIN_FLOPS
+        * flops.head_flops(model, model.head.num_samples, share_condition=True),
+        "train_ms_per_position": 1e3 * median_seconds(train, repeats, device) / positions,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| head | steps | network runs | parameters | MFLOPs a sample | ms a sample "
+        "| training: MFLOPs a position | ms a position |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["heads"]:
+        lines.append(
+            f"| {row['kind']} | {row['sampling_steps']} | {row['evaluations_per_sample']} "
+            f"| {row['parameters'] / 1e6:.1f}M | {row['flops_per_sample'] / 1e6:,.1f} "
+            f"| {row['ms_per_sample']:.3g} | {row['train_flops_per_position'] / 1e6:,.0f} "
+            f"| {row['train_ms_per_position']:.3g} |"
+        )
+    return "\n".join(lines)

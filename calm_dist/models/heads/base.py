@@ -1,0 +1,93 @@
+"""What the rest of the package knows of a generative head."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+import torch
+from torch import nn
+
+Draw = Callable[[torch.Generator, int], torch.Tensor]
+"""(generator, positions) -> noise [n, positions, ...]."""
+
+
+class NoiseSource(Protocol):
+    """Random numbers of a training step for this process's positions [S]."""
+
+    def chunks(self, kind: str, draw: Draw) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Yield (start, stop, noise [n, stop - start, ...]) until all positions are covered.
+
+        Args:
+            kind: names the noise; different kinds are independent.
+            draw: makes it.
+        """
+
+    def whole(self, kind: str, draw: Draw) -> torch.Tensor:
+        """All chunks side by side, [n, S, ...]."""
+
+
+class GenerativeHead(nn.Module, ABC):
+    """From a hidden state of the backbone to samples of the next latent.
+
+    N is the number of samples, S that of positions, d the hidden and l the latent size.
+    """
+
+    @abstractmethod
+    def draw_noise(
+        self, generator: torch.Generator, num_samples: int, positions: int
+    ) -> torch.Tensor:
+        """All the noise that `sample` needs, on the generator's device; S is the dimension before
+        the last."""
+
+    @abstractmethod
+    def sample(self, hidden: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """hidden [S, d], noise from `draw_noise` -> latent samples [N, S, l]."""
+
+    @abstractmethod
+    def position_loss(
+        self,
+        hidden: torch.Tensor,
+        mean: torch.Tensor,
+        log_std: torch.Tensor,
+        noise: NoiseSource,
+    ) -> torch.Tensor:
+        """Training loss of each position, fp32 [S].
+
+        Args:
+            hidden: [S, d].
+            mean, log_std: [S, l], the posterior of the patch to predict.
+            noise: the random numbers of this step.
+        """
+
+    @abstractmethod
+    def layers_from_zero(self, init: str) -> Iterable[nn.Linear]:
+        """The layers whose weights start at zero under ``model.init``."""
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        mean: torch.Tensor,
+        log_std: torch.Tensor,
+        noise: NoiseSource,
+        weight: torch.Tensor,
+    ) -> torch.Tensor:
+        """Weighted sum of `position_loss`, a scalar, so that the shards of a batch add up.
+
+        Args:
+            weight: [S], zero where a position predicts nothing.
+        """
+        return (self.position_loss(hidden, mean, log_std, noise) * weight).sum()
+
+
+def posterior_samples(
+    mean: torch.Tensor, log_std: torch.Tensor, noise: NoiseSource, num_samples: int
+) -> torch.Tensor:
+    """Draws of the posterior [S, l] -> fp32 [N, S, l]."""
+
+    def draw(generator: torch.Generator, positions: int) -> torch.Tensor:
+        shape = (num_samples, positions, mean.shape[-1])
+        return torch.randn(shape, generator=generator, device=generator.device)
+
+    return mean.float() + noise.whole("posterior", draw) * log_std.float().exp()
