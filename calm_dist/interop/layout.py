@@ -2,26 +2,96 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from calm_dist.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 PICKLED_WEIGHTS_FILE = "pytorch_model.bin"
+INDEX_SUFFIX = ".index.json"
 
 
 def weights_file(directory: str | Path) -> Path:
-    """The weights file of a model directory.
+    """The only weights file of a model directory.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or the weights are spread over several.
     """
     for name in (WEIGHTS_FILE, PICKLED_WEIGHTS_FILE):
         path = Path(directory) / name
         if path.is_file():
             return path
+        if (index := path.with_name(name + INDEX_SUFFIX)).is_file():
+            raise CheckpointError(
+                f"{index}: the weights are spread over several files; write them into one with "
+                "tools/convert_checkpoint.py import-hf"
+            )
     raise CheckpointError(
-        f"{directory}: holds neither {WEIGHTS_FILE} nor {PICKLED_WEIGHTS_FILE}; "
-        "give the directory of an autoencoder checkpoint"
+        f"{directory}: holds neither {WEIGHTS_FILE} nor {PICKLED_WEIGHTS_FILE}, in one file or "
+        f"with {INDEX_SUFFIX}; give the directory of a released checkpoint"
     )
+
+
+def weight_files(directory: str | Path) -> dict[Path, frozenset[str] | None]:
+    """The weights files of a model directory, each with the tensors that its index names.
+
+    None stands for whatever is in the file: one alone has no index.
+
+    Raises:
+        CheckpointError: there is none, or the index is damaged or leads out of the directory.
+    """
+    directory = Path(directory)
+    for name in (WEIGHTS_FILE, PICKLED_WEIGHTS_FILE):
+        if (directory / name).is_file():
+            break
+        if (index := directory / (name + INDEX_SUFFIX)).is_file():
+            return _files_of_index(index, Path(name).suffix)
+    return {weights_file(directory): None}
+
+
+def _files_of_index(index: Path, suffix: str) -> dict[Path, frozenset[str] | None]:
+    content = read_json(index)
+    placed = content.get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise CheckpointError(f"{index}: has no weight_map of tensor names to file names")
+    for tensor, name in placed.items():
+        # Only plain names: an index that was downloaded must not read files elsewhere.
+        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != suffix:
+            raise CheckpointError(
+                f"{index}: {tensor} lies in {name!r}; the name of a {suffix} file in the same "
+                "directory is wanted"
+            )
+    return {
+        index.with_name(name): frozenset(tensor for tensor in placed if placed[tensor] == name)
+        for name in sorted(set(placed.values()))
+    }
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """``config.json`` of a model directory.
+
+    Raises:
+        CheckpointError: it is missing, or no JSON object.
+    """
+    path = Path(directory) / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; give the directory of a released checkpoint")
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: the file is missing or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: is no JSON object; the file is of something else")
+    return values

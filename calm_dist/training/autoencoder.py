@@ -265,6 +265,7 @@ class AutoencoderTrainer:
             result.add_block(self.model, tokens, eps)
         dist.all_reduce(result.latent_sums)
         dist.all_reduce(result.counts)
+        dist.all_reduce(result.right_under_noise)
         return result.summary(config.patch_size)
 
     def _evaluate(self) -> None:
@@ -272,9 +273,11 @@ class AutoencoderTrainer:
         if values is None or self._metrics is None:
             return
         self._metrics.evaluation(self.progress.step, values)
+        size, under_noise = list(values["token_accuracy_under_noise"].items())[-1]
         print(
             f"step {self.progress.step} | held-out tokens right: "
-            f"{values['token_accuracy']:.3%} (from the mean {values['token_accuracy_mean']:.3%}) | "
+            f"{values['token_accuracy']:.3%} (from the mean {values['token_accuracy_mean']:.3%}, "
+            f"with noise of {size} {under_noise:.3%}) | "
             f"{values['collapsed_dims']} of {values['latent_size']} dimensions collapsed | "
             f"std {values['mean_std']:.2f}",
             flush=True,

@@ -22,6 +22,8 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 STATE_FILE = "state.json"
 RECIPE_FILE = "recipe.yaml"
+WEIGHTS_ONLY = "weights_only"
+"""Key of the state of a checkpoint that no optimizer has written, such as an import."""
 _STEP_NAME = re.compile(r"step_(\d+)")
 
 
@@ -130,6 +132,22 @@ def find_checkpoint(path: str | Path) -> Path:
     if found is None:
         raise CheckpointError(f"{path}: holds no valid checkpoint; train first, or give another")
     return found
+
+
+def has_only_weights(directory: Path) -> bool:
+    """Whether a checkpoint has weights, but no state of optimizer and data to go on from."""
+    try:
+        state = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        # Damaged: whoever loads it will say so.
+        return False
+    return isinstance(state, dict) and bool(state.get(WEIGHTS_ONLY))
+
+
+def run_directory(directory: Path) -> Path | None:
+    """The run directory of a checkpoint, or None where it stands alone."""
+    checkpoints = directory.absolute().parent
+    return checkpoints.parent if checkpoints.name == CHECKPOINTS else None
 
 
 def all_checkpoints(run_dir: str | Path) -> list[Path]:

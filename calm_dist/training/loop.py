@@ -117,16 +117,17 @@ class Trainer:
         if directory is None:
             return
         state = json.loads((directory / checkpoint.STATE_FILE).read_text(encoding="utf-8"))
-        parts = self.parts
-        model_state.load(
-            directory,
-            parts.chunks,
-            parts.optimizer,
-            parts.head,
-            self.topology,
-            state["adam_steps"],
-        )
-        self._stream.load_state_dict(state["data"])
-        self.progress = RunProgress.from_state(state)
+        parts, head = self.parts, self.parts.head
+        if state.get(checkpoint.WEIGHTS_ONLY):
+            # Imported: neither optimizer nor data has a state to go on from.
+            model_state.start_from_weights(directory, parts.chunks, head, self.topology)
+            report = f"starts from the weights in {directory}"
+        else:
+            model_state.load(
+                directory, parts.chunks, parts.optimizer, head, self.topology, state["adam_steps"]
+            )
+            self._stream.load_state_dict(state["data"])
+            self.progress = RunProgress.from_state(state)
+            report = f"resumed from {directory} at step {self.progress.step}"
         if self.topology.rank == 0:
-            print(f"resumed from {directory} at step {self.progress.step}", flush=True)
+            print(report, flush=True)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
@@ -24,6 +24,7 @@ from calm_dist.parallel.zero_head import ZeroHead
 
 TENSORS = "tensors"
 _HEAD = "head."
+_FP32 = "fp32."
 
 
 def save(
@@ -42,11 +43,14 @@ def save(
     state["optimizer"] = optimizer.sharded_state_dict(_body_state(chunks))
     if head is not None:
         state |= _head_state(head.export_state(), topology.head_ranks.index(topology.rank))
-    # Megatron would start a manager process for the writer's results, which imports the entry
-    # script again (seconds) and outlives a killed rank. A synchronous save writes and reads them
-    # in this process. (megatron-core 0.16.1)
-    filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(state, str(target))
+    _write(state, target)
+
+
+def save_weights(directory: Path, body: nn.Module, head: nn.Module | None) -> None:
+    """Write only the weights of a whole body and unwrapped head, from one process."""
+    target = directory / TENSORS
+    target.mkdir()
+    _write(_weight_state(body, head), target)
 
 
 def load(
@@ -82,14 +86,65 @@ def load_weights(directory: Path, body: Any, head: nn.Module | None) -> None:
     Raises:
         CheckpointError: the checkpoint is of another model.
     """
-    state = _body_state([body])
-    if head is not None:
-        weights = {f"fp32.{name}": p.detach().float() for name, p in head.named_parameters()}
-        state |= _head_state(weights, replica=0)
-    loaded = _load(state, directory)
+    loaded = _load(_weight_state(body, head), directory)
     _load_body([body], loaded)
     if head is not None:
-        head.load_state_dict({n.removeprefix("fp32."): t for n, t in _strip(loaded).items()})
+        head.load_state_dict({n.removeprefix(_FP32): t for n, t in _strip(loaded).items()})
+
+
+@torch.no_grad()
+def start_from_weights(
+    directory: Path,
+    chunks: list[Any],
+    head: ZeroHead | None,
+    topology: Topology,
+) -> None:
+    """Take over the weights that `save_weights` wrote, on any layout; a collective of the world.
+
+    The optimizers stay fresh. A bf16 body's fp32 master weights are those of the checkpoint, not
+    rounded ones.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model.
+    """
+    state = _body_state(chunks)
+    for tensor in state.values():
+        # Read in fp32 whatever the precision of the run.
+        if isinstance(tensor, ShardedTensor | ShardedTensorFactory):
+            tensor.data = tensor.data.float()
+        if isinstance(tensor, ShardedTensor):
+            tensor.dtype = torch.float32
+    moments: dict[str, torch.Tensor] = {}
+    if head is not None:
+        moments = head.export_state()
+        weights = {name: tensor for name, tensor in moments.items() if name.startswith(_FP32)}
+        state |= _head_state(weights, topology.head_ranks.index(topology.rank))
+    loaded = _load(state, directory)
+    _load_body(chunks, loaded)
+    for number, chunk in enumerate(chunks):
+        for name, parameter in _unwrap(chunk).named_parameters():
+            # Megatron's handle on the master copy; an fp32 body has none.
+            if (master := getattr(parameter, "main_param", None)) is not None:
+                master.copy_(loaded[f"{number}/{name}"])
+    if head is not None:
+        head.import_state(moments | _strip(loaded), 0)
+
+
+def _weight_state(body: nn.Module, head: nn.Module | None) -> dict[str, Any]:
+    """Sharded tensors of a whole body and an unwrapped head."""
+    state = _body_state([body])
+    if head is not None:
+        weights = {f"{_FP32}{name}": p.detach().float() for name, p in head.named_parameters()}
+        state |= _head_state(weights, replica=0)
+    return state
+
+
+def _write(state: dict[str, Any], target: Path) -> None:
+    # Megatron would start a manager process for the writer's results, which imports the entry
+    # script again (seconds) and outlives a killed rank. A synchronous save writes and reads them
+    # in this process. (megatron-core 0.16.1)
+    filesystem_async._results_queue = queue.Queue()
+    dist_checkpointing.save(state, str(target))
 
 
 def _body_state(chunks: list[Any]) -> dict[str, Any]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from calm_dist.data.latents import check_tokenizer
 from calm_dist.data.store import StoreMeta, read_meta
-from calm_dist.errors import RecipeError
+from calm_dist.errors import CheckpointError, RecipeError
 from calm_dist.files import file_sha256
-from calm_dist.interop.layout import weights_file
-from calm_dist.recipe import Recipe
+from calm_dist.interop.layout import CONFIG_FILE, read_config, weights_file
+from calm_dist.recipe import AutoencoderSize, Recipe
 from calm_dist.training.checkpoint import find_checkpoint
 
 
@@ -49,8 +48,15 @@ def with_autoencoder_shape(recipe: Recipe) -> Recipe:
     model = recipe.model
     if model.kind != "calm" or model.autoencoder is None or not Path(model.autoencoder).is_dir():
         return recipe
-    config = autoencoder_directory(model.autoencoder) / "config.json"
-    return recipe.with_autoencoder(json.loads(config.read_text(encoding="utf-8")))
+    directory = autoencoder_directory(model.autoencoder)
+    # A released configuration may leave the paper's sizes out.
+    config = {"patch_size": 4, **AutoencoderSize().model_dump(), **read_config(directory)}
+    if missing := {"vocab_size", "latent_size"} - config.keys():
+        raise CheckpointError(
+            f"{directory / CONFIG_FILE}: has no {', '.join(sorted(missing))}; it is not the "
+            "configuration of an autoencoder"
+        )
+    return recipe.with_autoencoder(config)
 
 
 def autoencoder_directory(path: str | Path) -> Path:
@@ -61,7 +67,7 @@ def autoencoder_directory(path: str | Path) -> Path:
         CheckpointError: there is none.
     """
     path = Path(path)
-    return path if (path / "config.json").is_file() else find_checkpoint(path)
+    return path if (path / CONFIG_FILE).is_file() else find_checkpoint(path)
 
 
 def _check_autoencoder(recipe: Recipe, meta: StoreMeta) -> None:
@@ -72,6 +78,12 @@ def _check_autoencoder(recipe: Recipe, meta: StoreMeta) -> None:
     directory = autoencoder_directory(model.autoencoder)
     check_tokenizer(directory, meta.tokenizer.sha256, "data.path")
     if meta.autoencoder is None:
+        entries = read_config(directory).get("vocab_size", 0)
+        if entries < meta.vocab_size:
+            raise RecipeError(
+                f"model.autoencoder: {model.autoencoder} knows {entries} tokens, the store has "
+                f"{meta.vocab_size}; give an autoencoder of the store's tokenizer"
+            )
         return
     found = file_sha256(weights_file(directory))
     if found != meta.autoencoder.sha256:

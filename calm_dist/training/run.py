@@ -37,5 +37,6 @@ def train_in_world(recipe: Recipe, device: torch.device) -> None:
     from calm_dist.parallel.topology import build_topology, destroy_topology
     from calm_dist.training.loop import Trainer
 
-    Trainer(recipe, build_topology(recipe, device)).run()
-    destroy_topology()
+    topology = build_topology(recipe, device)
+    Trainer(recipe, topology).run()
+    destroy_topology(topology)

@@ -24,6 +24,8 @@ from calm_dist.training.resolve import resolve
 if TYPE_CHECKING:
     import torch
 
+_FREE_AFTER_IMPORT = ("precision", "model.init", "model.initializer_range")
+
 LIBRARIES = ("torch", "megatron-core", "deepspeed", "mosaicml-streaming", "flash-attn", "triton")
 
 
@@ -114,6 +116,9 @@ def _refuse_other_model(run_dir: Path, recipe: Recipe) -> None:
         return
     before, now = (_identity(given) for given in (load_recipe(path), recipe))
     names = sorted(before.keys() | now.keys())
+    if checkpoint.has_only_weights(path.parent):
+        # They say nothing of how to go on, nor of how weights would be drawn.
+        names = [name for name in names if name not in _FREE_AFTER_IMPORT]
     changed = [name for name in names if before.get(name) != now.get(name)]
     if changed:
         listed = ", ".join(f"{n}: {before.get(n)} -> {now.get(n)}" for n in changed)

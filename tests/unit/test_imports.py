@@ -17,7 +17,7 @@ LAYERS = (
     {"errors"},
     {"cli", "files"},
     {"recipe"},
-    {"flops"},
+    {"flops", "stages"},
     {"data", "models", "losses", "interop"},
     {"parallel"},
     {"training"},
@@ -26,8 +26,11 @@ LAYERS = (
     {"benchmark"},
     {"command"},
 )
+# What these need lies above their part: whole models, of which the data knows only autoencoders.
+# The first imports it when it is called.
+HIGHER = {"interop/huggingface.py": "evaluation", "interop/convert.py": "evaluation"}
 # Plans and reports are made of recipes and metrics, where no training library need be.
-ONLY = {"reports": {"errors", "cli", "files", "recipe", "flops", "reports"}}
+ONLY = {"reports": {"errors", "cli", "files", "recipe", "flops", "stages", "reports"}}
 # Models get their process groups handed in.
 NOT_IN_MODELS = ("torch.distributed", "deepspeed", "megatron.core.parallel_state")
 # The package index's torchvision does not load beside CPU torch.
@@ -73,7 +76,9 @@ FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__in
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_imports_go_one_way(file: Path) -> None:
-    part = part_of("calm_dist." + file.relative_to(PACKAGE).parts[0].removesuffix(".py"))
+    place = file.relative_to(PACKAGE)
+    part = part_of("calm_dist." + place.parts[0].removesuffix(".py"))
+    part = HIGHER.get(place.as_posix(), part)
     imported = set(imported_modules(file))
     own = {name for name in imported if name.startswith("calm_dist.")} - {"calm_dist.__version__"}
     wrong = {name for name in own if part_of(name) not in allowed_parts(part)}

@@ -1,0 +1,211 @@
+"""``config.json`` of the released checkpoints: to and from the sections of a recipe.
+
+Keys and defaults are those of the authors' ``CALMConfig`` and ``AutoencoderConfig``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from calm_dist.errors import CheckpointError
+from calm_dist.interop.layout import CONFIG_FILE, read_config, read_json
+from calm_dist.models.autoencoder import AutoencoderConfig
+from calm_dist.recipe import CalmRecipe, Recipe
+
+ARCHITECTURES = {
+    "energy": "EnergyTransformer",
+    "flow": "FlowTransformer",
+    "diffusion": "DiffusionTransformer",
+}
+AUTOENCODER_ARCHITECTURE = "Autoencoder"
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+# What neither model has, with the only value under which it is not missed.
+_WITHOUT: dict[str, Any] = {"hidden_act": "silu", "mlp_bias": False}
+_BODY_WITHOUT = _WITHOUT | {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+}
+_WRITTEN: dict[str, Any] = {
+    "pretraining_tp": 1,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    # The version that the authors' classes are written for.
+    "transformers_version": "4.43.0",
+}
+_MAX_POSITIONS = 2048
+# The body's and the head's fields, with the authors' defaults where they may be left out.
+_BODY_KEYS = ("vocab_size", "patch_size", "latent_size", "hidden_size", "intermediate_size",
+              "num_hidden_layers", "num_attention_heads")  # fmt: skip
+_BODY_DEFAULTS = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "initializer_range": 0.02}
+_HEAD_DEFAULTS = {"noise_size": 64, "num_samples": 8, "beta": 1.0}
+
+
+def is_autoencoder(directory: str | Path) -> bool:
+    """Whether a released directory holds an autoencoder and no language model."""
+    config = read_config(directory)
+    named = config.get("architectures") or []
+    return AUTOENCODER_ARCHITECTURE in named or (not named and "num_encoder_layers" in config)
+
+
+def calm_values(directory: str | Path) -> dict[str, Any]:
+    """What ``config.json`` says, as the ``model`` and ``data`` sections of a recipe.
+
+    Raises:
+        CheckpointError: a key is missing, or asks for what this model does not have.
+    """
+    path = Path(directory) / CONFIG_FILE
+    config = read_config(directory)
+    kind = _head_kind(config, path)
+    _refuse(config, _BODY_WITHOUT, path)
+    wanted = [*_BODY_KEYS, "num_mlp_layers", *(["noise_size"] if kind == "energy" else [])]
+    if missing := [key for key in wanted if key not in config]:
+        raise CheckpointError(
+            f"{path}: has no {', '.join(missing)}; it is not the configuration of a released CALM"
+        )
+    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
+    head_size = config.get("head_dim")
+    if head_size is not None and head_size * heads != config["hidden_size"]:
+        raise CheckpointError(
+            f"{path}: head_dim {head_size}; this backbone has heads of hidden_size / "
+            "num_attention_heads"
+        )
+    positions, patch_size = (
+        config.get("max_position_embeddings", _MAX_POSITIONS),
+        config["patch_size"],
+    )
+    if not (isinstance(positions, int) and isinstance(patch_size, int) and positions > 1):
+        raise CheckpointError(
+            f"{path}: max_position_embeddings {positions!r}, patch_size {patch_size!r}; whole "
+            "numbers and at least two patches are wanted"
+        )
+    model = {
+        "kind": "calm",
+        **{key: config[key] for key in _BODY_KEYS},
+        **{key: config.get(key, default) for key, default in _BODY_DEFAULTS.items()},
+        "num_key_value_heads": None if groups == heads else groups,
+        "init": "released",
+        "head": {
+            "kind": kind,
+            "num_mlp_layers": config["num_mlp_layers"],
+            **{key: config.get(key, default) for key, default in _HEAD_DEFAULTS.items()},
+        },
+    }
+    return {"model": model, "data": {"block_size": positions * patch_size}}
+
+
+def calm_config(
+    recipe: Recipe, token_ids: Mapping[str, int | None], ae_path: str
+) -> dict[str, Any]:
+    """``config.json`` of a CALM: every key of the authors' configuration.
+
+    Args:
+        recipe: with vocabulary, latent and block size filled in.
+        token_ids: `TOKEN_IDS`, as far as they are known.
+        ae_path: directory of the autoencoder.
+    """
+    model = recipe.model
+    assert isinstance(model, CalmRecipe)
+    head = model.head
+    return {
+        "architectures": [ARCHITECTURES[head.kind]],
+        # Where it is absent, the authors' training script takes the energy head.
+        **({} if head.kind == "energy" else {"model_type": head.kind}),
+        "ae_path": ae_path,
+        **{key: getattr(model, key) for key in _BODY_KEYS},
+        **{key: getattr(model, key) for key in _BODY_DEFAULTS},
+        "num_key_value_heads": model.key_value_heads,
+        "num_mlp_layers": head.num_mlp_layers,
+        **{key: getattr(head, key) for key in _HEAD_DEFAULTS},
+        "max_position_embeddings": recipe.num_patches,
+        "use_cache": True,
+        **_BODY_WITHOUT,
+        **_WRITTEN,
+        **{key: token_ids.get(key) for key in TOKEN_IDS},
+    }
+
+
+def autoencoder_values(directory: str | Path) -> AutoencoderConfig:
+    """The autoencoder that ``config.json`` describes.
+
+    Raises:
+        CheckpointError: a key is missing or wrong, or asks for what this autoencoder has not.
+    """
+    path = Path(directory) / CONFIG_FILE
+    config = read_config(directory)
+    if "vocab_size" not in config or "latent_size" not in config:
+        raise CheckpointError(f"{path}: is not the configuration of an autoencoder")
+    _refuse(config, _WITHOUT, path)
+    # The released code has one dropout for both the latent and the tokens.
+    config.setdefault("token_dropout", config.get("ae_dropout", 0.15))
+    fields = {field.name: field for field in dataclasses.fields(AutoencoderConfig)}
+    values = {name: config[name] for name in fields if name in config}
+    for name, value in values.items():
+        _check_number(name, value, str(fields[name].type), path)
+    for name in ("num_encoder_layers", "num_decoder_layers"):
+        if values.get(name, 2) % 2:
+            raise CheckpointError(
+                f"{path}: {name} {values[name]} is odd; half of the layers work on tokens, half "
+                "on patches"
+            )
+    return AutoencoderConfig(**values)
+
+
+def autoencoder_config(
+    config: AutoencoderConfig, token_ids: Mapping[str, int | None]
+) -> dict[str, Any]:
+    """``config.json`` of an autoencoder: every key of the authors' configuration, and ours."""
+    return {
+        "architectures": [AUTOENCODER_ARCHITECTURE],
+        **dataclasses.asdict(config),
+        "initializer_range": _BODY_DEFAULTS["initializer_range"],
+        "max_position_embeddings": _MAX_POSITIONS,
+        **_WITHOUT,
+        **_WRITTEN,
+        **{key: token_ids[key] for key in TOKEN_IDS if key in token_ids},
+    }
+
+
+def stated_token_ids(directory: str | Path, name: str = CONFIG_FILE) -> dict[str, int | None]:
+    """Those of `TOKEN_IDS` that a configuration file states."""
+    config = read_json(Path(directory) / name)
+    return {key: config[key] for key in TOKEN_IDS if key in config}
+
+
+def _head_kind(config: Mapping[str, Any], path: Path) -> str:
+    """The kind of the head; the class that wrote the weights says it, if any key does."""
+    named = config.get("architectures") or []
+    kinds = [kind for kind, name in ARCHITECTURES.items() if name in named]
+    if kinds:
+        return kinds[0]
+    kind = config.get("model_type") or "energy"
+    if named or kind not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{path}: architectures {named}, model_type {kind!r}; a CALM is one of "
+            f"{', '.join(ARCHITECTURES.values())}"
+        )
+    return kind
+
+
+def _refuse(config: Mapping[str, Any], only: Mapping[str, Any], path: Path) -> None:
+    for key, value in only.items():
+        found = config.get(key, value)
+        if found != value and (found or value):
+            raise CheckpointError(f"{path}: {key} {found!r}; this model has only {value!r}")
+
+
+def _check_number(name: str, value: Any, kind: str, path: Path) -> None:
+    """Fields are whole numbers (sizes from 1, token ids from 0) or numbers from 0."""
+    if kind == "int":
+        smallest = 0 if name.endswith("_id") else 1
+        is_right = isinstance(value, int) and not isinstance(value, bool) and value >= smallest
+    else:
+        is_right = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+    if not is_right:
+        raise CheckpointError(f"{path}: {name} {value!r} is not a {kind} that an autoencoder has")

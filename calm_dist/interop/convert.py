@@ -1,0 +1,319 @@
+"""Whole checkpoints from the authors' released layout into ours and back.
+
+One plain process; weights are read from their files one by one and are in memory about once.
+Nothing is left behind where a conversion fails.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from calm_dist.data.tokenizer import Tokenizer, load_tokenizer
+from calm_dist.errors import CheckpointError, DataError, UserError
+from calm_dist.evaluation.load import LoadedModel, load_model, load_released, tokenizer_file
+from calm_dist.files import file_sha256
+from calm_dist.interop.autoencoder import load_autoencoder, save_autoencoder
+from calm_dist.interop.calm import released_calm, released_recipe
+from calm_dist.interop.config import calm_config, is_autoencoder, stated_token_ids
+from calm_dist.interop.layout import CONFIG_FILE, weight_files
+from calm_dist.interop.names import released_shapes
+from calm_dist.interop.tensors import write_weights
+from calm_dist.recipe import CalmRecipe, Recipe, load_recipe
+from calm_dist.training import checkpoint, model_state
+from calm_dist.training.resolve import autoencoder_directory
+
+AUTOENCODER_DIRECTORY = "autoencoder"
+RELEASED_CONFIG_FILE = "released_config.json"
+"""The ``config.json`` that a run was imported with, beside its recipe."""
+
+TokenIds = Mapping[str, int | None]
+
+
+def import_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    autoencoder: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+) -> dict[str, Any]:
+    """Make a run directory of a released CALM, or an autoencoder directory of a released one.
+
+    The run has one checkpoint, of step 0 and weights only: a training in it starts with a fresh
+    optimizer, on any layout.
+
+    Args:
+        source: released directory.
+        target: new or empty directory.
+        autoencoder: CALM: overrides ``ae_path``.
+        tokenizer: CALM: tokenizer file; the one in ``source`` where absent.
+
+    Returns:
+        What was done, JSON-able.
+
+    Raises:
+        UserError: a file is missing, damaged or unsuitable, or ``target`` is not empty.
+    """
+    source, target = Path(source), Path(target)
+    if not is_autoencoder(source):
+        return _import_calm(source, target, autoencoder, tokenizer)
+    if autoencoder or tokenizer:
+        raise UserError(
+            f"{source}: is an autoencoder; it takes no --autoencoder and no --tokenizer"
+        )
+    model = load_autoencoder(source)
+    with _written_aside(target) as partial:
+        save_autoencoder(model, partial, stated_token_ids(source))
+    return _report("autoencoder", source, target, _count(model), [])
+
+
+def export_checkpoint(
+    source: str | Path, target: str | Path, autoencoder: str | Path | None = None
+) -> dict[str, Any]:
+    """Write a CALM or an autoencoder of ours as the authors' classes read it.
+
+    A CALM comes with its autoencoder in a directory of its own, to which ``ae_path`` leads.
+
+    Args:
+        source: run directory or checkpoint, of any layout.
+        target: new or empty directory.
+        autoencoder: CALM: overrides the recipe's ``model.autoencoder``.
+
+    Returns:
+        What was done, JSON-able.
+
+    Raises:
+        UserError: the checkpoint is missing, damaged or unsuitable, or ``target`` is not empty.
+    """
+    source, target = Path(source), Path(target)
+    if not source.is_dir():
+        raise CheckpointError(f"{source}: no such directory; give a run directory or a checkpoint")
+    directory = autoencoder_directory(source)
+    if (directory / checkpoint.MANIFEST).is_file():
+        checkpoint.verify(directory)
+    if not (directory / CONFIG_FILE).is_file():
+        return _export_calm(directory, target, autoencoder)
+    if not is_autoencoder(directory):
+        raise CheckpointError(f"{directory}: is in the released layout already; copy it as it is")
+    if autoencoder:
+        raise UserError(f"{source}: is an autoencoder; it takes no --autoencoder")
+    model = load_autoencoder(directory)
+    with _written_aside(target) as partial:
+        save_autoencoder(model, partial, _token_ids_of_autoencoder(directory), complete=True)
+    return _report("autoencoder", directory, target, _count(model), [])
+
+
+def _import_calm(
+    source: Path, target: Path, autoencoder: str | Path | None, given: str | Path | None
+) -> dict[str, Any]:
+    model = load_released(source, autoencoder)
+    assert model.autoencoder is not None and model.recipe.model.vocab_size is not None
+    tokenizer, notes = _find_tokenizer(source, given, model.recipe.model.vocab_size)
+    copied = _copied_name(tokenizer)
+    recipe = released_recipe(
+        source,
+        run_dir=str(target),
+        autoencoder=str(target / AUTOENCODER_DIRECTORY),
+        tokenizer=str(target / copied) if copied else None,
+    ).with_autoencoder(asdict(model.autoencoder.config))
+    with _written_aside(target) as partial:
+        _place_autoencoder(model, partial / AUTOENCODER_DIRECTORY, stated_token_ids(source))
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer.path, partial / copied)
+        shutil.copyfile(source / CONFIG_FILE, partial / RELEASED_CONFIG_FILE)
+        (partial / checkpoint.RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+        _write_first_checkpoint(model, recipe, partial, tokenizer)
+    notes.append(
+        f"to go on training: tools/train.py {target / checkpoint.RECIPE_FILE} data.path=STORE, "
+        f"which says {recipe.data.sources[0].path}; data.block_size={recipe.block_size} must be "
+        "the store's"
+    )
+    return _report_calm(model, source, target, notes)
+
+
+def _write_first_checkpoint(
+    model: LoadedModel, recipe: Recipe, run_dir: Path, tokenizer: Tokenizer | None
+) -> None:
+    temporary = checkpoint.begin(run_dir, 0)
+    model_state.save_weights(temporary, model.body, model.head)
+    state = {
+        "format": 1,
+        checkpoint.WEIGHTS_ONLY: True,
+        "step": 0,
+        "adam_steps": 0,
+        "skipped_in_a_row": 0,
+        "tokens": 0,
+        "tokenizer_sha256": tokenizer.fingerprint if tokenizer else None,
+        "imported_from": str(model.checkpoint),
+    }
+    text = json.dumps(state, indent=1) + "\n"
+    (temporary / checkpoint.STATE_FILE).write_text(text, encoding="utf-8")
+    (temporary / checkpoint.RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    checkpoint.commit(temporary, keep=1)
+
+
+def _export_calm(directory: Path, target: Path, autoencoder: str | Path | None) -> dict[str, Any]:
+    recipe = load_recipe(directory / checkpoint.RECIPE_FILE)
+    if recipe.model.kind != "calm":
+        raise CheckpointError(
+            f"{directory}: model.kind {recipe.model.kind}; the released layout is for CALM and "
+            "autoencoders"
+        )
+    model = load_model(directory, autoencoder=autoencoder)
+    assert isinstance(model.recipe.model, CalmRecipe) and model.autoencoder is not None
+    tokenizer = _tokenizer_of(model)
+    token_ids = _token_ids(checkpoint.run_directory(directory), tokenizer)
+    path = str(target.resolve() / AUTOENCODER_DIRECTORY)
+    config = calm_config(model.recipe, token_ids, path)
+    weights = released_calm(
+        model.recipe.model,
+        dict(model.body.named_parameters()),
+        dict(model.head.named_parameters()),
+        model.autoencoder,
+    )
+    with _written_aside(target) as partial:
+        text = json.dumps(config, indent=2) + "\n"
+        (partial / CONFIG_FILE).write_text(text, encoding="utf-8")
+        write_weights(weights, partial)
+        (partial / AUTOENCODER_DIRECTORY).mkdir()
+        save_autoencoder(
+            model.autoencoder, partial / AUTOENCODER_DIRECTORY, token_ids, complete=True
+        )
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer.path, partial / _copied_name(tokenizer))
+    return _report_calm(model, directory, target, [])
+
+
+def _place_autoencoder(model: LoadedModel, directory: Path, token_ids: TokenIds) -> None:
+    """A copy of the autoencoder's own files, by whose sha256 data stores know it; one that lay
+    inside the weights, or in several files, is written anew."""
+    assert isinstance(model.recipe.model, CalmRecipe) and model.autoencoder is not None
+    directory.mkdir()
+    named = model.recipe.model.autoencoder
+    if named is None:
+        save_autoencoder(model.autoencoder, directory, token_ids)
+        return
+    found = autoencoder_directory(named)
+    files = list(weight_files(found))
+    if len(files) > 1:
+        save_autoencoder(model.autoencoder, directory, stated_token_ids(found))
+        return
+    for file in (found / CONFIG_FILE, files[0]):
+        shutil.copyfile(file, directory / file.name)
+
+
+def _find_tokenizer(
+    source: Path, given: str | Path | None, vocab_size: int
+) -> tuple[Tokenizer | None, list[str]]:
+    """The tokenizer to copy, and notes on one that was found but is not taken.
+
+    Raises:
+        DataError: the one that was given cannot be used.
+    """
+    path = given or tokenizer_file(source)
+    if path is None:
+        return None, ["no tokenizer given or found: generation needs --tokenizer"]
+    try:
+        tokenizer = load_tokenizer(path)
+        if tokenizer.vocab_size > vocab_size:
+            raise DataError(
+                f"tokenizer {path}: has {tokenizer.vocab_size} entries, the model only {vocab_size}"
+            )
+    except DataError as error:
+        if given:
+            raise
+        return None, [f"the tokenizer in {source} is not taken ({error})"]
+    return tokenizer, []
+
+
+def _tokenizer_of(model: LoadedModel) -> Tokenizer | None:
+    """The tokenizer that a checkpoint's recipe names, where that file is there and the same."""
+    path = model.recipe.data.tokenizer
+    if path is None or not Path(path).is_file():
+        return None
+    same = model.tokenizer_sha256 in (None, file_sha256(Path(path)))
+    return load_tokenizer(path) if same else None
+
+
+def _token_ids(run_dir: Path | None, tokenizer: Tokenizer | None) -> TokenIds:
+    """As the run was imported with, or the tokenizer's."""
+    if run_dir is not None and (run_dir / RELEASED_CONFIG_FILE).is_file():
+        return stated_token_ids(run_dir, RELEASED_CONFIG_FILE)
+    if tokenizer is None:
+        return {}
+    return {
+        "bos_token_id": tokenizer.begin_id,
+        "eos_token_id": tokenizer.end_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def _token_ids_of_autoencoder(directory: Path) -> TokenIds:
+    if stated := stated_token_ids(directory):
+        return stated
+    recipe = directory / checkpoint.RECIPE_FILE
+    path = load_recipe(recipe).data.tokenizer if recipe.is_file() else None
+    usable = path is not None and Path(path).is_file()
+    return _token_ids(None, load_tokenizer(path) if usable and path else None)
+
+
+def _copied_name(tokenizer: Tokenizer | None) -> str:
+    """The name under which `load_tokenizer` finds a copy in a directory."""
+    if tokenizer is None:
+        return ""
+    return "tokenizer.json" if tokenizer.path.suffix == ".json" else "tokenizer.model"
+
+
+def _report_calm(
+    model: LoadedModel, source: Path, target: Path, notes: list[str]
+) -> dict[str, Any]:
+    recipe = model.recipe.model
+    assert isinstance(recipe, CalmRecipe)
+    # Without the rows that only pad our table.
+    of_body = sum(math.prod(shape) for shape in released_shapes(recipe).values())
+    count = of_body + _count(model.head)
+    return _report(f"calm with {recipe.head.kind} head", source, target, count, notes)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _report(
+    kind: str, source: Path, target: Path, parameters: int, notes: list[str]
+) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "source": str(source),
+        "target": str(target),
+        "parameters": parameters,
+        "notes": notes,
+    }
+
+
+@contextmanager
+def _written_aside(target: Path) -> Iterator[Path]:
+    """A directory that becomes ``target`` when all is written, and vanishes when it is not.
+
+    Raises:
+        UserError: ``target`` exists and is not empty.
+    """
+    target = target.resolve()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target}: exists and is not empty; give a new directory")
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -1,0 +1,125 @@
+"""Which released tensors our body is made of, and how.
+
+The same rules carry weights and, being linear selections, gradients in both directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from calm_dist.models.patch_embedding import padded_vocab_size
+from calm_dist.recipe import CalmRecipe
+
+Shapes = dict[str, tuple[int, ...]]
+
+AUTOENCODER = "ae_model."
+# The released class holds its energy head under two names.
+HEAD_PREFIXES = {
+    "energy": ("mlp_generator.", "generative_head."),
+    "flow": ("generative_head.",),
+    "diffusion": ("generative_head.",),
+}
+# The output matrix of the autoencoder's decoder is its token embedding.
+TIED_OUTPUT = ("encoder.embed_tokens.weight", "decoder.lm_head_weight")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One parameter of ours, and the released ones that it is joined from and split into."""
+
+    ours: str
+    released: Mapping[str, tuple[int, ...]]
+    join: Callable[[list[torch.Tensor]], torch.Tensor]
+    split: Callable[[torch.Tensor], Sequence[torch.Tensor]]
+
+
+def body_rules(model: CalmRecipe) -> Iterator[Rule]:
+    """The rules of all parameters of a whole body."""
+    assert model.vocab_size is not None
+    width, patch = model.hidden_size, model.patch_size
+    yield _vocabulary_rule(model.vocab_size, width)
+    for ours, released, shape in (
+        ("compress_in.weight", "0.weight", (2 * width, patch * width)),
+        ("compress_in.bias", "0.bias", (2 * width,)),
+        ("compress_out.weight", "2.weight", (width, 2 * width)),
+        ("compress_out.bias", "2.bias", (width,)),
+        ("norm.weight", "3.weight", (width,)),
+        ("norm.bias", "3.bias", (width,)),
+    ):
+        yield _same(f"embedding.{ours}", f"embed_proj.{released}", shape)
+    for layer in range(model.num_hidden_layers):
+        yield from _layer_rules(model, f"decoder.layers.{layer}.", f"transformer.layers.{layer}.")
+    yield _same("decoder.final_layernorm.weight", "transformer.norm.weight", (width,))
+
+
+def released_shapes(model: CalmRecipe) -> Shapes:
+    """Names and shapes of the body's released tensors."""
+    return {name: shape for rule in body_rules(model) for name, shape in rule.released.items()}
+
+
+def to_released(model: CalmRecipe, body: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a whole body (weights or gradients) under their released names."""
+    return {
+        name: part
+        for rule in body_rules(model)
+        for name, part in zip(rule.released, rule.split(body[rule.ours]), strict=True)
+    }
+
+
+def _layer_rules(model: CalmRecipe, ours: str, released: str) -> Iterator[Rule]:
+    width, inner = model.hidden_size, model.intermediate_size
+    yield _attention_rule(model, f"{ours}self_attention.linear_qkv.weight", f"{released}self_attn.")
+    # Megatron's first projection is [gate; up].
+    gated = {f"{released}mlp.{name}_proj.weight": (inner, width) for name in ("gate", "up")}
+    yield Rule(f"{ours}mlp.linear_fc1.weight", gated, torch.cat, partial(torch.chunk, chunks=2))
+    for name, theirs, shape in (
+        ("self_attention.linear_proj.weight", "self_attn.o_proj.weight", (width, width)),
+        ("mlp.linear_fc2.weight", "mlp.down_proj.weight", (width, inner)),
+        ("input_layernorm.weight", "input_layernorm.weight", (width,)),
+        ("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", (width,)),
+    ):
+        yield _same(ours + name, released + theirs, shape)
+
+
+def _same(ours: str, released: str, shape: tuple[int, ...]) -> Rule:
+    return Rule(ours, {released: shape}, lambda parts: parts[0], lambda whole: [whole])
+
+
+def _vocabulary_rule(vocab_size: int, width: int) -> Rule:
+    """Our table has rows that only pad it to equal shards; they are zero."""
+    padding = padded_vocab_size(vocab_size) - vocab_size
+    return Rule(
+        "embedding.embed_tokens.weight",
+        {"transformer.embed_tokens.weight": (vocab_size, width)},
+        lambda parts: F.pad(parts[0], (0, 0, 0, padding)),
+        lambda whole: [whole[:vocab_size]],
+    )
+
+
+def _attention_rule(model: CalmRecipe, ours: str, released: str) -> Rule:
+    """Megatron keeps the queries of a group of heads with their key and value head.
+
+    Rows are, for each group: its queries, its key, its value. Both sides rotate halves of a head.
+    """
+    groups, size = model.key_value_heads, model.hidden_size // model.num_attention_heads
+    queries = model.num_attention_heads // groups
+    rows = (queries * size, size, size)
+
+    def join(parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
+
+    def split(whole: torch.Tensor) -> list[torch.Tensor]:
+        parts = whole.unflatten(0, (groups, -1)).split(rows, dim=1)
+        return [part.flatten(0, 1) for part in parts]
+
+    names = zip("qkv", rows, strict=True)
+    shapes = {
+        f"{released}{name}_proj.weight": (groups * count, model.hidden_size)
+        for name, count in names
+    }
+    return Rule(ours, shapes, join, split)

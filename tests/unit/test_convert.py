@@ -1,0 +1,314 @@
+"""Conversions of whole checkpoints: to the bit both ways, and nothing left behind on failure."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from calm_dist.data.tokenizer import Tokenizer, train_tokenizer
+from calm_dist.errors import CheckpointError, DataError, UserError
+from calm_dist.evaluation.generate import generate
+from calm_dist.evaluation.load import load_model
+from calm_dist.interop.convert import export_checkpoint, import_checkpoint
+from calm_dist.interop.huggingface import load_autoencoder, load_calm
+from calm_dist.recipe import Recipe, load_recipe
+from calm_dist.training import checkpoint
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+TOOL = ROOT / "tools" / "convert_checkpoint.py"
+# The tokenizer of `worded`: 259 is the smallest vocabulary, the model has one more.
+VOCABULARY = 260
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    files = (file for file in sorted(directory.rglob("*")) if file.is_file())
+    return {str(file.relative_to(directory)): file.read_bytes() for file in files}
+
+
+def pickled(directory: Path) -> dict[str, torch.Tensor]:
+    return torch.load(directory / "pytorch_model.bin", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    return train_tokenizer(["a few words of text, again a few words"] * 4, 259, path)
+
+
+@pytest.fixture(scope="module")
+def worded(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    """A released CALM with the tokenizer in it, and one token more than that."""
+    directory = tmp_path_factory.mktemp("worded")
+    for name in ("calm_k4", "ae_k4"):
+        shutil.copytree(GOLDEN / name, directory / name)
+        grow = {"embed_tokens.weight", "lm_head_weight"}
+        weights = pickled(directory / name)
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randn(VOCABULARY, 32, generator=generator)
+        for key in weights:
+            if any(key.endswith(ending) for ending in grow):
+                weights[key] = rows
+        torch.save(weights, directory / name / "pytorch_model.bin")
+        config = json.loads((directory / name / "config.json").read_text())
+        text = json.dumps(config | {"vocab_size": VOCABULARY})
+        (directory / name / "config.json").write_text(text)
+    shutil.copyfile(tokenizer.path, directory / "calm_k4" / "tokenizer.json")
+    return directory / "calm_k4"
+
+
+@pytest.mark.parametrize("patch_size", [2, 4])
+def test_golden_there_and_back(tmp_path: Path, patch_size: int) -> None:
+    """Every released tensor comes back equal, under the same names, and loads again."""
+    source = GOLDEN / f"calm_k{patch_size}"
+    done = import_checkpoint(source, tmp_path / "run")
+    # Counted by the authors' code, without autoencoder and without the head's second names.
+    assert done["parameters"] == {2: 29992, 4: 67184}[patch_size]
+    export_checkpoint(tmp_path / "run", tmp_path / "released")
+
+    for found, expected in (
+        (tmp_path / "released", source),
+        (tmp_path / "released" / "autoencoder", GOLDEN / f"ae_k{patch_size}"),
+    ):
+        exported, released = load_file(found / "model.safetensors"), pickled(expected)
+        assert exported.keys() == released.keys()
+        for name, tensor in released.items():
+            assert torch.equal(exported[name], tensor), name
+        old, new = (json.loads((d / "config.json").read_text()) for d in (expected, found))
+        assert {key: new.get(key) for key in old if key != "ae_path"} == {
+            key: value for key, value in old.items() if key != "ae_path"
+        }
+
+    tokens = load_file(source / "io.safetensors")["input_ids"]
+    expected_hidden = load_calm(source).hidden(tokens)
+    assert torch.equal(load_calm(tmp_path / "released").hidden(tokens), expected_hidden)
+    assert torch.equal(load_model(tmp_path / "run").hidden(tokens), expected_hidden)
+
+
+@pytest.mark.parametrize("kind", ["flow", "diffusion"])
+def test_other_heads_there_and_back(tmp_path: Path, kind: str) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / "calm_k2", source)
+    weights = {
+        name: tensor
+        for name, tensor in pickled(source).items()
+        if not name.startswith(("mlp_generator.", "generative_head."))
+    }
+    head = load_file(GOLDEN / f"{kind}_head.safetensors")
+    weights |= {f"generative_head.{name}": tensor for name, tensor in head.items()}
+    torch.save(weights, source / "pytorch_model.bin")
+    config = json.loads((source / "config.json").read_text())
+    config["architectures"] = [f"{kind.capitalize()}Transformer"]
+    (source / "config.json").write_text(json.dumps(config))
+
+    import_checkpoint(source, tmp_path / "run")
+    export_checkpoint(tmp_path / "run", tmp_path / "released")
+    exported = load_file(tmp_path / "released" / "model.safetensors")
+    assert exported.keys() == weights.keys()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in weights.items())
+    values = json.loads((tmp_path / "released" / "config.json").read_text())
+    assert (values["architectures"], values["model_type"]) == (config["architectures"], kind)
+
+
+def test_export_import_export_gives_the_same_files(tmp_path: Path, worded: Path) -> None:
+    """At the same place: ae_path is absolute, so that the authors' classes find it."""
+    import_checkpoint(worded, tmp_path / "first")
+    export_checkpoint(tmp_path / "first", tmp_path / "released")
+    before = files_of(tmp_path / "released")
+    both = ["config.json", "model.safetensors"]
+    assert before.keys() == {"tokenizer.json", *both, *(f"autoencoder/{name}" for name in both)}
+    ae_path = json.loads(before["config.json"])["ae_path"]
+    assert Path(ae_path).samefile(tmp_path / "released" / "autoencoder")
+    # The table has rows that pad it to shards; the released one has none.
+    rows = load_file(tmp_path / "released" / "model.safetensors")["transformer.embed_tokens.weight"]
+    assert rows.shape == (VOCABULARY, 32)
+
+    import_checkpoint(tmp_path / "released", tmp_path / "second")
+    shutil.rmtree(tmp_path / "released")
+    export_checkpoint(tmp_path / "second", tmp_path / "released")
+    assert files_of(tmp_path / "released") == before
+
+
+def test_imported_run(tmp_path: Path, worded: Path, tokenizer: Tokenizer) -> None:
+    """It is evaluated and generated from like any other, also where it is moved to."""
+    import_checkpoint(worded, tmp_path / "run")
+    assert checkpoint.find_checkpoint(tmp_path / "run").name == "step_00000000"
+    state = json.loads((checkpoint.find_checkpoint(tmp_path / "run") / "state.json").read_text())
+    assert state["weights_only"] is True and state["adam_steps"] == 0
+    assert state["tokenizer_sha256"] == tokenizer.fingerprint
+    assert files_of(tmp_path / "run" / "autoencoder") == {
+        name: (worded.parent / "ae_k4" / name).read_bytes()
+        for name in ("config.json", "pytorch_model.bin")
+    }
+
+    here = load_model(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    there = load_model(tmp_path / "moved")
+    texts = [
+        generate(model, tokenizer, "a few", max_new_tokens=9, seed=3)
+        for model in (load_calm(worded), here, there)
+    ]
+    assert len(texts[0].tokens) == 9
+    assert texts[0] == texts[1] == texts[2]
+    assert there.recipe.data.tokenizer == str(tmp_path / "moved" / "tokenizer.json")
+    assert there.autoencoder_sha256 == load_calm(worded).autoencoder_sha256
+
+
+def test_recipe_goes_on_as_calm_m_trains(tmp_path: Path) -> None:
+    import_checkpoint(GOLDEN / "calm_k4", tmp_path / "run")
+    found = load_recipe(tmp_path / "run" / "recipe.yaml").to_dict()
+    usual = load_recipe(ROOT / "recipes" / "calm_m.yaml").to_dict()
+    for section in ("training", "precision", "checkpoint"):
+        assert found[section] == usual[section], section
+    assert found["data"]["path"] == usual["data"]["path"]
+    assert found["data"]["block_size"] == 4 * 2048
+    assert found["model"]["init"] == usual["model"]["init"]
+    assert found["model"]["autoencoder_size"] == {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_encoder_layers": 2,
+        "num_decoder_layers": 2,
+    }
+
+
+def test_autoencoder_inside_the_weights_is_taken_out(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / "calm_k4", source)
+    import_checkpoint(source, tmp_path / "run")
+    taken = load_autoencoder(tmp_path / "run" / "autoencoder")
+    expected = load_autoencoder(GOLDEN / "ae_k4")
+    assert taken.config == expected.config
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(taken.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("form", ["pickle", "shards"])
+def test_autoencoder_there_and_back(tmp_path: Path, form: str) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / "ae_k2", source)
+    weights = pickled(source)
+    if form == "shards":
+        (source / "pytorch_model.bin").unlink()
+        for number, names in enumerate((sorted(weights)[::2], sorted(weights)[1::2])):
+            part = {name: weights[name].clone() for name in names}
+            save_file(part, source / f"model-{number}.safetensors")
+        placed = {n: f"model-{i % 2}.safetensors" for i, n in enumerate(sorted(weights))}
+        index = json.dumps({"weight_map": placed})
+        (source / "model.safetensors.index.json").write_text(index)
+    import_checkpoint(source, tmp_path / "ours")
+    assert set(files_of(tmp_path / "ours")) == {"config.json", "model.safetensors"}
+    expected = load_autoencoder(GOLDEN / "ae_k2").state_dict()
+    for name, tensor in load_autoencoder(tmp_path / "ours").state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+    export_checkpoint(tmp_path / "ours", tmp_path / "released")
+    exported = load_file(tmp_path / "released" / "model.safetensors")
+    assert exported.keys() == weights.keys()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in weights.items())
+    config = json.loads((tmp_path / "released" / "config.json").read_text())
+    assert (
+        config["pad_token_id"] == json.loads((source / "config.json").read_text())["pad_token_id"]
+    )
+
+
+def test_tokenizer_that_does_not_fit(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError, match="259 entries, the model only 160"):
+        import_checkpoint(GOLDEN / "calm_k4", tmp_path / "run", tokenizer=tokenizer.path)
+    with pytest.raises(DataError, match="no such file"):
+        import_checkpoint(GOLDEN / "calm_k4", tmp_path / "run", tokenizer=tmp_path / "none.json")
+    # One that only lies there is left out.
+    for name in ("calm_k4", "ae_k4"):
+        shutil.copytree(GOLDEN / name, tmp_path / name)
+    shutil.copyfile(tokenizer.path, tmp_path / "calm_k4" / "tokenizer.json")
+    done = import_checkpoint(tmp_path / "calm_k4", tmp_path / "run")
+    assert any("not taken" in note for note in done["notes"])
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").data.tokenizer is None
+
+
+def test_target_must_be_new(tmp_path: Path) -> None:
+    for name, make in (("file", Path.touch), ("full", lambda p: p.mkdir() or (p / "a").touch())):
+        make(tmp_path / name)
+        with pytest.raises(UserError, match="not empty"):
+            import_checkpoint(GOLDEN / "ae_k4", tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    import_checkpoint(GOLDEN / "ae_k4", tmp_path / "empty")
+    # Whoever may read the one file may read the other.
+    modes = {(tmp_path / "empty" / name).stat().st_mode for name in files_of(tmp_path / "empty")}
+    assert len(modes) == 1
+    with pytest.raises(UserError, match="not empty"):
+        export_checkpoint(tmp_path / "empty", tmp_path / "empty")
+
+
+def broken_sources(directory: Path) -> Iterator[Path]:
+    for name, damage in (
+        ("weights", lambda d: (d / "pytorch_model.bin").write_bytes(b"noise" * 100)),
+        ("config", lambda d: (d / "config.json").write_text("{}")),
+    ):
+        shutil.copytree(GOLDEN / "calm_k4", directory / name)
+        damage(directory / name)
+        yield directory / name
+
+
+def test_nothing_is_left_of_a_failure(tmp_path: Path) -> None:
+    sources, targets = tmp_path / "sources", tmp_path / "targets"
+    targets.mkdir()
+    for source in broken_sources(sources):
+        with pytest.raises(CheckpointError, match=str(source)):
+            import_checkpoint(source, targets / "run")
+    # Files cannot grow beyond 100 KiB: the writing of the tensors fails halfway.
+    command = ["import-hf", str(GOLDEN / "calm_k4"), str(targets / "run")]
+    failed = subprocess.run(
+        ["bash", "-c", 'ulimit -f 100; exec "$@"', "bash", sys.executable, str(TOOL), *command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert failed.returncode != 0 and "File too large" in failed.stderr
+    assert not list(targets.iterdir())
+
+
+def transformer_run(directory: Path) -> Path:
+    """A checkpoint of the discrete baseline, as far as an export looks at it."""
+    values: dict[str, Any] = load_recipe(ROOT / "recipes" / "transformer_tiny.yaml").to_dict()
+    temporary = checkpoint.begin(directory, 1)
+    (temporary / "recipe.yaml").write_text(Recipe.from_dict(values).to_yaml())
+    (temporary / "state.json").write_text("{}")
+    checkpoint.commit(temporary, keep=1)
+    return directory
+
+
+def test_sources_that_cannot_be_exported(tmp_path: Path) -> None:
+    for source, message in (
+        (transformer_run(tmp_path / "transformer"), "transformer"),
+        (GOLDEN / "calm_k4", "already"),
+        (tmp_path / "nothing", "no such directory"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            export_checkpoint(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_tool(tmp_path: Path) -> None:
+    done = run_tool("import-hf", GOLDEN / "calm_k4", tmp_path / "run", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["kind"], report["parameters"]) == ("calm with energy head", 67184)
+    assert "data.path" in done.stderr
+    failed = run_tool("export-hf", tmp_path / "none", tmp_path / "out")
+    assert failed.returncode == 2
+    assert failed.stderr.startswith(f"error: {tmp_path / 'none'}")

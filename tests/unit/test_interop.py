@@ -1,0 +1,428 @@
+"""Released directories in all their forms: read to the bit, or refused with what is wrong."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from calm_dist.errors import CheckpointError, UserError
+from calm_dist.interop.calm import released_calm
+from calm_dist.interop.huggingface import load_autoencoder, load_calm
+from calm_dist.interop.names import to_released
+from calm_dist.recipe import CalmRecipe
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+BIN, SAFE = "pytorch_model.bin", "model.safetensors"
+Tensors = dict[str, torch.Tensor]
+
+
+def tensors_of(directory: Path) -> Tensors:
+    return torch.load(directory / BIN, weights_only=True)
+
+
+@pytest.fixture
+def calm(tmp_path: Path) -> Path:
+    """A copy of a released language model and its autoencoder that a test may change."""
+    for name in ("calm_k4", "ae_k4"):
+        shutil.copytree(GOLDEN / name, tmp_path / name)
+    return tmp_path / "calm_k4"
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes), encoding="utf-8")
+
+
+def edit_weights(directory: Path, edit: Callable[[Tensors], object]) -> None:
+    weights = tensors_of(directory)
+    edit(weights)
+    torch.save(weights, directory / BIN)
+
+
+def write_shards(directory: Path, suffix: str) -> Path:
+    """Spread the weights over three files; returns the index."""
+    weights = tensors_of(directory)
+    (directory / BIN).unlink()
+    stem = "model" if suffix == ".safetensors" else "pytorch_model"
+    placed = {}
+    for number in range(3):
+        name = f"{stem}-{number + 1:05}-of-00003{suffix}"
+        part = {key: weights[key].clone() for key in sorted(weights)[number::3]}
+        if suffix == ".safetensors":
+            save_file(part, directory / name)
+        else:
+            torch.save(part, directory / name)
+        placed |= dict.fromkeys(part, name)
+    index = directory / f"{stem}{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": placed}), encoding="utf-8")
+    return index
+
+
+def assert_is_golden(directory: Path) -> None:
+    """The model holds exactly the golden weights."""
+    model = load_calm(directory)
+    assert isinstance(model.recipe.model, CalmRecipe)
+    released = released_calm(
+        model.recipe.model,
+        dict(model.body.named_parameters()),
+        dict(model.head.named_parameters()),
+        model.autoencoder,
+    )
+    expected = tensors_of(GOLDEN / "calm_k4")
+    assert released.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(released[name], tensor), name
+
+
+def test_single_pickle(calm: Path) -> None:
+    assert_is_golden(calm)
+
+
+def test_single_safetensors(calm: Path) -> None:
+    save_file({n: t.clone() for n, t in tensors_of(calm).items()}, calm / SAFE)
+    (calm / BIN).unlink()
+    assert_is_golden(calm)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+def test_shards(calm: Path, suffix: str) -> None:
+    write_shards(calm, suffix)
+    assert_is_golden(calm)
+
+
+def test_old_pickle_format(calm: Path) -> None:
+    torch.save(tensors_of(calm), calm / BIN, _use_new_zipfile_serialization=False)
+    assert_is_golden(calm)
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "mlp_generator.",
+        "generative_head.",
+        "ae_model.decoder.lm_head_weight",
+        "ae_model.encoder.embed_tokens.weight",
+    ],
+)
+@pytest.mark.parametrize("has_directory", [True, False])
+def test_tied_weights_are_restored(calm: Path, lost: str, has_directory: bool) -> None:
+    edit_weights(calm, lambda w: [w.pop(name) for name in list(w) if name.startswith(lost)])
+    if not has_directory:
+        shutil.rmtree(calm.parent / "ae_k4")
+    assert_is_golden(calm)
+
+
+@pytest.mark.parametrize("name", ["decoder.lm_head_weight", "encoder.embed_tokens.weight"])
+def test_autoencoder_lost_a_tied_weight(calm: Path, name: str) -> None:
+    directory = calm.parent / "ae_k4"
+    expected = tensors_of(directory)["encoder.embed_tokens.weight"]
+    edit_weights(directory, lambda w: w.pop(name))
+    assert torch.equal(load_autoencoder(directory).encoder.embed_tokens.weight, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_becomes_fp32(calm: Path, dtype: torch.dtype) -> None:
+    weights = {name: tensor.to(dtype) for name, tensor in tensors_of(calm).items()}
+    torch.save(weights, calm / BIN)
+    model = load_calm(calm)
+    assert {p.dtype for m in (model.body, model.head) for p in m.parameters()} == {torch.float32}
+    assert isinstance(model.recipe.model, CalmRecipe)
+    released = to_released(model.recipe.model, dict(model.body.named_parameters()))
+    for name, tensor in released.items():
+        assert torch.equal(tensor, weights[name].float()), name
+
+
+def test_model_survives_its_files(calm: Path) -> None:
+    """Files are mapped while they are read; later changes of them must not reach the model."""
+    model = load_calm(calm)
+    assert model.autoencoder is not None
+    tokens = load_file(calm / "io.safetensors")["input_ids"]
+    before = model.hidden(tokens), model.autoencoder.encode(tokens)[0]
+    for directory in (calm, calm.parent / "ae_k4"):
+        with (directory / BIN).open("r+b") as file:
+            file.write(bytes(200_000))
+    assert torch.equal(model.hidden(tokens), before[0])
+    assert torch.equal(model.autoencoder.encode(tokens)[0], before[1])
+
+
+def test_grouped_queries(calm: Path) -> None:
+    """A model whose heads share keys equals the one in which each head has its own copy."""
+    tokens = load_file(calm / "io.safetensors")["input_ids"]
+    names = [f"transformer.layers.{n}.self_attn.{k}_proj.weight" for n in range(3) for k in "kv"]
+
+    def keep_two_heads(weights: Tensors) -> None:
+        for name in names:
+            weights[name] = weights[name][:16].clone()
+
+    def repeat(weights: Tensors) -> None:
+        for name in names:
+            # Heads 0 and 1 use the first, 2 and 3 the second.
+            weights[name] = weights[name].view(2, 1, 8, -1).expand(2, 2, 8, -1).reshape(32, -1)
+
+    edit_config(calm, num_key_value_heads=2)
+    edit_weights(calm, keep_two_heads)
+    grouped = load_calm(calm)
+    assert isinstance(grouped.recipe.model, CalmRecipe)
+    assert grouped.recipe.model.num_key_value_heads == 2
+    released = to_released(grouped.recipe.model, dict(grouped.body.named_parameters()))
+    assert all(torch.equal(released[name], tensors_of(calm)[name]) for name in names)
+    hidden = grouped.hidden(tokens)
+
+    edit_config(calm, num_key_value_heads=4)
+    edit_weights(calm, repeat)
+    torch.testing.assert_close(hidden, load_calm(calm).hidden(tokens), rtol=1e-5, atol=1e-6)
+
+
+def test_further_configuration(calm: Path) -> None:
+    """What config.json says reaches the backbone: base of the positions, epsilon, block size."""
+    tokens = load_file(calm / "io.safetensors")["input_ids"]
+    before = load_calm(calm).hidden(tokens)
+    edit_config(calm, rope_theta=500, max_position_embeddings=100)
+    model = load_calm(calm)
+    assert model.recipe.block_size == 400
+    assert not torch.allclose(model.hidden(tokens), before, atol=1e-4)
+    edit_config(calm, rope_theta=10000, rms_norm_eps=0.5)
+    assert not torch.allclose(load_calm(calm).hidden(tokens), before, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["flow", "diffusion"])
+def test_other_heads(calm: Path, kind: str) -> None:
+    """Hidden size 24, as the golden heads have it; the body is that of K=2."""
+    released = calm.with_name("other")
+    shutil.copytree(GOLDEN / "calm_k2", released)
+    head = load_file(GOLDEN / f"{kind}_head.safetensors")
+
+    def replace_head(weights: Tensors) -> None:
+        for name in list(weights):
+            if name.startswith(("mlp_generator.", "generative_head.")):
+                del weights[name]
+        weights |= {f"generative_head.{name}": tensor for name, tensor in head.items()}
+
+    edit_weights(released, replace_head)
+    edit_config(released, architectures=[f"{kind.capitalize()}Transformer"])
+    model = load_calm(released)
+    assert dict(model.head.named_parameters()).keys() == head.keys()
+    assert all(torch.equal(p, head[name]) for name, p in model.head.named_parameters())
+    # The training script of the authors writes no architecture, only the kind.
+    edit_config(released, architectures=None, model_type=kind)
+    assert type(load_calm(released).head) is type(model.head)
+
+
+def test_autoencoder_is_found(calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As given, then beside the weights, then beside their directory, then inside the weights."""
+    inside = load_calm(calm).autoencoder
+    assert inside is not None
+
+    def mark(directory: Path, value: float) -> None:
+        """An autoencoder that can be told by one weight."""
+        directory.parent.mkdir(exist_ok=True)
+        shutil.copytree(GOLDEN / "ae_k4", directory)
+        edit_weights(directory, lambda w: w["encoder.norm.weight"].fill_(value))
+
+    def found() -> float:
+        autoencoder = load_calm(calm).autoencoder
+        assert autoencoder is not None
+        return float(autoencoder.encoder.norm.weight[0].detach())
+
+    monkeypatch.chdir(tmp_path.parent)
+    shutil.rmtree(tmp_path / "ae_k4")
+    assert found() == float(inside.encoder.norm.weight[0].detach())
+    mark(tmp_path / "ae_k4", 1.5)
+    assert found() == 1.5
+    mark(calm / "ae_k4", 2.5)
+    assert found() == 2.5
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    mark(tmp_path / "here" / "ae_k4", 3.5)
+    assert found() == 3.5
+    edit_config(calm, ae_path="/of/another/machine/ae_k4")
+    assert found() == 2.5
+    mark(tmp_path / "given", 4.5)
+    autoencoder = load_calm(calm, autoencoder=tmp_path / "given").autoencoder
+    assert autoencoder is not None
+    assert float(autoencoder.encoder.norm.weight[0].detach()) == 4.5
+
+
+def refused(directory: Path, *parts: str, load: Callable[[Path], object] = load_calm) -> None:
+    with pytest.raises(UserError) as caught:
+        load(directory)
+    for part in parts:
+        assert part in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("hidden_act", "gelu"),
+        ("tie_word_embeddings", True),
+        ("attention_dropout", 0.1),
+        ("head_dim", 16),
+        ("num_attention_heads", 3),
+        ("num_key_value_heads", 3),
+        ("hidden_size", "32"),
+        ("rms_norm_eps", -1.0),
+        ("beta", 2.5),
+        ("architectures", ["LlamaForCausalLM"]),
+        ("max_position_embeddings", "many"),
+    ],
+)
+def test_configuration_that_the_model_cannot_be(calm: Path, key: str, value: Any) -> None:
+    edit_config(calm, **{key: value})
+    refused(calm, "config.json", key)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mlp_bias", True),
+        ("hidden_act", "gelu"),
+        ("num_encoder_layers", 3),
+        ("num_decoder_layers", 1),
+        ("patch_size", 0),
+        ("latent_size", "16"),
+        ("hidden_size", 32.5),
+        ("vocab_size", True),
+        ("rms_norm_eps", "small"),
+    ],
+)
+def test_configuration_that_the_autoencoder_cannot_be(calm: Path, key: str, value: Any) -> None:
+    directory = calm.parent / "ae_k4"
+    edit_config(directory, **{key: value})
+    refused(directory, "config.json", key, load=load_autoencoder)
+
+
+def test_missing_keys_and_files(calm: Path) -> None:
+    edit_config(calm)
+    values = json.loads((calm / "config.json").read_text())
+    del values["num_mlp_layers"]
+    (calm / "config.json").write_text(json.dumps(values))
+    refused(calm, "config.json", "num_mlp_layers")
+    (calm / "config.json").write_text("[1]")
+    refused(calm, "config.json")
+    (calm / "config.json").unlink()
+    refused(calm, "config.json")
+    shutil.copyfile(GOLDEN / "calm_k4" / "config.json", calm / "config.json")
+    (calm / BIN).unlink()
+    refused(calm, str(calm), BIN, SAFE)
+    refused(calm.parent / "nothing", "nothing")
+
+
+Q = "transformer.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "tensor"),
+    [
+        (lambda w: w.pop(Q), Q),
+        (lambda w: w.update({"transformer.layers.3.extra": torch.zeros(2)}), "layers.3.extra"),
+        (lambda w: w.update({Q: w[Q][:, :-1].clone()}), Q),
+        (lambda w: w.update({Q: w[Q].long()}), Q),
+        (lambda w: w.update({Q: "text"}), Q),
+        (lambda w: w["generative_head.noise_embd.bias"].add_(1), "noise_embd.bias"),
+        (lambda w: w.update({"transformer.embed_tokens.weight": torch.ones(161, 32)}), "(161, 32)"),
+    ],
+    ids=["missing", "unknown", "shape", "integer", "text", "tied but different", "vocabulary"],
+)
+def test_weights_that_do_not_fit(
+    calm: Path, edit: Callable[[Tensors], object], tensor: str
+) -> None:
+    weights = {name: tensor.clone() for name, tensor in tensors_of(calm).items()}
+    edit(weights)
+    torch.save(weights, calm / BIN)
+    refused(calm, str(calm), tensor)
+
+
+def test_autoencoder_weights_that_do_not_fit(calm: Path) -> None:
+    directory = calm.parent / "ae_k4"
+    edit_weights(directory, lambda w: w.pop("encoder.norm.weight"))
+    refused(directory, str(directory), "encoder.norm.weight", load=load_autoencoder)
+    shutil.copyfile(GOLDEN / "ae_k4" / BIN, directory / BIN)
+    edit_config(directory, intermediate_size=63)
+    refused(directory, BIN, "gate_proj", "63", load=load_autoencoder)
+
+
+def test_autoencoder_of_another_model(calm: Path) -> None:
+    with pytest.raises(UserError, match="patch_size"):
+        load_calm(calm, autoencoder=GOLDEN / "ae_k2")
+    with pytest.raises(CheckpointError, match="nowhere"):
+        load_calm(calm, autoencoder=calm / "nowhere")
+
+
+def test_no_autoencoder_anywhere(calm: Path) -> None:
+    edit_weights(calm, lambda w: [w.pop(name) for name in list(w) if name.startswith("ae_model.")])
+    assert load_calm(calm).autoencoder is not None
+    shutil.rmtree(calm.parent / "ae_k4")
+    refused(calm, "ae_path", "ae_k4", "--autoencoder")
+
+
+class Bomb:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("writer", ["torch", "legacy", "pickle"])
+def test_pickled_code_is_not_executed(calm: Path, tmp_path: Path, writer: str) -> None:
+    weights: dict[str, Any] = {**tensors_of(calm), "bomb": Bomb(tmp_path / "exploded")}
+    if writer == "pickle":
+        (calm / BIN).write_bytes(pickle.dumps({"bomb": Bomb(tmp_path / "exploded")}))
+    else:
+        torch.save(weights, calm / BIN, _use_new_zipfile_serialization=writer == "torch")
+    refused(calm, BIN, "refused")
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("content", [[torch.ones(2)], torch.ones(2), {1: torch.ones(2)}])
+def test_pickle_of_something_else(calm: Path, content: object) -> None:
+    torch.save(content, calm / BIN)
+    refused(calm, BIN)
+
+
+@pytest.mark.parametrize("name", [BIN, SAFE])
+@pytest.mark.parametrize("damage", ["empty", "cut", "noise"])
+def test_damaged_weights(calm: Path, name: str, damage: str) -> None:
+    if name == SAFE:
+        save_file({n: t.clone() for n, t in tensors_of(calm).items()}, calm / SAFE)
+    data = (calm / name).read_bytes()
+    damaged = {"empty": b"", "cut": data[: len(data) // 2], "noise": bytes(range(256)) * 40}
+    (calm / name).write_bytes(damaged[damage])
+    refused(calm, name)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.bin", "/etc/secret.bin", "a/b.bin", "x.safetensors", 7]
+)
+def test_index_stays_in_its_directory(calm: Path, name: object) -> None:
+    index = write_shards(calm, ".bin")
+    content = json.loads(index.read_text())
+    content["weight_map"][Q] = name
+    index.write_text(json.dumps(content), encoding="utf-8")
+    refused(calm, index.name, Q, repr(name))
+
+
+def test_index_that_promises_too_much(calm: Path) -> None:
+    index = write_shards(calm, ".safetensors")
+    content = json.loads(index.read_text())
+    shard = content["weight_map"][Q]
+    content["weight_map"]["transformer.new"] = shard
+    index.write_text(json.dumps(content), encoding="utf-8")
+    refused(calm, shard, "transformer.new")
+    (calm / shard).unlink()
+    refused(calm, shard)
+    index.write_text("{}", encoding="utf-8")
+    refused(calm, index.name, "weight_map")
