@@ -35,14 +35,18 @@ def run_training_tool(description: str | None, train: Callable[[Recipe], None]) 
     arguments = parser.parse_intermixed_args()
     if arguments.json and not arguments.dry_run:
         raise UserError("--json: goes with --dry-run; a training writes metrics.jsonl in run.dir")
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
     if not arguments.dry_run:
-        train(recipe)
+        from calm_dist.parallel.launch import read_world
+
+        # The launch decides how many processes there are, whatever number was planned for.
+        launched = f"parallel.world_size={read_world().size}"
+        train(load_recipe(arguments.recipe, [*arguments.overrides, launched]))
         return
 
     from calm_dist.reports.plan import format_plan, plan
     from calm_dist.training.resolve import resolve
 
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
     values = plan(resolve(recipe, missing_stores=True))
     if arguments.json:
         write_json(values, arguments.json)

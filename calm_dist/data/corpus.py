@@ -255,7 +255,8 @@ def _json_document(file: CorpusFile, line: bytes, offset: int, number: int) -> D
     where = f"corpus {file.path}:{number}"
     try:
         record = json.loads(line)
-    except ValueError as error:
+    # Thousands of nested brackets exhaust the stack of the parser.
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: is not a line of JSON in UTF-8 ({error})") from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         found = f"keys {sorted(record)}" if isinstance(record, dict) else type(record).__name__

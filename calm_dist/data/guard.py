@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 from streaming.base import Stream, StreamingDataset
+from streaming.base.dataset import _ShardState
 from streaming.base.format import Reader
 from streaming.base.shared import SharedScalar
 from streaming.base.world import World
 
+from calm_dist.data.layout import is_remote
 from calm_dist.data.shared_names import RunNumber
-from calm_dist.data.store import Shard, StoreMeta, is_remote, read_meta, read_shards
+from calm_dist.data.store import Shard, StoreMeta, read_meta, read_shards
 from calm_dist.errors import DataError
 
 # Local stores up to this size are hashed when they are opened, so that damage is found before a
@@ -184,12 +186,14 @@ class GuardedDataset(StreamingDataset):
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """As the parent's, and tells all readers on the node where it fails.
 
-        They would wait without end for a shard that stays "being prepared".
+        The parent leaves the shard "being prepared", for which readers would wait without end: in
+        their loops, which look for a failure, and inside this method, which does not.
         """
         try:
             super().prepare_shard(shard_id, blocking)
         except Exception:
             self._failed_shard.set(shard_id + 1)
+            self._shard_states[shard_id] = _ShardState.REMOTE
             raise
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:

@@ -23,18 +23,16 @@ from calm_dist.data.corpus import (
     find_files,
     pack_blocks,
 )
+from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.data.progress import progress
 from calm_dist.data.store import (
     HASH,
-    INDEX,
-    META,
     AutoencoderInfo,
     StoreMeta,
     StorePlan,
     TokenizerInfo,
     Variant,
     fingerprint,
-    is_remote,
     read_meta,
     read_shards,
 )
@@ -76,7 +74,7 @@ def plan_store(
     Raises:
         DataError: inputs that are missing or do not fit each other.
     """
-    latent_size, info = None, None
+    latent_size, info, vocab_size = None, None, tokenizer.vocab_size
     if variant == "fp16":
         if autoencoder is None:
             raise DataError("variant fp16: needs an autoencoder; give --autoencoder CKPT, or use "
@@ -89,10 +87,12 @@ def plan_store(
                 f"{config['patch_size']}; leave --patch-size out"
             )
         patch_size = config["patch_size"]
-        if config["vocab_size"] != tokenizer.vocab_size:
+        # It may have more: the released ones have a padding token that is not in Llama 3's file.
+        vocab_size = config["vocab_size"]
+        if tokenizer.vocab_size > vocab_size:
             raise DataError(
-                f"tokenizer {tokenizer.path}: has {tokenizer.vocab_size} entries, the autoencoder "
-                f"{autoencoder} was trained for {config['vocab_size']}; use its own tokenizer"
+                f"tokenizer {tokenizer.path}: has {tokenizer.vocab_size} entries, more than the "
+                f"{vocab_size} of the autoencoder {autoencoder}; use its own tokenizer"
             )
         check_tokenizer(Path(autoencoder), tokenizer.fingerprint, f"tokenizer {tokenizer.path}")
     elif autoencoder is not None:
@@ -108,7 +108,7 @@ def plan_store(
         block_size=block_size,
         patch_size=patch_size,
         latent_size=latent_size,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=vocab_size,
         tokenizer=TokenizerInfo(
             sha256=tokenizer.fingerprint,
             file="tokenizer.json" if tokenizer.path.suffix == ".json" else "tokenizer.model",
@@ -127,7 +127,9 @@ def _describe_autoencoder(directory: Path) -> tuple[dict[str, int], AutoencoderI
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         sizes = {name: config[name] for name in ("patch_size", "latent_size", "vocab_size")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not all(type(size) is int and size > 0 for size in sizes.values()):
+            raise ValueError(f"sizes {sizes}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"autoencoder {directory / 'config.json'}: is not the configuration of an autoencoder "
             f"({error}); give the directory of its checkpoint"
@@ -151,7 +153,7 @@ def check_tokenizer(autoencoder: Path, tokenizer_sha256: str, source: str) -> No
     try:
         state = json.loads((autoencoder / "state.json").read_text(encoding="utf-8"))
         trained_with = state.get("tokenizer_sha256")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return
     if trained_with not in (None, tokenizer_sha256):
         raise DataError(
@@ -289,7 +291,8 @@ def _write_remote(
         return finished
     staging = staging_directory(url)
     meta = write_store(staging, corpus, tokenizer, plan, overwrite=overwrite, **options)
-    upload_store(staging, meta, url)
+    shards = [shard.path.name for shard in read_shards(staging, meta)]
+    upload_store(staging, [*shards, meta.tokenizer.file], url)
     shutil.rmtree(staging)
     return meta
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from streaming.base.storage import CloudDownloader, CloudUploader
 
+from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.data.shared_names import scratch_directory
-from calm_dist.data.store import INDEX, META, StoreMeta, is_remote, read_shards
 from calm_dist.errors import DataError
 
 
@@ -77,16 +77,20 @@ def staging_directory(url: str) -> Path:
     return scratch_directory() / f"staging_{hashlib.sha256(url.encode()).hexdigest()[:16]}"
 
 
-def upload_store(directory: Path, meta: StoreMeta, url: str) -> None:
+def upload_store(directory: Path, files: Sequence[str], url: str) -> None:
     """Upload a finished store, ``meta.json`` last, since it is what makes a store complete.
+
+    Args:
+        directory: of the finished store.
+        files: names of its files besides ``meta.json`` and ``index.json``.
+        url: where the store will be.
 
     Raises:
         DataError: the upload failed; the store stays in ``directory``.
     """
-    shards = [shard.path.name for shard in read_shards(directory, meta)]
     try:
         uploader = CloudUploader.get((str(directory), url.rstrip("/")), True, exist_ok=True)
-        for name in (*shards, meta.tokenizer.file, INDEX, META):
+        for name in (*files, INDEX, META):
             uploader.upload_file(name)
     except Exception as error:  # each cloud has exceptions of its own
         raise DataError(

@@ -17,11 +17,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.errors import DataError
 from calm_dist.files import file_sha256
 
-META = "meta.json"
-INDEX = "index.json"
 # Of every shard, in the index. Streaming's name for it is the same.
 HASH = "sha256"
 
@@ -63,6 +62,7 @@ class StorePlan(_Strict):
     patch_size: Positive
     latent_size: Positive | None
     vocab_size: Positive
+    """The autoencoder's, from which models take theirs; the tokenizer's in the variant tokens."""
     tokenizer: TokenizerInfo
     autoencoder: AutoencoderInfo | None
     corpus_sha256: Sha256
@@ -110,11 +110,6 @@ def fingerprint(fields: dict[str, Any], index: bytes) -> str:
     return digest.hexdigest()
 
 
-def is_remote(path: str | Path) -> bool:
-    """Whether a store is given by a URL and not by a local directory."""
-    return "://" in str(path)
-
-
 def read_meta(path: str | Path) -> StoreMeta:
     """``meta.json`` of a store in a local directory, or at a URL.
 
@@ -129,7 +124,11 @@ def read_meta(path: str | Path) -> StoreMeta:
             return read_meta(directory)
     path = Path(path)
     if not path.is_dir():
-        raise DataError(f"data store {path}: no such directory; tools/encode_latents.py writes one")
+        raise DataError(
+            f"data store {path}: no such directory; set data.path (or --data) to a store, or write "
+            f"this one: python tools/encode_latents.py --out {path} --corpus PATH --tokenizer F "
+            "--autoencoder CKPT (for tokens without latents --variant tokens --patch-size K)"
+        )
     try:
         text = (path / META).read_text(encoding="utf-8")
     except OSError as error:
@@ -210,7 +209,7 @@ def read_shards(path: str | Path, meta: StoreMeta) -> list[Shard]:
             raise ValueError("shard names repeat")
         if sum(shard.samples for shard in shards) != meta.num_blocks:
             raise ValueError(f"samples do not add up to {meta.num_blocks}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{file}: is not the index of a data store: {error}") from error
     return shards
 

@@ -25,9 +25,10 @@ from streaming.base.world import World
 from torch.utils.data import DataLoader
 
 from calm_dist.data.guard import GuardedDataset, Source, open_source
+from calm_dist.data.layout import is_remote
 from calm_dist.data.remote import fetch_description
 from calm_dist.data.shared_names import RunNumber
-from calm_dist.data.store import StoreMeta, is_remote
+from calm_dist.data.store import StoreMeta
 from calm_dist.errors import DataError, LaunchError
 
 Batch = dict[str, torch.Tensor]

@@ -34,6 +34,16 @@ class AutoencoderConfig:
     kl_clamp: float = 0.5
     rms_norm_eps: float = 1e-6
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where layers cannot be halved."""
+        for name in ("num_encoder_layers", "num_decoder_layers"):
+            layers = getattr(self, name)
+            if layers < 2 or layers % 2:
+                raise ValueError(
+                    f"{name}: {layers} is no even number from 2, but half of the layers work on "
+                    f"tokens and half on patches; use {max(2, layers + layers % 2)}"
+                )
+
 
 class GatedMLP(nn.Module):
     """SwiGLU without biases: down(silu(gate(x)) * up(x))."""

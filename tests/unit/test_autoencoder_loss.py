@@ -13,6 +13,7 @@ from torch.distributions import Normal, kl_divergence
 from calm_dist.interop.huggingface import load_autoencoder
 from calm_dist.losses import reconstruction
 from calm_dist.losses.autoencoder import (
+    AutoencoderLoss,
     TrainingNoise,
     autoencoder_loss,
     draw_training_noise,
@@ -145,6 +146,77 @@ def test_kl_is_raised_to_the_floor_dimension_by_dimension() -> None:
     torch.testing.assert_close(gradient[:LATENT], torch.where(mean.abs() > 1, mean, 0.0))
 
 
+def trained_part(model: Autoencoder, tokens: torch.Tensor) -> AutoencoderLoss:
+    """The loss with noise of seed 0, ready for gradients."""
+    noise = draw_training_noise(model, tokens, torch.Generator().manual_seed(0))
+    return autoencoder_loss(model, tokens, noise)
+
+
+def gradients(loss: torch.Tensor, model: Autoencoder) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, list(model.parameters()), retain_graph=True))
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
+def test_plain_is_reconstruction_alone(patch_size: int) -> None:
+    """kl_weight 0: K·CE, to the bit and with its gradients, whatever the clamp."""
+    model = small_autoencoder(patch_size, kl_weight=0.0, kl_clamp=0.5)
+    losses = trained_part(model, torch.randint(VOCAB, (3, 6 * patch_size)))
+    assert losses.total == patch_size * losses.cross_entropy
+    assert losses.kl >= LATENT * 0.5
+    expected = gradients(patch_size * losses.cross_entropy, model)
+    for found, wanted in zip(gradients(losses.total, model), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_kl_without_clamp_is_torchs_and_pulls_every_dimension() -> None:
+    """kl_clamp 0, constant posterior: dKL/dmean = mean and dKL/dlog_std = std² - 1."""
+    model = small_autoencoder(kl_clamp=0.0)
+    mean = torch.tensor([0.0, 0.1, 0.5, -0.9, 2.0, -3.0])
+    log_std = torch.tensor([0.1, -0.2, 0.0, 0.3, -1.0, 0.0])
+    set_posterior(model, mean, log_std)
+    losses = trained_part(model, torch.randint(VOCAB, (2, 20)))
+    expected = kl_divergence(Normal(mean, log_std.exp()), Normal(0.0, 1.0)).sum()
+    torch.testing.assert_close(losses.kl, expected)
+    (gradient,) = torch.autograd.grad(losses.kl, [model.encoder.hidden_to_latent.bias])
+    torch.testing.assert_close(gradient, torch.cat([mean, (2 * log_std).exp() - 1]))
+
+
+def test_without_dropout_only_the_posterior_is_drawn() -> None:
+    """Both dropouts 0: the loss of the unchanged tokens and of z = mean + eps * std."""
+    model = small_autoencoder(token_dropout=0.0, ae_dropout=0.0)
+    tokens = torch.randint(VOCAB, (3, 24))
+    noise = draw_training_noise(model, tokens, torch.Generator().manual_seed(0))
+    losses = autoencoder_loss(model, tokens, noise)
+    mean, log_std = model.encode(tokens)
+    logits = model.decode(mean + noise.eps * log_std.exp())
+    expected = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+    torch.testing.assert_close(losses.cross_entropy, expected)
+
+
+@pytest.mark.parametrize("replaced", [0, 7, VOCAB - 1])
+def test_encoder_sees_the_replaced_token_and_the_loss_the_true_one(replaced: int) -> None:
+    model = small_autoencoder(replaced_token_id=replaced)
+    tokens = torch.randint(VOCAB, (3, 24))
+    keep = torch.rand(3, 24) > 0.3
+    seen = tokens.masked_fill(~keep, replaced)
+    eps = torch.randn(3, 6, LATENT)
+    kept = torch.ones(3, 6, LATENT, dtype=torch.bool)
+    losses = autoencoder_loss(model, tokens, TrainingNoise(keep, eps, kept))
+    mean, log_std = model.encode(seen)
+    logits = model.decode((mean + eps * log_std.exp()) / (1 - model.config.ae_dropout))
+    expected = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+    torch.testing.assert_close(losses.cross_entropy, expected)
+    kl = kl_divergence(Normal(mean, log_std.exp()), Normal(0.0, 1.0))
+    torch.testing.assert_close(losses.kl, kl.clamp(min=0.5).sum(-1).mean())
+
+
+@pytest.mark.parametrize("name", ["num_encoder_layers", "num_decoder_layers"])
+@pytest.mark.parametrize(("layers", "use"), [(-1, 2), (0, 2), (1, 2), (3, 4)])
+def test_layers_that_cannot_be_halved_are_refused(name: str, layers: int, use: int) -> None:
+    with pytest.raises(ValueError, match=f"{name}: {layers} is no even number.*use {use}"):
+        AutoencoderConfig(vocab_size=VOCAB, **{name: layers})
+
+
 def test_training_noise_has_the_asked_rates() -> None:
     model = small_autoencoder(token_dropout=0.15, ae_dropout=0.3)
     tokens = torch.zeros(50, 400, dtype=torch.int64)
@@ -162,28 +234,33 @@ def test_training_noise_has_the_asked_rates() -> None:
 def test_reconstruction_counts_tokens_with_the_mean_and_with_a_sample(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One posterior for all patches; every fourth has other tokens than its mean decodes to.
+    """One posterior for all patches; every fourth has other tokens than its mean decodes to, and
+    noise of a smaller or larger size than the posterior's changes fewer or more of them.
 
     Patches are decoded in chunks of 3, and blocks differ in size.
     """
     monkeypatch.setattr(reconstruction, "CHUNK_LOGITS", 3 * 4 * VOCAB)
     model = small_autoencoder()
     mean = torch.randn(LATENT)
-    set_posterior(model, mean, torch.zeros(LATENT))
+    set_posterior(model, mean, torch.full((LATENT,), 0.3).log())
     decoded = model.decode(mean[None, None])[0].argmax(-1)
     result = Reconstruction(LATENT, torch.device("cpu"))
-    right_with_sample = 0
+    sizes = (0.3, *reconstruction.NOISE_SIZES)
+    right = [0] * len(sizes)
     for patches in (40, 24):
         tokens = decoded.repeat(patches, 1)
         tokens[::4] = (tokens[::4] + 1) % VOCAB
         eps = torch.randn(patches, LATENT)
         result.add_block(model, tokens.flatten(), eps)
-        guesses = model.decode(mean + eps[None])[0].argmax(-1)
-        right_with_sample += int((guesses == tokens.flatten()).sum())
+        for i, size in enumerate(sizes):
+            guesses = model.decode(mean + size * eps[None])[0].argmax(-1)
+            right[i] += int((guesses == tokens.flatten()).sum())
     summary = result.summary(patch_size=4)
     assert summary["token_accuracy_mean"] == 0.75
-    assert summary["token_accuracy"] == right_with_sample / 256
-    assert 0 < summary["token_accuracy"] < 0.75
+    assert summary["token_accuracy"] == right[0] / 256
+    under_noise = summary["token_accuracy_under_noise"]
+    assert under_noise == {str(size): right[i] / 256 for i, size in enumerate(sizes[1:], start=1)}
+    assert 0 < under_noise["1.0"] < under_noise["0.1"] < 0.75
     assert summary["blocks"] == 2 and summary["latent_size"] == LATENT
 
 
@@ -204,3 +281,7 @@ def test_collapsed_and_active_dimensions() -> None:
     expected = [0.5 * float(m) ** 2 for m in mean[:4]]
     assert summary["kl_per_dim"][:4] == pytest.approx(expected, abs=1e-6)
     assert summary["mean_std"] == pytest.approx((4 + 2 * float(torch.tensor(-2.0).exp())) / 6)
+    with torch.no_grad():
+        means, _ = model.encode(tokens[None])
+    expected_spread = means[0].var(0, correction=0).mean().sqrt()
+    assert summary["spread"] == pytest.approx(float(expected_spread), rel=1e-5)

@@ -96,6 +96,7 @@ def test_long_text_file_becomes_documents_that_join_to_it(
         ("key.jsonl", b'{"txt": "a"}\n', r"key.jsonl:1: has no \"text\".*keys \['txt'\]"),
         ("number.jsonl", b'{"text": 3}\n', r"number.jsonl:1: has no \"text\""),
         ("list.jsonl", b"[1]\n", r"list.jsonl:1: has no \"text\".*found list"),
+        ("deep.jsonl", b'{"text": "a"}\n' + b"[" * 100_000, "deep.jsonl:2: is not a line of JSON"),
         ("half.jsonl", b'{"text": "\\ud83d"}\n', "half.jsonl:1: .*surrogate"),
         ("latin.txt", b"caf\xe9 au lait", r"latin.txt: is not UTF-8 text \(byte 3\)"),
         ("latin.jsonl", b'{"text": "caf\xe9"}\n', "latin.jsonl:1: is not a line of JSON in UTF-8"),

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ import torch
 from calm_dist.data import latents
 from calm_dist.data.corpus import ShuffledDocuments, pack_blocks
 from calm_dist.data.latents import finished_store, plan_store, read_meta, write_store
-from calm_dist.data.stream import open_store
+from calm_dist.data.stream import open_store, open_training_stream
 from calm_dist.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from calm_dist.errors import DataError
 from calm_dist.interop.huggingface import load_autoencoder, save_autoencoder
 from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
+from calm_dist.recipe import load_recipe
 
 REPOSITORY = Path(__file__).parents[2]
 BLOCK, SHARD_BYTES = 32, 4096
@@ -302,18 +304,50 @@ def test_inputs_that_do_not_fit_are_refused(inputs: Path, changes: dict, message
         plan_for(inputs, **changes)
 
 
-def test_tokenizer_that_the_autoencoder_was_not_trained_for_is_refused(
-    inputs: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("vocab_size", "message"),
+    [
+        (279, "has 280 entries, more than the 279 of the autoencoder .*; use its own tokenizer"),
+        ("280", "config.json: is not the configuration of an autoencoder"),
+        (0, "config.json: is not the configuration of an autoencoder"),
+    ],
+)
+def test_autoencoder_without_room_for_the_tokenizer_is_refused(
+    inputs: Path, tmp_path: Path, vocab_size: object, message: str
 ) -> None:
-    other = train_tokenizer(["abc"], 259, tmp_path / "tokenizer.json")
-    with pytest.raises(DataError, match=r"has 259 entries, the autoencoder .* trained for 280"):
-        plan_store(
-            [inputs / "corpus.jsonl"],
-            other,
-            variant="fp16",
-            block_size=32,
-            autoencoder=inputs / "autoencoder",
-        )
+    other = tmp_path / "autoencoder"
+    shutil.copytree(inputs / "autoencoder", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "vocab_size": vocab_size}))
+    with pytest.raises(DataError, match=message):
+        plan_for(inputs, autoencoder=other)
+
+
+def test_autoencoder_with_a_token_more_than_the_tokenizer(inputs: Path, tmp_path: Path) -> None:
+    """As the released ones: the store, and so the model, have the autoencoder's vocabulary."""
+    config = load_autoencoder(inputs / "autoencoder").config
+    larger = Autoencoder(replace(config, vocab_size=config.vocab_size + 1))
+    (tmp_path / "autoencoder").mkdir()
+    save_autoencoder(larger, tmp_path / "autoencoder")
+    plan = plan_for(inputs, autoencoder=tmp_path / "autoencoder")
+    assert plan.vocab_size == 281 == tokenizer_of(inputs).vocab_size + 1
+    corpus = [inputs / "corpus.jsonl"]
+    write_store(tmp_path / "out", corpus, tokenizer_of(inputs), plan, autoencoder=larger)
+
+    stream = open_training_stream([tmp_path / "out"], batch_size=2)
+    assert next(iter(stream))["mean"].shape == (2, 8, 6)
+    (meta,) = stream.metas
+    recipe = load_recipe(
+        REPOSITORY / "recipes" / "calm_tiny.yaml",
+        ["model.vocab_size=null", "model.latent_size=6", "data.block_size=32"],
+    ).with_store(meta.to_dict())
+    recipe = recipe.with_autoencoder(asdict(larger.config))
+    assert recipe.model.vocab_size == 281
+
+    # Where the autoencoder says which tokenizer it was trained with, the size does not matter.
+    (tmp_path / "autoencoder" / "state.json").write_text(json.dumps({"tokenizer_sha256": "f" * 64}))
+    with pytest.raises(DataError, match="trained with ffffffffffff"):
+        plan_for(inputs, autoencoder=tmp_path / "autoencoder")
 
 
 def test_tokenizer_of_the_same_size_is_told_from_the_autoencoders_own(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -20,17 +21,19 @@ from safetensors.torch import load_file
 
 from calm_dist.data.latents import plan_store, write_store
 from calm_dist.data.store import read_meta
+from calm_dist.data.stream import open_training_stream
 from calm_dist.data.tokenizer import train_tokenizer
 from calm_dist.interop.huggingface import load_autoencoder
 from calm_dist.parallel.launch import World, join_world
 from calm_dist.recipe import load_recipe
-from calm_dist.training.autoencoder import AutoencoderTrainer, block_noise
+from calm_dist.training.autoencoder import AutoencoderTrainer, autoencoder_config, block_noise
 from calm_dist.training.checkpoint import find_checkpoint
 from calm_dist.training.metrics import read_records
 from calm_dist.training.resolve import resolve
 
 REPOSITORY = Path(__file__).parents[2]
 TOOL = REPOSITORY / "tools" / "train_autoencoder.py"
+ENCODE = REPOSITORY / "tools" / "encode_latents.py"
 SECONDS = 240
 STEPS = 12
 WORDS = "the cat sat on a mat and saw that dog run"
@@ -53,14 +56,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def write_tokens_store(root: Path, split: str, num_documents: int, vocab_size: int = 270) -> None:
+def write_tokens_store(
+    root: Path, split: str, num_documents: int, vocab_size: int = 270, patch_size: int = 4
+) -> None:
     root.mkdir(exist_ok=True)
     corpus = root / f"{split}.jsonl"
     words = WORDS.split()
     texts = [" ".join(words[i * j % 11] for j in range(30)) for i in range(num_documents)]
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     tokenizer = train_tokenizer([WORDS], vocab_size, root / "tokenizer.json")
-    plan = plan_store([corpus], tokenizer, variant="tokens", block_size=32, patch_size=4)
+    plan = plan_store([corpus], tokenizer, variant="tokens", block_size=32, patch_size=patch_size)
     write_store(root / split, [corpus], tokenizer, plan)
 
 
@@ -114,13 +119,13 @@ def own_process_state() -> Iterator[None]:
     os.environ.update(environment)
 
 
-def run_tool(*arguments: str | Path) -> int:
+def run_tool(*arguments: str | Path, tool: Path = TOOL) -> int:
     """The tool in this process; its exit code."""
     before = sys.argv
-    sys.argv = [str(TOOL), *map(str, arguments)]
+    sys.argv = [str(tool), *map(str, arguments)]
     try:
         with pytest.raises(SystemExit) as exit_info:
-            runpy.run_path(str(TOOL), run_name="__main__")
+            runpy.run_path(str(tool), run_name="__main__")
     finally:
         sys.argv = before
         # A process that ends in an error leaves that to its end.
@@ -190,6 +195,7 @@ def test_a_run_leaves_records_and_a_loadable_autoencoder(unbroken: Path, stores:
     assert values["blocks"] == read_meta(stores / "valid").num_blocks
     assert len(values["kl_per_dim"]) == 6
     assert values["token_accuracy"] > scores[0]["eval"]["token_accuracy"]
+    assert list(values["token_accuracy_under_noise"]) == ["0.1", "0.3", "0.5", "1.0"]
 
     model = load_autoencoder(find_checkpoint(unbroken))
     mean, log_std = model.encode(torch.zeros(2, 32, dtype=torch.int64))
@@ -238,6 +244,54 @@ def test_two_ranks_train_as_one_process(unbroken: Path, recipe_file: Path, tmp_p
     ]
     assert scores[0][-1]["blocks"] == scores[1][-1]["blocks"]
     assert scores[0][-1]["mean_std"] == pytest.approx(scores[1][-1]["mean_std"], rel=1e-4)
+    # Rounding may turn a guess or two.
+    for name in ("token_accuracy", "token_accuracy_under_noise"):
+        assert scores[0][-1][name] == pytest.approx(scores[1][-1][name], rel=0.05)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
+def test_every_patch_size_trains_encodes_and_loads(
+    patch_size: int, recipe_file: Path, tmp_path: Path
+) -> None:
+    for split in ("train", "valid"):
+        write_tokens_store(tmp_path, split, 20, patch_size=patch_size)
+    overrides = [f"run.dir={tmp_path / 'run'}", f"data.path={tmp_path / 'train'}"]
+    overrides += [f"model.patch_size={patch_size}", "training.steps=2"]
+    assert run_tool(recipe_file, *overrides) == 0
+    records = read_records(tmp_path / "run")
+    assert [record["step"] for record in records] == [1, 2, 2]
+    assert all(math.isfinite(record["loss"]) for record in records[:2])
+    assert records[2]["eval"]["latent_size"] == 6
+
+    encode = ["--autoencoder", tmp_path / "run", "--tokenizer", tmp_path / "tokenizer.json"]
+    encode += ["--corpus", tmp_path / "train.jsonl", "--out", tmp_path / "latents"]
+    assert run_tool(*encode, "--block-size", "32", tool=ENCODE) == 0
+    model = load_autoencoder(find_checkpoint(tmp_path / "run"))
+    batch = next(iter(open_training_stream([tmp_path / "latents"], batch_size=3)))
+    for name, value in zip(("mean", "log_std"), model.encode(batch["tokens"]), strict=True):
+        assert value.shape == (3, 32 // patch_size, 6)
+        # Stored as fp16, which keeps 11 bits.
+        torch.testing.assert_close(batch[name], value, rtol=2**-11, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("override", "changes"),
+    [
+        ("model.kl_weight=0", {"kl_weight": 0.0}),
+        ("model.kl_clamp=0", {"kl_clamp": 0.0}),
+        ("model.latent_dropout=0", {"ae_dropout": 0.0}),
+        ("model.token_dropout=0", {"token_dropout": 0.0}),
+        ("model.replaced_token_id=7", {"replaced_token_id": 7}),
+    ],
+)
+def test_ablations_are_switches_of_the_recipe(
+    override: str, changes: dict[str, Any], recipe_file: Path
+) -> None:
+    """What each does to the loss is tested with the loss."""
+    default, changed = (
+        autoencoder_config(resolve(load_recipe(recipe_file, given))) for given in ([], [override])
+    )
+    assert changed == dataclasses.replace(default, **changes) != default
 
 
 def test_noise_belongs_to_the_block_and_the_step(trainer: AutoencoderTrainer) -> None:
