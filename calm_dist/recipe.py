@@ -174,6 +174,13 @@ class Recipe(Section):
             stored["model"]["patch_size"] = meta["patch_size"]
         if model.kind == "calm" and meta["latent_size"] is not None:
             stored["model"]["latent_size"] = meta["latent_size"]
+        if (
+            model.kind == "calm"
+            and meta["variant"] == "tokens"
+            and (model.autoencoder or (model.vocab_size or 0) > meta["vocab_size"])
+        ):
+            # The autoencoder has the last word on its vocabulary, which may be the larger one.
+            del stored["model"]["vocab_size"]
         problems = [
             f"{section}.{name}: {wanted} in the recipe, {value} in the data store; change the "
             "recipe, leave the field out where it is optional, or use another store"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import BaseModel, ValidationError
 
 if TYPE_CHECKING:
-    from calm_dist.recipe import Recipe
+    from calm_dist.recipe import AutoencoderSize, Recipe
 
 VOCAB_MULTIPLE = 64
 """Rows of vocabulary-parallel tables are padded to a multiple of this, whatever the layout, so that
@@ -130,12 +130,9 @@ def _shape_problems(recipe: Recipe) -> list[str]:
                 f"model.replaced_token_id: {token} is outside the vocabulary of {vocabulary}; use "
                 "the id of a token that never occurs in text, or leave it out"
             )
-        return problems + [
-            f"model.{name}: {layers} is odd, but half of the layers work on tokens and half on "
-            f"patches; use {layers + 1}"
-            for name in ("num_encoder_layers", "num_decoder_layers")
-            if (layers := getattr(model, name)) % 2
-        ]
+        return problems + _odd_layers(model, "model")
+    if model.kind == "calm":
+        problems += _odd_layers(model.autoencoder_size, "model.autoencoder_size")
     if model.hidden_size % (2 * model.num_attention_heads):
         problems.append(
             f"model.hidden_size: {model.hidden_size} does not give each of the "
@@ -148,6 +145,15 @@ def _shape_problems(recipe: Recipe) -> list[str]:
             f"model.num_attention_heads {model.num_attention_heads}; use a divisor of it"
         )
     return problems
+
+
+def _odd_layers(size: AutoencoderSize, section: str) -> list[str]:
+    return [
+        f"{section}.{name}: {layers} is odd, but half of the layers work on tokens and half on "
+        f"patches; use {layers + 1}"
+        for name in ("num_encoder_layers", "num_decoder_layers")
+        if (layers := getattr(size, name)) % 2
+    ]
 
 
 def _layout_problems(recipe: Recipe) -> list[str]:
@@ -183,17 +189,19 @@ def _layout_problems(recipe: Recipe) -> list[str]:
             f"parallel.tensor_parallel_size: {tensor} does not divide {VOCAB_MULTIPLE}, to a "
             "multiple of which vocabulary tables are padded; use a power of two"
         )
-    layers, chunks = model.num_hidden_layers, pipeline * parallel.chunks_per_stage
-    if layers % pipeline:
+    layers, chunks = model.num_hidden_layers, parallel.chunks_per_stage
+    if pipeline * chunks > layers:
         problems.append(
-            f"parallel.pipeline_parallel_size: {pipeline} does not divide model.num_hidden_layers "
-            f"{layers}; use a divisor of it"
+            f"parallel.pipeline_parallel_size: {pipeline} stages of {chunks} chunks need as many "
+            f"layers, but model.num_hidden_layers is {layers}; use fewer stages or chunks"
         )
-    elif layers % chunks:
+    given = parallel.stage_layers
+    if given is not None and (
+        len(given) != pipeline or sum(given) != layers or min(given) < chunks
+    ):
         problems.append(
-            f"parallel.virtual_pipeline_size: {parallel.virtual_pipeline_size} on each of "
-            f"{pipeline} stages makes {chunks} chunks, which do not divide "
-            f"model.num_hidden_layers {layers}; use a divisor of {layers // pipeline}"
+            f"parallel.stage_layers: {list(given)}; give {pipeline} numbers of at least {chunks} "
+            f"that add up to model.num_hidden_layers {layers}, or leave it out"
         )
     return problems
 

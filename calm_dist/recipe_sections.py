@@ -213,6 +213,9 @@ class Parallel(Section):
     pipeline_parallel_size: Positive = 1
     virtual_pipeline_size: Annotated[int, Field(ge=2)] | None = None
     """Model chunks per pipeline stage for the interleaved schedule; plain 1F1B where absent."""
+    stage_layers: Annotated[tuple[Positive, ...], Field(strict=False)] | None = None
+    """Layers of each pipeline stage; where absent, so many that all stages have about as much work,
+    the head's on the last one included."""
     sequence_parallel: bool = False
     """Share norms and dropout along the sequence over tensor-parallel ranks; no effect alone."""
     context_parallel_size: Positive = 1

@@ -15,7 +15,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, ModelType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -30,11 +30,11 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from calm_dist.models.attention import CoreAttention, RMSNorm
+from calm_dist.models.attention import CachedSelfAttention, CoreAttention, RMSNorm
+from calm_dist.models.kv_cache import SLOT_MULTIPLE, KeyValueCache
 from calm_dist.models.patch_embedding import PatchEmbedding, TokenEmbedding
 from calm_dist.recipe import BackboneRecipe, Recipe
-
-RMS_NORM_EPS = 1e-6
+from calm_dist.stages import chunk_sizes
 
 
 def transformer_config(recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:
@@ -52,8 +52,9 @@ def transformer_config(recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.intermediate_size,
         num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.key_value_heads,
         normalization="RMSNorm",
-        layernorm_epsilon=RMS_NORM_EPS,
+        layernorm_epsilon=model.rms_norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
@@ -62,6 +63,7 @@ def transformer_config(recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_size,
+        pipeline_model_parallel_layout=_pipeline_layout(recipe),
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_parallel_size > 1,
         params_dtype=dtype,
@@ -84,10 +86,23 @@ def transformer_config(recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:
     )
 
 
+def _pipeline_layout(recipe: Recipe) -> list[list[str]] | None:
+    """Megatron's form of `stages.chunk_sizes`: the parts of all stages' first chunks, then of their
+    second ones, ..."""
+    sizes = chunk_sizes(recipe)
+    if len(sizes) == 1:
+        return None
+    chunks = zip(*sizes, strict=True)
+    layout = [["decoder"] * size for stages in chunks for size in stages]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout
+
+
 def layer_spec() -> ModuleSpec:
     """One Llama-like layer of Megatron's own parts."""
     attention = ModuleSpec(
-        module=SelfAttention,
+        module=CachedSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
@@ -176,6 +191,7 @@ class Backbone(MegatronModule):
         num_steps: int,
         positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         """Run this stage.
 
@@ -184,9 +200,43 @@ class Backbone(MegatronModule):
             num_steps: length of the whole sequence in steps.
             positions: rotary position of each step [num_steps]; default 0, 1, 2, ...
             mask: [num_steps, num_steps], True where a step may attend; default causal.
+            cache: the steps before these, to which these are added; it decides positions and mask.
+                Without pipeline stages, for inference. B may exceed its rows: the surplus only
+                fills up the batch.
+
+        Raises:
+            ValueError: the cache has no room.
         """
-        rotary = self.rotary(num_steps if positions is None else int(positions.max()) + 1)
-        if positions is not None:
-            rotary = rotary[positions.to(rotary.device)]
+        if cache is None:
+            rotary = self.rotary(num_steps if positions is None else int(positions.max()) + 1)
+            if positions is not None:
+                rotary = rotary[positions.to(rotary.device)]
+        else:
+            assert positions is None and mask is None
+            positions = F.pad(cache.begin(num_steps), (0, tokens.shape[0] - cache.num_rows))
+            rotary = self.rotary(cache.max_sequence_length)
+            rotary = rotary[positions.to(rotary.device)].flatten(2, 3)
         hidden = self.embedding(tokens) if self.embedding is not None else None
-        return self.decoder(hidden_states=hidden, attention_mask=mask, rotary_pos_emb=rotary)
+        hidden = self.decoder(
+            hidden_states=hidden,
+            attention_mask=mask,
+            rotary_pos_emb=rotary,
+            inference_context=cache,
+        )
+        if cache is not None:
+            cache.advance()
+        return hidden
+
+    def new_cache(self, rows: int, steps: int) -> KeyValueCache:
+        """An empty cache for the whole body: ``rows`` texts of at most ``steps`` steps each."""
+        slots = -(-steps // SLOT_MULTIPLE) * SLOT_MULTIPLE
+        memory = {}
+        for layer in self.decoder.layers:
+            attention = layer.self_attention
+            shape = (rows, slots, attention.num_query_groups_per_partition)
+            weight = attention.linear_qkv.weight
+            memory[attention.layer_number] = (
+                weight.new_empty(*shape, attention.key_hidden_size),
+                weight.new_empty(*shape, attention.val_hidden_size),
+            )
+        return KeyValueCache(memory, torch.zeros(rows, dtype=torch.long))

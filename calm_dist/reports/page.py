@@ -215,9 +215,11 @@ def _measured(run: Run) -> str:
     protocol = run.last_evaluation.get("protocol")
     if not protocol:
         return ""
+    aligned = f"at the beginnings of patches of {protocol['patch_size']}"
+    where = aligned if protocol["alignment"] == "patch" else "at every token"
     return (
         f"{escape(run.name)}: {protocol['blocks']} blocks of {protocol['block_size']} tokens, "
-        f"{protocol['positions']} n-grams aligned to patches of {protocol['patch_size']}, "
+        f"{protocol['positions']} n-grams {where}, "
         f"{protocol['samples']} draws each, data {run.last_evaluation['data_fingerprint'][:12]}"
     )
 

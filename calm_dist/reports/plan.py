@@ -14,6 +14,7 @@ from typing import Any
 from calm_dist import flops
 from calm_dist.recipe import AutoencoderRecipe, CalmRecipe, Recipe, TransformerRecipe
 from calm_dist.recipe_checks import TIME_FEATURES, VOCAB_MULTIPLE
+from calm_dist.stages import stage_layers, work_shares
 
 ADAM_MOMENTS_BYTES = 8
 FP32_BYTES = 4
@@ -44,8 +45,11 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         RecipeError: the recipe leaves a size to its data store; `Recipe.with_store` fills it in.
     """
     counts = flops.count(recipe)
-    stages = [_stage(recipe, counts, stage) for stage in range(_pipeline_size(recipe))]
-    shares = [stage["train_flops_share"] for stage in stages]
+    shares = work_shares(recipe)
+    stages = [
+        {**_stage(recipe, counts, stage), "train_flops_share": share}
+        for stage, share in enumerate(shares)
+    ]
     chunks = recipe.num_micro_batches * recipe.parallel.chunks_per_stage
     return {
         "name": recipe.run.display_name,
@@ -116,17 +120,6 @@ def format_plan(values: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def stage_layers(recipe: Recipe, stage: int) -> list[int]:
-    """Numbers of the layers on a pipeline stage: equal shares, dealt in turn to its chunks."""
-    model, parallel = recipe.model, recipe.parallel
-    if model.kind == "autoencoder":
-        return []
-    stages, chunks = parallel.pipeline_parallel_size, parallel.chunks_per_stage
-    each = model.num_hidden_layers // (stages * chunks)
-    starts = [(chunk * stages + stage) * each for chunk in range(chunks)]
-    return [layer for start in starts for layer in range(start, start + each)]
-
-
 def _layout(recipe: Recipe) -> dict[str, Any]:
     parallel, training = recipe.parallel, recipe.training
     return {
@@ -147,28 +140,16 @@ def _layout(recipe: Recipe) -> dict[str, Any]:
 def _stage(recipe: Recipe, counts: flops.Counts, stage: int) -> dict[str, Any]:
     layers = stage_layers(recipe, stage)
     if recipe.model.kind == "autoencoder":
-        memory, share = _autoencoder_memory(recipe, recipe.model, counts), 1.0
+        memory = _autoencoder_memory(recipe, recipe.model, counts)
     else:
         memory = _body_memory(recipe, recipe.model, stage)
-        share = _flops_share(recipe, counts, stage)
         if recipe.model.kind == "calm" and stage == _pipeline_size(recipe) - 1:
             memory += _head_memory(recipe, recipe.model)
     return {
         "stage": stage,
         "layers": layers,
-        "train_flops_share": share,
         "memory_bytes": {**asdict(memory), "total": memory.total},
     }
-
-
-def _flops_share(recipe: Recipe, counts: flops.Counts, stage: int) -> float:
-    """This stage's part of the training FLOPs of one replica."""
-    stages = _pipeline_size(recipe)
-    here = {"attention": 1 / stages, "mlp": 1 / stages}
-    here |= {"patch_compressor": float(stage == 0)}
-    here |= dict.fromkeys(("head", "output_layer"), float(stage == stages - 1))
-    done = sum(here.get(part.name, 0) * part.train_flops_per_token_ours for part in counts.parts)
-    return done / counts.train_flops_per_token_ours
 
 
 def _body_memory(recipe: Recipe, model: CalmRecipe | TransformerRecipe, stage: int) -> Memory:
@@ -209,7 +190,7 @@ def _body_activations(recipe: Recipe, model: CalmRecipe | TransformerRecipe, sta
     # of the first linear, SiLU of the gate, and the product.
     layer = positions * (4 * d / along_sequence + (4 * d + 4 * f) / tensor)
     kept = positions * d / along_sequence if parallel.recompute else layer
-    layers_per_chunk = len(stage_layers(recipe, stage)) // parallel.chunks_per_stage
+    layers_per_chunk = len(stage_layers(recipe, stage)) / parallel.chunks_per_stage
     in_flight = _chunks_in_flight(recipe, stage)
     elements = in_flight * layers_per_chunk * kept + (layer if parallel.recompute else 0)
     if stage == 0 and model.kind == "calm":

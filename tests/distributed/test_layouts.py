@@ -41,6 +41,7 @@ LONG: Layouts = {
         "dp2zero1": ALONE | {"parallel__zero_stage": 1},
         "pp2recompute": PP2 | {"parallel__recompute": True},
         "pp2interleaved": PP2 | VPP2,
+        "pp2uneven": PP2 | {"parallel__stage_layers": "[1,3]"},
     },
     4: {
         "tp2pp2": TP2 | {"parallel__pipeline_parallel_size": 2},
