@@ -22,11 +22,15 @@ def parse_arguments() -> argparse.Namespace:
         "--seed", type=at_least(0), help="seed of the draws (default: the recipe's)"
     )
     parser.add_argument(
+        "--alignment",
+        choices=("patch", "all"),
+        help="score n-grams at the beginnings of patches, as published, or at every position "
+        "(default: the recipe's)",
+    )
+    parser.add_argument(
         "--alignment-stride",
         type=int,
-        default=4,
-        help="Transformer: n-grams begin at its multiples; set it to the patch size of the CALM "
-        "to compare with (default: 4)",
+        help="Transformer: the patch size of the CALM to compare with (default: the store's)",
     )
     parser.add_argument(
         "--all-checkpoints", action="store_true", help="score every checkpoint of the run"
@@ -59,6 +63,7 @@ def main() -> None:
             blocks=args.blocks,
             samples=args.samples,
             seed=args.seed,
+            alignment=args.alignment,
             alignment_stride=args.alignment_stride,
         )
         results.append(evaluate.evaluate(model, store, settings, show_progress=True))

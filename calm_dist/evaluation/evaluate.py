@@ -7,23 +7,21 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from calm_dist.data.progress import progress
 from calm_dist.errors import DataError, UserError
-from calm_dist.evaluation.brier import (
-    NGRAM,
-    aligned_starts,
-    estimate_brierlm,
-    scores_from_draws,
-    scores_from_softmax,
+from calm_dist.evaluation.block_scores import (
+    BlockScores,
+    score_calm_block,
+    score_transformer_block,
 )
-from calm_dist.evaluation.generate import calm_recipe, decode_latents
-from calm_dist.losses.energy import energy_score
+from calm_dist.evaluation.brier import NGRAM, Alignment, estimate_brierlm, ngram_starts
+from calm_dist.evaluation.generate import calm_recipe
+from calm_dist.training import checkpoint
 from calm_dist.training.metrics import METRICS_FILE, read_records
 
 if TYPE_CHECKING:
@@ -45,15 +43,20 @@ class EvaluationSettings:
     samples: int = 8
     """Independent draws for each position, at least 2."""
     seed: int = 0
-    alignment_stride: int = 4
-    """Transformer: n-grams begin at its multiples. CALM uses its own patch size."""
+    alignment: Alignment = "patch"
+    """``patch``: n-grams begin where patches begin, as published. ``all``: at every position from
+    the first of these on; CALM is run once for each of the K ways to cut a block into patches."""
+    alignment_stride: int | None = None
+    """Transformer: the patch size of the CALM to compare with; None: the store's."""
 
     def __post_init__(self) -> None:
         if self.blocks is not None and self.blocks < 1:
             raise UserError(f"blocks {self.blocks}: must be at least 1")
         if self.samples < 2:
             raise UserError(f"samples {self.samples}: the Brier score needs at least 2")
-        if self.alignment_stride < 1:
+        if self.alignment not in get_args(Alignment):
+            raise UserError(f"alignment {self.alignment}: must be one of {get_args(Alignment)}")
+        if self.alignment_stride is not None and self.alignment_stride < 1:
             raise UserError(f"alignment_stride {self.alignment_stride}: must be at least 1")
 
 
@@ -63,7 +66,8 @@ def settings_of(
     blocks: int | None = None,
     samples: int | None = None,
     seed: int | None = None,
-    alignment_stride: int = 4,
+    alignment: Alignment | None = None,
+    alignment_stride: int | None = None,
 ) -> EvaluationSettings:
     """The settings that a recipe asks for, with what is given here instead of its values."""
     wanted = recipe.evaluation
@@ -71,18 +75,9 @@ def settings_of(
         blocks=wanted.blocks if blocks is None else blocks,
         samples=wanted.samples if samples is None else samples,
         seed=wanted.seed if seed is None else seed,
+        alignment=wanted.alignment if alignment is None else alignment,
         alignment_stride=alignment_stride,
     )
-
-
-@dataclass(frozen=True)
-class BlockResult:
-    """The scores of one block."""
-
-    brier: Tensor
-    """Unbiased Brier-1..4 of each position, float64 ``[positions, 4]``."""
-    means: dict[str, float]
-    """Further measures, averaged over the block's equally many tokens or patches."""
 
 
 @torch.no_grad()
@@ -103,31 +98,28 @@ def evaluate(
 
     Returns:
         A JSON-able dict: kind, checkpoint, step, tokens_seen, brier [4], brier_stderr, brierlm,
-        brierlm_stderr (None with the reason in stderr_undefined), protocol {block_size,
-        patch_size, samples, alignment, blocks, positions}, data_fingerprint, seed. Transformer:
-        cross_entropy (nats per token, all tokens of a block but the first) and perplexity. CALM:
-        energy_loss, and reconstruction_accuracy of the tokens from their posterior's samples and
-        (reconstruction_accuracy_mean) from its mean.
+        brierlm_stderr (None with the reason in stderr_undefined), protocol, data_fingerprint,
+        seed. The protocol is {block_size, patch_size, samples, alignment, blocks, positions,
+        starts {first, last, stride, per_block}, estimator}, and for CALM the kind of its head.
+        Transformer: cross_entropy (nats per token, all tokens of a block but the first) and
+        perplexity. CALM: energy_loss of any head's samples, and reconstruction_accuracy of the
+        tokens from their posterior's samples and (reconstruction_accuracy_mean) from its mean.
 
     Raises:
         DataError: the store does not fit the checkpoint.
-        UserError: a patch is shorter than the longest n-gram, or the blocks are too short.
+        UserError: the blocks are too short.
     """
-    stride = settings.alignment_stride
-    if model.kind == "calm":
-        stride = calm_recipe(model).patch_size
     check_store(model, store.meta)
-    block_size = store.meta.block_size
-    starts = aligned_starts(block_size, stride)
-    if model.kind == "calm" and stride < NGRAM:
-        raise UserError(
-            f"model.patch_size {stride}: BrierLM of a CALM needs patches of at least {NGRAM} "
-            "tokens, since its n-grams lie inside one patch"
-        )
+    if model.kind == "calm":
+        patch_size, score_block = calm_recipe(model).patch_size, score_calm_block
+    else:
+        patch_size = settings.alignment_stride or store.meta.patch_size
+        score_block = score_transformer_block
+    starts = ngram_starts(store.meta.block_size, patch_size, settings.alignment)
     if len(starts) == 0:
         raise UserError(
-            f"data.block_size {block_size}: too short for an n-gram of {NGRAM} tokens after the "
-            f"first {stride}; use a store of longer blocks"
+            f"data.block_size {store.meta.block_size}: too short for an n-gram of {NGRAM} tokens "
+            f"after the first {patch_size}; use a store of longer blocks"
         )
     results = []
     numbers = _spaced(len(store), settings.blocks)
@@ -135,13 +127,32 @@ def evaluate(
     for number in shown if show_progress else numbers:
         # A block's draws depend on nothing but the seed and its number in the store.
         seed = int(np.random.SeedSequence([settings.seed, number]).generate_state(1)[0])
-        block = store[number]
-        if model.kind == "calm":
-            results.append(_score_calm_block(model, block, settings.samples, seed))
-        else:
-            tokens = torch.from_numpy(block["tokens"].astype(np.int64))
-            results.append(_score_tokens(model, tokens, starts, settings.samples, seed))
-    return _summary(model, store.meta, settings, stride, results)
+        results.append(score_block(model, store[number], starts, settings.samples, seed))
+    protocol = {
+        "block_size": store.meta.block_size,
+        "patch_size": patch_size,
+        "samples": settings.samples,
+        "alignment": settings.alignment,
+        "blocks": len(results),
+        "positions": len(results) * len(starts),
+        "starts": {
+            "first": int(starts[0]),
+            "last": int(starts[-1]),
+            "stride": patch_size if settings.alignment == "patch" else 1,
+            "per_block": len(starts),
+        },
+        **_estimator(model),
+    }
+    return _summary(model, store.meta, settings, protocol, results)
+
+
+def _estimator(model: LoadedModel) -> dict[str, str]:
+    """How the Brier-n were estimated."""
+    if model.kind != "calm":
+        return {"estimator": "softmax, collisions along sampled paths"}
+    recipe = calm_recipe(model)
+    continued = ", continued where they agree" if recipe.patch_size < NGRAM else ""
+    return {"estimator": f"all pairs of draws{continued}", "head": recipe.head.kind}
 
 
 def _spaced(available: int, wanted: int | None) -> list[int]:
@@ -151,69 +162,12 @@ def _spaced(available: int, wanted: int | None) -> list[int]:
     return [number * available // wanted for number in range(wanted)]
 
 
-def _score_tokens(
-    model: LoadedModel, tokens: Tensor, starts: Tensor, samples: int, seed: int
-) -> BlockResult:
-    result = scores_from_softmax(model.logits, tokens, starts, num_draws=samples, seed=seed)
-    return BlockResult(result.scores, {"cross_entropy": float(result.nats.double().mean())})
-
-
-def _score_calm_block(
-    model: LoadedModel, block: Mapping[str, np.ndarray], samples: int, seed: int
-) -> BlockResult:
-    """Brier scores from ``samples`` draws of each patch but the first, and the held-out losses."""
-    recipe = calm_recipe(model)
-    tokens = torch.from_numpy(block["tokens"].astype(np.int64))
-    patches = tokens.reshape(-1, recipe.patch_size)  # [P, K]
-    hidden = model.hidden(tokens[None])[0, :-1]  # [P-1, d]
-    mean, log_std = (part.to(hidden.device) for part in _posterior(model, block, tokens))
-
-    generator = torch.Generator().manual_seed(seed)
-    noise = model.head.draw_noise(generator, samples, len(hidden)).to(hidden)
-    latents = model.head.sample(hidden, noise)  # [samples, P-1, l]
-    draws = decode_latents(model, latents.flatten(0, 1)).reshape(samples, len(hidden), -1)
-    target = patches[1:, :NGRAM].to(draws.device)
-    score = energy_score(
-        latents[: recipe.head.num_samples],
-        mean[1:],
-        log_std[1:],
-        beta=recipe.head.beta,
-        num_draws=recipe.head.posterior_samples,
-        seed=seed,
-    )
-    posterior_noise = torch.randn(mean.shape, generator=generator).to(mean)
-    rebuilt = decode_latents(model, mean + posterior_noise * log_std.exp())
-    rebuilt_mean = decode_latents(model, mean)
-    means = {
-        "energy_loss": -float(score.double().mean()),
-        "reconstruction_accuracy": _share_equal(rebuilt, patches),
-        "reconstruction_accuracy_mean": _share_equal(rebuilt_mean, patches),
-    }
-    return BlockResult(scores_from_draws(draws[..., :NGRAM], target), means)
-
-
-def _posterior(
-    model: LoadedModel, block: Mapping[str, np.ndarray], tokens: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Mean and log_std ``[P, l]``: as stored, or encoded now where the store has tokens only."""
-    if "mean" in block:
-        stored = [torch.from_numpy(block[name].astype(np.float32)) for name in ("mean", "log_std")]
-        return stored[0], stored[1]
-    assert model.autoencoder is not None
-    mean, log_std = model.autoencoder.encode(tokens[None].to(model.device))
-    return mean[0], log_std[0]
-
-
-def _share_equal(left: Tensor, right: Tensor) -> float:
-    return float((left == right.to(left.device)).double().mean())
-
-
 def _summary(
     model: LoadedModel,
     meta: StoreMeta,
     settings: EvaluationSettings,
-    stride: int,
-    results: list[BlockResult],
+    protocol: dict[str, Any],
+    results: list[BlockScores],
 ) -> dict[str, Any]:
     """The result dict of `evaluate` from the blocks' results."""
     scores = np.stack([result.brier.mean(0).cpu().numpy() for result in results])
@@ -233,14 +187,7 @@ def _summary(
         **estimate,
         **({"stderr_undefined": undefined} if undefined else {}),
         **means,
-        "protocol": {
-            "block_size": meta.block_size,
-            "patch_size": stride,
-            "samples": settings.samples,
-            "alignment": "patch",
-            "blocks": len(results),
-            "positions": sum(len(result.brier) for result in results),
-        },
+        "protocol": protocol,
         "data_fingerprint": meta.fingerprint,
         "seed": settings.seed,
     }
@@ -249,13 +196,19 @@ def _summary(
 def check_store(model: LoadedModel, meta: StoreMeta) -> None:
     """Refuse a store that was made for another tokenizer, autoencoder or patch size.
 
+    The tokenizer of an imported checkpoint is not known. A vocabulary may be larger than the
+    store's: the released ones have a row that no token of their tokenizer uses.
+
     Raises:
         DataError: naming both values.
     """
     facts: list[tuple[str, str | int | None, str | int | None]] = [
         ("tokenizer sha256", meta.tokenizer.sha256, model.tokenizer_sha256),
-        ("vocab_size", meta.vocab_size, model.recipe.model.vocab_size),
     ]
+    vocab_size = model.recipe.model.vocab_size
+    assert vocab_size is not None
+    if vocab_size < meta.vocab_size:
+        facts.append(("vocab_size", meta.vocab_size, vocab_size))
     if model.kind == "calm":
         recipe = calm_recipe(model)
         facts.append(("patch_size", meta.patch_size, recipe.patch_size))
@@ -270,11 +223,10 @@ def check_store(model: LoadedModel, meta: StoreMeta) -> None:
             )
 
 
-def run_directory(checkpoint: Path) -> Path | None:
+def run_directory(directory: Path) -> Path | None:
     """The run directory that a step directory lies in, or None where it stands alone."""
-    run = checkpoint.resolve().parent.parent
-    is_run = checkpoint.resolve().parent.name == "checkpoints" and (run / "recipe.yaml").is_file()
-    return run if is_run else None
+    run = checkpoint.run_directory(directory.resolve())
+    return run if run is not None and (run / checkpoint.RECIPE_FILE).is_file() else None
 
 
 def record(run: Path, result: Mapping[str, Any]) -> bool:

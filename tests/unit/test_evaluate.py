@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -15,27 +16,44 @@ from torch import Tensor
 
 from calm_dist.data.store import StoreMeta
 from calm_dist.errors import DataError, UserError
+from calm_dist.evaluation import block_scores
 from calm_dist.evaluation import evaluate as evaluation
 from calm_dist.evaluation.evaluate import EvaluationSettings, evaluate
-from calm_dist.recipe import Recipe
+from calm_dist.recipe import CalmRecipe, Recipe
+from calm_dist.training.build import build_head
 
 VOCAB, K, BLOCK = 32, 4, 24
 TOKENIZER, AUTOENCODER, FINGERPRINT = "a" * 64, "b" * 64, "d" * 64
 
 
-class TinyStore(list):
-    """Blocks of patches [c, c, c, c]; each latent is the patch itself, with no spread."""
+def follower(token: Any, steps: int = 1) -> Any:
+    """The rule of the text, for numbers, arrays and tensors below 31: no token follows itself."""
+    for _ in range(steps):
+        token = (token + 1) % 31
+    return token
 
-    def __init__(self, blocks: int, patch_size: int = K) -> None:
-        rng = np.random.default_rng(0)
-        values = rng.integers(0, VOCAB - 1, (blocks, BLOCK // patch_size))
+
+def rule_text(blocks: int, obeyed: float) -> np.ndarray:
+    """Tokens ``[blocks, BLOCK]`` that follow the rule with this probability, else anything."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, VOCAB - 1, (blocks, BLOCK))
+    for at in range(1, BLOCK):
+        obeys = rng.random(blocks) < obeyed
+        rows[obeys, at] = follower(rows[obeys, at - 1])
+    return rows
+
+
+class TinyStore(list):
+    """Blocks of text that follows a rule; each latent is the patch itself, with no spread."""
+
+    def __init__(self, blocks: int, patch_size: int = K, obeyed: float = 1.0) -> None:
         super().__init__(
             {
-                "tokens": np.repeat(row, patch_size).astype(np.uint32),
-                "mean": np.repeat(row[:, None], patch_size, 1).astype(np.float16),
-                "log_std": np.full((len(row), patch_size), -20, np.float16),
+                "tokens": row.astype(np.uint32),
+                "mean": row.reshape(-1, patch_size).astype(np.float16),
+                "log_std": np.full((BLOCK // patch_size, patch_size), -20, np.float16),
             }
-            for row in values
+            for row in rule_text(blocks, obeyed)
         )
         self.meta = StoreMeta.model_validate(
             {
@@ -61,7 +79,7 @@ class TinyStore(list):
         )
 
 
-def recipe(kind: str, **model: int) -> Recipe:
+def recipe(kind: str, **model: Any) -> Recipe:
     sizes = {
         "vocab_size": VOCAB,
         "hidden_size": 8,
@@ -80,8 +98,11 @@ def recipe(kind: str, **model: int) -> Recipe:
 
 
 class OneHotAutoencoder:
+    def __init__(self, patch_size: int) -> None:
+        self.patch_size = patch_size
+
     def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        mean = tokens.reshape(len(tokens), -1, K).float()
+        mean = tokens.reshape(len(tokens), -1, self.patch_size).float()
         return mean, torch.full_like(mean, -20)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -99,11 +120,12 @@ class MostlyRightHead:
         return hidden + (noise > 0.25)
 
 
-def clairvoyant_calm(patch_size: int = K) -> Any:
-    """A CALM whose hidden states are the next patches."""
+def rule_calm(patch_size: int = K, head: Any = None) -> Any:
+    """A CALM whose hidden states are the patches that follow by the rule."""
 
-    def hidden(tokens: Tensor) -> Tensor:
-        return tokens.reshape(len(tokens), -1, patch_size).roll(-1, 1).float()
+    def hidden(tokens: Tensor, *_: Tensor) -> Tensor:
+        last = tokens.unflatten(1, (-1, patch_size))[..., -1]
+        return torch.stack([follower(last, step + 1) for step in range(patch_size)], -1).float()
 
     return SimpleNamespace(
         kind="calm",
@@ -114,20 +136,28 @@ def clairvoyant_calm(patch_size: int = K) -> Any:
         tokens_seen=4096,
         tokenizer_sha256=TOKENIZER,
         autoencoder_sha256=AUTOENCODER,
-        autoencoder=OneHotAutoencoder(),
-        head=MostlyRightHead(),
+        autoencoder=OneHotAutoencoder(patch_size),
+        head=head or MostlyRightHead(),
         hidden=hidden,
     )
 
 
-def uniform_transformer() -> Any:
-    def logits(tokens: Tensor, positions: Any = None, mask: Any = None) -> Tensor:
-        return torch.zeros(*tokens.shape, VOCAB)
-
-    model = clairvoyant_calm()
+def transformer_of(logits: Any) -> Any:
+    model = rule_calm()
     model.kind, model.logits = "transformer", logits
     model.recipe = recipe("transformer")
     return model
+
+
+def uniform_transformer() -> Any:
+    return transformer_of(lambda tokens, *_: torch.zeros(*tokens.shape, VOCAB))
+
+
+def rule_transformer() -> Any:
+    def logits(tokens: Tensor, *_: Tensor) -> Tensor:
+        return 200 * torch.nn.functional.one_hot(follower(tokens), VOCAB).float()
+
+    return transformer_of(logits)
 
 
 def test_calm_scores_have_their_closed_form() -> None:
@@ -135,7 +165,7 @@ def test_calm_scores_have_their_closed_form() -> None:
 
     Within 4.5 standard errors (6.8e-6 to fail by chance, times four dependent values).
     """
-    result = evaluate(clairvoyant_calm(), TinyStore(60), EvaluationSettings(samples=6))
+    result = evaluate(rule_calm(), TinyStore(60), EvaluationSettings(samples=6))
     assert result["brier"] == pytest.approx([0.875] * 4, abs=4.5 * result["brier_stderr"][0])
     assert result["brierlm"] == pytest.approx(87.5, abs=4.5 * result["brierlm_stderr"])
     # Per position 0.106 with six draws, five positions in each of 60 blocks.
@@ -150,6 +180,9 @@ def test_calm_scores_have_their_closed_form() -> None:
         "alignment": "patch",
         "blocks": 60,
         "positions": 300,
+        "starts": {"first": 4, "last": 20, "stride": 4, "per_block": 5},
+        "estimator": "all pairs of draws",
+        "head": "energy",
     }
     assert (result["step"], result["tokens_seen"]) == (20, 4096)
     assert result["data_fingerprint"] == FINGERPRINT
@@ -161,9 +194,7 @@ def test_tokens_only_stores_are_encoded_on_the_fly() -> None:
     for block in tokens_only:
         del block["mean"], block["log_std"]
     settings = EvaluationSettings(samples=4)
-    assert evaluate(clairvoyant_calm(), stored, settings) == evaluate(
-        clairvoyant_calm(), tokens_only, settings
-    )
+    assert evaluate(rule_calm(), stored, settings) == evaluate(rule_calm(), tokens_only, settings)
 
 
 def test_transformer_scores_have_their_closed_form() -> None:
@@ -173,6 +204,79 @@ def test_transformer_scores_have_their_closed_form() -> None:
     assert result["cross_entropy"] == pytest.approx(math.log(VOCAB))
     assert result["perplexity"] == pytest.approx(VOCAB)
     assert result["protocol"]["positions"] == 15 and result["protocol"]["patch_size"] == 4
+
+
+class RightHead(MostlyRightHead):
+    def sample(self, hidden: Tensor, noise: Tensor) -> Tensor:
+        return hidden + 0 * noise
+
+
+@pytest.mark.parametrize("alignment", ["patch", "all"])
+@pytest.mark.parametrize("patch_size", [1, 2, 3, 4, 8])
+def test_calm_and_transformer_are_scored_on_the_same_ngrams(
+    patch_size: int, alignment: Any
+) -> None:
+    """Both know the rule that the text obeys at times, so that both hit where the text does.
+
+    They never disagree with themselves: Brier-n is 2·hit - 1, over the starts of the definition.
+    """
+    store = TinyStore(5, patch_size, obeyed=0.8)
+    settings = EvaluationSettings(samples=2, alignment=alignment)
+    calm = evaluate(rule_calm(patch_size, RightHead()), store, settings)
+    transformer = evaluate(rule_transformer(), store, settings)
+
+    starts = [q for q in range(patch_size, BLOCK) if q + 4 <= BLOCK]
+    if alignment == "patch":
+        starts = [q for q in starts if q % patch_size == 0]
+    rows = [block["tokens"].tolist() for block in store]
+    obeys = [[follower(a) == b for a, b in itertools.pairwise(row)] for row in rows]
+    hits = [[all(o[q - 1 : q - 1 + n]) for n in (1, 2, 3, 4)] for o in obeys for q in starts]
+    expected = 2 * np.mean(hits, axis=0) - 1
+    assert 0 < np.mean(hits, axis=0)[3] < 1
+    assert calm["brier"] == pytest.approx(expected) == transformer["brier"]
+
+    for name in ("block_size", "patch_size", "alignment", "blocks", "positions", "starts"):
+        assert calm["protocol"][name] == transformer["protocol"][name]
+    assert calm["protocol"]["positions"] == len(hits) == 5 * len(starts)
+    assert calm["protocol"]["starts"]["first"] == starts[0]
+    assert calm["protocol"]["starts"]["last"] == starts[-1]
+    assert ("continued" in calm["protocol"]["estimator"]) == (patch_size < 4)
+
+
+def test_losses_belong_to_the_stored_patches_whatever_ngrams_are_scored() -> None:
+    settings = [EvaluationSettings(samples=2, alignment=a) for a in ("patch", "all")]
+    patch, every = (evaluate(rule_calm(), TinyStore(3), setting) for setting in settings)
+    assert every["protocol"]["positions"] == 3 * 17 > patch["protocol"]["positions"]
+    for name in ("energy_loss", "reconstruction_accuracy", "reconstruction_accuracy_mean"):
+        assert patch[name] == every[name]
+
+
+@pytest.mark.parametrize("kind", ["energy", "flow", "diffusion"])
+def test_heads_of_all_kinds_are_scored(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their noise is drawn for as many positions at once as fit the limit."""
+    size = {"kind": kind, "num_mlp_layers": 1, "num_samples": 1 if kind != "energy" else 2}
+    model = recipe("calm", patch_size=K, latent_size=K, hidden_size=K, head=size).model
+    assert isinstance(model, CalmRecipe)
+    head = build_head(model, seed=0)
+    drawn: list[tuple[int, int]] = []
+
+    class Watched(type(head)):  # type: ignore[misc]
+        def draw_noise(self, *arguments: Any) -> Tensor:
+            noise = super().draw_noise(*arguments)
+            drawn.append((arguments[2], noise.numel()))
+            return noise
+
+    head.__class__ = Watched
+    calm = rule_calm(head=head)
+    calm.recipe = calm.recipe.model_copy(update={"model": model})
+    whole = evaluate(calm, TinyStore(2), EvaluationSettings(samples=3))
+    assert whole["protocol"]["head"] == kind and math.isfinite(whole["energy_loss"])
+    assert [positions for positions, _ in drawn] == [1, 5, 1, 5]  # measured, then drawn
+
+    noise_of_one, drawn[:] = drawn[0][1], []
+    monkeypatch.setattr(block_scores, "_SAMPLED_AT_ONCE", 2 * 3 * (noise_of_one + K))
+    evaluate(calm, TinyStore(1), EvaluationSettings(samples=3))
+    assert drawn[1:] == [(2, 6 * noise_of_one), (2, 6 * noise_of_one), (1, 3 * noise_of_one)]
 
 
 def test_blocks_are_spaced_and_their_draws_do_not_depend_on_the_others() -> None:
@@ -188,14 +292,26 @@ def test_blocks_are_spaced_and_their_draws_do_not_depend_on_the_others() -> None
     evaluate(uniform_transformer(), watched, EvaluationSettings(blocks=3, samples=2))
     assert asked == [0, 3, 6]
     settings = EvaluationSettings(samples=2)
-    first = evaluate(clairvoyant_calm(), store, settings)
+    first = evaluate(rule_calm(), store, settings)
     del store[1:]
-    alone = evaluate(clairvoyant_calm(), store, settings)
+    alone = evaluate(rule_calm(), store, settings)
     store.append(store[0])
     # The same block under another number is drawn anew.
-    assert evaluate(clairvoyant_calm(), store, settings)["brier"] != alone["brier"]
+    assert evaluate(rule_calm(), store, settings)["brier"] != alone["brier"]
     assert first["brier"] != alone["brier"] and alone["brierlm_stderr"] is None
     assert "two" in alone["stderr_undefined"]
+
+
+def test_a_model_that_knows_no_tokenizer_takes_any_that_fits_its_vocabulary() -> None:
+    model = rule_calm()
+    model.tokenizer_sha256 = None
+    store = TinyStore(2)
+    for size in (VOCAB - 1, VOCAB):
+        store.meta = store.meta.model_copy(update={"vocab_size": size})
+        evaluate(model, store, EvaluationSettings(samples=2))
+    store.meta = store.meta.model_copy(update={"vocab_size": VOCAB + 1})
+    with pytest.raises(DataError, match="vocab_size: 33 in the store, 32 in"):
+        evaluate(model, store, EvaluationSettings(samples=2))
 
 
 @pytest.mark.parametrize(
@@ -214,15 +330,18 @@ def test_stores_that_do_not_fit_are_refused(field: str, value: Any, message: str
         value = getattr(store.meta, field).model_copy(update={"sha256": value})
     store.meta = store.meta.model_copy(update={field: value})
     with pytest.raises(DataError, match=message):
-        evaluate(clairvoyant_calm(), store, EvaluationSettings())
+        evaluate(rule_calm(), store, EvaluationSettings())
 
 
 def test_impossible_requests_are_refused() -> None:
-    with pytest.raises(UserError, match=r"patch_size 2: .* at least 4"):
-        evaluate(clairvoyant_calm(2), TinyStore(2, patch_size=2), EvaluationSettings())
     with pytest.raises(UserError, match="block_size 24: too short"):
         evaluate(uniform_transformer(), TinyStore(2), EvaluationSettings(alignment_stride=22))
-    for settings in ({"blocks": 0}, {"samples": 1}, {"alignment_stride": 0}):
+    for settings in (
+        {"blocks": 0},
+        {"samples": 1},
+        {"alignment": "none"},
+        {"alignment_stride": 0},
+    ):
         with pytest.raises(UserError, match=next(iter(settings))):
             EvaluationSettings(**settings)
 

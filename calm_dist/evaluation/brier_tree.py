@@ -1,0 +1,302 @@
+"""Brier-n of a model on one block, where samples must be continued: tree attention.
+
+The collision term of Brier-n, P(a=b) = Σ_a P(a)², follows what two samples have in common, which
+is not the block's own text. So further steps of the model are needed behind every start position.
+Those of all start positions run together, as branches behind the block, in a few forwards.
+
+* `scores_from_patches`: CALM, from draws of patches. Where n-grams are longer than a patch, the
+  patches on which draws agree are continued.
+* `scores_from_softmax`: the discrete Transformer. E[1{a=y}] is P(y) itself, and P(a=b) is
+  estimated along sampled paths.
+
+A forward appends as many steps as the block has (or `_APPENDED_STEPS`) at most, which bounds
+masks, activations and logits by a few times those of the block itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from calm_dist.evaluation.brier import NGRAM, collision_rate, prefix_equal, prefix_groups
+
+_APPENDED_STEPS = 512
+"""Steps that a forward may append to a block, or as many as the block has if that is more."""
+
+
+class StepFunction(Protocol):
+    """A causal model that makes steps of tokens: ``[1, T]`` -> outputs ``[1, steps, ...]``.
+
+    A step is a token for a Transformer (outputs: next-token logits), and a patch for a CALM
+    (outputs: hidden states). ``positions`` are RoPE positions ``[steps]`` (0, 1, ... if None), and
+    ``mask`` ``[steps, steps]`` is True where the row may attend to the column (causal if None).
+    """
+
+    def __call__(
+        self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor: ...
+
+
+class DrawFunction(Protocol):
+    """Draws of next patches: hidden states ``[b, d]`` -> tokens ``[m, b, K]``, m >= 2.
+
+    The m draws are independent of each other and of all other calls. ``starts`` ``[b]`` are the
+    patches at which the n-grams begin, and ``depth`` is the number of patches of the n-gram that
+    a hidden state already knows, at least 1.
+    """
+
+    def __call__(self, hidden: Tensor, starts: Tensor, depth: int) -> Tensor: ...
+
+
+class SoftmaxScores(NamedTuple):
+    """What one block of tokens says about a Transformer."""
+
+    scores: Tensor
+    """Unbiased Brier-1..4 of each start position, float64 ``[starts, 4]``."""
+    nats: Tensor
+    """Negative log-likelihood of the tokens 1..T-1 given those before them, ``[T-1]``."""
+
+
+@dataclass(frozen=True)
+class _Branches:
+    """Beginnings of n-grams on which draws agree, b of them, ordered by their start."""
+
+    start: Tensor
+    """Index of the n-gram's start position among all, ``[b]``."""
+    patches: Tensor
+    """What they agree on, ``[b, depth, K]``."""
+    weight: Tensor
+    """Estimate of the probability that two samples agree on it, float64 ``[b]``."""
+
+
+def patches_per_ngram(patch_size: int) -> int:
+    """Patches that the longest n-gram reaches into, beginning at a patch."""
+    return -(-NGRAM // patch_size)
+
+
+@torch.no_grad()
+def scores_from_patches(
+    hidden: StepFunction,
+    draw: DrawFunction,
+    draws: Tensor,
+    tokens: Tensor,
+    starts: Tensor,
+    target: Tensor,
+) -> Tensor:
+    """Unbiased Brier-1..4 of a CALM at the given patches of one block.
+
+    Sample a of an n-gram's accuracy term consists of the a-th draws of consecutive patches, each
+    given the true ones before it. Its probability to be the true n-gram is that of the model.
+
+    The collision term averages all pairs of the m draws of the first patch. A group of c draws
+    that agree on a whole patch holds the share c(c-1)/(m(m-1)) of the pairs; its patch replaces
+    the true one, m fresh draws continue it, and so on until four tokens are covered. With
+    patches of four or more tokens nothing is continued. This is the released estimator, with any
+    m instead of two draws.
+
+    Args:
+        hidden: the model's hidden states.
+        draw: continues a branch.
+        draws: tokens ``[m >= 2, P, K]``; ``[:, p-1]`` are independent draws of patch p given the
+            true patches before it.
+        tokens: the patches that the n-grams follow, ``[T]``; those before the last start suffice.
+        starts: patches at which the n-grams begin, ascending ``[S]``, each at least 1 and with
+            draws of all the patches that its four tokens lie in.
+        target: the true n-grams, ``[S, 4]``.
+
+    Returns:
+        float64 ``[S, 4]``.
+    """
+    patch_size = draws.shape[-1]
+    tokens, starts = tokens.to(draws.device), starts.to(draws.device)
+    target = target.to(draws.device)
+    patches = starts[:, None] + torch.arange(patches_per_ngram(patch_size), device=draws.device)
+    samples = draws[:, patches - 1].flatten(2)[..., :NGRAM]  # [m, S, 4]
+    hits = prefix_equal(samples, target).mean(0)
+    return 2 * hits - _patch_collisions(hidden, draw, draws[:, starts - 1], tokens, starts)
+
+
+def _patch_collisions(
+    hidden: StepFunction, draw: DrawFunction, first: Tensor, tokens: Tensor, starts: Tensor
+) -> Tensor:
+    """Unbiased estimates of P(a=b) for 1..4-grams, float64 ``[S, 4]``.
+
+    ``first`` holds the draws ``[m, S, K]`` of the first patch of each start.
+    """
+    num_starts, patch_size = first.shape[1:]
+    collision = torch.zeros(num_starts, NGRAM, dtype=torch.float64, device=first.device)
+    branches = _Branches(
+        torch.arange(num_starts, device=first.device),
+        first.new_empty(num_starts, 0, patch_size),
+        torch.ones(num_starts, dtype=torch.float64, device=first.device),
+    )
+    draws = first
+    for depth in range(patches_per_ngram(patch_size)):
+        if depth > 0:
+            branches = _agreed(branches, draws)
+            if len(branches.start) == 0:
+                break
+            draws = torch.cat(
+                [
+                    draw(_branch_outputs(hidden, tokens, begin, patches), begin, depth)
+                    for begin, patches in _portions(branches, starts, len(tokens) // patch_size)
+                ],
+                dim=1,
+            )
+        known = depth * patch_size
+        needed = draws[..., : NGRAM - known]
+        rates = torch.stack([collision_rate(sizes) for _, sizes in prefix_groups(needed)], dim=-1)
+        columns = slice(known, known + needed.shape[-1])
+        collision[:, columns].index_add_(0, branches.start, branches.weight[:, None] * rates)
+    return collision
+
+
+def _agreed(branches: _Branches, draws: Tensor) -> _Branches:
+    """The branches' continuations ``[m, b, K]`` that at least two of the m draws agree on."""
+    num_draws = draws.shape[0]
+    *_, (group, sizes) = prefix_groups(draws)
+    numbers = torch.arange(num_draws, device=draws.device).expand_as(group)
+    member = torch.zeros_like(group).scatter_(1, group, numbers)  # any one draw of each group
+    parent, found = (sizes > 1).nonzero(as_tuple=True)
+    count = sizes[parent, found].double()
+    patch = draws[member[parent, found], parent]
+    return _Branches(
+        branches.start[parent],
+        torch.cat([branches.patches[parent], patch[:, None]], dim=1),
+        branches.weight[parent] * count * (count - 1) / (num_draws * (num_draws - 1)),
+    )
+
+
+def _portions(
+    branches: _Branches, starts: Tensor, num_steps: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Start patches ``[n]`` and known patches ``[n, depth, K]`` of the branches of one forward."""
+    at_once = _branches_at_once(num_steps, branches.patches.shape[1])
+    yield from zip(
+        starts[branches.start].split(at_once), branches.patches.split(at_once), strict=True
+    )
+
+
+def _branches_at_once(num_steps: int, depth: int) -> int:
+    """Branches of ``depth`` steps that one forward of a block of ``num_steps`` may carry."""
+    return max(1, max(num_steps, _APPENDED_STEPS) // depth)
+
+
+def _branch_outputs(
+    model: StepFunction, tokens: Tensor, starts: Tensor, branches: Tensor
+) -> Tensor:
+    """The model's outputs at the last step of each branch, ``[b, ...]``.
+
+    Args:
+        tokens: the block.
+        starts: the step of the block that each branch begins at, ``[b]``.
+        branches: their steps, tokens ``[b, depth, K]``.
+    """
+    num_branches, depth, step_size = branches.shape
+    num_steps = int(starts.max())  # of the block, no branch sees more
+    positions, mask = branch_layout(num_steps, starts, depth)
+    appended = branches.transpose(0, 1).reshape(-1)
+    extended = torch.cat([tokens[: num_steps * step_size], appended])
+    return model(extended[None], positions, mask)[0, -num_branches:]
+
+
+@torch.no_grad()
+def scores_from_softmax(
+    logits: StepFunction, tokens: Tensor, starts: Tensor, *, num_draws: int, seed: int
+) -> SoftmaxScores:
+    """Brier-1..4 of a Transformer at the given start positions of one block.
+
+    The accuracy term is exact: the product of the teacher-forced probabilities of the true tokens.
+    The collision term P(a=b) = Σ_a P(a)² is exact for n=1. For n>1 it is a sum over V^n paths, of
+    which ``num_draws`` are drawn, token by token: with c_j = Σ p(· | a_1..a_{j-1})², the next
+    token comes from p² / c_j (the model at temperature 1/2), and c_1 · ... · c_n is an unbiased
+    estimate, since Π p_j² / c_j is the path's probability. Drawing from p itself and averaging
+    P(a) has the same expectation and a larger variance. The paths go through the model together,
+    as branches behind the block.
+
+    Args:
+        logits: the model.
+        tokens: one block, ``[T]``.
+        starts: first tokens of the n-grams, ``[S]``, each in 1..T-4.
+        num_draws: sampled paths for each start position, at least 1.
+        seed: of the sampled paths.
+    """
+    block_logits = logits(tokens[None])[0].float()
+    device = block_logits.device
+    tokens, starts = tokens.to(device), starts.to(device)
+    log_likelihood = _log_likelihood(block_logits[:-1], tokens[1:])  # of tokens 1..T-1
+    offsets = torch.arange(NGRAM, device=device)
+    accuracy = log_likelihood[starts[:, None] - 1 + offsets].double().cumsum(-1).exp()
+
+    generator = torch.Generator(device).manual_seed(seed)
+    paths = starts.repeat_interleave(num_draws)
+    collision = torch.cat(
+        [
+            _path_collisions(logits, tokens, part, block_logits[part - 1], generator)
+            for part in paths.split(_branches_at_once(len(tokens), NGRAM - 1))
+        ]
+    )
+    means = collision.unflatten(0, (-1, num_draws)).mean(1)
+    return SoftmaxScores(2 * accuracy - means, -log_likelihood)
+
+
+def _path_collisions(
+    logits: StepFunction,
+    tokens: Tensor,
+    starts: Tensor,
+    first: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """Unbiased estimates of P(a=b) for 1..4-grams along a path from each start, float64 ``[b, 4]``.
+
+    ``first`` holds the logits ``[b, V]`` of the first tokens.
+    """
+    squared = first.softmax(-1).square()
+    agree = [squared.sum(-1).double()]
+    paths = starts.new_empty(len(starts), 0, 1)
+    for _ in range(1, NGRAM):
+        drawn = torch.multinomial(squared, 1, generator=generator)
+        paths = torch.cat([paths, drawn[:, None]], dim=1)
+        following = _branch_outputs(logits, tokens, starts, paths).float()
+        squared = following.softmax(-1).square()
+        agree.append(squared.sum(-1).double())
+    return torch.stack(agree, dim=-1).cumprod(-1)
+
+
+def branch_layout(num_steps: int, starts: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """RoPE positions and attention mask of a block followed by branches.
+
+    The sequence is the block (``num_steps``), then the first step of every branch, then the
+    second of every branch, ..., ``depth`` in all. A branch with start s replaces the steps s,
+    s+1, ... of the block: it sees the block's steps before s and its own earlier steps.
+
+    Returns:
+        positions ``[L]`` and mask ``[L, L]`` (True: may attend), L = num_steps + depth · S.
+    """
+    device = starts.device
+    num_starts = starts.numel()
+    block = torch.arange(num_steps, device=device)
+    levels = torch.arange(depth, device=device)
+    positions = torch.cat([block, (starts + levels[:, None]).reshape(-1)])
+
+    block_sees = torch.cat(
+        [
+            block[:, None] >= block,
+            block.new_zeros(num_steps, depth * num_starts, dtype=torch.bool),
+        ],
+        dim=1,
+    )
+    prefix = (block < starts[:, None]).repeat(depth, 1)
+    ancestors = torch.kron(
+        (levels[:, None] >= levels).int(), torch.eye(num_starts, dtype=torch.int, device=device)
+    ).bool()
+    return positions, torch.cat([block_sees, torch.cat([prefix, ancestors], dim=1)])
+
+
+def _log_likelihood(logits: Tensor, target: Tensor) -> Tensor:
+    """Log probability of ``target`` ``[T]`` under ``logits`` ``[T, V]``."""
+    return logits.gather(-1, target[:, None].long())[:, 0] - logits.logsumexp(-1)
