@@ -1,8 +1,10 @@
-"""Continue a prompt with a trained CALM or Transformer."""
+"""Continue prompts with a trained CALM or Transformer."""
 
 from __future__ import annotations
 
 import argparse
+import math
+import sys
 from dataclasses import asdict
 from fractions import Fraction
 
@@ -12,16 +14,25 @@ from calm_dist.cli import at_least, run, write_json
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="run directory or checkpoint")
-    parser.add_argument("--prompt", required=True, help="text to continue; may be empty")
+    parser.add_argument(
+        "--prompt",
+        type=prompt,
+        action="append",
+        required=True,
+        help="text to continue; may be empty, and given several times: all in one batch",
+    )
     parser.add_argument(
         "--temperature",
         type=temperature,
         default=0.5,
-        help="CALM: above 0, at most 1, also as 1/3 (default: 0.5)",
+        help="above 0, for CALM at most 1, also as 1/3 (default: 0.5)",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=128, help="default: 128")
     parser.add_argument(
-        "--seed", type=at_least(0), default=0, help="same seed, same text (default: 0)"
+        "--seed",
+        type=at_least(0),
+        action="append",
+        help="same prompt and seed, same text; once for all prompts, or once for each (default: 0)",
     )
     parser.add_argument(
         "--method",
@@ -30,25 +41,50 @@ def parse_arguments() -> argparse.Namespace:
         help="CALM: rejection (any temperature), a pool of draws (1/n only, approximate), or the "
         "pool where the temperature is 1/n (default)",
     )
-    parser.add_argument("--pool-size", type=int, default=200, help="draws in a pool (default: 200)")
+    parser.add_argument(
+        "--pool-size", type=at_least(1), default=200, help="draws in a pool (default: 200)"
+    )
     parser.add_argument(
         "--max-draws",
-        type=int,
+        type=at_least(1),
         default=100_000,
         help="limit of the exact method for one patch (default: 100000)",
     )
     parser.add_argument("--tokenizer", metavar="F", help="tokenizer file (default: the recipe's)")
     parser.add_argument("--autoencoder", help="autoencoder checkpoint (default: the recipe's)")
-    parser.add_argument("--json", metavar="F", help="write the result to F, or stdout for -")
-    return parser.parse_args()
+    parser.add_argument(
+        "--json", metavar="F", help="write the result, a list for several prompts; - is stdout"
+    )
+    args = parser.parse_args()
+    args.seed = args.seed or [0]
+    if len(args.seed) not in (1, len(args.prompt)):
+        parser.error(
+            f"argument --seed: {len(args.seed)} seeds for {len(args.prompt)} prompts; give one, "
+            "or one for each"
+        )
+    return args
+
+
+def prompt(text: str) -> str:
+    """Text; bytes of the command line that are no UTF-8 arrive as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8") from None
+    return text
 
 
 def temperature(text: str) -> float:
-    """A number, or a fraction such as 1/3."""
+    """A number above 0, or a fraction such as 1/3."""
     try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
+        value = float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a fraction") from None
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: must be a finite number above 0; at 0 CALM has no most likely patch to give"
+        )
+    return value
 
 
 def main() -> None:
@@ -59,28 +95,36 @@ def main() -> None:
     from calm_dist.evaluation.load import load_model
 
     model = load_model(args.checkpoint, autoencoder=args.autoencoder)
-    result = generate(
+    seeds = args.seed if len(args.seed) > 1 else args.seed * len(args.prompt)
+    results = generate(
         model,
         load_tokenizer(args.tokenizer or find_tokenizer(model)),
         args.prompt,
         temperature=args.temperature,
         max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
+        seed=seeds,
         method=args.method,
         pool_size=args.pool_size,
         max_draws=args.max_draws,
     )
     if args.json != "-":
-        print(args.prompt + result.text)
+        # A terminal that cannot show a character gets its escape.
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        texts = [text + new.text for text, new in zip(args.prompt, results, strict=True)]
+        print("\n\n".join(texts))
     if args.json:
-        facts = {
-            "checkpoint": str(model.checkpoint),
-            "step": model.step,
-            "prompt": args.prompt,
-            "temperature": args.temperature,
-            "seed": args.seed,
-        }
-        write_json(facts | asdict(result), args.json)
+        facts = [
+            {
+                "checkpoint": str(model.checkpoint),
+                "step": model.step,
+                "prompt": text,
+                "temperature": args.temperature,
+                "seed": seed,
+            }
+            | asdict(result)
+            for text, seed, result in zip(args.prompt, seeds, results, strict=True)
+        ]
+        write_json(facts if len(facts) > 1 else facts[0], args.json)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
-"""Continue a prompt with a CALM or with the discrete Transformer."""
+"""Continue prompts with a CALM or with the discrete Transformer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
 import torch
 
 from calm_dist.data.store import read_meta
 from calm_dist.errors import CheckpointError, DataError, UserError
+from calm_dist.evaluation.contexts import Contexts
+from calm_dist.evaluation.load import LoadedModel, tokenizer_file
 from calm_dist.evaluation.sampling import (
     DEFAULT_MAX_DRAWS,
     DEFAULT_POOL_SIZE,
@@ -20,14 +23,14 @@ from calm_dist.evaluation.sampling import (
     sample_from_pool,
 )
 from calm_dist.recipe import CalmRecipe
+from calm_dist.training import checkpoint
 
 if TYPE_CHECKING:
     from calm_dist.data.tokenizer import Tokenizer
-    from calm_dist.evaluation.load import LoadedModel
 
 Method = Literal["auto", "exact", "pool"]
-Step = Callable[[list[int]], list[int]]
-"""Token context -> the next tokens."""
+Sampler = Callable[[torch.Tensor, np.random.Generator], list[int]]
+"""Hidden state or logits of a text, and the randomness of this step -> the next tokens."""
 
 _DECODED_AT_ONCE = 1 << 26
 """Elements of the decoder's logits that one call may make (256 MiB in fp32)."""
@@ -45,105 +48,198 @@ class Generation:
     """``end``: the model ended the text; ``length``: ``max_new_tokens`` was reached."""
 
 
+@overload
+def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str], too
+    model: LoadedModel,
+    tokenizer: Tokenizer,
+    prompts: str,
+    *,
+    temperature: float = ...,
+    max_new_tokens: int = ...,
+    seed: int | Sequence[int] = ...,
+    method: Method = ...,
+    pool_size: int = ...,
+    max_draws: int = ...,
+) -> Generation: ...
+
+
+@overload
+def generate(
+    model: LoadedModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    temperature: float = ...,
+    max_new_tokens: int = ...,
+    seed: int | Sequence[int] = ...,
+    method: Method = ...,
+    pool_size: int = ...,
+    max_draws: int = ...,
+) -> list[Generation]: ...
+
+
 @torch.no_grad()
 def generate(
     model: LoadedModel,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompts: str | Sequence[str],
     *,
     temperature: float = 0.5,
     max_new_tokens: int = 128,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     method: Method = "auto",
     pool_size: int = DEFAULT_POOL_SIZE,
     max_draws: int = DEFAULT_MAX_DRAWS,
-) -> Generation:
-    """Continue ``prompt`` until the end token or exactly ``max_new_tokens`` new tokens.
+) -> Generation | list[Generation]:
+    """Continue prompts until the end token or exactly ``max_new_tokens`` new tokens.
 
-    The prompt is left-filled with begin tokens, as documents are in training: for CALM with 1..K
-    of them to a multiple of K, for the Transformer with one. A context longer than the block is
-    cut from the left, for CALM at patch boundaries.
+    A prompt is left-filled with begin tokens, as documents are in training: for CALM with 1..K of
+    them to a multiple of K, for the Transformer with one. Of a prompt longer than the model's
+    window (its block less one step) the newest part is read; a text that grows beyond it goes on
+    from its newest half (see `Contexts`).
+
+    The randomness of a text's n-th step comes from its seed and n alone: a prompt is continued in
+    the same way alone and together with others.
 
     Args:
         model: from `evaluation.load.load_model`.
         tokenizer: the one that the model was trained with.
+        prompts: a prompt, or any number of them of any lengths, which share each step.
         temperature: CALM: in (0, 1], see `evaluation.sampling`; Transformer: of the softmax, > 0.
-        seed: of all draws; the same call gives the same text.
+        seed: at least 0: one for every prompt, or a sequence of one for each.
         method: CALM only. ``pool`` (T = 1/n), ``exact`` (any T), ``auto``: the pool where T = 1/n.
         pool_size: draws in a pool.
         max_draws: limit of the exact method for one patch.
+
+    Returns:
+        a `Generation`, or a list of them for a sequence of prompts.
 
     Raises:
         CheckpointError: the tokenizer is not the model's.
         UserError: an argument is out of range, or the exact method used up its draws.
     """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(texts)
+    _check(texts, seeds, max_new_tokens)
+    check_tokenizer(model, tokenizer)
+    sampler = (
+        _patch_sampler(model, temperature, method, pool_size, max_draws)
+        if model.kind == "calm"
+        else _token_sampler(temperature)
+    )
+    rows = [_Row(tokenizer.encode(text), seed) for text, seed in zip(texts, seeds, strict=True)]
+    if rows:
+        _continue(model, rows, sampler, tokenizer, max_new_tokens)
+    generations = [Generation(tokenizer.decode(row.new), row.new, row.stopped_by) for row in rows]
+    return generations[0] if isinstance(prompts, str) else generations
+
+
+def _check(prompts: list[str], seeds: list[int], max_new_tokens: int) -> None:
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens {max_new_tokens}: must be at least 1")
-    check_tokenizer(model, tokenizer)
-    if model.kind == "calm":
-        patch_size = calm_recipe(model).patch_size
-        step = _patch_step(model, temperature, method, pool_size, max_draws, seed)
-    else:
-        patch_size = 1
-        step = _token_step(model, temperature, seed)
-
-    prompt_ids = tokenizer.encode(prompt)
-    fill = patch_size - len(prompt_ids) % patch_size
-    context = [tokenizer.begin_id] * fill + prompt_ids
-    # The last step of a block predicts nothing in training, so the context stays one step shorter.
-    longest = model.recipe.block_size - patch_size
-    new: list[int] = []
-    while True:
-        for token in step((context + new)[-longest:]):
-            if token == tokenizer.end_id:
-                return Generation(tokenizer.decode(new), new, "end")
-            new.append(token)
-            if len(new) == max_new_tokens:
-                return Generation(tokenizer.decode(new), new, "length")
+    if len(seeds) != len(prompts):
+        raise UserError(
+            f"seed: {len(seeds)} seeds for {len(prompts)} prompts; give one, or one for each"
+        )
+    if min(seeds, default=0) < 0:
+        raise UserError(f"seed {min(seeds)}: must be at least 0")
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"prompt {prompt!r}: character {error.start} is no Unicode text; give UTF-8"
+            ) from error
 
 
-def _patch_step(
+@dataclass
+class _Row:
+    """A text that grows."""
+
+    prompt: list[int]
+    seed: int
+    new: list[int] = field(default_factory=list)
+    stopped_by: Literal["end", "length"] = "length"
+
+    def take(self, step: list[int], end_id: int, max_new_tokens: int) -> bool:
+        """Add the tokens of a step; returns whether the text goes on."""
+        for token in step:
+            if token == end_id:
+                self.stopped_by = "end"
+                return False
+            self.new.append(token)
+            if len(self.new) == max_new_tokens:
+                return False
+        return True
+
+
+def _continue(
     model: LoadedModel,
-    temperature: float,
-    method: Method,
-    pool_size: int,
-    max_draws: int,
-    seed: int,
-) -> Step:
-    """Context of whole patches -> the next patch."""
-    generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
+    rows: list[_Row],
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    max_new_tokens: int,
+) -> None:
+    """Let all rows grow until each has stopped; those that have cost nothing more."""
+    size = model.recipe.model.patch_size
+    texts = [[tokenizer.begin_id] * (size - len(row.prompt) % size) + row.prompt for row in rows]
+    contexts = Contexts(model, texts, -(-max_new_tokens // size))
+    outputs = contexts.start()
+    for number in itertools.count():
+        steps = []
+        for row, output in zip(rows, outputs, strict=True):
+            stream = np.random.SeedSequence(row.seed, spawn_key=(number,))
+            steps.append(sampler(output, np.random.default_rng(stream)))
+        going = [
+            index
+            for index, (row, step) in enumerate(zip(rows, steps, strict=True))
+            if row.take(step, tokenizer.end_id, max_new_tokens)
+        ]
+        if not going:
+            return
+        rows = [rows[index] for index in going]
+        outputs = contexts.extend(going, [steps[index] for index in going])
+
+
+def _patch_sampler(
+    model: LoadedModel, temperature: float, method: Method, pool_size: int, max_draws: int
+) -> Sampler:
+    """Hidden state [d] -> the next patch.
+
+    The draws of a text go through head and decoder together, but not together with those of other
+    texts: there are enough of them to keep both busy, and a number of draws that depends on the
+    batch would change the rounding of each.
+    """
     _, fraction = exponent_parts(temperature)
     exact = method == "exact" or (method == "auto" and fraction != 0)
 
-    def step(context: list[int]) -> list[int]:
-        # The context runs through the backbone once, however many draws follow.
-        hidden = model.hidden(torch.tensor([context]))[0, -1:]  # [1, d]
+    def sample(hidden: torch.Tensor, rng: np.random.Generator) -> list[int]:
+        generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
 
         def draw(count: int) -> np.ndarray:
-            latents = model.head.sample(
-                hidden, model.head.draw_noise(generator, count, 1).to(hidden)
-            )
+            noise = model.head.draw_noise(generator, count, 1).to(hidden)
+            latents = model.head.sample(hidden[None], noise)
             return decode_latents(model, latents[:, 0]).cpu().numpy()
 
         if exact:
             return list(sample_exact(draw, temperature, rng, max_draws=max_draws))
         return list(sample_from_pool(draw, temperature, rng, pool_size=pool_size))
 
-    return step
+    return sample
 
 
-def _token_step(model: LoadedModel, temperature: float, seed: int) -> Step:
-    """Context -> the next token, drawn from the Transformer's softmax."""
+def _token_sampler(temperature: float) -> Sampler:
+    """Logits [V] -> the next token, drawn from the softmax."""
     if not 0 < temperature < float("inf"):
         raise UserError(f"temperature {temperature:g}: must be a positive number")
-    generator = torch.Generator().manual_seed(seed)
 
-    def step(context: list[int]) -> list[int]:
-        logits = model.logits(torch.tensor([context]))[0, -1].float().cpu()
-        probabilities = (logits / temperature).softmax(-1)
-        return [int(torch.multinomial(probabilities, 1, generator=generator))]
+    def sample(logits: torch.Tensor, rng: np.random.Generator) -> list[int]:
+        # The largest logit becomes 0, so that no temperature, however small, makes an infinity.
+        scores = logits.double().cpu()
+        chances = ((scores - scores.max()) / temperature).softmax(-1).numpy()
+        return [int(rng.choice(len(chances), p=chances))]
 
-    return step
+    return sample
 
 
 def calm_recipe(model: LoadedModel) -> CalmRecipe:
@@ -168,39 +264,47 @@ def decode_latents(model: LoadedModel, latents: torch.Tensor) -> torch.Tensor:
 def check_tokenizer(model: LoadedModel, tokenizer: Tokenizer) -> None:
     """Refuse a tokenizer that the model was not trained with.
 
+    A model that does not record its tokenizer takes any that fits; its vocabulary may be larger.
+
     Raises:
-        CheckpointError: fingerprint or vocabulary size differ.
+        CheckpointError: another fingerprint, or more entries than the model's vocabulary.
     """
-    if model.tokenizer_sha256 != tokenizer.fingerprint:
+    trained_with = model.tokenizer_sha256
+    if trained_with is not None and trained_with != tokenizer.fingerprint:
         raise CheckpointError(
             f"tokenizer {tokenizer.path}: sha256 {tokenizer.fingerprint[:12]}…, but "
-            f"{model.checkpoint} was trained with {model.tokenizer_sha256[:12]}…; give that one "
+            f"{model.checkpoint} was trained with {trained_with[:12]}…; give that one "
             "with --tokenizer"
         )
-    if tokenizer.vocab_size != model.recipe.model.vocab_size:
+    vocab_size = model.recipe.model.vocab_size
+    assert vocab_size is not None
+    if tokenizer.vocab_size > vocab_size:
         raise CheckpointError(
             f"tokenizer {tokenizer.path}: {tokenizer.vocab_size} entries, but {model.checkpoint} "
-            f"has {model.recipe.model.vocab_size}; give the model's tokenizer with --tokenizer"
+            f"has {vocab_size}; give the model's tokenizer with --tokenizer"
         )
 
 
 def find_tokenizer(model: LoadedModel) -> Path:
-    """The tokenizer file that a checkpoint's recipe names, or the copy in its data store.
+    """The tokenizer that a checkpoint's recipe names, or the copy in its run directory or store.
 
     Raises:
-        DataError: neither is there.
+        DataError: none of them is there.
     """
     data = model.recipe.data
     if data.tokenizer is not None and Path(data.tokenizer).is_file():
         return Path(data.tokenizer)
+    run = checkpoint.run_directory(model.checkpoint) or model.checkpoint
+    candidates = [tokenizer_file(run)]
     for source in data.sources:
         try:
-            candidate = Path(source.path) / read_meta(source.path).tokenizer.file
+            candidates.append(Path(source.path) / read_meta(source.path).tokenizer.file)
         except DataError:
             continue
-        if candidate.is_file():
+    for candidate in candidates:
+        if candidate is not None and candidate.is_file():
             return candidate
     raise DataError(
-        f"data.tokenizer {data.tokenizer}: not found, and no copy in data.path "
+        f"data.tokenizer {data.tokenizer}: not found, and no copy in {run} or in data.path "
         f"{', '.join(source.path for source in data.sources)}; give the file with --tokenizer"
     )

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state
 
 from calm_dist.errors import CheckpointError
 from calm_dist.files import file_sha256
-from calm_dist.interop.huggingface import load_autoencoder
-from calm_dist.interop.layout import weights_file
+from calm_dist.interop.autoencoder import load_autoencoder
+from calm_dist.interop.calm import read_calm, released_recipe
+from calm_dist.interop.layout import weight_files
 from calm_dist.models.autoencoder import Autoencoder
 from calm_dist.models.backbone import Backbone, transformer_config
-from calm_dist.models.heads.energy import EnergyHead
+from calm_dist.models.heads import GenerativeHead
+from calm_dist.models.kv_cache import KeyValueCache
 from calm_dist.parallel import cpu
 from calm_dist.parallel.launch import World, join_world
 from calm_dist.parallel.topology import Topology, build_topology, destroy_topology
@@ -24,6 +27,12 @@ from calm_dist.recipe import CalmRecipe, Recipe, load_recipe
 from calm_dist.training import checkpoint, model_state
 from calm_dist.training.build import build_body, build_head
 from calm_dist.training.resolve import autoencoder_directory
+
+_ROWS_AT_ONCE = {"cpu": 8, "cuda": 64}
+"""Texts that take a step together: as many as cost little more than one."""
+
+_alone: Topology | None = None
+"""The groups of this process, once there are some."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +43,11 @@ class LoadedModel:
     checkpoint: Path
     step: int
     tokens_seen: int
-    tokenizer_sha256: str
+    tokenizer_sha256: str | None
+    """None where it is not known: a released checkpoint names no tokenizer."""
     device: torch.device
     body: Backbone
-    _head: EnergyHead | None
+    _head: GenerativeHead | None
     autoencoder: Autoencoder | None
     autoencoder_sha256: str | None
 
@@ -47,37 +57,48 @@ class LoadedModel:
         return self.recipe.model.kind
 
     @property
-    def head(self) -> EnergyHead:
+    def head(self) -> GenerativeHead:
         """The generative head of a CALM."""
         assert self._head is not None
         return self._head
+
+    def new_cache(self, rows: int, steps: int) -> KeyValueCache:
+        """An empty cache for ``rows`` texts of at most ``steps`` steps (patches or tokens) each."""
+        return self.body.new_cache(rows, steps)
 
     def hidden(
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         """CALM: hidden states of all patches, tokens [B, T] -> [B, T/K, d].
 
         Args:
             positions: rotary position of each patch [T/K]; default 0, 1, 2, ...
             mask: [T/K, T/K], True where a patch may attend; default causal.
+            cache: what row b has seen before, to which the tokens are added: they follow it, each
+                row at its own length. Then neither ``positions`` nor ``mask`` can be given.
         """
         assert self.kind == "calm"
-        return self._run(tokens, tokens.shape[1] // self.recipe.model.patch_size, positions, mask)
+        steps = tokens.shape[1] // self.recipe.model.patch_size
+        return self._run(tokens, steps, positions, mask, cache)
 
     def logits(
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
-        """Transformer: next-token logits, tokens [B, T] -> [B, T, V]."""
+        """Transformer: next-token logits, tokens [B, T] -> [B, T, V].
+
+        The arguments are those of `hidden`. With a cache, those of the last token: [B, 1, V].
+        """
         assert self.kind == "transformer"
-        return self._run(tokens, tokens.shape[1], positions, mask)[
-            ..., : self.recipe.model.vocab_size
-        ]
+        logits = self._run(tokens, tokens.shape[1], positions, mask, cache)
+        return logits[..., : self.recipe.model.vocab_size]
 
     @torch.no_grad()
     def _run(
@@ -86,8 +107,20 @@ class LoadedModel:
         steps: int,
         positions: torch.Tensor | None,
         mask: torch.Tensor | None,
+        cache: KeyValueCache | None,
     ) -> torch.Tensor:
-        return self.body(tokens.to(self.device), steps, positions, mask).transpose(0, 1)
+        tokens = tokens.to(self.device)
+        if cache is None or steps > 1:
+            return self.body(tokens, steps, positions, mask, cache).transpose(0, 1)
+        # One step for each text. Matrix products round differently for different numbers of rows;
+        # with always as many, a text comes out the same bits alone and in a batch.
+        size = _ROWS_AT_ONCE[self.device.type]
+        outputs = []
+        for start in range(0, cache.num_rows, size):
+            part = cache.select(slice(start, start + size))
+            filled = F.pad(tokens[start : start + size], (0, 0, 0, size - part.num_rows))
+            outputs.append(self.body(filled, 1, None, None, part).transpose(0, 1)[: part.num_rows])
+        return torch.cat(outputs)
 
 
 def load_model(
@@ -103,20 +136,16 @@ def load_model(
         CheckpointError: the checkpoint or the autoencoder is missing, damaged or does not fit.
     """
     directory = checkpoint.find_checkpoint(path)
-    recipe = single_process_recipe(load_recipe(directory / checkpoint.RECIPE_FILE))
+    recipe = _with_files_found(load_recipe(directory / checkpoint.RECIPE_FILE), directory)
+    recipe = single_process_recipe(recipe)
     state = json.loads((directory / checkpoint.STATE_FILE).read_text(encoding="utf-8"))
     topology = single_process_topology(recipe, torch.device(device))
-    model = recipe.model
-    body = build_body(recipe, transformer_config(recipe, torch.float32), topology, None)
-    head, decoder, decoder_sha256 = None, None, None
-    if isinstance(model, CalmRecipe):
-        decoder_directory = _autoencoder_directory(model, autoencoder)
-        decoder = load_autoencoder(decoder_directory).to(topology.device)
-        decoder_sha256 = file_sha256(weights_file(decoder_directory))
-        head = build_head(model, recipe.run.seed).to(topology.device)
+    decoder, decoder_sha256 = None, None
+    if isinstance(recipe.model, CalmRecipe):
+        given = autoencoder or recipe.model.autoencoder
+        decoder, decoder_sha256 = _load_autoencoder(given, topology.device)
+    body, head = _build_model(recipe, topology)
     model_state.load_weights(directory, body, head)
-    if head is not None:
-        head.eval().requires_grad_(False)
     return LoadedModel(
         recipe,
         directory,
@@ -124,10 +153,40 @@ def load_model(
         state["tokens"],
         state["tokenizer_sha256"],
         topology.device,
-        body.eval().requires_grad_(False),
+        body,
         head,
         decoder,
         decoder_sha256,
+    )
+
+
+def load_released(
+    directory: str | Path, autoencoder: str | Path | None = None, device: str = "cpu"
+) -> LoadedModel:
+    """Load a CALM in the authors' layout; see `interop.huggingface.load_calm`."""
+    directory = Path(directory)
+    released = read_calm(directory)
+    given = autoencoder or released.autoencoder_directory()
+    tokenizer = tokenizer_file(directory)
+    recipe = single_process_recipe(
+        released_recipe(
+            directory,
+            run_dir=str(directory),
+            autoencoder=str(given) if given else None,
+            tokenizer=str(tokenizer) if tokenizer else None,
+        )
+    )
+    topology = single_process_topology(recipe, torch.device(device))
+    if given is None:
+        decoder, decoder_sha256 = released.autoencoder_inside().to(topology.device), None
+    else:
+        decoder, decoder_sha256 = _load_autoencoder(given, topology.device)
+    recipe = recipe.with_autoencoder(asdict(decoder.config))
+    body, head = _build_model(recipe, topology)
+    assert isinstance(recipe.model, CalmRecipe) and head is not None
+    released.copy_into(recipe.model, body, head)
+    return LoadedModel(
+        recipe, directory, 0, 0, None, topology.device, body, head, decoder, decoder_sha256
     )
 
 
@@ -141,18 +200,63 @@ def single_process_recipe(recipe: Recipe) -> Recipe:
 
 
 def single_process_topology(recipe: Recipe, device: torch.device) -> Topology:
-    """Groups of one rank, made without opening a port; made again for each model."""
+    """Groups of one rank, made without opening a port and shared by all models of the process.
+
+    Gloo keeps threads for every group, so that a process that made new ones for each model would
+    run out of them.
+    """
+    global _alone
     cpu.install()
     if not dist.is_initialized():
         join_world(World(0, 1, 0, 1, "", 0, "single process"), device, timeout_seconds=60.0)
     if parallel_state.is_initialized():
+        made = parallel_state.get_tensor_model_parallel_group()
+        if _alone is not None and _alone.groups.tp is made and _alone.device == device:
+            return _alone
         destroy_topology()
-    return build_topology(recipe, device)
+    _alone = build_topology(recipe, device)
+    return _alone
 
 
-def _autoencoder_directory(model: CalmRecipe, override: str | Path | None) -> Path:
-    """The released-layout directory of the autoencoder: given, or the recipe's."""
-    path = override or model.autoencoder
+def tokenizer_file(directory: Path) -> Path | None:
+    """The tokenizer that lies in a directory, if there is one."""
+    files = (directory / name for name in ("tokenizer.json", "tokenizer.model"))
+    return next(filter(Path.is_file, files), None)
+
+
+def _build_model(recipe: Recipe, topology: Topology) -> tuple[Backbone, GenerativeHead | None]:
+    """Frozen body and head, in eval mode, whose weights are yet to be loaded."""
+    body = build_body(recipe, transformer_config(recipe, torch.float32), topology, None)
+    head = None
+    if isinstance(recipe.model, CalmRecipe):
+        head = build_head(recipe.model, recipe.run.seed).to(topology.device)
+        head.eval().requires_grad_(False)
+    return body.eval().requires_grad_(False), head
+
+
+def _with_files_found(recipe: Recipe, directory: Path) -> Recipe:
+    """The recipe with its autoencoder and tokenizer beside the checkpoint, or in the run
+    directory, where the paths that it names are gone: a run may be moved as a whole."""
+    values = recipe.to_dict()
+    run_dir = checkpoint.run_directory(directory)
+    for section, field in (("model", "autoencoder"), ("data", "tokenizer")):
+        named = values[section].get(field)
+        if named is None or Path(named).exists():
+            continue
+        places = [directory, run_dir] if run_dir else [directory]
+        near = (place / Path(named).name for place in places)
+        if (found := next(filter(Path.exists, near), None)) is not None:
+            values[section][field] = str(found)
+    return Recipe.from_dict(values)
+
+
+def _load_autoencoder(
+    path: str | Path | None, device: torch.device
+) -> tuple[Autoencoder, str | None]:
+    """An autoencoder and the sha256 of its weights, which several files have not."""
     if path is None or not Path(path).is_dir():
         raise CheckpointError(f"model.autoencoder: {path} is no directory; give --autoencoder")
-    return autoencoder_directory(path)
+    directory = autoencoder_directory(path)
+    files = list(weight_files(directory))
+    sha256 = file_sha256(files[0]) if len(files) == 1 else None
+    return load_autoencoder(directory).to(device), sha256

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import comb, floor
+from math import comb, floor, isinf
 
 import numpy as np
 
@@ -151,7 +151,7 @@ def exponent_parts(temperature: float) -> tuple[int, float]:
     """n and a with 1/T = n + a, n >= 1 and 0 <= a < 1.
 
     Raises:
-        UserError: the temperature is outside (0, 1].
+        UserError: the temperature is outside (0, 1], or its inverse is no finite number.
     """
     if not 0 < temperature <= 1:
         raise UserError(
@@ -159,6 +159,8 @@ def exponent_parts(temperature: float) -> tuple[int, float]:
             "flatten them, and has no most likely patch to return at 0"
         )
     exponent = 1 / temperature
-    if abs(exponent - round(exponent)) < 1e-9:
+    if isinf(exponent):
+        raise UserError(f"temperature {temperature:g}: too small to be computed with; raise it")
+    if abs(exponent - round(exponent)) < 1e-9 * exponent:
         return round(exponent), 0.0
     return floor(exponent), exponent - floor(exponent)

@@ -6,10 +6,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import nn
+
+from calm_dist.models.kv_cache import KeyValueCache
 
 try:
     from flash_attn import flash_attn_func
@@ -31,11 +35,36 @@ class RMSNorm(nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
+class CachedSelfAttention(SelfAttention):
+    """Megatron's self-attention, with a `KeyValueCache` as its inference context."""
+
+    def _adjust_key_value_for_inference(
+        self,
+        inference_context: KeyValueCache | None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rotary_pos_emb: tuple[torch.Tensor, torch.Tensor],
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        if inference_context is None:
+            return super()._adjust_key_value_for_inference(
+                None, query, key, value, rotary_pos_emb, *args, **kwargs
+            )
+        of_query, of_key = rotary_pos_emb
+        key = apply_rotary_pos_emb(key, of_key, self.config, cp_group=self.pg_collection.cp)
+        keys, values = inference_context.append(self.layer_number, key, value)
+        # No rotation is left for the keys, and no block table.
+        return query, keys, values, (of_query, None), self.attn_mask_type, None
+
+
 class CoreAttention(MegatronModule):
     """Softmax attention on [steps, B, heads, head_dim]: flash-attn where it applies, else SDPA.
 
     Causal by default. A boolean mask [steps, steps] (True: may attend) replaces the causal one;
-    it always runs on SDPA.
+    it always runs on SDPA. Keys and values of a cache are lists, see `KeyValueCache.append`: the
+    steps are the last ones of each row, and rows beyond the lists get zeros.
     """
 
     def __init__(
@@ -56,25 +85,48 @@ class CoreAttention(MegatronModule):
     def forward(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | list[torch.Tensor],
+        value: torch.Tensor | list[torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        steps, batch = query.shape[:2]
-        if attention_mask is None and _flash_applies(query):
+        if isinstance(key, torch.Tensor):
+            assert isinstance(value, torch.Tensor)
+            return self._attend(query, key, value, attention_mask)
+        # The copies of the queries are aligned alike. On some of SDPA's paths, a row's rounding
+        # depends on that, and on the rows that are computed together with it.
+        rows = [
+            self._attend(query[:, row : row + 1].clone(), *memory, attention_mask)
+            for row, memory in enumerate(zip(key, value, strict=True))
+        ]
+        return F.pad(torch.cat(rows, dim=1), (0, 0, 0, query.shape[1] - len(rows)))
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """[steps, B, heads, head_dim] -> [steps, B, heads * head_dim]."""
+        (steps, batch), slots = query.shape[:2], key.shape[0]
+        if mask is None and _flash_applies(query):
+            # Causal from the end: the last step sees all slots.
             output = flash_attn_func(
                 *(x.transpose(0, 1) for x in (query, key, value)),
                 softmax_scale=self.softmax_scale,
                 causal=True,
             ).transpose(0, 1)
         else:
+            if mask is None and 1 < steps < slots:
+                # SDPA's own causal mask begins with the first slot.
+                mask = query.new_ones(steps, slots, dtype=torch.bool).tril(slots - steps)
             output = F.scaled_dot_product_attention(
                 query.permute(1, 2, 0, 3),
                 key.permute(1, 2, 0, 3),
                 value.permute(1, 2, 0, 3),
-                attn_mask=attention_mask,
-                is_causal=attention_mask is None,
+                attn_mask=mask,
+                is_causal=mask is None and steps == slots,
                 scale=self.softmax_scale,
                 enable_gqa=key.shape[2] != query.shape[2],
             ).permute(2, 0, 1, 3)

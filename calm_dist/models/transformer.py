@@ -8,6 +8,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 
 from calm_dist.models.backbone import Backbone
+from calm_dist.models.kv_cache import KeyValueCache
 from calm_dist.models.patch_embedding import padded_vocab_size
 from calm_dist.recipe import Recipe
 
@@ -16,7 +17,8 @@ class Transformer(Backbone):
     """One stage of the discrete Transformer.
 
     The last stage returns logits [T, B, V / tensor_parallel_size] (untied output layer, no bias);
-    rows that only pad the vocabulary to equal shards are -inf.
+    rows that only pad the vocabulary to equal shards are -inf. With a cache, logits are those of
+    the last step alone, [1, B, V]: of a long prompt nothing else is needed.
     """
 
     def __init__(
@@ -53,10 +55,13 @@ class Transformer(Backbone):
         num_steps: int,
         positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
-        hidden = super().forward(tokens, num_steps, positions, mask)
+        hidden = super().forward(tokens, num_steps, positions, mask, cache)
         if self.output_layer is None:
             return hidden
+        if cache is not None:
+            hidden = hidden[-1:]
         logits, _ = self.output_layer(hidden)
         if self.real_rows < logits.shape[-1]:
             logits[..., self.real_rows :] = float("-inf")

@@ -1,213 +1,258 @@
-"""Generation with models whose next step is known."""
+"""Generation with small random models, against a plain loop without cache and batch."""
 
 from __future__ import annotations
 
+import json
+import runpy
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from scipy.stats import chisquare
+from tiny_models import VOCAB, tiny_model
 
 from calm_dist.data.latents import plan_store, write_store
-from calm_dist.data.tokenizer import load_tokenizer, train_tokenizer
+from calm_dist.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from calm_dist.errors import CheckpointError, DataError, UserError
-from calm_dist.evaluation.generate import find_tokenizer, generate
-from calm_dist.recipe import Recipe
+from calm_dist.evaluation.generate import (
+    Generation,
+    check_tokenizer,
+    decode_latents,
+    find_tokenizer,
+    generate,
+)
+from calm_dist.evaluation.load import LoadedModel
+from calm_dist.evaluation.sampling import sample_exact, sample_from_pool
+from calm_dist.training import checkpoint, model_state
 
-VOCAB, K, BLOCK = 32, 4, 24
-BEGIN, END = 30, 31
-
-
-class LetterTokenizer:
-    """Tokens 0..29 are single characters."""
-
-    vocab_size, begin_id, end_id = VOCAB, BEGIN, END
-    fingerprint, path = "f" * 64, "letters"
-    letters = "abcdefghijklmnopqrstuvwxyz.,! "
-
-    def encode(self, text: str) -> list[int]:
-        return [self.letters.index(letter) for letter in text]
-
-    def decode(self, tokens: list[int]) -> str:
-        return "".join(self.letters[token] for token in tokens)
+ROOT = Path(__file__).parents[2]
+PROMPTS = ["s", "sea", "the s", "the "]  # 1, 3, 5 and 4 tokens
+SEEDS = [3, 1, 4, 1]
 
 
-class NextPatchHead:
-    """Latents are the next patch's tokens; noise above 0.25 moves all of them by one."""
-
-    def draw_noise(self, generator: torch.Generator, num_samples: int, positions: int) -> Tensor:
-        return torch.rand(num_samples, positions, 1, generator=generator) - 0.5
-
-    def sample(self, hidden: Tensor, noise: Tensor) -> Tensor:
-        return hidden + (noise > 0.25)
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    """Bytes and three special tokens: a character of ASCII is a token."""
+    found = train_tokenizer(["abc"], VOCAB, tmp_path / "bytes.json")
+    assert found.vocab_size == VOCAB
+    return found
 
 
-class OneHotAutoencoder:
-    def decode(self, latents: Tensor) -> Tensor:
-        tokens = latents.round().long().clamp(0, VOCAB - 1)
-        return torch.nn.functional.one_hot(tokens.flatten(1), VOCAB).float()
+def plain_loop(
+    model: LoadedModel,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    seed: int,
+    temperature: float,
+    max_new_tokens: int,
+    exact: bool = False,
+) -> Generation:
+    """What `generate` must give: the whole context runs again at every step."""
+    size, steps = model.recipe.model.patch_size, model.recipe.num_patches - 1
+    context = tokenizer.encode(prompt)
+    context = [tokenizer.begin_id] * (size - len(context) % size) + context
+    context = context[-steps * size :]
+    new: list[int] = []
+    for number in range(max_new_tokens):
+        rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number,)))
+        if model.kind == "calm":
+            generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+            hidden = model.hidden(torch.tensor([context]))[0, -1:]
+
+            def draw(
+                count: int,
+                hidden: torch.Tensor = hidden,
+                generator: torch.Generator = generator,
+            ) -> np.ndarray:
+                noise = model.head.draw_noise(generator, count, 1)
+                return decode_latents(model, model.head.sample(hidden, noise)[:, 0]).numpy()
+
+            step = list((sample_exact if exact else sample_from_pool)(draw, temperature, rng))
+        else:
+            logits = model.logits(torch.tensor([context]))[0, -1].double()
+            step = [int(rng.choice(VOCAB, p=(logits / temperature).softmax(-1)))]
+        for token in step:
+            if token == tokenizer.end_id:
+                return Generation(tokenizer.decode(new), new, "end")
+            new.append(token)
+            if len(new) == max_new_tokens:
+                return Generation(tokenizer.decode(new), new, "length")
+        if len(context) == steps * size:
+            # The window is full: its newer half goes on, the new step included.
+            context = context[len(context) - (steps // 2 - 1) * size :]
+        context = context + step
+    raise AssertionError("each step gives at least one token")
 
 
-def tiny_model(kind: str, next_tokens: Any) -> Any:
-    """A model with the interface of `LoadedModel`; `contexts` keeps what it was asked."""
-    contexts: list[list[int]] = []
-
-    def hidden(tokens: Tensor) -> Tensor:
-        contexts.append(tokens[0].tolist())
-        return torch.tensor([next_tokens(contexts[-1])], dtype=torch.float)[:, None]
-
-    def logits(tokens: Tensor) -> Tensor:
-        contexts.append(tokens[0].tolist())
-        return next_tokens(contexts[-1])[None, None]
-
-    sizes = {
-        "vocab_size": VOCAB,
-        "hidden_size": 8,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-    }
-    recipe = Recipe.from_dict(
-        {
-            "run": {"dir": "runs/tiny"},
-            "model": {"kind": kind, **sizes},
-            "data": {"path": "latents/train", "block_size": BLOCK},
-            "training": {"steps": 20, "micro_batch_size": 1, "global_batch_size": 1},
+@pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
+@pytest.mark.parametrize(("temperature", "exact"), [(0.5, False), (1.0, False), (0.7, True)])
+def test_calm_equals_the_plain_loop(
+    tokenizer: Tokenizer, patch_size: int, temperature: float, exact: bool
+) -> None:
+    """Over three windows: the cache is filled again; prompts of 0 to 5 tokens and a long one."""
+    model = tiny_model(patch_size=patch_size, block_steps=7, seed=patch_size, noise=0.1)
+    long_prompt = "It was the best of times, it was the worst of times, it was the age of wisdom"
+    for seed, prompt in enumerate(["", *PROMPTS, long_prompt]):
+        options: dict[str, Any] = {
+            "temperature": temperature,
+            "max_new_tokens": 12 * patch_size - 1,
         }
-    )
-    return SimpleNamespace(
-        kind=kind,
-        recipe=recipe,
-        checkpoint="runs/tiny",
-        tokenizer_sha256=LetterTokenizer.fingerprint,
-        autoencoder=OneHotAutoencoder(),
-        head=NextPatchHead(),
-        hidden=hidden,
-        logits=logits,
-        contexts=contexts,
-    )
+        expected = plain_loop(model, tokenizer, prompt, seed=seed, exact=exact, **options)
+        method: Any = "exact" if exact else "pool"
+        assert generate(model, tokenizer, prompt, seed=seed, method=method, **options) == expected
 
 
-def counting(context: list[int]) -> list[int]:
-    """The four letters after the last one."""
-    return [context[-1] + step for step in range(1, K + 1)]
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_transformer_equals_the_plain_loop(tokenizer: Tokenizer, temperature: float) -> None:
+    model = tiny_model("transformer", block_steps=12, num_key_value_heads=2)
+    for seed, prompt in enumerate(["", *PROMPTS, "longer than its block"]):
+        options: dict[str, Any] = {"temperature": temperature, "max_new_tokens": 40, "seed": seed}
+        expected = plain_loop(model, tokenizer, prompt, **options)
+        assert generate(model, tokenizer, prompt, **options) == expected
 
 
-def test_calm_continues_patch_by_patch() -> None:
-    # Three quarters of the noise leave the patch alone: the only patch seen 100 times in 200 draws.
-    model = tiny_model("calm", counting)
-    result = generate(model, LetterTokenizer(), "abc", temperature=0.01, max_new_tokens=10)
-    assert result.text == "defghijklm" and result.stopped_by == "length"
-    assert model.contexts[0] == [BEGIN, 0, 1, 2]
-    assert model.contexts[1] == [BEGIN, 0, 1, 2, 3, 4, 5, 6]
+def every_kind() -> list[LoadedModel]:
+    calm = [tiny_model(patch_size=size, seed=size, noise=0.5) for size in (1, 2, 4, 8)]
+    other_heads = [tiny_model(head=head, seed=9) for head in ("flow", "diffusion")]
+    return [*calm, *other_heads, tiny_model("transformer", num_key_value_heads=2)]
 
 
-@pytest.mark.parametrize(("prompt", "fill"), [("", 4), ("a", 3), ("abc", 1), ("abcd", 4)])
-def test_prompt_is_filled_with_one_to_k_begin_tokens(prompt: str, fill: int) -> None:
-    model = tiny_model("calm", lambda context: [0, 0, 0, 0])
-    generate(model, LetterTokenizer(), prompt, max_new_tokens=1)
-    assert model.contexts == [[BEGIN] * fill + LetterTokenizer().encode(prompt)]
+def test_a_prompt_in_a_batch_is_continued_as_alone(tokenizer: Tokenizer) -> None:
+    for model in every_kind():
+        for method in ("pool", "exact"):
+            options: dict[str, Any] = {"method": method, "max_new_tokens": 19}
+            options["temperature"] = 0.5 if method == "pool" else 1.0
+            together = generate(model, tokenizer, PROMPTS, seed=SEEDS, **options)
+            for prompt, seed, found in zip(PROMPTS, SEEDS, together, strict=True):
+                assert generate(model, tokenizer, prompt, seed=seed, **options) == found
 
 
-def test_end_inside_a_patch_stops() -> None:
-    model = tiny_model("calm", lambda context: [2, 1, END, 5])
-    result = generate(model, LetterTokenizer(), "x", temperature=0.01, max_new_tokens=50)
-    assert (result.text, result.tokens, result.stopped_by) == ("cb", [2, 1], "end")
+def test_one_seed_serves_every_prompt(tokenizer: Tokenizer) -> None:
+    model = tiny_model()
+    options: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 16}
+    same, other, again = generate(model, tokenizer, ["ab", "abc", "ab"], seed=5, **options)
+    assert same == again != other
+    assert generate(model, tokenizer, "ab", seed=6, **options) != same
+    assert generate(model, tokenizer, [], **options) == []
 
 
-def test_length_is_exact_when_the_end_comes_later_in_the_patch() -> None:
-    model = tiny_model("calm", lambda context: [2, 1, END, 5])
-    result = generate(model, LetterTokenizer(), "x", temperature=0.01, max_new_tokens=2)
-    assert result.tokens == [2, 1] and result.stopped_by == "length"
+@pytest.mark.parametrize("kind", ["calm", "transformer"])
+def test_lengths_are_exact(kind: str, tokenizer: Tokenizer) -> None:
+    """The first tokens of a text do not depend on how many follow."""
+    model = tiny_model(kind, block_steps=20)
+    tokenizer.end_id = -1
+    longest = generate(model, tokenizer, PROMPTS, temperature=1.0, max_new_tokens=13)
+    for count in range(1, 13):
+        found = generate(model, tokenizer, PROMPTS, temperature=1.0, max_new_tokens=count)
+        for short, long in zip(found, longest, strict=True):
+            assert (short.tokens, short.stopped_by) == (long.tokens[:count], "length")
+            assert short.text == tokenizer.decode(short.tokens)
 
 
-def test_long_context_is_cut_at_patch_boundaries() -> None:
-    model = tiny_model("calm", lambda context: [context[-4] + 1] * 4)
-    prompt = "abcdefghijklmnopqrstuv"  # 2 begin tokens + 22: a full block
-    generate(model, LetterTokenizer(), prompt, temperature=0.01, max_new_tokens=8)
-    # The block's last patch predicts nothing in training: five patches are left.
-    letters = LetterTokenizer().encode(prompt)
-    assert model.contexts[0] == letters[2:]
-    assert model.contexts[1] == [*letters[6:], 19, 19, 19, 19]
+@pytest.mark.parametrize("kind", ["calm", "transformer"])
+def test_the_end_token_stops_wherever_it_is(kind: str, tokenizer: Tokenizer) -> None:
+    """Each of the tokens that a text has is made the end token in turn, also inside a patch."""
+    model = tiny_model(kind, block_steps=20)
+    tokenizer.end_id = -1
+    options: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 14, "seed": SEEDS}
+    whole = generate(model, tokenizer, PROMPTS, **options)
+    for end in whole[0].tokens:
+        tokenizer.end_id = end
+        for long, short in zip(whole, generate(model, tokenizer, PROMPTS, **options), strict=True):
+            stops = end in long.tokens
+            kept = long.tokens[: long.tokens.index(end)] if stops else long.tokens
+            assert (short.tokens, short.stopped_by) == (kept, "end" if stops else "length")
 
 
-@pytest.mark.parametrize("method", ["pool", "exact"])
-def test_the_seed_decides_the_text(method: Any) -> None:
-    texts = [
-        generate(
-            tiny_model("calm", lambda context: [3 + context[-1] % 20] * 4),
-            LetterTokenizer(),
-            "abc",
-            seed=seed,
-            method=method,
-            max_new_tokens=40,
-        ).text
-        for seed in (0, 0, 1)
-    ]
-    assert texts[0] == texts[1] != texts[2]
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_transformer_samples_its_softmax(tokenizer: Tokenizer, temperature: float) -> None:
+    """Chi-square over 600 seeds; a right sampler fails with probability 1e-4."""
+    model = tiny_model("transformer", vocab_size=VOCAB, seed=2)
+    tokenizer.end_id = -1
+    options: dict[str, Any] = {"temperature": temperature, "max_new_tokens": 1}
+    found = generate(model, tokenizer, ["ab"] * 600, seed=list(range(600)), **options)
+    logits = model.logits(torch.tensor([[tokenizer.begin_id, *tokenizer.encode("ab")]]))[0, -1]
+    expected = (logits.double() / temperature).softmax(-1).numpy() * len(found)
+    observed = np.bincount([row.tokens[0] for row in found], minlength=VOCAB)
+    # Eight groups from the likeliest tokens down, of equal probability.
+    order = np.argsort(-expected)
+    group = np.minimum(expected[order].cumsum() // (len(found) / 8), 7).astype(int)
+    by_group = [np.bincount(group, weights=counts[order]) for counts in (observed, expected)]
+    assert chisquare(*by_group).pvalue > 1e-4
 
 
-def test_any_temperature_falls_to_the_exact_method() -> None:
-    model = tiny_model("calm", lambda context: [3] * 4)
-    assert (
-        len(generate(model, LetterTokenizer(), "", temperature=0.7, max_new_tokens=8).tokens) == 8
+def test_any_temperature_falls_to_the_exact_method(tokenizer: Tokenizer) -> None:
+    model = tiny_model()
+    options: dict[str, Any] = {"temperature": 0.9, "max_new_tokens": 8}
+    assert generate(model, tokenizer, "a", **options) == generate(
+        model, tokenizer, "a", method="exact", **options
     )
     with pytest.raises(UserError, match="whole number"):
-        generate(model, LetterTokenizer(), "", temperature=0.7, method="pool")
+        generate(model, tokenizer, "a", method="pool", **options)
 
 
-def biased(context: list[int]) -> Tensor:
-    logits = torch.full((VOCAB,), -torch.inf)
-    logits[:2] = torch.tensor([0.0, 1.0])
-    return logits
+def test_draws_are_limited(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match=r"30 draws \(max_draws\)"):
+        generate(tiny_model(), tokenizer, "a", temperature=0.01, method="exact", max_draws=30)
 
 
-def test_transformer_samples_its_softmax_at_a_temperature() -> None:
-    """2,000 tokens of odds e^(1/T): within 4.5 standard deviations (6.8e-6 to fail by chance)."""
-    for temperature in (1.0, 0.5):
-        model = tiny_model("transformer", biased)
-        result = generate(
-            model, LetterTokenizer(), "ab", temperature=temperature, max_new_tokens=2000
-        )
-        expected = float(torch.sigmoid(torch.tensor(1 / temperature)))
-        share = sum(result.tokens) / 2000
-        assert abs(share - expected) < 4.5 * (expected * (1 - expected) / 2000) ** 0.5
-        assert model.contexts[0] == [BEGIN, 0, 1]
-        assert max(map(len, model.contexts)) == BLOCK - 1
-
-
-def test_transformer_stops_at_the_end_token() -> None:
-    def ends(context: list[int]) -> Tensor:
-        return torch.nn.functional.one_hot(torch.tensor(END), VOCAB) * 1e4
-
-    result = generate(tiny_model("transformer", ends), LetterTokenizer(), "ab", max_new_tokens=9)
-    assert (result.tokens, result.stopped_by) == ([], "end")
-
-
-def test_bad_arguments() -> None:
-    calm, transformer = tiny_model("calm", counting), tiny_model("transformer", biased)
-    for model in (calm, transformer):
-        for temperature in (0.0, float("nan")):
-            with pytest.raises(UserError, match="temperature"):
-                generate(model, LetterTokenizer(), "", temperature=temperature)
+def test_bad_arguments(tokenizer: Tokenizer) -> None:
+    calm, transformer = tiny_model("calm"), tiny_model("transformer")
+    for temperature in (0.0, -1.0, 1.5, float("nan"), float("inf"), 1e-310):
+        with pytest.raises(UserError, match="temperature"):
+            generate(calm, tokenizer, "", temperature=temperature)
+    for temperature in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="temperature"):
+            generate(transformer, tokenizer, "", temperature=temperature)
     with pytest.raises(UserError, match="max_new_tokens 0"):
-        generate(calm, LetterTokenizer(), "", max_new_tokens=0)
+        generate(calm, tokenizer, "", max_new_tokens=0)
+    with pytest.raises(UserError, match="2 seeds for 1 prompts"):
+        generate(calm, tokenizer, "a", seed=[1, 2])
+    with pytest.raises(UserError, match="seed -1"):
+        generate(calm, tokenizer, ["a", "b"], seed=[1, -1])
+    with pytest.raises(UserError, match=r"'a\\udcff': character 1"):
+        generate(calm, tokenizer, "a\udcff")
 
 
-def test_another_tokenizer_is_refused() -> None:
-    model = tiny_model("transformer", biased)
-    model.tokenizer_sha256 = "0" * 64
-    with pytest.raises(CheckpointError, match="ffffffffffff…, but runs/tiny was trained with 0000"):
-        generate(model, LetterTokenizer(), "")
-    smaller = LetterTokenizer()
-    smaller.vocab_size = 20
-    with pytest.raises(CheckpointError, match=r"20 entries, but runs/tiny has 32"):
-        generate(tiny_model("transformer", biased), smaller, "")
+def test_the_coldest_temperature_takes_the_likeliest_token(tokenizer: Tokenizer) -> None:
+    model = tiny_model("transformer")
+    logits = model.logits(torch.tensor([[tokenizer.begin_id, *tokenizer.encode("ab")]]))[0, -1]
+    found = generate(model, tokenizer, "ab", temperature=1e-300, max_new_tokens=1)
+    assert found.tokens == [int(logits.argmax())]
 
 
-def test_tokenizer_is_found_in_the_recipe_or_the_store(tmp_path: Path) -> None:
+def with_fingerprint(sha256: str | None, vocab_size: int) -> Any:
+    recipe = SimpleNamespace(model=SimpleNamespace(vocab_size=vocab_size))
+    return SimpleNamespace(checkpoint="runs/tiny", tokenizer_sha256=sha256, recipe=recipe)
+
+
+def test_only_the_tokenizer_of_the_model_is_taken(tokenizer: Tokenizer) -> None:
+    own = tokenizer.fingerprint
+    for sha256, vocab_size in ((own, VOCAB), (own, VOCAB + 1), (None, VOCAB), (None, 4096)):
+        check_tokenizer(with_fingerprint(sha256, vocab_size), tokenizer)
+    with pytest.raises(CheckpointError, match=f"{own[:12]}…, but runs/tiny was trained with 0000"):
+        check_tokenizer(with_fingerprint("0" * 64, VOCAB), tokenizer)
+    for sha256 in (own, None):
+        with pytest.raises(CheckpointError, match="259 entries, but runs/tiny has 258"):
+            check_tokenizer(with_fingerprint(sha256, 258), tokenizer)
+
+
+def test_tokens_that_the_tokenizer_lacks_give_no_text(tokenizer: Tokenizer) -> None:
+    """As with released checkpoints, whose vocabulary has one more entry than Llama 3's."""
+    model = tiny_model(vocab_size=VOCAB + 300, patch_size=2)
+    found = generate(model, tokenizer, "a", temperature=1.0, max_new_tokens=30)
+    known = [token for token in found.tokens if token < VOCAB]
+    assert len(known) < len(found.tokens) == 30
+    assert found.text == tokenizer.decode(known)
+
+
+def test_tokenizer_is_found(tmp_path: Path) -> None:
+    """In the recipe, in the run directory, in the store."""
     text = [f"a small text, number {number}" for number in range(200)]
     (tmp_path / "corpus.txt").write_text("\n".join(text))
     tokenizer = train_tokenizer(text, 280, tmp_path / "tokenizer.json")
@@ -215,19 +260,98 @@ def test_tokenizer_is_found_in_the_recipe_or_the_store(tmp_path: Path) -> None:
         [tmp_path / "corpus.txt"], tokenizer, variant="tokens", block_size=32, patch_size=4
     )
     write_store(tmp_path / "store", [tmp_path / "corpus.txt"], tokenizer, plan)
+    recipe = tiny_model("transformer").recipe
 
-    model = tiny_model("transformer", biased)
-
-    def with_data(**data: str) -> Any:
-        values = model.recipe.to_dict()
+    def find(place: Path = tmp_path / "nowhere", **data: str) -> Path:
+        values = recipe.to_dict()
         values["data"] |= data
-        return SimpleNamespace(recipe=Recipe.from_dict(values))
+        found: Any = SimpleNamespace(recipe=type(recipe).from_dict(values), checkpoint=place)
+        return find_tokenizer(found)
 
     own, copy = tmp_path / "tokenizer.json", tmp_path / "store" / "tokenizer.json"
     store = str(tmp_path / "store")
-    assert find_tokenizer(with_data(tokenizer=str(own), path=store)) == own
-    assert find_tokenizer(with_data(path=store)) == copy
-    assert find_tokenizer(with_data(tokenizer="gone.json", path=store)) == copy
+    assert find(tokenizer=str(own), path=store) == own
+    assert find(path=store) == copy
+    assert find(tokenizer="gone.json", path=store) == copy
     assert load_tokenizer(copy).fingerprint == tokenizer.fingerprint
-    with pytest.raises(DataError, match=r"gone\.json: not found.*--tokenizer"):
-        find_tokenizer(with_data(tokenizer="gone.json", path=str(tmp_path)))
+    with pytest.raises(DataError, match=r"gone\.json: not found.*nowhere.*--tokenizer"):
+        find(tokenizer="gone.json", path=str(tmp_path))
+
+    run = tmp_path / "run"
+    inside = run / "checkpoints" / "step_00000001"
+    inside.mkdir(parents=True)
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (run / name).write_bytes(own.read_bytes())
+        assert find(inside, path=store) == find(run, path="gone") == run / name
+
+
+def saved(model: LoadedModel, tokenizer: Tokenizer, run: Path) -> Path:
+    """A run directory that holds the model."""
+    temporary = checkpoint.begin(run, 3)
+    model_state.save_weights(temporary, model.body, None)
+    state = {"step": 3, "tokens": 60, "tokenizer_sha256": tokenizer.fingerprint}
+    (temporary / checkpoint.STATE_FILE).write_text(json.dumps(state))
+    (temporary / checkpoint.RECIPE_FILE).write_text(model.recipe.to_yaml())
+    checkpoint.commit(temporary, keep=1)
+    return run
+
+
+def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Exit code of tools/generate.py, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "tools" / "generate.py"), run_name="__main__")
+    return int(ended.value.code or 0)
+
+
+def test_command_line(
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The tool writes what `generate` gives: an object for one prompt, a list for several."""
+    model = tiny_model("transformer")
+    common = ["--checkpoint", str(saved(model, tokenizer, tmp_path / "run")), "--tokenizer"]
+    common += [str(tokenizer.path), "--max-new-tokens", "9", "--temperature", "4/3"]
+    options: dict[str, Any] = {"temperature": 4 / 3, "max_new_tokens": 9}
+    two = generate(model, tokenizer, ["", "the s"], seed=[4, 5], **options)
+
+    several = ["--prompt", "", "--prompt", "the s", "--seed", "4", "--seed", "5", "--json", "-"]
+    assert run_tool(monkeypatch, *common, *several) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [entry["tokens"] for entry in found] == [new.tokens for new in two]
+    assert [(entry["prompt"], entry["seed"]) for entry in found] == [("", 4), ("the s", 5)]
+
+    file = tmp_path / "one.json"
+    one = ["--prompt", "the s", "--seed", "5", "--json", str(file)]
+    assert run_tool(monkeypatch, *common, *one) == 0
+    assert capsys.readouterr().out == f"the s{two[1].text}\n"
+    assert json.loads(file.read_text()) == found[1]
+    assert (found[1]["step"], found[1]["stopped_by"]) == (3, two[1].stopped_by)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--temperature", "1e400", "'1e400': must be a finite number above 0"),
+        ("--temperature", "nan", "'nan': must be a finite number above 0"),
+        ("--temperature", "0", "at 0 CALM has no most likely patch"),
+        ("--temperature", "1/0", "'1/0' is neither a number nor a fraction"),
+        ("--temperature", "1/2/3", "'1/2/3' is neither a number nor a fraction"),
+        ("--max-new-tokens", "0", "0: give a whole number from 1"),
+        ("--prompt", "a\udcff", r"'a\udcff' is not UTF-8"),
+        ("--seed", "1", "2 seeds for 3 prompts"),
+    ],
+)
+def test_command_line_errors(
+    option: str,
+    value: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prompts = ["--prompt", "", "--prompt", "a", "--prompt", "b"]
+    given = ["--checkpoint", "gone", *prompts, "--seed", "0", option, value]
+    assert run_tool(monkeypatch, *given) == 2
+    assert message in capsys.readouterr().err

@@ -9,9 +9,11 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -295,6 +297,43 @@ def test_shard_that_vanishes_while_reading_is_an_error(store: Path) -> None:
     with pytest.raises(DataError, match=r"shard\.\d+\.mds: is missing"):
         for _ in range(stream.steps_per_epoch):
             next(batches)
+
+
+def test_waiting_for_a_shard_that_another_reader_cannot_prepare_ends(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader gets the shard's fault itself, or goes on to see that another met it."""
+    monkeypatch.setattr(guard, "CHECK_ON_OPEN_BYTES", 0)
+    dataset = open_training_stream([store], batch_size=4)._dataset
+    flip(store / "shard.00001.mds")
+    preparing, waiting = Event(), Event()
+    check = guard.Shard.check
+
+    def slow_check(shard: guard.Shard) -> None:
+        preparing.set()
+        assert waiting.wait(60)
+        # The other reader is in the parent's loop by now, or will find the shard given back.
+        time.sleep(0.1)
+        check(shard)
+
+    def prepare(blocking: bool) -> None:
+        if blocking:
+            waiting.set()
+        try:
+            dataset.prepare_shard(1, blocking)
+        except DataError as error:
+            faults.append(str(error))
+
+    monkeypatch.setattr(guard.Shard, "check", slow_check)
+    faults: list[str] = []
+    failing, other = (Thread(target=prepare, args=[wait], daemon=True) for wait in (False, True))
+    failing.start()
+    assert preparing.wait(60)
+    other.start()
+    for reader in (failing, other):
+        reader.join(60)
+        assert not reader.is_alive()
+    assert faults and all("shard.00001.mds: is damaged" in fault for fault in faults)
 
 
 def test_reader_process_that_dies_is_an_error(stores: Path) -> None:
