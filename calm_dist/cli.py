@@ -11,18 +11,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from calm_dist.errors import PeerLostError, RecipeError, TrainingDivergedError, UserError
+from calm_dist.errors import (
+    PeerLostError,
+    RecipeError,
+    StoppedError,
+    TrainingDivergedError,
+    UserError,
+)
 
 EXIT_BAD_INPUT = 2
 EXIT_PEER_LOST = 3
 EXIT_DIVERGED = 4
+# EX_TEMPFAIL of sysexits.h: not done, try again.
+EXIT_STOPPED = 75
 
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a tool's ``main`` and exit with 0, its own code, or the code of its error.
 
     2 for a `UserError` or a file that cannot be used, 3 for a `PeerLostError`, 4 for a
-    `TrainingDivergedError`; all with a message instead of a traceback.
+    `TrainingDivergedError`, 75 for a `StoppedError`; all with a message instead of a traceback.
     """
     _silence_library_warnings()
     try:
@@ -42,6 +50,10 @@ def run(main: Callable[[], int | None]) -> None:
     except (PeerLostError, TrainingDivergedError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = EXIT_PEER_LOST if isinstance(error, PeerLostError) else EXIT_DIVERGED
+    except StoppedError as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped, file=sys.stderr, flush=True)
+        code = EXIT_STOPPED
     except KeyboardInterrupt:
         code = 130
     sys.exit(code or 0)

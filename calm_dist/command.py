@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 
 from calm_dist.cli import write_json
-from calm_dist.errors import UserError
+from calm_dist.errors import RecipeError, UserError
 from calm_dist.recipe import Recipe, load_recipe
 
 
@@ -36,11 +36,7 @@ def run_training_tool(description: str | None, train: Callable[[Recipe], None]) 
     if arguments.json and not arguments.dry_run:
         raise UserError("--json: goes with --dry-run; a training writes metrics.jsonl in run.dir")
     if not arguments.dry_run:
-        from calm_dist.parallel.launch import read_world
-
-        # The launch decides how many processes there are, whatever number was planned for.
-        launched = f"parallel.world_size={read_world().size}"
-        train(load_recipe(arguments.recipe, [*arguments.overrides, launched]))
+        train(_recipe_for_launch(arguments.recipe, arguments.overrides))
         return
 
     from calm_dist.reports.plan import format_plan, plan
@@ -52,3 +48,13 @@ def run_training_tool(description: str | None, train: Callable[[Recipe], None]) 
         write_json(values, arguments.json)
     if arguments.json != "-":
         print(format_plan(values))
+
+
+def _recipe_for_launch(path: str, overrides: list[str]) -> Recipe:
+    """The recipe, also where it fits the launched number of processes but not the planned one."""
+    from calm_dist.parallel.launch import read_world
+
+    try:
+        return load_recipe(path, overrides)
+    except RecipeError:
+        return load_recipe(path, [*overrides, f"parallel.world_size={read_world().size}"])

@@ -31,3 +31,7 @@ class PeerLostError(RuntimeError):
 
 class TrainingDivergedError(RuntimeError):
     """Loss or gradients stayed non-finite; going on would only waste the machines."""
+
+
+class StoppedError(RuntimeError):
+    """A signal asked the run to stop; it wrote a checkpoint and can go on."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from calm_dist.errors import PeerLostError, TrainingDivergedError, UserError
+from calm_dist.errors import PeerLostError, StoppedError, TrainingDivergedError, UserError
 from calm_dist.parallel.launch import World
 
 BEAT_SECONDS = 1.0
@@ -77,7 +77,7 @@ def name_lost_peers(store: dist.Store, world: World) -> Iterator[None]:
     peers = Peers(store, world)
     try:
         yield
-    except (UserError, TrainingDivergedError):
+    except (UserError, TrainingDivergedError, StoppedError):
         raise
     except RuntimeError as error:
         lost = peers.lost()

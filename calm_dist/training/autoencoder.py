@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from calm_dist.data.store import StoreMeta
 from calm_dist.data.stream import Batch, Store, open_store, open_training_stream
-from calm_dist.errors import DataError, RecipeError
+from calm_dist.errors import DataError, RecipeError, StoppedError
 from calm_dist.interop.huggingface import load_autoencoder, save_autoencoder
 from calm_dist.losses.autoencoder import (
     AutoencoderLoss,
@@ -43,6 +43,7 @@ from calm_dist.training.health import RunProgress
 from calm_dist.training.metrics import MetricsLog
 from calm_dist.training.schedule import learning_rate
 from calm_dist.training.session import launched
+from calm_dist.training.stop import StopRequest
 
 HELD_OUT = "valid"
 
@@ -53,10 +54,11 @@ def train_autoencoder(recipe: Recipe) -> None:
     Raises:
         UserError: recipe, data, checkpoint or launch are wrong.
         PeerLostError: another process died.
+        StoppedError: a signal asked for it; a checkpoint was written.
     """
     check_kind(recipe)
-    with launched(recipe) as (resolved, device):
-        AutoencoderTrainer(resolved, device).run()
+    with launched(recipe) as (resolved, device, stop):
+        AutoencoderTrainer(resolved, device, stop).run()
 
 
 def check_kind(recipe: Recipe) -> None:
@@ -144,6 +146,7 @@ class StepResult(NamedTuple):
     grad_norm: float
     learning_rate: float
     skipped: bool
+    stop: bool
 
 
 class _LossModule(nn.Module):
@@ -160,8 +163,11 @@ class _LossModule(nn.Module):
 class AutoencoderTrainer:
     """One rank of a run: builds or resumes it, and trains to the recipe's last step."""
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Recipe, device: torch.device, stop: StopRequest | None = None
+    ) -> None:
         self.recipe, self.device = recipe, device
+        self._stop = stop or StopRequest()
         self.run_dir = Path(recipe.run.dir)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.progress = RunProgress()
@@ -186,32 +192,42 @@ class AutoencoderTrainer:
             self._metrics = MetricsLog(recipe, self.run_dir, self.progress.step)
 
     def run(self) -> None:
-        """Train until the last step; the last step always leaves a checkpoint."""
+        """Train until the last step, or until asked to stop; both leave a checkpoint.
+
+        Raises:
+            StoppedError: a signal asked for it.
+        """
         recipe = self.recipe
         batches = iter(self._stream)
         last = recipe.training.steps
-        while self.progress.step < last:
+        stopping = False
+        while self.progress.step < last and not stopping:
             started = time.perf_counter()
             result = self.train_step(next(batches))
             self.progress.count(result.skipped, recipe.health.max_skipped_steps)
             step = self.progress.step
             if self._metrics is not None:
                 numbers = result._asdict()
-                skipped = numbers.pop("skipped")
+                skipped, _ = numbers.pop("skipped"), numbers.pop("stop")
                 seconds = time.perf_counter() - started
                 self._metrics.training_step(step, numbers, skipped, seconds)
-            if step % recipe.checkpoint.every == 0 or step == last:
+            stopping = result.stop
+            if step % recipe.checkpoint.every == 0 or step == last or stopping:
                 # The score comes first: where there is a checkpoint, there is its score.
                 self._evaluate()
                 on_rank_zero(self._save)
         if self._metrics is not None:
             self._metrics.close()
+        if self.progress.step < last:
+            raise StoppedError(self._stop.message(self.progress.step))
 
     def train_step(self, batch: Batch) -> StepResult:
         """One optimizer step on this rank's blocks of a global batch."""
         training = self.recipe.training
         self.optimizer.zero_grad()
-        sums = torch.zeros(3, device=self.device)
+        # Loss, cross entropy, KL, and whether a rank was asked to stop.
+        sums = torch.zeros(4, device=self.device)
+        sums[3] = float(self._stop.requested)
         parts = list(
             zip(
                 batch["tokens"].split(training.micro_batch_size),
@@ -225,17 +241,17 @@ class AutoencoderTrainer:
             with self._gradient_exchange(number == len(parts) - 1), self._autocast():
                 losses = self._loss(tokens, noise)
                 (losses.total / len(parts)).backward()
-            sums += torch.stack(losses).detach() / len(parts)
+            sums[:3] += torch.stack(losses).detach() / len(parts)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_grad_norm)
         dist.all_reduce(sums)
-        loss, cross_entropy, kl = (sums / self.world_size).tolist()
+        loss, cross_entropy, kl, stopping = (sums / self.world_size).tolist()
         rate = learning_rate(training, self.progress.step)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if not skipped:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
-        return StepResult(loss, cross_entropy, kl, float(norm), rate, skipped)
+        return StepResult(loss, cross_entropy, kl, float(norm), rate, skipped, stopping > 0)
 
     def _gradient_exchange(self, wanted: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients are averaged over ranks in the last micro-batch's backward pass only."""

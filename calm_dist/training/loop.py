@@ -12,6 +12,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from calm_dist.data.stream import open_training_stream
+from calm_dist.errors import StoppedError
 from calm_dist.parallel.pipeline import micro_batches
 from calm_dist.parallel.rank_zero import on_rank_zero
 from calm_dist.parallel.topology import Topology
@@ -21,13 +22,15 @@ from calm_dist.training.build import build_parts
 from calm_dist.training.health import RunProgress
 from calm_dist.training.metrics import MetricsLog
 from calm_dist.training.optimizer import JointOptimizer, StepResult
+from calm_dist.training.stop import StopRequest
 
 
 class Trainer:
     """One rank of a run: builds or resumes it, and trains to the recipe's last step."""
 
-    def __init__(self, recipe: Recipe, topology: Topology) -> None:
+    def __init__(self, recipe: Recipe, topology: Topology, stop: StopRequest | None = None) -> None:
         self.recipe, self.topology = recipe, topology
+        self._stop = stop or StopRequest()
         self.run_dir = Path(recipe.run.dir)
         self.progress = RunProgress()
         self.parts = build_parts(recipe, topology)
@@ -48,13 +51,18 @@ class Trainer:
             self._metrics = MetricsLog(recipe, self.run_dir, self.progress.step)
 
     def run(self) -> None:
-        """Train until the last step; the last step always leaves a checkpoint."""
+        """Train until the last step, or until asked to stop; both leave a checkpoint.
+
+        Raises:
+            StoppedError: a signal asked for it.
+        """
         recipe = self.recipe
         batches = iter(self._stream)
         last = recipe.training.steps
         if self.progress.step >= last and self._metrics is not None:
             print(f"nothing to do: training.steps={last} are done", flush=True)
-        while self.progress.step < last:
+        stopping = False
+        while self.progress.step < last and not stopping:
             started = time.perf_counter()
             result = self.train_step(next(batches))
             self.progress.count(result.skipped, recipe.health.max_skipped_steps)
@@ -62,10 +70,13 @@ class Trainer:
             if self._metrics is not None:
                 seconds = time.perf_counter() - started
                 self._metrics.training_step(step, result.numbers(), result.skipped, seconds)
-            if step % recipe.checkpoint.every == 0 or step == last:
+            stopping = result.stop
+            if step % recipe.checkpoint.every == 0 or step == last or stopping:
                 self.save()
         if self._metrics is not None:
             self._metrics.close()
+        if self.progress.step < last:
+            raise StoppedError(self._stop.message(self.progress.step))
 
     def train_step(self, batch: dict[str, torch.Tensor]) -> StepResult:
         """One optimizer step on this rank's part of a global batch."""
@@ -87,7 +98,7 @@ class Trainer:
         # Only the last stage has outputs.
         zero = torch.zeros((), device=self.topology.device)
         loss = sum((output["loss"] for output in outputs), zero)
-        return self.optimizer.step(self.progress.step, loss)
+        return self.optimizer.step(self.progress.step, loss, self._stop.requested)
 
     def save(self) -> None:
         """Write a checkpoint of all ranks, then commit it as a whole."""

@@ -25,6 +25,8 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     skipped: bool
+    stop: bool
+    """Whether any rank was asked to stop."""
 
     def numbers(self) -> dict[str, float]:
         """What is logged."""
@@ -71,17 +73,18 @@ class JointOptimizer:
         self._body, self._head = body, head
         self._device = topology.device
 
-    def step(self, step: int, loss: torch.Tensor) -> StepResult:
+    def step(self, step: int, loss: torch.Tensor, stop: bool = False) -> StepResult:
         """Apply the gradients of training step ``step``.
 
         Args:
             loss: this rank's contribution to the mean loss, a scalar.
+            stop: whether this rank was asked to stop; the result says it to all.
 
         A loss or norm that is not finite anywhere skips the step on every rank.
         """
         rate = learning_rate(self._training, step)
         self._body.prepare_grads()
-        total_loss, norm = self._reduce(loss)
+        total_loss, norm, stop = self._reduce(loss, stop)
         skipped = not (math.isfinite(total_loss) and math.isfinite(norm))
         if skipped:
             if self._head is not None:
@@ -93,19 +96,20 @@ class JointOptimizer:
             self._body.step_with_ready_grads()
             if self._head is not None:
                 self._head.step(rate)
-        return StepResult(total_loss, norm, rate, skipped)
+        return StepResult(total_loss, norm, rate, skipped, stop)
 
-    def _reduce(self, loss: torch.Tensor) -> tuple[float, float]:
-        """The loss and the joint gradient norm, the same numbers on every rank."""
+    def _reduce(self, loss: torch.Tensor, stop: bool) -> tuple[float, float, bool]:
+        """The loss, the joint gradient norm and whether to stop, the same on every rank."""
         # Already summed over the ranks that share the body, and equal on its replicas.
         body_norm = float(self._body.get_grad_norm())
-        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        sums = torch.zeros(3, dtype=torch.float64, device=self._device)
         sums[0] = loss
         if self._head is not None:
             sums[1] = self._head.squared_gradient_norm()
+        sums[2] = float(stop)
         dist.all_reduce(sums)
-        total_loss, head_squared = sums.tolist()
-        return total_loss, math.sqrt(body_norm**2 + head_squared)
+        total_loss, head_squared, stopping = sums.tolist()
+        return total_loss, math.sqrt(body_norm**2 + head_squared), stopping > 0
 
     def _clip(self, norm: float) -> None:
         limit = self._training.clip_grad_norm

@@ -11,6 +11,8 @@ from calm_dist.training.session import launched
 if TYPE_CHECKING:
     import torch
 
+    from calm_dist.training.stop import StopRequest
+
 
 def train(recipe: Recipe) -> None:
     """Train the language model of a recipe in the world that the launcher made.
@@ -18,6 +20,7 @@ def train(recipe: Recipe) -> None:
     Raises:
         UserError: recipe, data, checkpoint or launch are wrong.
         PeerLostError: another process died.
+        StoppedError: a signal asked for it; a checkpoint was written.
         TrainingDivergedError: too many steps in a row were not finite.
     """
     if recipe.model.kind == "autoencoder":
@@ -25,11 +28,11 @@ def train(recipe: Recipe) -> None:
             "model.kind: autoencoder; this command trains language models, use "
             "tools/train_autoencoder.py"
         )
-    with launched(recipe) as (resolved, device):
-        train_in_world(resolved, device)
+    with launched(recipe) as (resolved, device, stop):
+        train_in_world(resolved, device, stop)
 
 
-def train_in_world(recipe: Recipe, device: torch.device) -> None:
+def train_in_world(recipe: Recipe, device: torch.device, stop: StopRequest | None = None) -> None:
     """`train` once the processes are connected; may be called again for another recipe."""
     from calm_dist.parallel import cpu
 
@@ -38,5 +41,5 @@ def train_in_world(recipe: Recipe, device: torch.device) -> None:
     from calm_dist.training.loop import Trainer
 
     topology = build_topology(recipe, device)
-    Trainer(recipe, topology).run()
+    Trainer(recipe, topology, stop).run()
     destroy_topology(topology)

@@ -20,6 +20,7 @@ from calm_dist.parallel.launch import World, join_world, read_world, select_devi
 from calm_dist.recipe import Recipe, load_recipe
 from calm_dist.training import checkpoint
 from calm_dist.training.resolve import resolve
+from calm_dist.training.stop import StopRequest
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +31,9 @@ LIBRARIES = ("torch", "megatron-core", "deepspeed", "mosaicml-streaming", "flash
 
 
 @contextmanager
-def launched(recipe: Recipe) -> Iterator[tuple[Recipe, torch.device]]:
-    """Connect the processes that a launcher started; gives the resolved recipe and the device.
+def launched(recipe: Recipe) -> Iterator[tuple[Recipe, torch.device, StopRequest]]:
+    """Connect the processes that a launcher started; gives the resolved recipe, the device and
+    what notes the signals to stop.
 
     Raises:
         UserError: recipe, data or launch are wrong, before any process group exists.
@@ -52,10 +54,11 @@ def launched(recipe: Recipe) -> Iterator[tuple[Recipe, torch.device]]:
 
     device = select_device(world, recipe.parallel.device)
     store = join_world(world, device, recipe.health.timeout_seconds)
-    with name_lost_peers(store, world):
+    stop = StopRequest()
+    with name_lost_peers(store, world), stop.listening():
         lock = on_rank_zero(lambda: prepare_run_directory(recipe, world))
         try:
-            yield recipe, device
+            yield recipe, device, stop
             dist.barrier()
         finally:
             if world.rank == 0:
