@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -39,7 +40,8 @@ class MetricsLog:
         self._path = run_dir / METRICS_FILE
         if self._path.exists():
             _drop_records_after(self._path, resume_step)
-        self._file: IO[str] = self._path.open("a", encoding="utf-8")
+        self._file: IO[bytes] = self._path.open("ab", buffering=0)
+        self._unwritten: list[bytes] = []
         self._trackers = _open_trackers(recipe, run_dir)
 
     def training_step(
@@ -75,14 +77,37 @@ class MetricsLog:
             tracker.log(step, numbers)
 
     def close(self) -> None:
+        if self._unwritten:
+            print(
+                f"warning: {self._path}: {len(self._unwritten)} records could not be written",
+                file=sys.stderr,
+            )
         self._file.close()
         for tracker in self._trackers:
             tracker.close()
 
     def _write(self, record: Record) -> None:
-        # One write per line, so that a reader or a crash never sees half a record of ours.
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Append a record. A full disk must not end a training: what cannot be written now is
+        kept, and written together with a later record."""
+        self._unwritten.append(json.dumps(record).encode() + b"\n")
+        waited = len(self._unwritten) > 1
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            # One write, so that a reader or a crash never sees half a record of ours.
+            written = self._file.write(b"".join(self._unwritten))
+            if written != sum(map(len, self._unwritten)):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._file.truncate(end)
+            if not waited:
+                print(
+                    f"warning: {self._path}: {error.strerror}; training goes on, records are kept "
+                    "until there is room",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            return
+        self._unwritten.clear()
 
     def _console_line(self, record: Record) -> str:
         remaining = (self._total_steps - record["step"]) * record["step_seconds"]

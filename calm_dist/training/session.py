@@ -25,7 +25,9 @@ from calm_dist.training.stop import StopRequest
 if TYPE_CHECKING:
     import torch
 
-_FREE_AFTER_IMPORT = ("precision", "model.init", "model.initializer_range")
+# A run cannot go on with another of these; what its data must keep, the stream checks.
+_FIXED = ("precision", "run.seed")
+_FREE_AFTER_IMPORT = ("model.init", "model.initializer_range")
 
 LIBRARIES = ("torch", "megatron-core", "deepspeed", "mosaicml-streaming", "flash-attn", "triton")
 
@@ -79,7 +81,7 @@ def prepare_run_directory(recipe: Recipe, world: World) -> int:
     """
     run_dir = Path(recipe.run.dir)
     lock = _lock(run_dir)
-    _refuse_other_model(run_dir, recipe)
+    _check_changes(run_dir, recipe)
     replace_text(run_dir / "recipe.yaml", recipe.to_yaml())
     environment = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -113,30 +115,40 @@ def _lock(run_dir: Path) -> int:
     return descriptor
 
 
-def _refuse_other_model(run_dir: Path, recipe: Recipe) -> None:
+def _check_changes(run_dir: Path, recipe: Recipe) -> None:
+    """Say what the recipe has changed since the newest checkpoint, and refuse what it may not."""
     path = checkpoint.newest_recipe(run_dir)
     if path is None:
         return
-    before, now = (_identity(given) for given in (load_recipe(path), recipe))
-    names = sorted(before.keys() | now.keys())
+    before, now = _fields(load_recipe(path)), _fields(recipe)
+    # Where things lie is no part of them: data and autoencoder are known by their fingerprints.
+    names = sorted((before.keys() | now.keys()) - {"run.dir", "model.autoencoder"})
+    changed = {
+        n: f"{n}: {before.get(n)} -> {now.get(n)}" for n in names if before.get(n) != now.get(n)
+    }
     if checkpoint.has_only_weights(path.parent):
         # They say nothing of how to go on, nor of how weights would be drawn.
-        names = [name for name in names if name not in _FREE_AFTER_IMPORT]
-    changed = [name for name in names if before.get(name) != now.get(name)]
-    if changed:
-        listed = ", ".join(f"{n}: {before.get(n)} -> {now.get(n)}" for n in changed)
+        changed = {n: text for n, text in changed.items() if n.startswith("model.")}
+        changed = {n: text for n, text in changed.items() if n not in _FREE_AFTER_IMPORT}
+    refused = [text for n, text in changed.items() if n.startswith("model.") or n in _FIXED]
+    if refused:
         raise CheckpointError(
-            f"{run_dir}: its checkpoints were written for another model ({listed}); use the "
-            "recipe that lies in them, or another run.dir"
+            f"{run_dir}: its checkpoints were written for another model or noise "
+            f"({', '.join(refused)}); use the recipe that lies in them, or another run.dir"
         )
+    if changed:
+        print(f"changed since {path.parent.name}: {', '.join(changed.values())}", flush=True)
 
 
-def _identity(recipe: Recipe) -> dict[str, Any]:
-    """The fields that a checkpoint belongs to."""
-    values = recipe.to_dict()
-    # Where the autoencoder lies is no part of the model; its sha256 is checked with the data.
-    model = {f"model.{n}": value for n, value in values["model"].items() if n != "autoencoder"}
-    return {"precision": values["precision"], **model}
+def _fields(recipe: Recipe) -> dict[str, Any]:
+    """All fields by their dotted names."""
+    fields: dict[str, Any] = {}
+    for section, values in recipe.to_dict().items():
+        if isinstance(values, dict):
+            fields |= {f"{section}.{name}": value for name, value in values.items()}
+        else:
+            fields[section] = values
+    return fields
 
 
 def _version(package: str) -> str | None:

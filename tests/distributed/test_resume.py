@@ -100,9 +100,15 @@ def test_finished_run_is_left_alone_and_another_model_is_refused(
     finish(launch(1, tiny(run_dir, "calm", training__steps=3, **ALONE)))
     assert training_records(run_dir) == before
 
-    other = [*tiny(run_dir, "calm", training__steps=3, **ALONE), "model.head.num_mlp_layers=3"]
-    process = launch(1, other)
-    output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
-    assert process.returncode != 0
-    assert "written for another model" in output and "model.head" in output
-    assert training_records(run_dir) == before
+    same = tiny(run_dir, "calm", training__steps=3, **ALONE)
+    for change in ("model.head.num_mlp_layers=3", "run.seed=1"):
+        process = launch(1, [*same, change])
+        output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+        assert process.returncode != 0
+        assert "written for another model or noise" in output
+        assert change.split("=")[0].removesuffix(".num_mlp_layers") in output
+        assert training_records(run_dir) == before
+
+    output = finish(launch(1, [*same, "training.steps=4", "training.learning_rate=1e-3"]))
+    assert "training.learning_rate: 0.002 -> 0.001, training.steps: 3 -> 4" in output
+    assert sorted(training_records(run_dir)) == [1, 2, 3, 4]

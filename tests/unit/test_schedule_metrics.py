@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,3 +129,40 @@ def test_only_due_steps_and_the_last_are_logged(tmp_path: Path, recipe: Recipe) 
         log.training_step(step, VALUES, False, 1.0)
     log.close()
     assert [record["step"] for record in read_records(tmp_path)] == [4, 8, 10]
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from calm_dist.recipe import load_recipe
+from calm_dist.training.metrics import MetricsLog
+
+directory = Path(sys.argv[1])
+log = MetricsLog(load_recipe(directory / "recipe.yaml"), directory, resume_step=0)
+
+def step(number):
+    log.training_step(number, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1}, False, 1.0)
+
+step(1)
+# No file of this process may grow beyond this: a full disk, half a record from here.
+resource.setrlimit(resource.RLIMIT_FSIZE, (250, resource.RLIM_INFINITY))
+step(2)
+step(3)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+step(4)
+log.close()
+"""
+
+
+def test_a_full_disk_loses_no_record(tmp_path: Path, recipe: Recipe) -> None:
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert done.stderr.count("training goes on") == 1
+    lines = (tmp_path / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
