@@ -5,6 +5,7 @@ Tensors are stored by global name and position, so a checkpoint loads on any TP/
 
 from __future__ import annotations
 
+import pickle
 import queue
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import nn
 from calm_dist.errors import CheckpointError
 from calm_dist.parallel.topology import Topology
 from calm_dist.parallel.zero_head import ZeroHead
+from calm_dist.training.trusted import check_description
 
 TENSORS = "tensors"
 _HEAD = "head."
@@ -185,8 +187,13 @@ def _unwrap(chunk: Any) -> Any:
 
 def _load(state: dict[str, Any], directory: Path) -> dict[str, Any]:
     source = directory / TENSORS
+    check_description(source / ".metadata")
     try:
         return dist_checkpointing.load(state, str(source))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{source}: refused, it holds more than tensors; use another checkpoint"
+        ) from error
     except (CheckpointingException, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
