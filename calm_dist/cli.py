@@ -78,7 +78,9 @@ def at_least(minimum: int) -> Callable[[str], int]:
     def number(text: str) -> int:
         value = int(text)
         if not minimum <= value < 2**63:
-            raise argparse.ArgumentTypeError(f"{value}: give a whole number from {minimum}")
+            raise argparse.ArgumentTypeError(
+                f"{value}: give a whole number from {minimum}, below 2^63"
+            )
         return value
 
     return number

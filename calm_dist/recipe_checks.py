@@ -51,7 +51,8 @@ def _describe(details: dict[str, Any], recipe_type: type[BaseModel]) -> str:
     if kind in ("model_type", "model_attributes_type"):
         return f"{field}: found {value!r}; give a mapping of fields"
     if kind == "tuple_type":
-        return f"{field}: found {value!r}; give a path, or a list of {{path, weight}}"
+        wanted = "a path, or a list of {path, weight}" if field == "data.path" else "a list"
+        return f"{field}: found {value!r}; give {wanted}"
     remedy = details["msg"]
     return f"{field}: found {value!r}; {remedy[:1].lower()}{remedy[1:]}"
 

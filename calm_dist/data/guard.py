@@ -182,6 +182,9 @@ class GuardedDataset(StreamingDataset):
         if error is not None:
             self._failure = error
             self._event.set()
+            # At the end of an iteration the parent waits until its threads have counted
+            # themselves out, which one that raises does not (mosaicml-streaming 0.13.0).
+            self._iterator.on_exit()
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """As the parent's, and tells all readers on the node where it fails.

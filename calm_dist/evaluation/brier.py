@@ -49,7 +49,7 @@ def brier_scores(sample_a: Tensor, sample_b: Tensor, target: Tensor) -> Tensor:
             "sample_a, sample_b and target must have one shape; got "
             f"{tuple(sample_a.shape)}, {tuple(sample_b.shape)}, {tuple(target.shape)}"
         )
-    if target.numel() == 0:
+    if target.dim() == 0 or target.numel() == 0:
         raise ValueError(f"no position to score: the shape is {tuple(target.shape)}")
     hits = prefix_equal(sample_a, target) + prefix_equal(sample_b, target)
     scores = hits - prefix_equal(sample_a, sample_b)
@@ -62,6 +62,8 @@ def brierlm(scores: Sequence[float] | np.ndarray | Tensor) -> float:
     Raises:
         ValueError: there are not exactly four scores.
     """
+    if isinstance(scores, Tensor):
+        scores = scores.detach().cpu()
     values = np.asarray(scores, dtype=np.float64)
     if values.shape != (NGRAM,):
         raise ValueError(f"BrierLM needs the scores Brier-1..{NGRAM}; got shape {values.shape}")

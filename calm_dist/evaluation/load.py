@@ -137,6 +137,10 @@ def load_model(
     """
     directory = checkpoint.find_checkpoint(path)
     recipe = _with_files_found(load_recipe(directory / checkpoint.RECIPE_FILE), directory)
+    if recipe.model.kind == "autoencoder":
+        raise CheckpointError(
+            f"{directory}: is an autoencoder; give the checkpoint of a CALM or a Transformer"
+        )
     recipe = single_process_recipe(recipe)
     state = json.loads((directory / checkpoint.STATE_FILE).read_text(encoding="utf-8"))
     topology = single_process_topology(recipe, torch.device(device))
@@ -165,6 +169,10 @@ def load_released(
 ) -> LoadedModel:
     """Load a CALM in the authors' layout; see `interop.huggingface.load_calm`."""
     directory = Path(directory)
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory}: no such directory; give the directory of a released checkpoint"
+        )
     released = read_calm(directory)
     given = autoencoder or released.autoencoder_directory()
     tokenizer = tokenizer_file(directory)

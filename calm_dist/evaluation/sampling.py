@@ -50,6 +50,8 @@ def sample_exact(
     Raises:
         UserError: the temperature is outside (0, 1], or ``max_draws`` draws gave no sample.
     """
+    if max_draws < 1:
+        raise UserError(f"max_draws {max_draws}: must be at least 1")
     whole, fraction = exponent_parts(temperature)
     draws = _one_by_one(draw, temperature, max_draws)
     while True:

@@ -19,6 +19,9 @@ from safetensors.torch import load_file, save_file
 from calm_dist.errors import CheckpointError
 from calm_dist.interop.layout import CONFIG_FILE, WEIGHTS_FILE, weight_files
 
+# Older versions of transformers store what follows from the configuration.
+BUFFERS = ("rotary_emb.inv_freq",)
+
 
 @dataclass(frozen=True)
 class Tensors:
@@ -83,6 +86,11 @@ class Tensors:
                 "for"
             )
         for name, shape in shapes.items():
+            if not self.values[name].isfinite().all():
+                raise CheckpointError(
+                    f"{self.files[name]}: {name} holds numbers that are not finite; the file is "
+                    "damaged, or its training diverged"
+                )
             if tuple(self.values[name].shape) != shape:
                 raise CheckpointError(
                     f"{self.files[name]}: {name} has shape {tuple(self.values[name].shape)}, "
@@ -126,7 +134,8 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
             )
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused, it holds more than tensors and could run code ({_line(error)})"
+            f"{path}: refused, it holds more than tensors and could run code; ask for it as "
+            "safetensors"
         ) from error
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, EOFError) as error:
         raise CheckpointError(f"{path}: damaged or no weights file ({_line(error)})") from error
@@ -137,7 +146,7 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
         if not is_weight or not tensor.is_floating_point() or tensor.is_meta:
             kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise CheckpointError(f"{path}: {name} is no floating-point tensor ({kind})")
-    return content
+    return {name: tensor for name, tensor in content.items() if not name.endswith(BUFFERS)}
 
 
 def _line(error: Exception) -> str:

@@ -51,9 +51,14 @@ def energy_score(
         Scores [S] in fp32.
 
     Raises:
-        ValueError: fewer than two samples, a beta outside (0, 2), or shapes that do not fit.
+        ValueError: fewer than two samples, no draw, a beta outside (0, 2), or shapes that do not
+            fit.
     """
     _check(samples, mean, log_std, noise, beta)
+    if (num_draws if noise is None else noise.shape[0]) < 1:
+        raise ValueError(
+            "no draws of the posterior: num_draws, or the noise's M, must be at least 1"
+        )
     if mean.requires_grad or log_std.requires_grad:
         # The chunked form differentiates with respect to the samples alone.
         if noise is None:
