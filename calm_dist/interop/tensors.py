@@ -74,7 +74,8 @@ class Tensors:
             config: what the shapes follow from, for the message.
 
         Raises:
-            CheckpointError: naming file and tensor that is missing, unknown or of another shape.
+            CheckpointError: naming file and tensor that is missing, unknown, of another shape or
+                not finite.
         """
         if missing := sorted(shapes.keys() - self.values.keys()):
             raise CheckpointError(
@@ -86,15 +87,15 @@ class Tensors:
                 "for"
             )
         for name, shape in shapes.items():
-            if not self.values[name].isfinite().all():
-                raise CheckpointError(
-                    f"{self.files[name]}: {name} holds numbers that are not finite; the file is "
-                    "damaged, or its training diverged"
-                )
             if tuple(self.values[name].shape) != shape:
                 raise CheckpointError(
                     f"{self.files[name]}: {name} has shape {tuple(self.values[name].shape)}, "
                     f"{config} asks for {shape}"
+                )
+            if not self.values[name].isfinite().all():
+                raise CheckpointError(
+                    f"{self.files[name]}: {name} holds numbers that are not finite; the file is "
+                    "damaged, or its training diverged"
                 )
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,10 +101,15 @@ def environment(**more: str) -> dict[str, str]:
 def run_jobs(ranks: int, jobs: Jobs, directory: Path) -> None:
     """Train (recipe, overrides) after each other in one launch of ``ranks`` processes."""
     listed = [{"recipe": recipe(kind), "overrides": overrides} for kind, overrides in jobs]
+    run_worker(ranks, WORKER, listed, directory)
+
+
+def run_worker(ranks: int, worker: Path, jobs: list[dict[str, Any]], directory: Path) -> None:
+    """One launch of ``ranks`` processes of a worker script, which does all jobs."""
     file = directory / f"jobs_{ranks}.json"
-    file.write_text(json.dumps(listed), encoding="utf-8")
+    file.write_text(json.dumps(jobs), encoding="utf-8")
     done = subprocess.run(
-        torchrun(ranks, WORKER, str(file)),
+        torchrun(ranks, worker, str(file)),
         env=environment(),
         capture_output=True,
         text=True,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, TIMEOUT_SECONDS, environment, torchrun, training_records
+from conftest import ROOT, run_worker, training_records
 from safetensors.torch import load_file
 
 from calm_dist.evaluation.load import load_model
@@ -87,7 +86,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
             rounded = ["precision=bf16", *overrides(4, {})[1:]]
             run, out = str(directory / "run_k4"), str(directory / "start.safetensors")
             jobs.append({"kind": "start", "run": run, "overrides": rounded, "out": out})
-        launch(ranks, jobs, directory)
+        run_worker(ranks, WORKER, jobs, directory)
     return directory
 
 
@@ -129,21 +128,6 @@ def train_job(directory: Path, name: str, layout: dict[str, object], store: Path
     }
     listed = [f"{key}={value}" for key, value in (values | layout).items()]
     return {"kind": "train", "run": str(run_dir), "overrides": listed}
-
-
-def launch(ranks: int, jobs: list[dict[str, Any]], directory: Path) -> str:
-    file = directory / f"jobs_{ranks}.json"
-    file.write_text(json.dumps(jobs), encoding="utf-8")
-    done = subprocess.run(
-        torchrun(ranks, WORKER, str(file)),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -136,3 +136,10 @@ def test_bad_arguments_are_named(change: dict[str, object], message: str) -> Non
     }
     with pytest.raises(ValueError, match=message):
         energy_score(**(good | change))  # type: ignore[arg-type]
+
+
+def test_no_draws_are_refused() -> None:
+    samples, posterior = torch.zeros(2, 4, 2), torch.zeros(4, 2)
+    for given in ({"num_draws": 0}, {"noise": torch.zeros(0, 4, 2)}):
+        with pytest.raises(ValueError, match="no draws"):
+            energy_score(samples, posterior, posterior, **given)  # type: ignore[arg-type]

@@ -126,19 +126,19 @@ def parameters(*modules: nn.Module) -> int:
     return sum(p.numel() for module in modules for p in module.parameters())
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [
-        ("calm_s", 201_323_648),
-        ("calm_m", 371_731_584),
-        ("calm_l", 735_330_944),
-        ("calm_xl", 1_829_793_408),
-        ("transformer_s", 281_955_072),
-        ("transformer_m", 465_077_248),
-        ("transformer_l", 847_037_952),
-        ("autoencoder", 75_831_552),
-    ],
-)
+PUBLISHED_SIZES = [
+    ("calm_s", 201_323_648),
+    ("calm_m", 371_731_584),
+    ("calm_l", 735_330_944),
+    ("calm_xl", 1_829_793_408),
+    ("transformer_s", 281_955_072),
+    ("transformer_m", 465_077_248),
+    ("transformer_l", 847_037_952),
+    ("autoencoder", 75_831_552),
+]
+
+
+@pytest.mark.parametrize(("name", "parameters"), PUBLISHED_SIZES)
 def test_recipes_have_the_published_sizes(name: str, parameters: int) -> None:
     assert flops.count(load_recipe(RECIPES / f"{name}.yaml")).parameters == parameters
 

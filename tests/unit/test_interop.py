@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 from collections.abc import Callable
@@ -327,12 +328,22 @@ Q = "transformer.layers.1.self_attn.q_proj.weight"
         (lambda w: w.pop(Q), Q),
         (lambda w: w.update({"transformer.layers.3.extra": torch.zeros(2)}), "layers.3.extra"),
         (lambda w: w.update({Q: w[Q][:, :-1].clone()}), Q),
+        (lambda w: w[Q][0, 0].fill_(math.nan), Q),
         (lambda w: w.update({Q: w[Q].long()}), Q),
         (lambda w: w.update({Q: "text"}), Q),
         (lambda w: w["generative_head.noise_embd.bias"].add_(1), "noise_embd.bias"),
         (lambda w: w.update({"transformer.embed_tokens.weight": torch.ones(161, 32)}), "(161, 32)"),
     ],
-    ids=["missing", "unknown", "shape", "integer", "text", "tied but different", "vocabulary"],
+    ids=[
+        "missing",
+        "unknown",
+        "shape",
+        "not finite",
+        "integer",
+        "text",
+        "tied but different",
+        "vocabulary",
+    ],
 )
 def test_weights_that_do_not_fit(
     calm: Path, edit: Callable[[Tensors], object], tensor: str

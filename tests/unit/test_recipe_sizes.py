@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_flops import PUBLISHED_SIZES
 from torch import nn
 
 from calm_dist.evaluation.load import single_process_recipe, single_process_topology
@@ -50,19 +51,7 @@ def is_vocabulary(name: str) -> bool:
     return "embed_tokens" in name or "output_layer" in name
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [
-        ("calm_s", 201_323_648),
-        ("calm_m", 371_731_584),
-        ("calm_l", 735_330_944),
-        ("calm_xl", 1_829_793_408),
-        ("transformer_s", 281_955_072),
-        ("transformer_m", 465_077_248),
-        ("transformer_l", 847_037_952),
-        ("autoencoder", 75_831_552),
-    ],
-)
+@pytest.mark.parametrize(("name", "parameters"), PUBLISHED_SIZES)
 # The released checkpoints have one entry more than the tokenizer.
 @pytest.mark.parametrize("more_tokens", [0, 1])
 def test_modules_have_the_published_sizes(name: str, parameters: int, more_tokens: int) -> None:

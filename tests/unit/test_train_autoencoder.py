@@ -23,6 +23,8 @@ from calm_dist.data.latents import plan_store, write_store
 from calm_dist.data.store import read_meta
 from calm_dist.data.stream import open_training_stream
 from calm_dist.data.tokenizer import train_tokenizer
+from calm_dist.errors import CheckpointError
+from calm_dist.evaluation.load import load_model
 from calm_dist.interop.huggingface import load_autoencoder
 from calm_dist.parallel.launch import World, join_world
 from calm_dist.recipe import load_recipe
@@ -176,6 +178,11 @@ def final_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
         **load_file(directory / "model.safetensors"),
         **load_file(directory / "optimizer.safetensors"),
     }
+
+
+def test_an_autoencoder_is_no_language_model(unbroken: Path) -> None:
+    with pytest.raises(CheckpointError, match="is an autoencoder; give the checkpoint of"):
+        load_model(unbroken)
 
 
 def test_a_run_leaves_records_and_a_loadable_autoencoder(unbroken: Path, stores: Path) -> None:

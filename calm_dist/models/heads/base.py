@@ -81,13 +81,19 @@ class GenerativeHead(nn.Module, ABC):
         return (self.position_loss(hidden, mean, log_std, noise) * weight).sum()
 
 
+def normal_noise(num_samples: int, size: int) -> Draw:
+    """Draws standard normal noise [num_samples, positions, size]."""
+
+    def draw(generator: torch.Generator, positions: int) -> torch.Tensor:
+        shape = (num_samples, positions, size)
+        return torch.randn(shape, generator=generator, device=generator.device)
+
+    return draw
+
+
 def posterior_samples(
     mean: torch.Tensor, log_std: torch.Tensor, noise: NoiseSource, num_samples: int
 ) -> torch.Tensor:
     """Draws of the posterior [S, l] -> fp32 [N, S, l]."""
-
-    def draw(generator: torch.Generator, positions: int) -> torch.Tensor:
-        shape = (num_samples, positions, mean.shape[-1])
-        return torch.randn(shape, generator=generator, device=generator.device)
-
-    return mean.float() + noise.whole("posterior", draw) * log_std.float().exp()
+    eps = noise.whole("posterior", normal_noise(num_samples, mean.shape[-1]))
+    return mean.float() + eps * log_std.float().exp()

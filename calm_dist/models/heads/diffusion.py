@@ -14,7 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from calm_dist.models.heads.base import GenerativeHead, NoiseSource, posterior_samples
+from calm_dist.models.heads.base import (
+    GenerativeHead,
+    NoiseSource,
+    normal_noise,
+    posterior_samples,
+)
 from calm_dist.models.heads.conditional_mlp import ConditionalMLP
 from calm_dist.recipe import HeadRecipe
 from calm_dist.recipe_checks import DIFFUSION_STEPS
@@ -130,10 +135,6 @@ class DiffusionHead(GenerativeHead):
         """Mean of `level_loss` over N draws of the posterior, each with a level and noise of its
         own; fp32 [S]."""
 
-        def normal(generator: torch.Generator, positions: int) -> torch.Tensor:
-            shape = (self.num_samples, positions, self.latent_size)
-            return torch.randn(shape, generator=generator, device=generator.device)
-
         def level(generator: torch.Generator, positions: int) -> torch.Tensor:
             shape = (self.num_samples, positions)
             return torch.randint(
@@ -141,7 +142,8 @@ class DiffusionHead(GenerativeHead):
             )
 
         target = posterior_samples(mean, log_std, noise, self.num_samples)
-        added, levels = noise.whole("head", normal), noise.whole("time", level)
+        added = noise.whole("head", normal_noise(self.num_samples, self.latent_size))
+        levels = noise.whole("time", level)
         return self.level_loss(hidden, target, added, levels).mean(dim=0)
 
     def level_loss(

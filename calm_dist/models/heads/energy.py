@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from calm_dist.losses.energy import energy_score_chunked
-from calm_dist.models.heads.base import GenerativeHead, NoiseSource
+from calm_dist.models.heads.base import GenerativeHead, NoiseSource, normal_noise
 from calm_dist.recipe import HeadRecipe
 
 LAYER_NORM_EPS = 1e-6
@@ -108,10 +108,6 @@ class EnergyHead(GenerativeHead):
         def head_noise(generator: torch.Generator, positions: int) -> torch.Tensor:
             return self.draw_noise(generator, self.num_samples, positions)
 
-        def draws(generator: torch.Generator, positions: int) -> torch.Tensor:
-            shape = (self.num_draws, positions, mean.shape[-1])
-            return torch.randn(shape, generator=generator, device=generator.device)
-
         samples = self.sample(hidden, noise.whole("head", head_noise))
-        chunks = noise.chunks("posterior", draws)
+        chunks = noise.chunks("posterior", normal_noise(self.num_draws, mean.shape[-1]))
         return -energy_score_chunked(samples, mean, log_std, chunks, self.beta)

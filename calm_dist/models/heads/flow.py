@@ -7,7 +7,12 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from calm_dist.models.heads.base import GenerativeHead, NoiseSource, posterior_samples
+from calm_dist.models.heads.base import (
+    GenerativeHead,
+    NoiseSource,
+    normal_noise,
+    posterior_samples,
+)
 from calm_dist.models.heads.conditional_mlp import ConditionalMLP
 from calm_dist.recipe import HeadRecipe
 
@@ -33,8 +38,7 @@ class FlowHead(GenerativeHead):
         self, generator: torch.Generator, num_samples: int, positions: int
     ) -> torch.Tensor:
         """Normal noise [num_samples, positions, l], where the paths start."""
-        shape = (num_samples, positions, self.latent_size)
-        return torch.randn(shape, generator=generator, device=generator.device)
+        return normal_noise(num_samples, self.latent_size)(generator, positions)
 
     def sample(self, hidden: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """hidden [S, d], noise [N, S, l] -> latent samples [N, S, l]."""
@@ -57,15 +61,12 @@ class FlowHead(GenerativeHead):
         """Squared error of the velocity, mean over l and over N draws of the posterior, each with
         a time and a start of its own; fp32 [S]."""
 
-        def start_noise(generator: torch.Generator, positions: int) -> torch.Tensor:
-            return self.draw_noise(generator, self.num_samples, positions)
-
         def time_noise(generator: torch.Generator, positions: int) -> torch.Tensor:
             shape = (self.num_samples, positions)
             return torch.rand(shape, generator=generator, device=generator.device)
 
         target = posterior_samples(mean, log_std, noise, self.num_samples)
-        start = noise.whole("head", start_noise)
+        start = noise.whole("head", normal_noise(self.num_samples, self.latent_size))
         times = noise.whole("time", time_noise)
         return self.path_loss(hidden, target, start, times).mean(dim=0)
 
