@@ -22,20 +22,30 @@ from calm_dist.training.build import build_parts
 from calm_dist.training.health import RunProgress
 from calm_dist.training.metrics import MetricsLog
 from calm_dist.training.optimizer import JointOptimizer, StepResult
+from calm_dist.training.phases import Phases
 from calm_dist.training.stop import StopRequest
 
 
 class Trainer:
     """One rank of a run: builds or resumes it, and trains to the recipe's last step."""
 
-    def __init__(self, recipe: Recipe, topology: Topology, stop: StopRequest | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        topology: Topology,
+        stop: StopRequest | None = None,
+        phases: Phases | None = None,
+    ) -> None:
         self.recipe, self.topology = recipe, topology
         self._stop = stop or StopRequest()
+        self.phases = phases or Phases()
+        self.phases.enter("build the model")
         self.run_dir = Path(recipe.run.dir)
         self.progress = RunProgress()
         self.parts = build_parts(recipe, topology)
         self.optimizer = JointOptimizer(recipe, self.parts.optimizer, self.parts.head, topology)
         self._schedule = get_forward_backward_func()
+        self.phases.enter("open the data")
         self._stream = open_training_stream(
             [source.path for source in recipe.data.sources],
             [source.weight for source in recipe.data.sources],
@@ -45,6 +55,7 @@ class Trainer:
             num_workers=recipe.data.num_workers,
             cache_dir=recipe.data.cache_dir,
         )
+        self.phases.enter("load the checkpoint")
         self._resume()
         self._metrics: MetricsLog | None = None
         if topology.rank == 0:
@@ -64,6 +75,7 @@ class Trainer:
         stopping = False
         while self.progress.step < last and not stopping:
             started = time.perf_counter()
+            self.phases.enter("data", self.progress.step)
             result = self.train_step(next(batches))
             self.progress.count(result.skipped, recipe.health.max_skipped_steps)
             step = self.progress.step
@@ -81,6 +93,7 @@ class Trainer:
     def train_step(self, batch: dict[str, torch.Tensor]) -> StepResult:
         """One optimizer step on this rank's part of a global batch."""
         parts, recipe = self.parts, self.recipe
+        self.phases.enter("forward and backward", self.progress.step)
         for chunk in parts.chunks:
             chunk.zero_grad_buffer()
         parts.optimizer.zero_grad()
@@ -95,6 +108,7 @@ class Trainer:
             micro_batch_size=size,
             forward_only=False,
         )
+        self.phases.enter("optimizer", self.progress.step)
         # Only the last stage has outputs.
         zero = torch.zeros((), device=self.topology.device)
         loss = sum((output["loss"] for output in outputs), zero)
@@ -102,6 +116,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of all ranks, then commit it as a whole."""
+        self.phases.enter("checkpoint", self.progress.step)
         step, rank = self.progress.step, self.topology.rank
         temporary = on_rank_zero(lambda: checkpoint.begin(self.run_dir, step))
         parts = self.parts

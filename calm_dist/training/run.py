@@ -11,6 +11,7 @@ from calm_dist.training.session import launched
 if TYPE_CHECKING:
     import torch
 
+    from calm_dist.training.phases import Phases
     from calm_dist.training.stop import StopRequest
 
 
@@ -32,7 +33,12 @@ def train(recipe: Recipe) -> None:
         train_in_world(resolved, device, stop)
 
 
-def train_in_world(recipe: Recipe, device: torch.device, stop: StopRequest | None = None) -> None:
+def train_in_world(
+    recipe: Recipe,
+    device: torch.device,
+    stop: StopRequest | None = None,
+    phases: Phases | None = None,
+) -> None:
     """`train` once the processes are connected; may be called again for another recipe."""
     from calm_dist.parallel import cpu
 
@@ -41,5 +47,5 @@ def train_in_world(recipe: Recipe, device: torch.device, stop: StopRequest | Non
     from calm_dist.training.loop import Trainer
 
     topology = build_topology(recipe, device)
-    Trainer(recipe, topology, stop).run()
+    Trainer(recipe, topology, stop, phases).run()
     destroy_topology(topology)

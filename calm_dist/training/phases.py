@@ -1,0 +1,29 @@
+"""What a rank is doing right now, so that a rank that hangs can be named with step and phase."""
+
+from __future__ import annotations
+
+import time
+
+
+class Phases:
+    """The current phase of this rank's main thread, read by other threads.
+
+    Attributes:
+        step: training step of the phase, counted from 0; None before training.
+        name: such as ``data``, ``forward and backward``, ``optimizer``, ``checkpoint``.
+        since: `time.monotonic` of the last sign of progress.
+    """
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+        self.name = "start"
+        self.since = time.monotonic()
+
+    def enter(self, name: str, step: int | None = None) -> None:
+        """A new phase begins."""
+        self.name, self.step = name, step
+        self.progress()
+
+    def progress(self) -> None:
+        """Something was done in a phase that has several parts, such as micro-batches."""
+        self.since = time.monotonic()
