@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from calm_dist.errors import (
+    HungError,
     PeerLostError,
     RecipeError,
     StoppedError,
@@ -22,6 +23,7 @@ from calm_dist.errors import (
 EXIT_BAD_INPUT = 2
 EXIT_PEER_LOST = 3
 EXIT_DIVERGED = 4
+EXIT_HUNG = 5
 # EX_TEMPFAIL of sysexits.h: not done, try again.
 EXIT_STOPPED = 75
 
@@ -30,7 +32,8 @@ def run(main: Callable[[], int | None]) -> None:
     """Run a tool's ``main`` and exit with 0, its own code, or the code of its error.
 
     2 for a `UserError` or a file that cannot be used, 3 for a `PeerLostError`, 4 for a
-    `TrainingDivergedError`, 75 for a `StoppedError`; all with a message instead of a traceback.
+    `TrainingDivergedError`, 5 for a `HungError`, 75 for a `StoppedError`; all with a message
+    instead of a traceback.
     """
     _silence_library_warnings()
     try:
@@ -50,6 +53,9 @@ def run(main: Callable[[], int | None]) -> None:
     except (PeerLostError, TrainingDivergedError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = EXIT_PEER_LOST if isinstance(error, PeerLostError) else EXIT_DIVERGED
+    except HungError:
+        # The rank that found it out has said so.
+        code = EXIT_HUNG
     except StoppedError as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(stopped, file=sys.stderr, flush=True)

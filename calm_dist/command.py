@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from calm_dist.cli import write_json
 from calm_dist.errors import RecipeError, UserError
+from calm_dist.parallel.processes import die_with_launcher
 from calm_dist.recipe import Recipe, load_recipe
 
 
@@ -36,6 +37,7 @@ def run_training_tool(description: str | None, train: Callable[[Recipe], None]) 
     if arguments.json and not arguments.dry_run:
         raise UserError("--json: goes with --dry-run; a training writes metrics.jsonl in run.dir")
     if not arguments.dry_run:
+        die_with_launcher()
         train(_recipe_for_launch(arguments.recipe, arguments.overrides))
         return
 

@@ -29,6 +29,10 @@ class PeerLostError(RuntimeError):
     """Another process of the run died or stopped answering; the message names it."""
 
 
+class HungError(RuntimeError):
+    """A rank made no progress for too long; the message, which one rank prints, names it."""
+
+
 class TrainingDivergedError(RuntimeError):
     """Loss or gradients stayed non-finite; going on would only waste the machines."""
 

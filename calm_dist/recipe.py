@@ -98,7 +98,7 @@ class Recipe(Section):
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, defaults included, as plain values that YAML and JSON can hold."""
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json", by_alias=True)
 
     def to_yaml(self) -> str:
         """The recipe as resolved; `load_recipe` reads it back to an equal recipe."""

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 VOCAB_MULTIPLE = 64
 """Rows of vocabulary-parallel tables are padded to a multiple of this, whatever the layout, so that
 a checkpoint has the same shapes for every tensor-parallel size."""
+NO_OVERLAP_ON_CPU = "true on CPUs, where gloo gave silently wrong losses with it; leave it out"
+"""Why ``parallel.overlap_p2p`` is refused as soon as the device is known."""
 
 DIFFUSION_STEPS = 1000
 """Noise levels that the diffusion head is trained on."""
@@ -90,7 +92,8 @@ def _field_names(
 ) -> dict[str, None]:
     """All dotted field names, of one ``model.kind`` or of all, in order and each once."""
     names: dict[str, None] = {}
-    for name, info in section.model_fields.items():
+    for attribute, info in section.model_fields.items():
+        name = info.alias or attribute
         names[prefix + name] = None
         for option in get_args(info.annotation) or (info.annotation,):
             if not (isinstance(option, type) and issubclass(option, BaseModel)):
@@ -105,7 +108,13 @@ def _field_names(
 
 def impossible_combinations(recipe: Recipe) -> list[str]:
     """Every combination of well-typed fields that cannot be trained, with the reason."""
-    checks = [_shape_problems, _layout_problems, _batch_problems, _head_problems]
+    checks = [
+        _shape_problems,
+        _layout_problems,
+        _overlap_problems,
+        _batch_problems,
+        _head_problems,
+    ]
     return [problem for check in checks for problem in check(recipe)]
 
 
@@ -161,11 +170,6 @@ def _layout_problems(recipe: Recipe) -> list[str]:
     parallel, model = recipe.parallel, recipe.model
     tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     problems = []
-    if parallel.context_parallel_size != 1:
-        problems.append(
-            f"parallel.context_parallel_size: {parallel.context_parallel_size}; the attention "
-            "core sees only its own part of the sequence and would be silently wrong; use 1"
-        )
     if recipe.world_size % parallel.model_parallel_size:
         problems.append(
             f"parallel.world_size: {recipe.world_size} processes cannot be cut into replicas of "
@@ -175,8 +179,23 @@ def _layout_problems(recipe: Recipe) -> list[str]:
     if model.kind == "autoencoder":
         problems += [
             f"parallel.{name}: {size}; the autoencoder is trained with data parallelism only; use 1"
-            for name in ("tensor_parallel_size", "pipeline_parallel_size")
+            for name in (
+                "tensor_parallel_size",
+                "pipeline_parallel_size",
+                "context_parallel_size",
+            )
             if (size := getattr(parallel, name)) != 1
+        ]
+        problems += [
+            f"parallel.{name}: true, but the autoencoder is trained by plain data parallelism; "
+            "leave it out"
+            for name in (
+                "distributed_optimizer",
+                "overlap_grad_reduce",
+                "overlap_param_gather",
+                "overlap_p2p",
+            )
+            if getattr(parallel, name)
         ]
         return problems
     problems += [
@@ -204,6 +223,28 @@ def _layout_problems(recipe: Recipe) -> list[str]:
             f"parallel.stage_layers: {list(given)}; give {pipeline} numbers of at least {chunks} "
             f"that add up to model.num_hidden_layers {layers}, or leave it out"
         )
+    return problems
+
+
+def _overlap_problems(recipe: Recipe) -> list[str]:
+    parallel = recipe.parallel
+    problems: list[str] = []
+    if recipe.model.kind == "autoencoder":
+        return problems
+    needed = ("distributed_optimizer", "overlap_grad_reduce")
+    if parallel.overlap_param_gather and not all(getattr(parallel, name) for name in needed):
+        problems.append(
+            "parallel.overlap_param_gather: true, but only the distributed optimizer gathers "
+            "weights, bucket by bucket as overlap_grad_reduce cuts them; set "
+            + " and ".join(f"parallel.{name}=true" for name in needed)
+        )
+    if parallel.overlap_p2p and parallel.virtual_pipeline_size is None:
+        problems.append(
+            "parallel.overlap_p2p: true, but only the interleaved schedule has other work to do "
+            "meanwhile; set parallel.virtual_pipeline_size, or leave it out"
+        )
+    if parallel.overlap_p2p and parallel.device == "cpu":
+        problems.append(f"parallel.overlap_p2p: {NO_OVERLAP_ON_CPU}")
     return problems
 
 
@@ -240,17 +281,12 @@ def _head_problems(recipe: Recipe) -> list[str]:
     if stage not in (1, 2, 3):
         problems.append(
             f"parallel.zero_stage: {stage}; the head's engine takes its gradient from the "
-            "backbone's pipeline, which ZeRO 1 and 2 support; use 2"
+            "backbone's pipeline, which ZeRO 1, 2 and 3 support; use 2"
         )
     if stage == 3 and pipeline > 1:
         problems.append(
             f"parallel.zero_stage: 3 with pipeline_parallel_size {pipeline}; ZeRO-3 needs the head "
             "on every rank, but it lives on the last stage only; use 2"
-        )
-    elif stage == 3:
-        problems.append(
-            "parallel.zero_stage: 3; the head's layout-free checkpoint is there for ZeRO 1 and 2 "
-            "only; use 2"
         )
     if model.kind != "calm":
         return problems

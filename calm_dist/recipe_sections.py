@@ -219,8 +219,18 @@ class Parallel(Section):
     sequence_parallel: bool = False
     """Share norms and dropout along the sequence over tensor-parallel ranks; no effect alone."""
     context_parallel_size: Positive = 1
+    """Processes that share a block: each holds one piece of consecutive steps."""
     zero_stage: int = 2
-    """ZeRO stage of the head's engine, over all ranks of the last pipeline stage."""
+    """ZeRO stage of the head's engine, over all ranks of the last pipeline stage; 3 only without
+    pipeline stages."""
+    distributed_optimizer: bool = False
+    """Shard the backbone's optimizer state over its data- and context-parallel replicas."""
+    overlap_grad_reduce: bool = False
+    """Reduce the backbone's gradients over its replicas while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """Gather updated weights during the next forward pass; for ``distributed_optimizer``."""
+    overlap_p2p: bool = False
+    """Send between pipeline stages while they compute; for the interleaved schedule, on GPUs."""
     world_size: Positive | None = None
     """Processes planned for; the launch decides. Where absent: one model replica."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -272,6 +282,11 @@ class Checkpoint(Section):
     """Steps between checkpoints; the last step always writes one."""
     keep: Positive = 2
     """Newest checkpoints that stay on disk."""
+    keep_every: Positive | None = None
+    """Checkpoints of steps that are multiples of this stay, too."""
+    asynchronous: Annotated[bool, Field(alias="async")] = True
+    """``checkpoint.async``: write beside the training, which waits only while its state is copied.
+    Autoencoders, which are small, are always written at once."""
 
 
 class Logging(Section):
@@ -288,7 +303,9 @@ class Health(Section):
     """When a run gives up."""
 
     timeout_seconds: PositiveFloat = 600.0
-    """Longest wait for another rank."""
+    """Longest time that a rank may go without a sign of progress, such as a micro-batch, a batch
+    that was read or a checkpoint that was written; half as long again and 30 s before the first
+    step. Also how long ranks wait for each other to be launched."""
     max_skipped_steps: Positive = 50
     """Consecutive steps with a non-finite loss or gradient after which the run ends."""
 

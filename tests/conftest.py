@@ -9,6 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
+# Its fixtures `store` and `tiny`.
+pytest_plugins = ["launches"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the long tests, too")

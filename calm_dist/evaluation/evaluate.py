@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from calm_dist.evaluation.block_scores import (
 from calm_dist.evaluation.brier import NGRAM, Alignment, estimate_brierlm, ngram_starts
 from calm_dist.evaluation.generate import calm_recipe
 from calm_dist.training import checkpoint
-from calm_dist.training.metrics import METRICS_FILE, read_records
+from calm_dist.training.metrics import METRICS_FILE, json_line, read_records
 
 if TYPE_CHECKING:
     from calm_dist.data.store import StoreMeta
@@ -244,7 +243,7 @@ def record(run: Path, result: Mapping[str, Any]) -> bool:
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     with path.open("a", encoding="utf-8") as file:
         separator = "" if not text or text.endswith("\n") else "\n"
-        file.write(separator + json.dumps({"step": result["step"], "eval": result}) + "\n")
+        file.write(separator + json_line({"step": result["step"], "eval": result}))
     return True
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from calm_dist.recipe import CalmRecipe, Recipe, load_recipe
 from calm_dist.training import checkpoint, model_state
 from calm_dist.training.build import build_body, build_head
 from calm_dist.training.resolve import autoencoder_directory
+from calm_dist.training.run_state import RunState
 
 _ROWS_AT_ONCE = {"cpu": 8, "cuda": 64}
 """Texts that take a step together: as many as cost little more than one."""
@@ -142,7 +142,7 @@ def load_model(
             f"{directory}: is an autoencoder; give the checkpoint of a CALM or a Transformer"
         )
     recipe = single_process_recipe(recipe)
-    state = json.loads((directory / checkpoint.STATE_FILE).read_text(encoding="utf-8"))
+    state = RunState.read(directory)
     topology = single_process_topology(recipe, torch.device(device))
     decoder, decoder_sha256 = None, None
     if isinstance(recipe.model, CalmRecipe):
@@ -153,9 +153,9 @@ def load_model(
     return LoadedModel(
         recipe,
         directory,
-        state["step"],
-        state["tokens"],
-        state["tokenizer_sha256"],
+        state.step,
+        state.tokens,
+        state.tokenizer_sha256,
         topology.device,
         body,
         head,

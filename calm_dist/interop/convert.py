@@ -31,6 +31,7 @@ from calm_dist.interop.tensors import write_weights
 from calm_dist.recipe import CalmRecipe, Recipe, load_recipe
 from calm_dist.training import checkpoint, model_state
 from calm_dist.training.resolve import autoencoder_directory
+from calm_dist.training.run_state import RunState
 
 AUTOENCODER_DIRECTORY = "autoencoder"
 RELEASED_CONFIG_FILE = "released_config.json"
@@ -144,18 +145,12 @@ def _write_first_checkpoint(
 ) -> None:
     temporary = checkpoint.begin(run_dir, 0)
     model_state.save_weights(temporary, model.body, model.head)
-    state = {
-        "format": 1,
-        checkpoint.WEIGHTS_ONLY: True,
-        "step": 0,
-        "adam_steps": 0,
-        "skipped_in_a_row": 0,
-        "tokens": 0,
-        "tokenizer_sha256": tokenizer.fingerprint if tokenizer else None,
-        "imported_from": str(model.checkpoint),
-    }
-    text = json.dumps(state, indent=1) + "\n"
-    (temporary / checkpoint.STATE_FILE).write_text(text, encoding="utf-8")
+    RunState(
+        step=0,
+        tokenizer_sha256=tokenizer.fingerprint if tokenizer else None,
+        weights_only=True,
+        imported_from=str(model.checkpoint),
+    ).write(temporary)
     (temporary / checkpoint.RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     checkpoint.commit(temporary, keep=1)
 

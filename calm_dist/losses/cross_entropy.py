@@ -8,16 +8,15 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 def next_token_loss(
     logits: torch.Tensor,
-    tokens: torch.Tensor,
+    targets: torch.Tensor,
     weight: torch.Tensor,
 ) -> torch.Tensor:
     """Weighted sum of the next-token cross entropy in nats, the same on every rank of a shard.
 
     Args:
-        logits: [T, B, V / tensor_parallel_size], position t predicts token t + 1.
-        tokens: [B, T]
+        logits: [T, B, V / tensor_parallel_size]
+        targets: [B, T], the token that each position predicts.
         weight: [T], zero where a position predicts nothing.
     """
-    targets = tokens.roll(-1, dims=1).transpose(0, 1).contiguous()
-    losses = vocab_parallel_cross_entropy(logits.float(), targets)
+    losses = vocab_parallel_cross_entropy(logits.float(), targets.transpose(0, 1).contiguous())
     return (losses * weight[:, None]).sum()

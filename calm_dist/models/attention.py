@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -63,8 +65,10 @@ class CoreAttention(MegatronModule):
     """Softmax attention on [steps, B, heads, head_dim]: flash-attn where it applies, else SDPA.
 
     Causal by default. A boolean mask [steps, steps] (True: may attend) replaces the causal one;
-    it always runs on SDPA. Keys and values of a cache are lists, see `KeyValueCache.append`: the
-    steps are the last ones of each row, and rows beyond the lists get zeros.
+    it always runs on SDPA. Under context parallelism the steps are this rank's piece of the
+    sequence; keys and values of the pieces before it are gathered. Keys and values of a cache are
+    lists, see `KeyValueCache.append`: the steps are the last ones of each row, and rows beyond the
+    lists get zeros.
     """
 
     def __init__(
@@ -74,12 +78,14 @@ class CoreAttention(MegatronModule):
         attn_mask_type: AttnMaskType,
         attention_type: str,
         softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        if attn_mask_type is not AttnMaskType.causal or config.context_parallel_size != 1:
-            # A plain core under context parallelism does not raise by itself: it is wrong.
-            raise ValueError("CoreAttention is causal and does not support context parallelism")
+        if attn_mask_type is not AttnMaskType.causal:
+            raise ValueError("CoreAttention is causal")
+        assert pg_collection is not None
+        self.context_group = pg_collection.cp
         self.softmax_scale = softmax_scale
 
     def forward(
@@ -92,6 +98,9 @@ class CoreAttention(MegatronModule):
     ) -> torch.Tensor:
         if isinstance(key, torch.Tensor):
             assert isinstance(value, torch.Tensor)
+            if self.context_group.size() > 1:
+                assert attention_mask is None
+                key, value = self._up_to_here(key), self._up_to_here(value)
             return self._attend(query, key, value, attention_mask)
         # The copies of the queries are aligned alike. On some of SDPA's paths, a row's rounding
         # depends on that, and on the rows that are computed together with it.
@@ -100,6 +109,14 @@ class CoreAttention(MegatronModule):
             for row, memory in enumerate(zip(key, value, strict=True))
         ]
         return F.pad(torch.cat(rows, dim=1), (0, 0, 0, query.shape[1] - len(rows)))
+
+    def _up_to_here(self, piece: torch.Tensor) -> torch.Tensor:
+        """This rank's piece of keys or values and all pieces before it, [slots, B, heads, size].
+
+        Gathering sums the gradients of a piece over the ranks that attend to it.
+        """
+        whole = gather_from_sequence_parallel_region(piece.contiguous(), group=self.context_group)
+        return whole[: (self.context_group.rank() + 1) * len(piece)]
 
     def _attend(
         self,

@@ -79,9 +79,10 @@ def transformer_config(recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
-        # Batched and overlapped p2p gave a silently wrong loss on gloo; NCCL needs batching.
-        batch_p2p_comm=not on_cpu,
-        overlap_p2p_comm=False,
+        # Batched and overlapped p2p gave a silently wrong loss on gloo. NCCL needs batching, where
+        # it does not overlap.
+        batch_p2p_comm=not on_cpu and not parallel.overlap_p2p,
+        overlap_p2p_comm=parallel.overlap_p2p,
         **recompute,
     )
 
@@ -197,7 +198,8 @@ class Backbone(MegatronModule):
 
         Args:
             tokens: [B, num_steps * K] (CALM) or [B, num_steps]; read by the first stage only.
-            num_steps: length of the whole sequence in steps.
+            num_steps: length of the sequence in steps; of this rank's piece under context
+                parallelism.
             positions: rotary position of each step [num_steps]; default 0, 1, 2, ...
             mask: [num_steps, num_steps], True where a step may attend; default causal.
             cache: the steps before these, to which these are added; it decides positions and mask.
@@ -208,13 +210,16 @@ class Backbone(MegatronModule):
             ValueError: the cache has no room.
         """
         if cache is None:
-            rotary = self.rotary(num_steps if positions is None else int(positions.max()) + 1)
+            # packed_seq: not cut by Megatron, whose context-parallel ranks hold other steps.
+            rotary = self.rotary(
+                num_steps if positions is None else int(positions.max()) + 1, packed_seq=True
+            )
             if positions is not None:
                 rotary = rotary[positions.to(rotary.device)]
         else:
             assert positions is None and mask is None
             positions = F.pad(cache.begin(num_steps), (0, tokens.shape[0] - cache.num_rows))
-            rotary = self.rotary(cache.max_sequence_length)
+            rotary = self.rotary(cache.max_sequence_length, packed_seq=True)
             rotary = rotary[positions.to(rotary.device)].flatten(2, 3)
         hidden = self.embedding(tokens) if self.embedding is not None else None
         hidden = self.decoder(

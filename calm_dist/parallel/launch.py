@@ -16,6 +16,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from calm_dist.errors import LaunchError
+from calm_dist.parallel.processes import identity
 
 if TYPE_CHECKING:
     import torch
@@ -166,6 +167,14 @@ def select_device(world: World, device: str) -> torch.device:
     return torch.device("cuda", world.local_rank)
 
 
+def patience(timeout_seconds: float) -> float:
+    """How long a start may take, and what is waited for without the watchdog, in seconds.
+
+    Longer than ``health.timeout_seconds``, after which the watchdog can tell who is stuck, and why.
+    """
+    return 1.5 * timeout_seconds + 30.0
+
+
 def join_world(
     world: World, device: torch.device, timeout_seconds: float
 ) -> torch.distributed.Store:
@@ -176,6 +185,8 @@ def join_world(
     Raises:
         LaunchError: the port is taken, rank 0 does not answer, or ranks are missing after
             ``timeout_seconds``; the message names them.
+
+    Collectives wait for longer than `patience`: the watchdog speaks first.
     """
     import torch.distributed as dist
 
@@ -190,7 +201,7 @@ def join_world(
         store=dist.PrefixStore("world", store),
         rank=world.rank,
         world_size=world.size,
-        timeout=timeout,
+        timeout=timedelta(seconds=patience(timeout_seconds) + 30.0),
         device_id=device if device.type == "cuda" else None,
     )
     return store
@@ -224,7 +235,7 @@ def _open_store(world: World, timeout: timedelta) -> torch.distributed.Store:
 
 def _call_the_roll(store: torch.distributed.Store, world: World, timeout: timedelta) -> None:
     """Wait until every rank has come; name those that have not."""
-    store.set(f"roll/{world.rank}", socket.gethostname())
+    store.set(f"roll/{world.rank}", identity())
     names = [f"roll/{rank}" for rank in range(world.size)]
     try:
         store.wait(names, timeout)

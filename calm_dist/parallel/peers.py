@@ -1,91 +1,163 @@
-"""Heartbeats, so that a run that lost a process says which one."""
+"""Signs of life of all ranks, in the store that they share."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
-import torch.distributed as dist
-
-from calm_dist.errors import PeerLostError, StoppedError, TrainingDivergedError, UserError
 from calm_dist.parallel.launch import World
+from calm_dist.parallel.processes import kill_if_here
 
 BEAT_SECONDS = 1.0
-# A rank is taken for dead when its beat did not change for this long.
+# A rank is taken for dead when its beat did not change for this long; the store when it does not
+# answer for this long.
 SILENCE_SECONDS = 5.0
+
+T = TypeVar("T")
+
+
+class StoreSilentError(RuntimeError):
+    """The process that serves the store is gone, stopped or cut off."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a rank was doing at its last beat."""
+
+    host: str
+    beat: int = 0
+    entered: int = 0
+    """Phases entered so far; all ranks enter the same ones, so the least is furthest behind."""
+    step: int | None = None
+    phase: str = "start"
+    idle: float = 0.0
+    """Seconds without progress."""
+    doing: int = 0
+    """See `training.watchdog`."""
+    place: str = ""
+    """Where in the code its main thread is."""
+    left: bool = False
+    """It ended on purpose."""
 
 
 class Peers:
-    """Publishes this rank's heartbeat in the store and tells which other ranks went silent."""
+    """Publishes this rank's status in the store and reads those of the others."""
 
     def __init__(self, store: Any, world: World) -> None:
-        self._world = world
+        self.world = world
         # A connection of its own: a blocking wait of the training thread must not stop the beat.
         self._store = store.clone()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-        self._store.set(f"host/{world.rank}", f"{socket.gethostname()}, local {world.local_rank}")
-        self._thread.start()
+        self._asking: threading.Thread | None = None
+        self.host = f"{socket.gethostname()}, local {world.local_rank}"
+        # While it answers: rank 0 may serve the store.
+        self._processes = {0: self._process(0)}
+        self.publish(Status(self.host))
 
-    def _beat(self) -> None:
-        beat = 0
-        # A store that is gone has lost rank 0; the training thread will notice and ask.
-        with contextlib.suppress(RuntimeError):
-            while not self._stop.wait(BEAT_SECONDS):
-                beat += 1
-                self._store.set(f"beat/{self._world.rank}", str(beat))
+    def publish(self, status: Status) -> None:
+        """Raises RuntimeError where the store is gone or silent."""
+        self._check_silence()
+        self._store.set(f"status/{self.world.rank}", json.dumps(asdict(status)))
 
-    def close(self) -> None:
-        """Stop beating; this rank ends on purpose."""
-        self._stop.set()
-        self._thread.join()
-        with contextlib.suppress(RuntimeError):
-            self._store.set(f"left/{self._world.rank}", "1")
+    def statuses(self) -> dict[int, Status]:
+        """The last status of every rank that has published one."""
+        names = [f"status/{rank}" for rank in range(self.world.size)]
+        if not self._store.check(names):
+            return {
+                rank: _read_status(self._store.get(name))
+                for rank, name in enumerate(names)
+                if self._store.check([name])
+            }
+        return {rank: _read_status(s) for rank, s in enumerate(self._store.multi_get(names))}
+
+    def verdict(self) -> str:
+        """Why all ranks have to end, or an empty text."""
+        return self._store.get("verdict").decode() if self._store.check(["verdict"]) else ""
+
+    def declare(self, verdict: str) -> bool:
+        """Make ``verdict`` known to all ranks; False where another rank was first."""
+        return bool(self._store.compare_set("verdict", "", verdict).decode() == verdict)
+
+    def ask(self, work: Callable[[], T]) -> T:
+        """``work`` with the store, which may be served by a process that does not run.
+
+        Raises:
+            StoreSilentError: no answer came within `SILENCE_SECONDS`.
+        """
+        self._check_silence()
+        answers: list[T] = []
+
+        def wait() -> None:
+            with contextlib.suppress(RuntimeError):
+                answers.append(work())
+
+        self._asking = thread = threading.Thread(target=wait, name="ask the store", daemon=True)
+        thread.start()
+        thread.join(SILENCE_SECONDS)
+        if not answers:
+            raise StoreSilentError(f"{self.store_name} does not answer")
+        return answers[0]
+
+    def _check_silence(self) -> None:
+        """A request without an answer blocks all later ones on its connection."""
+        if self._asking is not None and self._asking.is_alive():
+            raise StoreSilentError(f"{self.store_name} does not answer")
 
     def lost(self) -> list[str]:
         """Descriptions of the ranks that died: silent now, and gone without a word.
 
         Takes `SILENCE_SECONDS`, the time in which a living rank beats.
         """
-        others = [rank for rank in range(self._world.size) if rank != self._world.rank]
         try:
-            before = {rank: self._read("beat", rank) for rank in others}
+            before = self.ask(self.statuses)
             time.sleep(SILENCE_SECONDS)
             return [
-                f"rank {rank} ({self._read('host', rank)})"
-                for rank in others
-                if self._read("beat", rank) == before[rank] and not self._read("left", rank)
+                f"rank {rank} ({status.host})"
+                for rank, status in self.ask(self.statuses).items()
+                if rank != self.world.rank and status == before.get(rank) and not status.left
             ]
         except RuntimeError:
-            return [f"rank 0 at {self._world.address}:{self._world.port}, the rendezvous"]
+            return [f"{self.store_name}, the rendezvous,"]
 
-    def _read(self, key: str, rank: int) -> str:
-        name = f"{key}/{rank}"
+    def left(self) -> list[str]:
+        """Descriptions of the other ranks that ended, by an error that they told themselves."""
+        with contextlib.suppress(RuntimeError):
+            statuses = self.ask(self.statuses)
+            return [
+                f"rank {rank} ({status.host})" for rank, status in statuses.items() if status.left
+            ]
+        return []
+
+    def kill(self, rank: int) -> None:
+        """End a rank of this machine that cannot end itself; it would hold port and directory."""
+        kill_if_here(self._processes.get(rank) or self._process(rank))
+
+    def _process(self, rank: int) -> str:
+        name = f"roll/{rank}"
         return self._store.get(name).decode() if self._store.check([name]) else ""
 
+    @property
+    def serves_store(self) -> bool:
+        """Whether the others lose the store when this rank ends."""
+        return self.world.size > 1 and self.world.rank == 0 and not agent_serves_store()
 
-@contextlib.contextmanager
-def name_lost_peers(store: dist.Store, world: World) -> Iterator[None]:
-    """Turn a communication error inside the block into a `PeerLostError` that names who died."""
-    if world.size == 1:
-        yield
-        return
-    peers = Peers(store, world)
-    try:
-        yield
-    except (UserError, TrainingDivergedError, StoppedError):
-        raise
-    except RuntimeError as error:
-        lost = peers.lost()
-        if not lost:
-            raise
-        raise PeerLostError(
-            f"rank {world.rank} stops: {', '.join(lost)} died or stopped answering; "
-            "see its log, then start the same command again to resume"
-        ) from error
-    finally:
-        peers.close()
+    @property
+    def store_name(self) -> str:
+        """Who serves the store."""
+        where = f"{self.world.address}:{self.world.port}"
+        return f"torchrun's agent at {where}" if agent_serves_store() else f"rank 0 at {where}"
+
+
+def agent_serves_store() -> bool:
+    """Whether torchrun's agent serves the store, not rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _read_status(text: bytes) -> Status:
+    return Status(**json.loads(text))

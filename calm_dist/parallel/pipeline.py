@@ -32,6 +32,12 @@ def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
 class ForwardStep(ABC):
     """Base of the two forward steps: pads, runs a stage, scales the loss.
 
+    Each context-parallel rank runs a piece of consecutive steps. A later piece attends to more
+    steps than an earlier one, so with C ranks the last does up to 2C - 1 times the attention work
+    of the first; all other work, which is most of it unless blocks are very long, is equal. In
+    return positions, targets and noise of a rank are one slice each. (Megatron's zigzag of two
+    pieces a rank balances attention.)
+
     A loss function returns the loss for the schedule, and ``loss``: this rank's contribution to
     the mean over all valid positions of the global batch. Contributions of all ranks add up.
     """
@@ -41,11 +47,16 @@ class ForwardStep(ABC):
         self._patch_size = recipe.model.patch_size
         self._steps = recipe.num_patches
         self._padded_steps = recipe.padded_length
+        length = self._padded_steps // topology.cp_size
+        # This rank's piece of the padded block.
+        self._first, self._end = topology.cp_rank * length, (topology.cp_rank + 1) * length
+        self._positions = torch.arange(self._first, self._end) if topology.cp_size > 1 else None
         # The last step of a block predicts nothing inside it; padding predicts nothing at all.
         valid = torch.arange(self._padded_steps, device=topology.device) < self._steps - 1
         count = recipe.training.global_batch_size * (self._steps - 1)
         self._weight = valid.float() / count
-        # The schedule divides by the number of micro-batches, Megatron's DDP by that of replicas.
+        # The schedule divides by the number of micro-batches, Megatron's DDP by that of replicas
+        # and of pieces; by the pieces the schedule multiplies.
         self._schedule_factor = float(recipe.num_micro_batches * topology.dp_size)
         self._num_micro_batches = recipe.num_micro_batches
         self._step = 0
@@ -58,7 +69,9 @@ class ForwardStep(ABC):
     def __call__(self, batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, LossFunction]:
         batch = {name: value.to(self._topology.device) for name, value in next(batches).items()}
         padding = (self._padded_steps - self._steps) * self._patch_size
-        output = model(F.pad(batch["tokens"], (0, padding)), self._padded_steps)
+        tokens = F.pad(batch["tokens"], (0, padding))
+        tokens = tokens[:, self._first * self._patch_size : self._end * self._patch_size]
+        output = model(tokens, self._end - self._first, self._positions)
         return output, partial(self._loss, batch)
 
     @abstractmethod
@@ -74,8 +87,10 @@ class TransformerForwardStep(ForwardStep):
     def _loss(
         self, batch: Batch, output: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        tokens = F.pad(batch["tokens"], (0, self._padded_steps - self._steps))
-        loss = next_token_loss(output, tokens, self._weight)
+        # What the last step of a piece predicts lies in the next one.
+        targets = F.pad(batch["tokens"], (0, self._padded_steps + 1 - self._steps))
+        targets = targets[:, self._first + 1 : self._end + 1]
+        loss = next_token_loss(output, targets, self._weight[self._first : self._end])
         # Every rank of a vocabulary shard has the whole loss; it counts once.
         counted = loss.detach() if self._topology.tp_rank == 0 else torch.zeros_like(loss)
         return loss * self._schedule_factor, {"loss": counted}
@@ -95,8 +110,8 @@ class CalmForwardStep(ForwardStep):
         self._head, self._autoencoder = head, autoencoder
         self._seed = recipe.run.seed
         self._sequence_parallel = recipe.parallel.use_sequence_parallel
-        shard = self._padded_steps // topology.tp_size
-        self._start = topology.tp_rank * shard
+        shard = (self._end - self._first) // topology.tp_size
+        self._start = self._first + topology.tp_rank * shard
         self._stop = self._start + shard
 
     def _loss(

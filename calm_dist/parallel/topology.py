@@ -17,10 +17,10 @@ RANK_ORDER = "tp-cp-ep-pp-dp"
 
 @dataclass(frozen=True)
 class Topology:
-    """Where this rank stands in the tensor, pipeline and data dimensions.
+    """Where this rank stands in the tensor, context, pipeline and data dimensions.
 
     ``head_group`` holds every rank of the last pipeline stage: the head is token-wise, so the
-    tensor-parallel ranks of that stage are further data parallelism for it.
+    tensor- and context-parallel ranks of that stage are further data parallelism for it.
     """
 
     rank: int
@@ -40,6 +40,14 @@ class Topology:
         return self.groups.tp.size()
 
     @property
+    def cp_rank(self) -> int:
+        return self.groups.cp.rank()
+
+    @property
+    def cp_size(self) -> int:
+        return self.groups.cp.size()
+
+    @property
     def pp_rank(self) -> int:
         return self.groups.pp.rank()
 
@@ -49,6 +57,7 @@ class Topology:
 
     @property
     def dp_size(self) -> int:
+        """Replicas with blocks of their own; context-parallel ranks share theirs."""
         return self.groups.dp.size()
 
     @property
@@ -65,6 +74,9 @@ def build_topology(recipe: Recipe, device: torch.device) -> Topology:
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_size,
         context_parallel_size=parallel.context_parallel_size,
+        # There are no experts. With their default size Megatron refuses this order together with
+        # context parallelism and stages: experts would have more replicas than attention.
+        expert_tensor_parallel_size=parallel.tensor_parallel_size * parallel.context_parallel_size,
         order=RANK_ORDER,
     )
     # Megatron draws initial weights from this tracker before `models.initialize` sets them.

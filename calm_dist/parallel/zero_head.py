@@ -1,8 +1,8 @@
 """The generative head as one DeepSpeed ZeRO engine on the last pipeline stage.
 
 The engine lives inside Megatron's schedule: its forward is part of the last stage's loss, its
-backward runs in the schedule's own `backward`. It sees the TP·DP ranks of the last stage as plain
-data parallelism, each with its shard of the sequence.
+backward runs in the schedule's own `backward`. It sees the TP·CP·DP ranks of the last stage as
+plain data parallelism, each with its shard of the sequence.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from torch import nn
 
 from calm_dist.models.heads.base import NoiseSource
 from calm_dist.parallel.topology import Topology
+from calm_dist.parallel.zero_state import parameter_groups
 from calm_dist.recipe import Recipe
 
 STATE_NAMES = ("fp32", "exp_avg", "exp_avg_sq")
+# DeepSpeed's own default.
+MAX_BUCKET_ELEMENTS = 500_000_000
 
 
 def import_deepspeed() -> Any:
@@ -93,13 +96,12 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 class ZeroHead:
-    """A head module in a ZeRO-1 or ZeRO-2 engine."""
+    """A head module in a ZeRO engine; in stage 3 its matrices are partitioned, too."""
 
     def __init__(self, head: nn.Module, recipe: Recipe, topology: Topology) -> None:
         deepspeed = import_deepspeed()
+        self._stage = recipe.parallel.zero_stage
         self._group = topology.head_group
-        self._group_rank = topology.head_ranks.index(topology.rank)
-        self._group_size = len(topology.head_ranks)
         self._tp_size = topology.tp_size
         self._device = topology.device
         training = recipe.training
@@ -117,10 +119,14 @@ class ZeroHead:
         self._engine, *_ = deepspeed.initialize(
             model=head,
             optimizer=optimizer,
-            config=_engine_config(recipe),
+            config=_engine_config(recipe, head),
             mpu=HeadGroups(topology),
             dist_init_required=False,
         )
+
+    def close(self) -> None:
+        """Take the engine down: its hooks would keep it, and with it the process groups."""
+        self._engine.destroy()
 
     @property
     def module(self) -> nn.Module:
@@ -139,9 +145,9 @@ class ZeroHead:
         """This rank's share of the loss: the weighted sum over its positions.
 
         Shapes as in `models.heads.base.GenerativeHead.forward`. DeepSpeed averages the head's
-        gradient over TP·DP ranks, but the loss is a *sum* over the TP shards and a mean over DP
-        (Megatron averages the body's gradient over DP). So the loss is scaled by TP, and the
-        gradient into the body back by 1/TP.
+        gradient over TP·CP·DP ranks, but the loss is a *sum* over the TP shards and a mean over
+        CP·DP (Megatron averages the body's gradient over those; its schedule multiplies the loss
+        by CP). So the loss is scaled by TP, and the gradient into the body back by 1/TP.
         """
         self._engine.set_gradient_accumulation_boundary(last_micro_batch)
         hidden = _ScaleGradient.apply(hidden, 1.0 / self._tp_size)
@@ -170,6 +176,10 @@ class ZeroHead:
     def discard_gradients(self) -> None:
         """Forget the gradient of a skipped step, as the ZeRO optimizer does on an overflow."""
         zero = self._zero
+        if self._stage == 3:
+            zero.zero_grad(set_to_none=True)
+            zero.averaged_gradients = {}
+            return
         zero.micro_step_id = -1
         zero.zero_grad(set_to_none=True)
         zero._release_preflattened_grad_buffers()
@@ -184,42 +194,42 @@ class ZeroHead:
         """
         names = {id(p): name for name, p in self.module.named_parameters()}
         state: dict[str, torch.Tensor] = {}
-        for parameters, partition, moments in self._partitions():
+        for group in parameter_groups(self._zero, self._stage, self._group):
             for kind in STATE_NAMES:
-                local = partition.detach() if kind == "fp32" else moments.get(kind)
-                local = torch.zeros_like(partition) if local is None else local
-                whole = torch.empty(
-                    local.numel() * self._group_size, dtype=local.dtype, device=local.device
-                )
-                dist.all_gather_into_tensor(whole, local.contiguous(), group=self._group)
-                offset = 0
-                for p in parameters:
-                    part = whole[offset : offset + p.numel()].view(p.shape)
-                    state[f"{kind}.{names[id(p)]}"] = part.clone()
-                    offset += p.numel()
+                local = group.partition if kind == "fp32" else group.moments.get(kind)
+                local = torch.zeros_like(group.partition) if local is None else local
+                for p, whole in zip(group.parameters, group.gather(local), strict=True):
+                    state[f"{kind}.{names[id(p)]}"] = whole
         return state
 
     @torch.no_grad()
     def import_state(self, state: dict[str, torch.Tensor], step: int) -> None:
-        """Take over what `export_state` gave, on any number of ranks; ``step`` is Adam's count."""
+        """Take over what `export_state` gave, on any number of ranks and in any ZeRO stage.
+
+        A collective of the head's ranks; ``step`` is Adam's count.
+        """
         names = {id(p): name for name, p in self.module.named_parameters()}
-        for parameters, partition, moments in self._partitions():
+        zero = self._zero
+        if self._stage == 3:
+            zero._partition_all_parameters()
+        for group in parameter_groups(zero, self._stage, self._group):
             for kind in STATE_NAMES:
-                flat = torch.cat([state[f"{kind}.{names[id(p)]}"].flatten() for p in parameters])
-                padding = partition.numel() * self._group_size - flat.numel()
-                flat = nn.functional.pad(flat, (0, padding)).to(partition.device)
-                local = flat[self._group_rank * partition.numel() :][: partition.numel()]
+                wholes = [
+                    state[f"{kind}.{names[id(p)]}"].to(group.partition.device)
+                    for p in group.parameters
+                ]
                 if kind == "fp32":
-                    partition.copy_(local)
+                    group.set_weights(wholes)
                 else:
-                    moments[kind] = local.clone()
-            moments["step"] = torch.tensor(float(step))
-            for p in parameters:
-                p.copy_(state[f"fp32.{names[id(p)]}"])
+                    group.moments[kind] = group.cut(wholes)
+            group.moments["step"] = torch.tensor(float(step))
+        if self._stage == 3:
+            # Whole on every rank between the steps, as after `step`.
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
     @property
     def _zero(self) -> Any:
-        """DeepSpeed's ZeRO-1/2 optimizer around our AdamW."""
+        """DeepSpeed's ZeRO optimizer around our AdamW."""
         return self._engine.optimizer
 
     def _gradients(self) -> Iterator[torch.Tensor]:
@@ -228,16 +238,11 @@ class ZeroHead:
                 if gradient is not None:
                     yield gradient
 
-    def _partitions(self) -> Iterator[tuple[list[nn.Parameter], torch.Tensor, dict[str, Any]]]:
-        """(parameters in flat order, this rank's fp32 part, its Adam state) of each group."""
-        zero = self._zero
-        for number, partition in enumerate(zero.single_partition_of_fp32_groups):
-            moments = zero.optimizer.state.setdefault(partition, {})
-            yield zero.round_robin_bit16_groups[number], partition, moments
 
-
-def _engine_config(recipe: Recipe) -> dict[str, Any]:
+def _engine_config(recipe: Recipe, head: nn.Module) -> dict[str, Any]:
     """DeepSpeed's configuration: accumulation, averaging and clipping are ours or Megatron's."""
+    sizes = [p.numel() for p in head.parameters()]
+    vectors = [p.numel() for p in head.parameters() if p.dim() <= 1]
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         # Megatron divides by the number of micro-batches.
@@ -245,7 +250,17 @@ def _engine_config(recipe: Recipe) -> dict[str, Any]:
         "gradient_clipping": 0.0,
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": recipe.parallel.zero_stage, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": recipe.parallel.zero_stage,
+            "overlap_comm": False,
+            # A buffer of this size is allocated, however small the head.
+            "reduce_bucket_size": min(sum(sizes), MAX_BUCKET_ELEMENTS),
+            # ZeRO-3: norms and biases stay whole, to fetch them would cost more than it saves.
+            "stage3_param_persistence_threshold": max(vectors),
+            # ZeRO-3 would replace torch.nn.functional.linear for the whole process, which changes
+            # the rounding of bf16 gradients.
+            "memory_efficient_linear": False,
+        },
     }
     if recipe.precision == "bf16":
         config["bf16"] = {"enabled": True}

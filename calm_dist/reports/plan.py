@@ -1,7 +1,8 @@
 """What a recipe would do before anything is started: sizes, FLOPs, layout and memory per rank.
 
 Memory follows what the trainer keeps: the backbone under Megatron's mixed-precision optimizer,
-copied on every replica; the head under a ZeRO engine over all ranks of the last stage. Activations
+copied on every replica (the distributed one shards its own state); the head under a ZeRO engine
+over all ranks of the last stage. Activations
 are an estimate of what autograd keeps; buffers of the libraries and of the allocator come on top.
 """
 
@@ -83,9 +84,11 @@ def format_plan(values: dict[str, Any]) -> str:
         f"({values['train_flops_released']:.3g} as the released code counts)",
         f"inference: {values['inference_flops_per_token']:.3g} FLOPs a token",
         f"layout: {layout['world_size']} ranks = tensor {layout['tensor']} x pipeline "
-        f"{layout['pipeline']} x data {layout['data']}, {layout['num_micro_batches']} "
-        f"micro-batches of {layout['micro_batch_size']} blocks, {layout['precision']}"
+        f"{layout['pipeline']} x context {layout['context']} x data {layout['data']}, "
+        f"{layout['num_micro_batches']} micro-batches of {layout['micro_batch_size']} blocks, "
+        f"{layout['precision']}"
         + (", sequence parallel" if layout["sequence_parallel"] else "")
+        + (", distributed optimizer" if layout["distributed_optimizer"] else "")
         + (f", ZeRO-{layout['zero_stage']} head" if layout["zero_stage"] else ""),
         "",
         f"{'part':<26}{'parameters':>16}{'training FLOPs':>16}{'inference':>11}",
@@ -130,6 +133,7 @@ def _layout(recipe: Recipe) -> dict[str, Any]:
         "context": parallel.context_parallel_size,
         "data": recipe.data_parallel_size,
         "sequence_parallel": parallel.use_sequence_parallel,
+        "distributed_optimizer": parallel.distributed_optimizer,
         "zero_stage": parallel.zero_stage if recipe.model.kind == "calm" else None,
         "precision": recipe.precision,
         "micro_batch_size": training.micro_batch_size,
@@ -170,11 +174,14 @@ def _body_memory(recipe: Recipe, model: CalmRecipe | TransformerRecipe, stage: i
         if model.kind == "transformer":
             parameters += table
     precise = recipe.precision == "fp32"
+    state = parameters * (ADAM_MOMENTS_BYTES + (0 if precise else FP32_BYTES))
+    if recipe.parallel.distributed_optimizer:
+        state //= recipe.data_parallel_size * recipe.parallel.context_parallel_size
     return Memory(
         weights=parameters * (FP32_BYTES if precise else 2),
         # bf16 accumulates gradients in fp32 and keeps fp32 master weights.
         gradients=parameters * FP32_BYTES,
-        optimizer=parameters * (ADAM_MOMENTS_BYTES + (0 if precise else FP32_BYTES)),
+        optimizer=state,
         activations=_body_activations(recipe, model, stage),
     )
 
@@ -183,12 +190,16 @@ def _body_activations(recipe: Recipe, model: CalmRecipe | TransformerRecipe, sta
     """Bytes that autograd keeps for all micro-batches in flight on a stage, without the head."""
     parallel, stages = recipe.parallel, _pipeline_size(recipe)
     tensor, d, f = parallel.tensor_parallel_size, model.hidden_size, model.intermediate_size
-    width = _element_bytes(recipe)
-    positions = recipe.training.micro_batch_size * recipe.padded_length
+    width, pieces = _element_bytes(recipe), parallel.context_parallel_size
+    block = recipe.training.micro_batch_size * recipe.padded_length
+    positions = block // pieces
     along_sequence = tensor if parallel.use_sequence_parallel else 1
     # Inputs and outputs of both norms; then q, k, v, attention output, and of the MLP both halves
     # of the first linear, SiLU of the gate, and the product.
     layer = positions * (4 * d / along_sequence + (4 * d + 4 * f) / tensor)
+    if pieces > 1:
+        # Keys and values of all pieces, as the last piece attends to.
+        layer += block * 2 * d / tensor
     kept = positions * d / along_sequence if parallel.recompute else layer
     layers_per_chunk = len(stage_layers(recipe, stage)) / parallel.chunks_per_stage
     in_flight = _chunks_in_flight(recipe, stage)
@@ -217,8 +228,8 @@ def _head_memory(recipe: Recipe, model: CalmRecipe) -> Memory:
     """The generative head in its ZeRO engine, on one rank of the last stage."""
     parallel, head, d = recipe.parallel, model.head, model.hidden_size
     parameters = flops.head_parameters(model)
-    ranks = parallel.tensor_parallel_size * recipe.data_parallel_size
-    stage = parallel.zero_stage
+    shards = parallel.tensor_parallel_size * parallel.context_parallel_size
+    ranks, stage = shards * recipe.data_parallel_size, parallel.zero_stage
     width = _element_bytes(recipe)
     positions = recipe.training.micro_batch_size * recipe.padded_length
     latent = flops.known_size(model, "latent_size")
@@ -231,12 +242,13 @@ def _head_memory(recipe: Recipe, model: CalmRecipe) -> Memory:
         # the MLP's rows; then the embeddings, the final layer and the loss's terms.
         per_sample = (11 * head.num_mlp_layers + 8) * d + TIME_FEATURES
         per_sample += latent * (20 if head.kind == "diffusion" else 2)
-    elements = positions / parallel.tensor_parallel_size * head.num_samples * per_sample
+    elements = positions / shards * head.num_samples * per_sample
+    # ZeRO-1 and 2 keep fp32 master weights in fp32 training, too.
+    master = 0 if stage == 3 and recipe.precision == "fp32" else FP32_BYTES
     return Memory(
-        weights=parameters * width,
-        gradients=parameters * FP32_BYTES // (ranks if stage == 2 else 1),
-        # DeepSpeed keeps fp32 master weights in fp32 training, too.
-        optimizer=parameters * (ADAM_MOMENTS_BYTES + FP32_BYTES) // ranks,
+        weights=parameters * width // (ranks if stage == 3 else 1),
+        gradients=parameters * FP32_BYTES // (ranks if stage >= 2 else 1),
+        optimizer=parameters * (ADAM_MOMENTS_BYTES + master) // ranks,
         activations=int(elements * width),
     )
 

@@ -193,7 +193,9 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
     present = np.concatenate([[0], np.cumsum(~np.isnan(values))])
     index = np.arange(len(values))
     start, stop = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
-    return (sums[stop] - sums[start]) / np.maximum(present[stop] - present[start], 1)
+    number = present[stop] - present[start]
+    # A gap where all steps were skipped.
+    return np.where(number, (sums[stop] - sums[start]) / np.maximum(number, 1), np.nan)
 
 
 @contextmanager

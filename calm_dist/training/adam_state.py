@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from calm_dist.errors import CheckpointError
+from calm_dist.training.checkpoint import OPTIMIZER_FILE
 
-OPTIMIZER_FILE = "optimizer.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
 import sys
 import time
@@ -35,12 +34,16 @@ from calm_dist.losses.autoencoder import (
 from calm_dist.losses.reconstruction import Reconstruction
 from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
 from calm_dist.models.weights import init_std, initialize_module
+from calm_dist.parallel.launch import patience
 from calm_dist.parallel.rank_zero import on_rank_zero
 from calm_dist.recipe import Recipe
 from calm_dist.training import checkpoint
 from calm_dist.training.adam_state import load_adam, save_adam
+from calm_dist.training.batches import LookAhead
 from calm_dist.training.health import RunProgress
 from calm_dist.training.metrics import MetricsLog
+from calm_dist.training.phases import Phases
+from calm_dist.training.run_state import RunState
 from calm_dist.training.schedule import learning_rate
 from calm_dist.training.session import launched
 from calm_dist.training.stop import StopRequest
@@ -54,11 +57,12 @@ def train_autoencoder(recipe: Recipe) -> None:
     Raises:
         UserError: recipe, data, checkpoint or launch are wrong.
         PeerLostError: another process died.
+        HungError: another process found out that a rank hangs.
         StoppedError: a signal asked for it; a checkpoint was written.
     """
     check_kind(recipe)
-    with launched(recipe) as (resolved, device, stop):
-        AutoencoderTrainer(resolved, device, stop).run()
+    with launched(recipe) as session:
+        AutoencoderTrainer(session.recipe, session.device, session.stop, session.phases).run()
 
 
 def check_kind(recipe: Recipe) -> None:
@@ -147,6 +151,14 @@ class StepResult(NamedTuple):
     learning_rate: float
     skipped: bool
     stop: bool
+    """Whether any rank was asked to stop."""
+    data_failed: bool
+    """Whether any rank could not read its next batch."""
+
+    def numbers(self) -> dict[str, float]:
+        """What is logged."""
+        names = ("loss", "cross_entropy", "kl", "grad_norm", "learning_rate")
+        return {name: getattr(self, name) for name in names}
 
 
 class _LossModule(nn.Module):
@@ -164,10 +176,16 @@ class AutoencoderTrainer:
     """One rank of a run: builds or resumes it, and trains to the recipe's last step."""
 
     def __init__(
-        self, recipe: Recipe, device: torch.device, stop: StopRequest | None = None
+        self,
+        recipe: Recipe,
+        device: torch.device,
+        stop: StopRequest | None = None,
+        phases: Phases | None = None,
     ) -> None:
         self.recipe, self.device = recipe, device
         self._stop = stop or StopRequest()
+        self.phases = phases or Phases()
+        self.phases.enter("build the model")
         self.run_dir = Path(recipe.run.dir)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.progress = RunProgress()
@@ -176,6 +194,7 @@ class AutoencoderTrainer:
         self._loss: nn.Module = _LossModule(self.model)
         if self.world_size > 1:
             self._loss = DistributedDataParallel(self._loss, gradient_as_bucket_view=True)
+        self.phases.enter("open the data")
         self._stream = open_training_stream(
             [source.path for source in recipe.data.sources],
             [source.weight for source in recipe.data.sources],
@@ -183,8 +202,11 @@ class AutoencoderTrainer:
             seed=recipe.data.seed,
             num_workers=recipe.data.num_workers,
             cache_dir=recipe.data.cache_dir,
+            timeout_seconds=patience(recipe.health.timeout_seconds),
         )
+        self._batches = LookAhead(self._stream)
         self._held_out = open_held_out(recipe, self._stream.metas[0])
+        self.phases.enter("load the checkpoint")
         self._resume()
         self._metrics: MetricsLog | None = None
         if self.rank == 0:
@@ -192,42 +214,50 @@ class AutoencoderTrainer:
             self._metrics = MetricsLog(recipe, self.run_dir, self.progress.step)
 
     def run(self) -> None:
-        """Train until the last step, or until asked to stop; both leave a checkpoint.
+        """Train until the last step, until asked to stop, or until the data fails; each leaves a
+        checkpoint.
 
         Raises:
             StoppedError: a signal asked for it.
+            DataError: a rank cannot read its next batch.
+            TrainingDivergedError: see `RunProgress.count`.
         """
         recipe = self.recipe
-        batches = iter(self._stream)
         last = recipe.training.steps
-        stopping = False
-        while self.progress.step < last and not stopping:
+        ends = self.progress.step >= last
+        result: StepResult | None = None
+        if not ends:
+            self.phases.enter("data", self.progress.step)
+            self._batches.read()
+            self._batches.check()
+        while not ends:
             started = time.perf_counter()
-            result = self.train_step(next(batches))
-            self.progress.count(result.skipped, recipe.health.max_skipped_steps)
-            step = self.progress.step
+            result = self.train_step(self._batches.take())
+            step = self.progress.step + 1
             if self._metrics is not None:
-                numbers = result._asdict()
-                skipped, _ = numbers.pop("skipped"), numbers.pop("stop")
                 seconds = time.perf_counter() - started
-                self._metrics.training_step(step, numbers, skipped, seconds)
-            stopping = result.stop
-            if step % recipe.checkpoint.every == 0 or step == last or stopping:
+                self._metrics.training_step(step, result.numbers(), result.skipped, seconds)
+            self.progress.count(result.skipped, recipe.health.max_skipped_steps)
+            ends = result.stop or result.data_failed or step == last
+            if ends or step % recipe.checkpoint.every == 0:
                 # The score comes first: where there is a checkpoint, there is its score.
                 self._evaluate()
+                self.phases.enter("checkpoint", step - 1)
                 on_rank_zero(self._save)
         if self._metrics is not None:
             self._metrics.close()
+        if result is not None and result.data_failed:
+            self._batches.check()
         if self.progress.step < last:
             raise StoppedError(self._stop.message(self.progress.step))
 
     def train_step(self, batch: Batch) -> StepResult:
         """One optimizer step on this rank's blocks of a global batch."""
         training = self.recipe.training
+        self.phases.enter("forward and backward", self.progress.step)
         self.optimizer.zero_grad()
-        # Loss, cross entropy, KL, and whether a rank was asked to stop.
-        sums = torch.zeros(4, device=self.device)
-        sums[3] = float(self._stop.requested)
+        # Loss, cross entropy, KL, ranks that were asked to stop, ranks without a next batch.
+        sums = torch.zeros(5, device=self.device)
         parts = list(
             zip(
                 batch["tokens"].split(training.micro_batch_size),
@@ -236,6 +266,7 @@ class AutoencoderTrainer:
             )
         )
         for number, (tokens, index) in enumerate(parts):
+            self.phases.progress()
             tokens = tokens.to(self.device)
             noise = block_noise(self.model, tokens, index, self.recipe.run.seed, self.progress.step)
             with self._gradient_exchange(number == len(parts) - 1), self._autocast():
@@ -243,15 +274,22 @@ class AutoencoderTrainer:
                 (losses.total / len(parts)).backward()
             sums[:3] += torch.stack(losses).detach() / len(parts)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_grad_norm)
+        if self.progress.step + 1 < training.steps:
+            self.phases.enter("data", self.progress.step)
+            self._batches.read()
+        self.phases.enter("optimizer", self.progress.step)
+        sums[3], sums[4] = float(self._stop.requested), float(self._batches.failed)
         dist.all_reduce(sums)
-        loss, cross_entropy, kl, stopping = (sums / self.world_size).tolist()
+        loss, cross_entropy, kl, stopping, failed = (sums / self.world_size).tolist()
         rate = learning_rate(training, self.progress.step)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if not skipped:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
-        return StepResult(loss, cross_entropy, kl, float(norm), rate, skipped, stopping > 0)
+        return StepResult(
+            loss, cross_entropy, kl, float(norm), rate, skipped, stopping > 0, failed > 0
+        )
 
     def _gradient_exchange(self, wanted: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients are averaged over ranks in the last micro-batch's backward pass only."""
@@ -274,6 +312,7 @@ class AutoencoderTrainer:
         config = self.model.config
         result = Reconstruction(config.latent_size, self.device)
         for number in numbers[self.rank :: self.world_size]:
+            self.phases.progress()
             tokens = torch.from_numpy(store[number]["tokens"].astype(np.int64)).to(self.device)
             generator = _generator(self.device, settings.seed, "evaluation", number)
             shape = (len(tokens) // config.patch_size, config.latent_size)
@@ -285,6 +324,7 @@ class AutoencoderTrainer:
         return result.summary(config.patch_size)
 
     def _evaluate(self) -> None:
+        self.phases.enter("evaluation", self.progress.step - 1)
         values = self.evaluate()
         if values is None or self._metrics is None:
             return
@@ -304,17 +344,15 @@ class AutoencoderTrainer:
         temporary = checkpoint.begin(self.run_dir, self.progress.step)
         save_autoencoder(self.model, temporary)
         save_adam(self.optimizer, self.model, temporary)
-        state = {
-            "format": 1,
+        RunState(
             **dataclasses.asdict(self.progress),
-            "tokens": self.progress.step * self.recipe.tokens_per_step,
-            "tokenizer_sha256": self._stream.metas[0].tokenizer.sha256,
-            "data": self._stream.state_dict(self.progress.step),
-        }
-        text = json.dumps(state, indent=1) + "\n"
-        (temporary / checkpoint.STATE_FILE).write_text(text, encoding="utf-8")
+            tokens=self.progress.step * self.recipe.tokens_per_step,
+            tokenizer_sha256=self._stream.metas[0].tokenizer.sha256,
+            data=self._stream.state_dict(self.progress.step),
+        ).write(temporary)
         (temporary / checkpoint.RECIPE_FILE).write_text(self.recipe.to_yaml(), encoding="utf-8")
-        checkpoint.commit(temporary, self.recipe.checkpoint.keep)
+        settings = self.recipe.checkpoint
+        checkpoint.commit(temporary, settings.keep, settings.keep_every)
 
     def _resume(self) -> None:
         """Go on from the newest valid checkpoint of the run directory, if it has one."""
@@ -322,11 +360,12 @@ class AutoencoderTrainer:
         if directory is None:
             return
         saved = load_autoencoder(directory)
-        state = json.loads((directory / checkpoint.STATE_FILE).read_text(encoding="utf-8"))
+        state = RunState.read(directory)
         self.model.load_state_dict(saved.state_dict())
-        load_adam(self.optimizer, self.model, directory, state["adam_steps"])
-        self._stream.load_state_dict(state["data"])
-        self.progress = RunProgress.from_state(state)
+        load_adam(self.optimizer, self.model, directory, state.adam_steps)
+        assert state.data is not None
+        self._stream.load_state_dict(state.data)
+        self.progress = RunProgress.from_state(state.model_dump())
         if self.rank == 0:
             print(f"resumed from {directory} at step {self.progress.step}", flush=True)
 

@@ -14,6 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer import TransformerConfig
 from torch import nn
 
+from calm_dist.errors import RecipeError
 from calm_dist.interop.huggingface import load_autoencoder
 from calm_dist.models.backbone import Backbone, transformer_config
 from calm_dist.models.heads import HEADS, GenerativeHead
@@ -24,8 +25,13 @@ from calm_dist.parallel.pipeline import CalmForwardStep, ForwardStep, Transforme
 from calm_dist.parallel.topology import Topology
 from calm_dist.parallel.zero_head import ZeroHead
 from calm_dist.recipe import CalmRecipe, Recipe
+from calm_dist.recipe_checks import NO_OVERLAP_ON_CPU
 from calm_dist.training.optimizer import build_body_optimizer
 from calm_dist.training.resolve import autoencoder_directory
+
+# Gradients that are reduced together: Megatron's default, but never so many that there would be
+# nothing left to overlap with.
+MAX_BUCKET_ELEMENTS, MIN_BUCKETS = 40_000_000, 4
 
 
 @dataclass(frozen=True)
@@ -70,18 +76,50 @@ def build_head(model: CalmRecipe, seed: int) -> GenerativeHead:
     return head
 
 
-def build_parts(recipe: Recipe, topology: Topology) -> Parts:
-    """Body chunks in Megatron's DDP, head in its ZeRO engine, optimizer and forward step."""
-    dtype = parameter_dtype(recipe)
-    config = transformer_config(recipe, dtype)
-    size = recipe.parallel.virtual_pipeline_size
+def build_chunks(
+    recipe: Recipe, config: TransformerConfig, topology: Topology
+) -> list[DistributedDataParallel]:
+    """This rank's chunks of the body in Megatron's DDP, and the hooks for its schedules."""
+    parallel = recipe.parallel
+    size = parallel.virtual_pipeline_size
     stages = [None] if size is None else list(range(size))
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    bodies = [build_body(recipe, config, topology, stage) for stage in stages]
+    elements = sum(p.numel() for p in bodies[0].parameters())
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        # Has an effect on overlapping runs only.
+        bucket_size=min(MAX_BUCKET_ELEMENTS, -(-elements // MIN_BUCKETS)),
+    )
     chunks = [
-        DistributedDataParallel(config, ddp_config, build_body(recipe, config, topology, stage))
-        for stage in stages
+        # As Megatron's own loop: other chunks compute while a later one is reduced whole.
+        DistributedDataParallel(config, ddp_config, body, disable_bucketing=number > 0)
+        for number, body in enumerate(bodies)
     ]
     config.finalize_model_grads_func = finalize_model_grads
+    if parallel.overlap_grad_reduce:
+        # Gradients are reduced behind the last micro-batch only; with stages, at the same time on
+        # all of them.
+        no_sync = [chunk.no_sync for chunk in chunks]
+        start = [chunk.start_grad_sync for chunk in chunks]
+        config.no_sync_func = no_sync if size else no_sync[0]
+        config.grad_sync_func = start if size else start[0]
+    return chunks
+
+
+def build_parts(recipe: Recipe, topology: Topology) -> Parts:
+    """Body chunks, head in its ZeRO engine, optimizer and forward step.
+
+    Raises:
+        RecipeError: the recipe asks for what the device cannot do.
+    """
+    if recipe.parallel.overlap_p2p and topology.device.type == "cpu":
+        raise RecipeError(f"parallel.overlap_p2p: {NO_OVERLAP_ON_CPU}")
+    dtype = parameter_dtype(recipe)
+    config = transformer_config(recipe, dtype)
+    chunks = build_chunks(recipe, config, topology)
     optimizer = build_body_optimizer(recipe, chunks, dtype)
     head: ZeroHead | None = None
     forward_step: ForwardStep

@@ -11,20 +11,28 @@ import os
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from calm_dist.errors import CheckpointError
+from calm_dist.errors import CheckpointError, DataError, UserError
 from calm_dist.files import file_sha256, replace_text
+from calm_dist.recipe import load_recipe
+from calm_dist.training.run_state import STATE_FILE, RunState
 
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 LATEST = "latest"
-STATE_FILE = "state.json"
 RECIPE_FILE = "recipe.yaml"
-WEIGHTS_ONLY = "weights_only"
-"""Key of the state of a checkpoint that no optimizer has written, such as an import."""
+TENSORS = "tensors"
+"""Megatron's distributed checkpoint of a language model."""
+AUTOENCODER_FILES = ("config.json", "model.safetensors")
+OPTIMIZER_FILE = "optimizer.safetensors"
 _STEP_NAME = re.compile(r"step_(\d+)")
+# What a rank has described already of the files that it wrote; merged into the manifest.
+_PART_OF_MANIFEST = "manifest_{rank}.part"
+
+Described = dict[str, dict[str, int | str]]
 
 
 def step_directory(run_dir: Path, step: int) -> Path:
@@ -40,12 +48,29 @@ def begin(run_dir: Path, step: int) -> Path:
     return temporary
 
 
-def commit(temporary: Path, keep: int) -> Path:
-    """Make a written directory a checkpoint: manifest, sync, rename, ``latest``, old ones away."""
-    manifest = {str(file.relative_to(temporary)): _describe(file) for file in _files(temporary)}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    for file in _files(temporary):
+def describe_files(temporary: Path, files: list[Path], rank: int) -> None:
+    """Hash files that a rank has written and synced, so that `commit` need not."""
+    text = json.dumps(_describe_all(temporary, files))
+    (temporary / _PART_OF_MANIFEST.format(rank=rank)).write_text(text, encoding="utf-8")
+
+
+def commit(temporary: Path, keep: int, keep_every: int | None = None) -> Path:
+    """Make a written directory a checkpoint: manifest, sync, rename, ``latest``, old ones away.
+
+    Args:
+        keep: newest checkpoints that stay.
+        keep_every: those of its multiples of steps stay as well.
+    """
+    described: Described = {}
+    for part in sorted(temporary.glob(_PART_OF_MANIFEST.format(rank="*"))):
+        described |= json.loads(part.read_text(encoding="utf-8"))
+        part.unlink()
+    others = [f for f in _files(temporary) if str(f.relative_to(temporary)) not in described]
+    for file in others:
         _sync(file)
+    manifest = described | _describe_all(temporary, others)
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    _sync(temporary / MANIFEST)
     final = temporary.with_suffix("")
     if final.exists():
         # The same step was reached again after a resume from an older one.
@@ -53,64 +78,120 @@ def commit(temporary: Path, keep: int) -> Path:
     os.replace(temporary, final)
     _sync(final.parent)
     replace_text(final.parent / LATEST, final.name + "\n")
-    _make_room(final, keep)
+    _make_room(final, keep, keep_every)
     return final
 
 
-def _make_room(final: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints up to ``final``.
+def _make_room(final: Path, keep: int, keep_every: int | None) -> None:
+    """Remove all but the newest ``keep`` checkpoints up to ``final``, and the multiples.
 
     Those of later steps were passed over as damaged when the run went on from an earlier one.
     They are set aside: they must neither count nor be met again.
     """
-    directories = _step_directories(final.parent)
+    directories = step_directories(final.parent.parent)
     newest = directories.index(final)
     for later in directories[:newest]:
         aside = later.with_suffix(".damaged")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(later, aside)
     for old in directories[newest + keep :]:
-        shutil.rmtree(old, ignore_errors=True)
+        step = _step_of(old)
+        if keep_every is None or step is None or step % keep_every:
+            # Gone at once as a checkpoint; its many bytes while the training goes on.
+            os.replace(old, old.with_suffix(".tmp"))
+            threading.Thread(
+                target=shutil.rmtree, args=(old.with_suffix(".tmp"), True), name="remove"
+            ).start()
 
 
 def newest_recipe(run_dir: Path) -> Path | None:
     """The recipe in a run's newest checkpoint that has one, whether the rest is whole or not."""
-    recipes = (directory / RECIPE_FILE for directory in _step_directories(run_dir / CHECKPOINTS))
+    recipes = (directory / RECIPE_FILE for directory in step_directories(run_dir))
     return next(filter(Path.is_file, recipes), None)
 
 
-def verify(directory: Path) -> None:
-    """Check every file of a checkpoint against its manifest.
+def verify(directory: Path, part: int = 0, parts: int = 1) -> None:
+    """Check a checkpoint: what it says of itself, and its files against its manifest.
+
+    Args:
+        part: of ``parts`` processes that share the reading; each sees every size, and the content
+            of its share of the files.
 
     Raises:
         CheckpointError: with the file and what is wrong with it.
     """
+    manifest = _read_manifest(directory)
+    for number, (name, expected) in enumerate(sorted(manifest.items())):
+        file = directory / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing, although the manifest lists it")
+        size = file.stat().st_size
+        if size != expected.get("bytes"):
+            raise CheckpointError(f"{file}: has {size} bytes, the manifest says {expected}")
+        if number % parts == part and (sha256 := _hash(file)) != expected.get("sha256"):
+            raise CheckpointError(f"{file}: damaged; sha256 {sha256}, the manifest says {expected}")
+    for name in _read_by_a_load(directory):
+        if name not in manifest:
+            raise CheckpointError(
+                f"{directory / MANIFEST}: damaged; it does not list {name}, which is part of it"
+            )
+
+
+def _read_manifest(directory: Path) -> Described:
     path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: missing or damaged; not a finished checkpoint") from error
     if not isinstance(manifest, dict) or not {STATE_FILE, RECIPE_FILE} <= manifest.keys():
         raise CheckpointError(f"{path}: damaged; it does not list {STATE_FILE} and {RECIPE_FILE}")
     for name, expected in manifest.items():
-        file = directory / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing, although the manifest lists it")
-        found = _describe(file)
-        if found != expected:
-            raise CheckpointError(f"{file}: manifest says {expected}, found {found}")
+        inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+        if not inside or not isinstance(expected, dict):
+            raise CheckpointError(f"{path}: damaged; it has no place for {name!r}: {expected!r}")
+    return manifest
+
+
+def _read_by_a_load(directory: Path) -> list[str]:
+    """Files that make up a checkpoint by its own words: a manifest may have been made for less.
+
+    Raises:
+        CheckpointError: its words are damaged, or not true.
+    """
+    state = RunState.read(directory)
+    if (step := _step_of(directory)) is not None and state.step != step:
+        raise CheckpointError(
+            f"{directory / STATE_FILE}: is of step {state.step}, not of the step that the "
+            "directory is named after"
+        )
+    try:
+        recipe = load_recipe(directory / RECIPE_FILE)
+    except UserError as error:
+        raise CheckpointError(str(error)) from error
+    if recipe.model.kind == "autoencoder":
+        return [*AUTOENCODER_FILES, OPTIMIZER_FILE]
+
+    # Imports torch, which those who only look at directories can do without.
+    from calm_dist.training.trusted import tensor_files
+
+    return [f"{TENSORS}/{name}" for name in sorted(tensor_files(directory / TENSORS))]
 
 
 def newest_valid(run_dir: Path) -> Path | None:
     """The newest whole checkpoint of a run; says on stderr why newer ones are passed over."""
-    return next(filter(_is_valid, _step_directories(run_dir / CHECKPOINTS)), None)
+    return next(filter(_is_valid, step_directories(run_dir)), None)
+
+
+def pass_over(reason: str) -> None:
+    """Say why a checkpoint is not used."""
+    print(f"checkpoint passed over: {reason}", file=sys.stderr, flush=True)
 
 
 def _is_valid(directory: Path) -> bool:
     try:
         verify(directory)
     except CheckpointError as error:
-        print(f"checkpoint passed over: {error}", file=sys.stderr, flush=True)
+        pass_over(str(error))
         return False
     return True
 
@@ -137,11 +218,10 @@ def find_checkpoint(path: str | Path) -> Path:
 def has_only_weights(directory: Path) -> bool:
     """Whether a checkpoint has weights, but no state of optimizer and data to go on from."""
     try:
-        state = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return RunState.read(directory).weights_only
+    except CheckpointError:
         # Damaged: whoever loads it will say so.
         return False
-    return isinstance(state, dict) and bool(state.get(WEIGHTS_ONLY))
 
 
 def run_directory(directory: Path) -> Path | None:
@@ -152,28 +232,52 @@ def run_directory(directory: Path) -> Path | None:
 
 def all_checkpoints(run_dir: str | Path) -> list[Path]:
     """The valid checkpoints of a run, oldest first; says on stderr why others are left out."""
-    directories = _step_directories(Path(run_dir) / CHECKPOINTS)
-    return [directory for directory in reversed(directories) if _is_valid(directory)]
+    return [directory for directory in reversed(step_directories(run_dir)) if _is_valid(directory)]
 
 
-def _step_directories(checkpoints: Path) -> list[Path]:
-    """Committed step directories, newest first."""
+def step_directories(run_dir: str | Path) -> list[Path]:
+    """Committed step directories of a run, newest first."""
+    checkpoints = Path(run_dir) / CHECKPOINTS
     if not checkpoints.is_dir():
         return []
     steps = {
-        int(match[1]): entry
+        step: entry
         for entry in checkpoints.iterdir()
-        if (match := _STEP_NAME.fullmatch(entry.name)) and entry.is_dir()
+        if (step := _step_of(entry)) is not None and entry.is_dir()
     }
     return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def clean(run_dir: Path) -> None:
+    """Remove what killed runs have left half-written; only the run that holds ``run_dir`` may."""
+    for temporary in (run_dir / CHECKPOINTS).glob("step_*.tmp"):
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _step_of(directory: Path) -> int | None:
+    match = _STEP_NAME.fullmatch(directory.name)
+    return int(match[1]) if match else None
 
 
 def _files(directory: Path) -> Iterator[Path]:
     return (file for file in sorted(directory.rglob("*")) if file.is_file())
 
 
-def _describe(file: Path) -> dict[str, int | str]:
-    return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+def _hash(file: Path) -> str:
+    try:
+        return file_sha256(file)
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _describe_all(directory: Path, files: list[Path]) -> Described:
+    return {
+        str(file.relative_to(directory)): {
+            "bytes": file.stat().st_size,
+            "sha256": _hash(file),
+        }
+        for file in files
+    }
 
 
 def _sync(path: Path) -> None:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from calm_dist.data.stream import open_training_stream
-from calm_dist.errors import StoppedError
+from calm_dist.data.stream import Batch, open_training_stream
+from calm_dist.errors import StoppedError, TrainingDivergedError
+from calm_dist.parallel.launch import patience
 from calm_dist.parallel.pipeline import micro_batches
-from calm_dist.parallel.rank_zero import on_rank_zero
 from calm_dist.parallel.topology import Topology
 from calm_dist.recipe import Recipe
-from calm_dist.training import checkpoint, model_state
+from calm_dist.training import model_state
+from calm_dist.training.batches import LookAhead
 from calm_dist.training.build import build_parts
+from calm_dist.training.checkpoint_writer import CheckpointWriter, newest_valid_for_all
 from calm_dist.training.health import RunProgress
 from calm_dist.training.metrics import MetricsLog
 from calm_dist.training.optimizer import JointOptimizer, StepResult
 from calm_dist.training.phases import Phases
+from calm_dist.training.run_state import RunState
 from calm_dist.training.stop import StopRequest
 
 
@@ -54,43 +56,72 @@ class Trainer:
             seed=recipe.data.seed,
             num_workers=recipe.data.num_workers,
             cache_dir=recipe.data.cache_dir,
+            timeout_seconds=patience(recipe.health.timeout_seconds),
         )
         self.phases.enter("load the checkpoint")
+        self._batches = LookAhead(self._stream)
+        self._checkpoints = CheckpointWriter(recipe, topology)
         self._resume()
+        self._checkpoints.check_room()
         self._metrics: MetricsLog | None = None
         if topology.rank == 0:
             self._metrics = MetricsLog(recipe, self.run_dir, self.progress.step)
 
     def run(self) -> None:
-        """Train until the last step, or until asked to stop; both leave a checkpoint.
+        """Train until the last step, until asked to stop, or until the data fails; each leaves a
+        checkpoint.
 
         Raises:
             StoppedError: a signal asked for it.
+            DataError: a rank cannot read its next batch.
+            CheckpointError: the last checkpoint could not be written.
+            TrainingDivergedError: see `RunProgress.count`.
         """
-        recipe = self.recipe
-        batches = iter(self._stream)
-        last = recipe.training.steps
-        if self.progress.step >= last and self._metrics is not None:
-            print(f"nothing to do: training.steps={last} are done", flush=True)
-        stopping = False
-        while self.progress.step < last and not stopping:
-            started = time.perf_counter()
-            self.phases.enter("data", self.progress.step)
-            result = self.train_step(next(batches))
-            self.progress.count(result.skipped, recipe.health.max_skipped_steps)
-            step = self.progress.step
+        last = self.recipe.training.steps
+        if self.progress.step >= last:
             if self._metrics is not None:
-                seconds = time.perf_counter() - started
-                self._metrics.training_step(step, result.numbers(), result.skipped, seconds)
-            stopping = result.stop
-            if step % recipe.checkpoint.every == 0 or step == last or stopping:
-                self.save()
+                print(f"nothing to do: training.steps={last} are done", flush=True)
+            return
+        self.phases.enter("data", self.progress.step)
+        self._batches.read()
+        self._batches.check()
+        result = self._train_to(last)
+        self.phases.enter("checkpoint", self.progress.step - 1)
+        self._checkpoints.finish()
         if self._metrics is not None:
             self._metrics.close()
+        if result.data_failed:
+            self._batches.check()
         if self.progress.step < last:
             raise StoppedError(self._stop.message(self.progress.step))
 
-    def train_step(self, batch: dict[str, torch.Tensor]) -> StepResult:
+    def _train_to(self, last: int) -> StepResult:
+        """Steps until the ``last`` one, or until one says that the run ends."""
+        recipe = self.recipe
+        while True:
+            started = time.perf_counter()
+            result = self.train_step(self._batches.take())
+            self._checkpoints.poll()
+            step = self.progress.step + 1
+            if self._metrics is not None:
+                seconds = time.perf_counter() - started
+                self._metrics.training_step(step, result.numbers(), result.skipped, seconds)
+            self._count(result.skipped)
+            ends = result.stop or result.data_failed or step == last
+            if ends or step % recipe.checkpoint.every == 0:
+                self.save()
+            if ends:
+                return result
+
+    def _count(self, skipped: bool) -> None:
+        try:
+            self.progress.count(skipped, self.recipe.health.max_skipped_steps)
+        except TrainingDivergedError:
+            # What is being written is from before, and worth having.
+            self._checkpoints.wait()
+            raise
+
+    def train_step(self, batch: Batch) -> StepResult:
         """One optimizer step on this rank's part of a global batch."""
         parts, recipe = self.parts, self.recipe
         self.phases.enter("forward and backward", self.progress.step)
@@ -101,59 +132,61 @@ class Trainer:
         size = recipe.training.micro_batch_size
         outputs = self._schedule(
             forward_step_func=parts.forward_step,
-            data_iterator=[micro_batches(batch, size) for _ in parts.chunks],
+            data_iterator=[self._micro_batches(batch) for _ in parts.chunks],
             model=parts.chunks,
             num_microbatches=recipe.num_micro_batches,
             seq_length=recipe.padded_length,
             micro_batch_size=size,
             forward_only=False,
         )
-        self.phases.enter("optimizer", self.progress.step)
         # Only the last stage has outputs.
         zero = torch.zeros((), device=self.topology.device)
         loss = sum((output["loss"] for output in outputs), zero)
-        return self.optimizer.step(self.progress.step, loss, self._stop.requested)
+        if self.progress.step + 1 < recipe.training.steps:
+            self.phases.enter("data", self.progress.step)
+            self._batches.read()
+        self.phases.enter("optimizer", self.progress.step)
+        return self.optimizer.step(
+            self.progress.step, loss, self._stop.requested, self._batches.failed
+        )
+
+    def _micro_batches(self, batch: Batch) -> Iterator[Batch]:
+        for micro_batch in micro_batches(batch, self.recipe.training.micro_batch_size):
+            self.phases.progress()
+            yield micro_batch
 
     def save(self) -> None:
-        """Write a checkpoint of all ranks, then commit it as a whole."""
-        self.phases.enter("checkpoint", self.progress.step)
-        step, rank = self.progress.step, self.topology.rank
-        temporary = on_rank_zero(lambda: checkpoint.begin(self.run_dir, step))
-        parts = self.parts
-        model_state.save(temporary, parts.chunks, parts.optimizer, parts.head, self.topology)
-        if rank == 0:
-            text = json.dumps(self._state(), indent=1) + "\n"
-            (temporary / checkpoint.STATE_FILE).write_text(text, encoding="utf-8")
-            (temporary / checkpoint.RECIPE_FILE).write_text(self.recipe.to_yaml(), encoding="utf-8")
-        on_rank_zero(lambda: checkpoint.commit(temporary, self.recipe.checkpoint.keep))
-
-    def _state(self) -> dict[str, Any]:
-        """What a resumed run must know besides the tensors."""
-        return {
-            "format": 1,
+        """Begin a checkpoint of all ranks, or write it, as ``checkpoint.async`` says."""
+        step = self.progress.step
+        self.phases.enter("checkpoint", step - 1)
+        state = RunState(
             **asdict(self.progress),
-            "tokens": self.progress.step * self.recipe.tokens_per_step,
-            "tokenizer_sha256": self._stream.metas[0].tokenizer.sha256,
-            "data": self._stream.state_dict(self.progress.step),
-        }
+            tokens=step * self.recipe.tokens_per_step,
+            tokenizer_sha256=self._stream.metas[0].tokenizer.sha256,
+            data=self._stream.state_dict(step),
+        )
+        self._checkpoints.start(self.parts, state)
 
     def _resume(self) -> None:
         """Go on from the newest valid checkpoint of the run directory, if it has one."""
-        directory = on_rank_zero(lambda: checkpoint.newest_valid(self.run_dir))
+        directory = newest_valid_for_all(self.run_dir)
         if directory is None:
             return
-        state = json.loads((directory / checkpoint.STATE_FILE).read_text(encoding="utf-8"))
+        state = RunState.read(directory)
         parts, head = self.parts, self.parts.head
-        if state.get(checkpoint.WEIGHTS_ONLY):
+        if state.weights_only:
             # Imported: neither optimizer nor data has a state to go on from.
-            model_state.start_from_weights(directory, parts.chunks, head, self.topology)
+            model_state.start_from_weights(
+                directory, parts.chunks, parts.optimizer, head, self.topology
+            )
             report = f"starts from the weights in {directory}"
         else:
+            assert state.data is not None
+            self._stream.load_state_dict(state.data)
             model_state.load(
-                directory, parts.chunks, parts.optimizer, head, self.topology, state["adam_steps"]
+                directory, parts.chunks, parts.optimizer, head, self.topology, state.adam_steps
             )
-            self._stream.load_state_dict(state["data"])
-            self.progress = RunProgress.from_state(state)
+            self.progress = RunProgress.from_state(state.model_dump())
             report = f"resumed from {directory} at step {self.progress.step}"
         if self.topology.rank == 0:
             print(report, flush=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import sys
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -42,6 +44,7 @@ class MetricsLog:
             _drop_records_after(self._path, resume_step)
         self._file: IO[bytes] = self._path.open("ab", buffering=0)
         self._unwritten: list[bytes] = []
+        self._skipped = 0
         self._trackers = _open_trackers(recipe, run_dir)
 
     def training_step(
@@ -51,9 +54,13 @@ class MetricsLog:
 
         Args:
             values: loss, grad_norm, learning_rate and further numbers of the trainer's own.
-            skipped: whether the step was not applied.
-            seconds: wall-clock time of the step.
+            skipped: whether the step was not applied; a record has the number of skipped steps
+                since the one before.
+            seconds: duration of the step.
+
+        A number that is not finite is written as null: JSON has none.
         """
+        self._skipped += skipped
         if step % self._every and step != self._total_steps:
             return
         record = {
@@ -62,19 +69,23 @@ class MetricsLog:
             "tokens": step * self._tokens_per_step,
             "tokens_per_second": self._tokens_per_step / seconds,
             "step_seconds": seconds,
-            "skipped": int(skipped),
+            "skipped": self._skipped,
         }
+        self._skipped = 0
         self._write(record)
         print(self._console_line(record), flush=True)
-        for tracker in self._trackers:
-            tracker.log(step, {name: value for name, value in record.items() if name != "step"})
+        self._track(step, {name: value for name, value in record.items() if name != "step"})
 
     def evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Log an evaluation; it carries ``eval`` and no key ``loss``."""
         self._write({"step": step, "eval": values})
-        numbers = {f"eval/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+        self._track(step, {f"eval/{k}": v for k, v in values.items() if isinstance(v, int | float)})
+
+    def _track(self, step: int, values: dict[str, float]) -> None:
+        """Feed the trackers with what can be drawn."""
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
         for tracker in self._trackers:
-            tracker.log(step, numbers)
+            tracker.log(step, finite)
 
     def close(self) -> None:
         if self._unwritten:
@@ -89,7 +100,7 @@ class MetricsLog:
     def _write(self, record: Record) -> None:
         """Append a record. A full disk must not end a training: what cannot be written now is
         kept, and written together with a later record."""
-        self._unwritten.append(json.dumps(record).encode() + b"\n")
+        self._unwritten.append(json_line(record).encode())
         waited = len(self._unwritten) > 1
         end = os.fstat(self._file.fileno()).st_size
         try:
@@ -115,8 +126,31 @@ class MetricsLog:
             f"step {record['step']}/{self._total_steps} | loss {record['loss']:.4f} | "
             f"grad norm {record['grad_norm']:.3f} | lr {record['learning_rate']:.2e} | "
             f"{record['tokens_per_second']:,.0f} tokens/s | {_duration(remaining)} left"
-            + (" | SKIPPED: not finite" if record["skipped"] else "")
+            + self._skipped_text(record)
         )
+
+    def _skipped_text(self, record: Record) -> str:
+        if not record["skipped"]:
+            return ""
+        for name, words in (("loss", "loss"), ("grad_norm", "gradient")):
+            if not math.isfinite(record[name]):
+                return f" | SKIPPED: {words} not finite"
+        return f" | {record['skipped']} steps before SKIPPED"
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """A record as a line of JSON, with null for numbers that are not finite."""
+    return json.dumps(_finite(record), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return value
 
 
 def read_records(run_dir: str | Path) -> list[Record]:
@@ -133,7 +167,7 @@ def read_records(run_dir: str | Path) -> list[Record]:
 
 def _drop_records_after(path: Path, step: int) -> None:
     kept = [record for record in read_records(path.parent) if record["step"] <= step]
-    replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    replace_text(path, "".join(json_line(record) for record in kept))
 
 
 def _duration(seconds: float) -> str:

@@ -5,54 +5,44 @@ Tensors are stored by global name and position, so a checkpoint loads on any TP/
 
 from __future__ import annotations
 
-import pickle
-import queue
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
-from calm_dist.errors import CheckpointError
 from calm_dist.parallel.topology import Topology
 from calm_dist.parallel.zero_head import ZeroHead
-from calm_dist.training.trusted import check_description
+from calm_dist.training import tensor_files
+from calm_dist.training.checkpoint import TENSORS
+from calm_dist.training.optimizer_state import (
+    load_optimizer_state,
+    optimizer_state,
+    set_master_weights,
+)
 
-TENSORS = "tensors"
 _HEAD = "head."
 _FP32 = "fp32."
 
 
-def save(
-    directory: Path,
-    chunks: list[Any],
-    optimizer: MegatronOptimizer,
-    head: ZeroHead | None,
-    topology: Topology,
-) -> None:
-    """Write the state of all ranks below ``directory``; a collective of the world."""
-    target = directory / TENSORS
-    if topology.rank == 0:
-        target.mkdir()
-    dist.barrier()
+def training_state(
+    chunks: list[Any], optimizer: MegatronOptimizer, head: ZeroHead | None, topology: Topology
+) -> dict[str, Any]:
+    """All that a run needs to go on, as sharded tensors; a collective of the head's ranks."""
     state = _body_state(chunks)
-    state["optimizer"] = optimizer.sharded_state_dict(_body_state(chunks))
+    state["optimizer"] = optimizer_state(optimizer, _body_state(chunks))
     if head is not None:
         state |= _head_state(head.export_state(), topology.head_ranks.index(topology.rank))
-    _write(state, target)
+    return state
 
 
 def save_weights(directory: Path, body: nn.Module, head: nn.Module | None) -> None:
     """Write only the weights of a whole body and unwrapped head, from one process."""
     target = directory / TENSORS
     target.mkdir()
-    _write(_weight_state(body, head), target)
+    tensor_files.write_now(_weight_state(body, head), target)
 
 
 def load(
@@ -63,7 +53,7 @@ def load(
     topology: Topology,
     adam_step: int,
 ) -> None:
-    """Read the state that `save` wrote, on this or another layout; a collective of the world.
+    """Read a `training_state`, on this or another layout; a collective of the world.
 
     Args:
         adam_step: updates that the optimizers have made.
@@ -72,12 +62,12 @@ def load(
         CheckpointError: the checkpoint is of another model.
     """
     state = _body_state(chunks)
-    state["optimizer"] = optimizer.sharded_state_dict(_body_state(chunks), is_loading=True)
+    state["optimizer"] = optimizer_state(optimizer, _body_state(chunks), is_loading=True)
     if head is not None:
         state |= _head_state(head.export_state(), topology.head_ranks.index(topology.rank))
-    loaded = _load(state, directory)
+    loaded = tensor_files.read(state, directory / TENSORS)
     _load_body(chunks, loaded)
-    optimizer.load_state_dict(loaded["optimizer"])
+    load_optimizer_state(optimizer, loaded.get("optimizer", {}), adam_step)
     if head is not None:
         head.import_state(_strip(loaded), adam_step)
 
@@ -88,7 +78,7 @@ def load_weights(directory: Path, body: Any, head: nn.Module | None) -> None:
     Raises:
         CheckpointError: the checkpoint is of another model.
     """
-    loaded = _load(_weight_state(body, head), directory)
+    loaded = tensor_files.read(_weight_state(body, head), directory / TENSORS)
     _load_body([body], loaded)
     if head is not None:
         head.load_state_dict({n.removeprefix(_FP32): t for n, t in _strip(loaded).items()})
@@ -98,6 +88,7 @@ def load_weights(directory: Path, body: Any, head: nn.Module | None) -> None:
 def start_from_weights(
     directory: Path,
     chunks: list[Any],
+    optimizer: MegatronOptimizer,
     head: ZeroHead | None,
     topology: Topology,
 ) -> None:
@@ -121,13 +112,16 @@ def start_from_weights(
         moments = head.export_state()
         weights = {name: tensor for name, tensor in moments.items() if name.startswith(_FP32)}
         state |= _head_state(weights, topology.head_ranks.index(topology.rank))
-    loaded = _load(state, directory)
+    loaded = tensor_files.read(state, directory / TENSORS)
     _load_body(chunks, loaded)
-    for number, chunk in enumerate(chunks):
-        for name, parameter in _unwrap(chunk).named_parameters():
-            # Megatron's handle on the master copy; an fp32 body has none.
-            if (master := getattr(parameter, "main_param", None)) is not None:
-                master.copy_(loaded[f"{number}/{name}"])
+    set_master_weights(
+        optimizer,
+        {
+            parameter: loaded[f"{number}/{name}"]
+            for number, chunk in enumerate(chunks)
+            for name, parameter in _unwrap(chunk).named_parameters()
+        },
+    )
     if head is not None:
         head.import_state(moments | _strip(loaded), 0)
 
@@ -139,14 +133,6 @@ def _weight_state(body: nn.Module, head: nn.Module | None) -> dict[str, Any]:
         weights = {f"{_FP32}{name}": p.detach().float() for name, p in head.named_parameters()}
         state |= _head_state(weights, replica=0)
     return state
-
-
-def _write(state: dict[str, Any], target: Path) -> None:
-    # Megatron would start a manager process for the writer's results, which imports the entry
-    # script again (seconds) and outlives a killed rank. A synchronous save writes and reads them
-    # in this process. (megatron-core 0.16.1)
-    filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(state, str(target))
 
 
 def _body_state(chunks: list[Any]) -> dict[str, Any]:
@@ -183,20 +169,3 @@ def _unwrap(chunk: Any) -> Any:
     while hasattr(chunk, "module"):
         chunk = chunk.module
     return chunk
-
-
-def _load(state: dict[str, Any], directory: Path) -> dict[str, Any]:
-    source = directory / TENSORS
-    check_description(source / ".metadata")
-    try:
-        return dist_checkpointing.load(state, str(source))
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{source}: refused, it holds more than tensors; use another checkpoint"
-        ) from error
-    except (CheckpointingException, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"{source}: does not fit the model of the recipe ({reason}); use the recipe that lies "
-            "beside it, or another run.dir"
-        ) from error

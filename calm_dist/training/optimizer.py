@@ -27,6 +27,8 @@ class StepResult:
     skipped: bool
     stop: bool
     """Whether any rank was asked to stop."""
+    data_failed: bool
+    """Whether any rank could not read its next batch."""
 
     def numbers(self) -> dict[str, float]:
         """What is logged."""
@@ -40,7 +42,7 @@ class StepResult:
 def build_body_optimizer(
     recipe: Recipe, chunks: list[DistributedDataParallel], dtype: torch.dtype
 ) -> MegatronOptimizer:
-    """Megatron's AdamW for the body, with its own clipping off."""
+    """Megatron's AdamW for the body, plain or distributed, with its own clipping off."""
     training = recipe.training
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -54,6 +56,8 @@ def build_body_optimizer(
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             log_num_zeros_in_grad=False,
+            use_distributed_optimizer=recipe.parallel.distributed_optimizer,
+            overlap_param_gather=recipe.parallel.overlap_param_gather,
         ),
         chunks,
     )
@@ -73,18 +77,21 @@ class JointOptimizer:
         self._body, self._head = body, head
         self._device = topology.device
 
-    def step(self, step: int, loss: torch.Tensor, stop: bool = False) -> StepResult:
+    def step(
+        self, step: int, loss: torch.Tensor, stop: bool = False, data_failed: bool = False
+    ) -> StepResult:
         """Apply the gradients of training step ``step``.
 
         Args:
             loss: this rank's contribution to the mean loss, a scalar.
             stop: whether this rank was asked to stop; the result says it to all.
+            data_failed: whether this rank could not read its next batch; likewise.
 
         A loss or norm that is not finite anywhere skips the step on every rank.
         """
         rate = learning_rate(self._training, step)
         self._body.prepare_grads()
-        total_loss, norm, stop = self._reduce(loss, stop)
+        total_loss, norm, stop, data_failed = self._reduce(loss, stop, data_failed)
         skipped = not (math.isfinite(total_loss) and math.isfinite(norm))
         if skipped:
             if self._head is not None:
@@ -96,20 +103,22 @@ class JointOptimizer:
             self._body.step_with_ready_grads()
             if self._head is not None:
                 self._head.step(rate)
-        return StepResult(total_loss, norm, rate, skipped, stop)
+        return StepResult(total_loss, norm, rate, skipped, stop, data_failed)
 
-    def _reduce(self, loss: torch.Tensor, stop: bool) -> tuple[float, float, bool]:
-        """The loss, the joint gradient norm and whether to stop, the same on every rank."""
+    def _reduce(
+        self, loss: torch.Tensor, stop: bool, data_failed: bool
+    ) -> tuple[float, float, bool, bool]:
+        """Loss, joint gradient norm, whether to stop, whether data failed; equal on all ranks."""
         # Already summed over the ranks that share the body, and equal on its replicas.
         body_norm = float(self._body.get_grad_norm())
-        sums = torch.zeros(3, dtype=torch.float64, device=self._device)
+        sums = torch.zeros(4, dtype=torch.float64, device=self._device)
         sums[0] = loss
         if self._head is not None:
             sums[1] = self._head.squared_gradient_norm()
-        sums[2] = float(stop)
+        sums[2], sums[3] = float(stop), float(data_failed)
         dist.all_reduce(sums)
-        total_loss, head_squared, stopping = sums.tolist()
-        return total_loss, math.sqrt(body_norm**2 + head_squared), stopping > 0
+        total_loss, head_squared, stopping, failing = sums.tolist()
+        return total_loss, math.sqrt(body_norm**2 + head_squared), stopping > 0, failing > 0
 
     def _clip(self, norm: float) -> None:
         limit = self._training.clip_grad_norm

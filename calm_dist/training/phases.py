@@ -12,16 +12,19 @@ class Phases:
         step: training step of the phase, counted from 0; None before training.
         name: such as ``data``, ``forward and backward``, ``optimizer``, ``checkpoint``.
         since: `time.monotonic` of the last sign of progress.
+        entered: phases entered so far. All ranks enter the same ones in the same order.
     """
 
     def __init__(self) -> None:
         self.step: int | None = None
         self.name = "start"
         self.since = time.monotonic()
+        self.entered = 0
 
     def enter(self, name: str, step: int | None = None) -> None:
         """A new phase begins."""
         self.name, self.step = name, step
+        self.entered += 1
         self.progress()
 
     def progress(self) -> None:

@@ -21,6 +21,7 @@ def train(recipe: Recipe) -> None:
     Raises:
         UserError: recipe, data, checkpoint or launch are wrong.
         PeerLostError: another process died.
+        HungError: another process found out that a rank hangs.
         StoppedError: a signal asked for it; a checkpoint was written.
         TrainingDivergedError: too many steps in a row were not finite.
     """
@@ -29,8 +30,8 @@ def train(recipe: Recipe) -> None:
             "model.kind: autoencoder; this command trains language models, use "
             "tools/train_autoencoder.py"
         )
-    with launched(recipe) as (resolved, device, stop):
-        train_in_world(resolved, device, stop)
+    with launched(recipe) as session:
+        train_in_world(session.recipe, session.device, session.stop, session.phases)
 
 
 def train_in_world(
@@ -47,5 +48,8 @@ def train_in_world(
     from calm_dist.training.loop import Trainer
 
     topology = build_topology(recipe, device)
-    Trainer(recipe, topology, stop, phases).run()
+    trainer = Trainer(recipe, topology, stop, phases)
+    trainer.run()
+    if trainer.parts.head is not None:
+        trainer.parts.head.close()
     destroy_topology(topology)

@@ -9,17 +9,22 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calm_dist.errors import CheckpointError, LaunchError
+from calm_dist.data.store import read_meta
+from calm_dist.errors import CheckpointError, LaunchError, UserError
 from calm_dist.files import replace_text
 from calm_dist.parallel.launch import World, join_world, read_world, select_device
+from calm_dist.parallel.processes import children_die_with_us
 from calm_dist.recipe import Recipe, load_recipe
 from calm_dist.training import checkpoint
+from calm_dist.training.phases import Phases
 from calm_dist.training.resolve import resolve
+from calm_dist.training.run_state import RunState
 from calm_dist.training.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -32,15 +37,34 @@ _FREE_AFTER_IMPORT = ("model.init", "model.initializer_range")
 LIBRARIES = ("torch", "megatron-core", "deepspeed", "mosaicml-streaming", "flash-attn", "triton")
 
 
+@dataclass(frozen=True)
+class Session:
+    """What a training has around it.
+
+    Attributes:
+        recipe: the resolved recipe.
+        stop: notes the signals to stop.
+        phases: what the training is doing, for the watchdog.
+    """
+
+    recipe: Recipe
+    device: torch.device
+    stop: StopRequest
+    phases: Phases
+
+
 @contextmanager
-def launched(recipe: Recipe) -> Iterator[tuple[Recipe, torch.device, StopRequest]]:
-    """Connect the processes that a launcher started; gives the resolved recipe, the device and
-    what notes the signals to stop.
+def launched(recipe: Recipe) -> Iterator[Session]:
+    """Connect the processes that a launcher started.
+
+    A rank that makes no progress for ``health.timeout_seconds`` ends this process; see `watchdog`.
 
     Raises:
         UserError: recipe, data or launch are wrong, before any process group exists.
         PeerLostError: another process died inside the block.
+        HungError: another process found out that a rank hangs.
     """
+    children_die_with_us()
     world = read_world()
     world.export()
     recipe = resolve(recipe.with_world_size(world.size))
@@ -51,20 +75,22 @@ def launched(recipe: Recipe) -> Iterator[tuple[Recipe, torch.device, StopRequest
 
     import torch.distributed as dist
 
-    from calm_dist.parallel.peers import name_lost_peers
     from calm_dist.parallel.rank_zero import on_rank_zero
+    from calm_dist.training.watchdog import watched
 
     device = select_device(world, recipe.parallel.device)
     store = join_world(world, device, recipe.health.timeout_seconds)
-    stop = StopRequest()
-    with name_lost_peers(store, world), stop.listening():
+    stop, phases = StopRequest(), Phases()
+    with watched(store, world, phases, recipe.health.timeout_seconds), stop.listening():
+        phases.enter("look at the run directory")
         lock = on_rank_zero(lambda: prepare_run_directory(recipe, world))
         try:
-            yield recipe, device, stop
+            yield Session(recipe, device, stop, phases)
+            phases.enter("end")
             dist.barrier()
         finally:
             if world.rank == 0:
-                os.close(lock)
+                unlock(lock)
     # Not after an error: it could wait for a peer that is gone.
     dist.destroy_process_group()
 
@@ -97,6 +123,33 @@ def prepare_run_directory(recipe: Recipe, world: World) -> int:
     return lock
 
 
+# Descriptors of the run directories that this process holds, and the files that they are of.
+_held: dict[int, tuple[int, int]] = {}
+
+
+def _let_go_in_child() -> None:
+    """A child that outlives its rank must not keep the run directory from the restart."""
+    for descriptor, file in _held.items():
+        with suppress(OSError):
+            if _file_of(descriptor) == file:
+                os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+def _file_of(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino
+
+
+def unlock(descriptor: int) -> None:
+    """Let go of the run directory that `prepare_run_directory` holds."""
+    _held.pop(descriptor, None)
+    os.close(descriptor)
+
+
 def _lock(run_dir: Path) -> int:
     """Hold the run directory; the kernel lets go of it however this process ends."""
     path = run_dir / ".lock"
@@ -112,21 +165,23 @@ def _lock(run_dir: Path) -> int:
         ) from error
     os.truncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
+    _held[descriptor] = _file_of(descriptor)
     return descriptor
 
 
 def _check_changes(run_dir: Path, recipe: Recipe) -> None:
     """Say what the recipe has changed since the newest checkpoint, and refuse what it may not."""
-    path = checkpoint.newest_recipe(run_dir)
-    if path is None:
+    directory, saved = _newest_readable(run_dir)
+    if saved is None:
         return
-    before, now = _fields(load_recipe(path)), _fields(recipe)
+    _check_tokenizer(directory, recipe)
+    before, now = _fields(saved), _fields(recipe)
     # Where things lie is no part of them: data and autoencoder are known by their fingerprints.
     names = sorted((before.keys() | now.keys()) - {"run.dir", "model.autoencoder"})
     changed = {
         n: f"{n}: {before.get(n)} -> {now.get(n)}" for n in names if before.get(n) != now.get(n)
     }
-    if checkpoint.has_only_weights(path.parent):
+    if checkpoint.has_only_weights(directory):
         # They say nothing of how to go on, nor of how weights would be drawn.
         changed = {n: text for n, text in changed.items() if n.startswith("model.")}
         changed = {n: text for n, text in changed.items() if n not in _FREE_AFTER_IMPORT}
@@ -137,7 +192,32 @@ def _check_changes(run_dir: Path, recipe: Recipe) -> None:
             f"({', '.join(refused)}); use the recipe that lies in them, or another run.dir"
         )
     if changed:
-        print(f"changed since {path.parent.name}: {', '.join(changed.values())}", flush=True)
+        print(f"changed since {directory.name}: {', '.join(changed.values())}", flush=True)
+
+
+def _newest_readable(run_dir: Path) -> tuple[Path, Recipe | None]:
+    """The newest checkpoint whose recipe can be read, whether the rest of it is whole or not."""
+    for directory in checkpoint.step_directories(run_dir):
+        # A damaged one is reported and passed over when checkpoints are loaded.
+        with suppress(UserError, OSError):
+            return directory, load_recipe(directory / checkpoint.RECIPE_FILE)
+    return run_dir, None
+
+
+def _check_tokenizer(directory: Path, recipe: Recipe) -> None:
+    """Raises CheckpointError where a checkpoint and the data speak of different tokens."""
+    try:
+        trained = RunState.read(directory).tokenizer_sha256
+    except CheckpointError:
+        return
+    path = recipe.data.sources[0].path
+    given = read_meta(path).tokenizer.sha256
+    if trained not in (None, given):
+        raise CheckpointError(
+            f"{directory / checkpoint.STATE_FILE}: written with the tokenizer of sha256 "
+            f"{trained[:12]}…, but {path} was made with {given[:12]}…; use the data of the same "
+            "tokenizer, or another run.dir"
+        )
 
 
 def _fields(recipe: Recipe) -> dict[str, Any]:

@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 from calm_dist.errors import CheckpointError
+
+DESCRIPTION = ".metadata"
+_OTHER_FILES = ("common.pt", "metadata.json")
 
 _DESCRIPTIONS = {
     "torch": {"Size"},
@@ -30,12 +34,6 @@ _DESCRIPTIONS = {
         "TensorStorageMetadata",
         "_MEM_FORMAT_ENCODING",
     },
-    "torch.distributed.checkpoint.planner": {
-        "SavePlan",
-        "TensorWriteData",
-        "WriteItem",
-        "WriteItemType",
-    },
 }
 
 
@@ -47,15 +45,15 @@ class _DescriptionUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
-def check_description(path: Path) -> None:
-    """Refuse a ``.metadata`` that holds anything but descriptions of tensors.
+def read_description(path: Path) -> Metadata:
+    """Read a ``.metadata``, refusing one that holds anything but descriptions of tensors.
 
     Raises:
         CheckpointError: it does, is missing, or is damaged; nothing of it was executed.
     """
     try:
         with path.open("rb") as file:
-            _DescriptionUnpickler(file).load()
+            description = _DescriptionUnpickler(file).load()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # a damaged pickle raises whatever its bytes lead to
@@ -63,3 +61,28 @@ def check_description(path: Path) -> None:
             f"{path}: refused, it is no description of tensors ({error}); restore the file, or "
             "use another checkpoint"
         ) from error
+    if not isinstance(description, Metadata):
+        raise CheckpointError(f"{path}: refused, it is no description of tensors")
+    return description
+
+
+def tensor_files(directory: Path) -> set[str]:
+    """Names of all files of a distributed checkpoint, checked to hold what it says they hold.
+
+    Raises:
+        CheckpointError: one is missing or shorter than its tensors, or the description is refused.
+    """
+    path = directory / DESCRIPTION
+    stored = read_description(path).storage_data or {}
+    names = {DESCRIPTION, *_OTHER_FILES}
+    for index, info in stored.items():
+        file = directory / info.relative_path
+        if file.parent != directory or not file.is_file():
+            raise CheckpointError(
+                f"{file}: missing, although {path} says that {index.fqn} is in it; run.dir must "
+                "be on a file system that all nodes share"
+            )
+        if info.offset + info.length > file.stat().st_size:
+            raise CheckpointError(f"{file}: too short for {index.fqn}, which {path} says is in it")
+        names.add(info.relative_path)
+    return names

@@ -73,7 +73,10 @@ class Start:
         self.parts = build_parts(self.recipe, self.topology)
         directory = checkpoint.newest_valid(Path(job["run"]))
         assert directory is not None
-        model_state.start_from_weights(directory, self.parts.chunks, self.parts.head, self.topology)
+        parts = self.parts
+        model_state.start_from_weights(
+            directory, parts.chunks, parts.optimizer, parts.head, self.topology
+        )
 
     def write_masters(self) -> None:
         """The body's weights and their fp32 masters, and the head's; of one rank."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, run_worker, training_records
+from launches import ROOT, run_worker, training_records
 from safetensors.torch import load_file
 
 from calm_dist.evaluation.load import load_model

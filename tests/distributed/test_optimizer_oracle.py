@@ -1,7 +1,7 @@
 """The joint optimizer against plain PyTorch: autograd, `clip_grad_norm_` and AdamW.
 
 Layouts agree with each other even where all are wrong in the same way (weight decay on norms, a
-head that is left out of the norm), so one of them is held against an unwrapped model.
+head that is left out of the norm), so two of them are held against an unwrapped model.
 """
 
 from __future__ import annotations
@@ -11,28 +11,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import recipe, run_jobs, training_records
-from test_layouts import ALONE, TOLERANCE
+from launches import recipe, run_jobs, training_records
+from test_layouts import ALONE, PP2, SP, TOLERANCE, TP2, layout
 
 STEPS = 12
+# A limit that clips every step, a large decay and rate: mistakes in either would show.
+SETTINGS: dict[str, object] = {
+    "training__steps": STEPS,
+    "training__weight_decay": 0.5,
+    "training__learning_rate": 1e-2,
+    "training__clip_grad_norm": 0.3,
+    "training__schedule": "cosine",
+}
 
 
 @pytest.fixture(scope="module")
-def overrides(
+def plain(
     tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., list[str]]
-) -> list[str]:
-    run_dir = tmp_path_factory.mktemp("oracle") / "run"
-    # A limit that clips every step, a large decay and rate: mistakes in either would show.
-    return tiny(
-        run_dir,
-        "calm",
-        training__steps=STEPS,
-        training__weight_decay=0.5,
-        training__learning_rate=1e-2,
-        training__clip_grad_norm=0.3,
-        training__schedule="cosine",
-        **ALONE,
-    )
+) -> list[tuple[float, float]]:
+    return plain_training(tiny(tmp_path_factory.mktemp("plain"), "calm", **SETTINGS, **ALONE))
 
 
 def plain_training(overrides: list[str]) -> list[tuple[float, float]]:
@@ -114,11 +111,24 @@ def plain_training(overrides: list[str]) -> list[tuple[float, float]]:
     return history
 
 
-def test_trainer_equals_plain_pytorch(overrides: list[str]) -> None:
-    run_dir = Path(overrides[0].removeprefix("run.dir="))
-    run_jobs(1, [("calm", overrides)], run_dir.parent)
-    ours = training_records(run_dir)
-    plain = plain_training(overrides)
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        pytest.param(4, layout(**TP2, **PP2, **SP, zero_stage=2), id="tp2pp2sp"),
+        pytest.param(1, ALONE, id="alone", marks=pytest.mark.full),
+    ],
+)
+def test_trainer_equals_plain_pytorch(
+    ranks: int,
+    settings: dict[str, object],
+    plain: list[tuple[float, float]],
+    tmp_path: Path,
+    tiny: Callable[..., list[str]],
+) -> None:
+    overrides = tiny(tmp_path / "run", "calm", **{**SETTINGS, **settings})
+    run_jobs(ranks, [("calm", overrides)], tmp_path)
+    ours = training_records(tmp_path / "run")
+    assert len(ours) == len(plain) == STEPS
     assert all(norm > 0.3 for _, norm in plain), "the limit must clip every step"
     for step, (loss, norm) in enumerate(plain, start=1):
         assert abs(ours[step]["loss"] - loss) <= TOLERANCE * max(1, abs(loss)), step

@@ -1,14 +1,17 @@
 """Several trainings, one after the other, in the ranks of one launch (imports cost most of it).
 
-Usage: train_worker.py JOBS.json, a list of {"recipe": path, "overrides": [...]}.
+Usage: train_worker.py JOBS.json, a list of {"recipe": path, "overrides": [...]} and optionally
+"poisoned": a step whose batch holds a NaN on the last rank, or "omitted": a step that is not taken.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from calm_dist.cli import run
 
@@ -18,24 +21,81 @@ def main() -> None:
 
     import torch.distributed as dist
 
+    from calm_dist.parallel import cpu
     from calm_dist.parallel.launch import join_world, read_world, select_device
-    from calm_dist.parallel.rank_zero import on_rank_zero
-    from calm_dist.recipe import load_recipe
-    from calm_dist.training.resolve import resolve
-    from calm_dist.training.run import train_in_world
-    from calm_dist.training.session import prepare_run_directory
 
     world = read_world()
     world.export()
     device = select_device(world, "auto")
     join_world(world, device, timeout_seconds=120.0)
+    cpu.install()
     for job in jobs:
-        recipe = load_recipe(job["recipe"], job["overrides"]).with_world_size(world.size)
-        recipe = resolve(recipe)
-        Path(recipe.run.dir).mkdir(parents=True, exist_ok=True)
-        on_rank_zero(partial(prepare_run_directory, recipe, world))
-        train_in_world(recipe, device)
+        train(job, world, device)
+        # Gloo keeps the threads of every group that something still refers to.
+        gc.collect()
     dist.destroy_process_group()
+
+
+def train(job: dict[str, Any], world: Any, device: Any) -> None:
+    """What tools/train.py does, in ranks that are connected already."""
+    from calm_dist.parallel.rank_zero import on_rank_zero
+    from calm_dist.parallel.topology import build_topology, destroy_topology
+    from calm_dist.recipe import load_recipe
+    from calm_dist.training.loop import Trainer
+    from calm_dist.training.resolve import resolve
+    from calm_dist.training.session import prepare_run_directory, unlock
+
+    recipe = load_recipe(job["recipe"], job["overrides"]).with_world_size(world.size)
+    recipe = resolve(recipe)
+    Path(recipe.run.dir).mkdir(parents=True, exist_ok=True)
+    lock = on_rank_zero(partial(prepare_run_directory, recipe, world))
+    topology = build_topology(recipe, device)
+    trainer = Trainer(recipe, topology)
+    disturb(trainer, job)
+    trainer.run()
+    check_state(trainer)
+    if trainer.parts.head is not None:
+        trainer.parts.head.close()
+    destroy_topology(topology)
+    if world.rank == 0:
+        unlock(lock)
+
+
+def disturb(trainer: Any, job: dict[str, Any]) -> None:
+    """Make one step of a CALM run a step that has to be skipped, or leave it out altogether."""
+    from calm_dist.training.optimizer import StepResult
+
+    take_step, topology = trainer.train_step, trainer.topology
+
+    def train_step(batch: dict[str, Any]) -> StepResult:
+        if trainer.progress.step == job.get("omitted"):
+            trainer._batches.read()
+            nan = float("nan")
+            return StepResult(nan, nan, 0.0, skipped=True, stop=False, data_failed=False)
+        if (
+            trainer.progress.step == job.get("poisoned")
+            and topology.rank == topology.world_size - 1
+        ):
+            # A position of the last quarter, which is the last rank's in every layout.
+            batch = {**batch, "mean": batch["mean"].clone()}
+            batch["mean"][0, -2, 0] = float("nan")
+        return take_step(batch)
+
+    trainer.train_step = train_step
+
+
+def check_state(trainer: Any) -> None:
+    """Every optimizer counts the updates that were made, and ZeRO-3 has partitioned the head."""
+    parts, made = trainer.parts, trainer.progress.adam_steps
+    optimizers = [part.optimizer for part in parts.optimizer.chained_optimizers]
+    if parts.head is not None:
+        optimizers.append(parts.head._zero.optimizer)
+    for optimizer in optimizers:
+        assert {int(moments["step"]) for moments in optimizer.state.values()} <= {made}
+    assert any(optimizer.state for optimizer in optimizers)
+    if parts.head is not None and trainer.recipe.parallel.zero_stage == 3:
+        matrices = [p for p in parts.head.module.parameters() if len(p.ds_shape) > 1]
+        assert matrices and not any(p.numel() for p in matrices)
 
 
 if __name__ == "__main__":

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from calm_dist.errors import CheckpointError
+from calm_dist.files import file_sha256
+from calm_dist.interop.convert import import_checkpoint
 from calm_dist.training import checkpoint
+from calm_dist.training.run_state import RunState
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+AUTOENCODER = (Path(__file__).parents[2] / "recipes" / "autoencoder_tiny.yaml").read_text()
 
 
-def write(run_dir: Path, step: int, keep: int = 10) -> Path:
+def write(run_dir: Path, step: int, keep: int = 10, keep_every: int | None = None) -> Path:
+    """A checkpoint with the files of an autoencoder's."""
     temporary = checkpoint.begin(run_dir, step)
-    (temporary / "tensors").mkdir()
-    (temporary / "tensors" / "a.bin").write_bytes(bytes(range(256)) * step)
-    (temporary / "state.json").write_text("{}")
-    (temporary / "recipe.yaml").write_text("{}")
-    return checkpoint.commit(temporary, keep)
+    (temporary / "model.safetensors").write_bytes(bytes(range(256)) * (step + 1))
+    (temporary / "optimizer.safetensors").touch()
+    (temporary / "config.json").write_text("{}")
+    (temporary / "recipe.yaml").write_text(AUTOENCODER)
+    RunState(step=step, data={}).write(temporary)
+    return checkpoint.commit(temporary, keep, keep_every)
 
 
 def test_newest_is_found_from_run_directory_checkpoints_or_itself(tmp_path: Path) -> None:
@@ -27,40 +40,201 @@ def test_newest_is_found_from_run_directory_checkpoints_or_itself(tmp_path: Path
     assert (tmp_path / "checkpoints" / "latest").read_text().strip() == newest.name
 
 
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
-        write(tmp_path, step, keep=2)
-    names = [path.name for path in checkpoint.all_checkpoints(tmp_path)]
-    assert names == ["step_00000002", "step_00000003"]
-
-
 @pytest.mark.parametrize(
-    "damage",
-    ["flip", "cut", "remove", "manifest", "list manifest", "short manifest", "no manifest"],
+    ("keep", "keep_every", "kept"),
+    [(2, None, [6, 7]), (1, 3, [3, 6, 7]), (3, 5, [5, 6, 7]), (1, 1, [1, 2, 3, 4, 5, 6, 7])],
 )
-def test_damaged_checkpoint_is_passed_over_and_named(
-    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+def test_the_newest_and_multiples_are_kept(
+    tmp_path: Path, keep: int, keep_every: int | None, kept: list[int]
 ) -> None:
-    good = write(tmp_path, 5)
-    bad = write(tmp_path, 10)
-    tensors, manifest = bad / "tensors" / "a.bin", bad / checkpoint.MANIFEST
-    data = bytearray(tensors.read_bytes())
+    for step in range(1, 8):
+        write(tmp_path, step, keep, keep_every)
+    names = [path.name for path in checkpoint.all_checkpoints(tmp_path)]
+    assert names == [f"step_{step:08d}" for step in kept]
+
+
+def test_files_that_were_described_are_not_read_again(tmp_path: Path) -> None:
+    temporary = checkpoint.begin(tmp_path, 1)
+    (temporary / "a").write_bytes(b"x")
+    checkpoint.describe_files(temporary, [temporary / "a"], rank=3)
+    (temporary / "a").write_bytes(b"y")
+    (temporary / "b").write_bytes(b"z")
+    final = checkpoint.commit(temporary, keep=1)
+    manifest = json.loads((final / checkpoint.MANIFEST).read_text())
+    assert sorted(manifest) == ["a", "b"]
+    assert manifest["a"]["sha256"] != file_sha256(final / "a")
+    assert manifest["b"]["sha256"] == file_sha256(final / "b")
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
     data[100] ^= 1
-    {
-        "flip": lambda: tensors.write_bytes(data),
-        "cut": lambda: tensors.write_bytes(data[:-1]),
-        "remove": tensors.unlink,
-        "manifest": lambda: manifest.write_text("{"),
-        "list manifest": lambda: manifest.write_text("[]"),
-        "short manifest": lambda: manifest.write_text("{}"),
-        "no manifest": manifest.unlink,
-    }[damage]()
+    file.write_bytes(data)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def edit(file: Path, change: Callable[[dict], object]) -> None:
+    values = json.loads(file.read_text())
+    change(values)
+    file.write_text(json.dumps(values))
+
+
+def agree(directory: Path) -> None:
+    """Make the manifest say what is there: what no hash shows must be found otherwise."""
+    path = directory / checkpoint.MANIFEST
+    names = json.loads(path.read_text())
+    described = {
+        name: {"bytes": (directory / name).stat().st_size, "sha256": file_sha256(directory / name)}
+        for name in names
+        if (directory / name).exists()
+    }
+    path.write_text(json.dumps(described))
+
+
+# What is done to a checkpoint, whether its manifest is made to agree, and the file that is named.
+DAMAGES: dict[str, tuple[Callable[[Path], object], bool, str]] = {
+    "a flipped bit": (lambda d: flip(d / "model.safetensors"), False, "model.safetensors"),
+    "a file cut short": (lambda d: cut(d / "model.safetensors"), False, "model.safetensors"),
+    "a missing file": (lambda d: (d / "model.safetensors").unlink(), False, "model.safetensors"),
+    "a directory for a file": (
+        lambda d: ((d / "config.json").unlink(), (d / "config.json").mkdir()),
+        False,
+        "config.json",
+    ),
+    "no manifest": (lambda d: (d / "manifest.json").unlink(), False, "manifest.json"),
+    "half a manifest": (lambda d: os.truncate(d / "manifest.json", 50), False, "manifest.json"),
+    "a list": (lambda d: (d / "manifest.json").write_text("[]"), False, "manifest.json"),
+    "brackets": (lambda d: (d / "manifest.json").write_text("[" * 10**5), False, "manifest.json"),
+    "an empty manifest": (lambda d: (d / "manifest.json").write_text("{}"), False, "manifest.json"),
+    "a manifest without weights": (
+        lambda d: edit(d / "manifest.json", lambda m: m.pop("model.safetensors")),
+        False,
+        "manifest.json",
+    ),
+    "a manifest of other places": (
+        lambda d: edit(d / "manifest.json", lambda m: m.update({"../../x": {}})),
+        False,
+        "manifest.json",
+    ),
+    "a manifest of numbers": (
+        lambda d: edit(d / "manifest.json", lambda m: m.update({"config.json": 7})),
+        False,
+        "manifest.json",
+    ),
+    "no state": (lambda d: (d / "state.json").write_text("{}"), True, "state.json"),
+    "a state that is text": (lambda d: (d / "state.json").write_text("x"), True, "state.json"),
+    "a state of another step": (
+        lambda d: edit(d / "state.json", lambda s: s.update(step=9)),
+        True,
+        "state.json",
+    ),
+    "a negative count": (
+        lambda d: edit(d / "state.json", lambda s: s.update(adam_steps=-1)),
+        True,
+        "state.json",
+    ),
+    "a count that is text": (
+        lambda d: edit(d / "state.json", lambda s: s.update(tokens="many")),
+        True,
+        "state.json",
+    ),
+    "another format": (
+        lambda d: edit(d / "state.json", lambda s: s.update(format=2)),
+        True,
+        "state.json",
+    ),
+    "no recipe": (lambda d: (d / "recipe.yaml").write_text("{}"), True, "recipe.yaml"),
+    "a recipe that is no text": (
+        lambda d: (d / "recipe.yaml").write_bytes(b"\xff\xfe"),
+        True,
+        "recipe.yaml",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_checkpoint_is_passed_over_and_named(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage, consistent, named = DAMAGES[name]
+    good, bad = write(tmp_path, 5), write(tmp_path, 10)
+    damage(bad)
+    if consistent:
+        agree(bad)
     assert checkpoint.find_checkpoint(tmp_path) == good
-    named = manifest if "manifest" in damage else tensors
-    assert str(named) in capsys.readouterr().err
-    if damage != "no manifest":
-        with pytest.raises(CheckpointError, match=named.name):
+    assert f"checkpoint passed over: {bad / named}" in capsys.readouterr().err
+    if name != "no manifest":
+        with pytest.raises(CheckpointError, match=named):
             checkpoint.find_checkpoint(bad)
+
+
+def test_several_processes_share_the_reading(tmp_path: Path) -> None:
+    directory = write(tmp_path, 5)
+    for part in range(3):
+        checkpoint.verify(directory, part, 3)
+    names = sorted(json.loads((directory / checkpoint.MANIFEST).read_text()))
+    flip(directory / "model.safetensors")
+    for part in range(3):
+        if names.index("model.safetensors") % 3 != part:
+            checkpoint.verify(directory, part, 3)
+            continue
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged"):
+            checkpoint.verify(directory, part, 3)
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with tensors in Megatron's format."""
+    run = tmp_path_factory.mktemp("language_model") / "run"
+    import_checkpoint(GOLDEN / "calm_k4", run)
+    return checkpoint.find_checkpoint(run)
+
+
+def rewrite_description(directory: Path, change: Callable[[dict], object]) -> None:
+    path = directory / "tensors" / ".metadata"
+    description = pickle.loads(path.read_bytes())
+    change(description.storage_data)
+    path.write_bytes(pickle.dumps(description))
+
+
+TENSOR_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut": (lambda d: os.truncate(tensors_of(d), tensors_of(d).stat().st_size - 1), ".distcp"),
+    "gone": (lambda d: tensors_of(d).unlink(), ".distcp"),
+    "elsewhere": (
+        lambda d: rewrite_description(
+            d, lambda s: [setattr(info, "relative_path", "../../x") for info in s.values()]
+        ),
+        "x: missing",
+    ),
+    "beyond the end": (
+        lambda d: rewrite_description(
+            d, lambda s: [setattr(info, "offset", 10**12) for info in s.values()]
+        ),
+        "too short",
+    ),
+    "no description": (lambda d: (d / "tensors" / ".metadata").unlink(), ".metadata"),
+}
+
+
+def tensors_of(directory: Path) -> Path:
+    return next((directory / "tensors").glob("*.distcp"))
+
+
+@pytest.mark.parametrize("name", TENSOR_DAMAGES)
+def test_tensor_files_hold_what_their_description_says(
+    tmp_path: Path, language_model: Path, name: str
+) -> None:
+    damage, message = TENSOR_DAMAGES[name]
+    copy = tmp_path / language_model.name
+    shutil.copytree(language_model, copy)
+    checkpoint.verify(copy)
+    damage(copy)
+    agree(copy)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.verify(copy)
 
 
 def test_damaged_later_checkpoints_do_not_cost_a_new_one(tmp_path: Path) -> None:
@@ -83,6 +257,8 @@ def test_half_written_directory_is_no_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.newest_valid(tmp_path) is None
     # The next attempt at the same step starts empty.
     assert list(checkpoint.begin(tmp_path, 5).iterdir()) == []
+    checkpoint.clean(tmp_path)
+    assert not temporary.exists()
 
 
 def test_same_step_again_replaces_it(tmp_path: Path) -> None:

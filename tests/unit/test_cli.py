@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from calm_dist.cli import at_least, run, write_json
-from calm_dist.errors import PeerLostError, RecipeError, TrainingDivergedError, UserError
+from calm_dist.errors import HungError, PeerLostError, RecipeError, TrainingDivergedError, UserError
 
 
 def raising(error: BaseException) -> Callable[[], None]:
@@ -26,6 +26,7 @@ def raising(error: BaseException) -> Callable[[], None]:
         (FileNotFoundError(2, "No such file or directory", "/a/b"), 2),
         (PeerLostError("rank 1 died"), 3),
         (TrainingDivergedError("not finite"), 4),
+        (HungError("rank 1 hangs"), 5),
         (KeyboardInterrupt(), 130),
     ],
 )

@@ -16,6 +16,7 @@ from calm_dist.data.tokenizer import Tokenizer, train_tokenizer
 from calm_dist.evaluation.load import LoadedModel
 from calm_dist.interop.autoencoder import save_autoencoder
 from calm_dist.training import checkpoint, model_state
+from calm_dist.training.run_state import RunState
 
 TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
 TEXT = [f"a small text, number {number}: {number * number}" for number in range(60)]
@@ -45,8 +46,7 @@ def write_run(model: LoadedModel, run: Path, tokenizer_sha256: str | None) -> No
     recipe = type(model.recipe).from_dict(values).to_yaml()
     temporary = checkpoint.begin(run, 3)
     model_state.save_weights(temporary, model.body, model._head)
-    state = {"step": 3, "tokens": 4096, "tokenizer_sha256": tokenizer_sha256}
-    (temporary / checkpoint.STATE_FILE).write_text(json.dumps(state))
+    RunState(step=3, tokens=4096, tokenizer_sha256=tokenizer_sha256, data={}).write(temporary)
     for directory in (run, temporary):
         (directory / checkpoint.RECIPE_FILE).write_text(recipe)
     checkpoint.commit(temporary, keep=1)

@@ -28,6 +28,7 @@ from calm_dist.evaluation.generate import (
 from calm_dist.evaluation.load import LoadedModel
 from calm_dist.evaluation.sampling import sample_exact, sample_from_pool
 from calm_dist.training import checkpoint, model_state
+from calm_dist.training.run_state import RunState
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["s", "sea", "the s", "the "]  # 1, 3, 5 and 4 tokens
@@ -289,8 +290,8 @@ def saved(model: LoadedModel, tokenizer: Tokenizer, run: Path) -> Path:
     """A run directory that holds the model."""
     temporary = checkpoint.begin(run, 3)
     model_state.save_weights(temporary, model.body, None)
-    state = {"step": 3, "tokens": 60, "tokenizer_sha256": tokenizer.fingerprint}
-    (temporary / checkpoint.STATE_FILE).write_text(json.dumps(state))
+    sha256 = tokenizer.fingerprint
+    RunState(step=3, tokens=60, tokenizer_sha256=sha256, data={}).write(temporary)
     (temporary / checkpoint.RECIPE_FILE).write_text(model.recipe.to_yaml())
     checkpoint.commit(temporary, keep=1)
     return run

@@ -84,6 +84,28 @@ def test_zero_partitions_the_head_over_all_ranks_of_the_last_stage() -> None:
     eighths = head * 7 // 8
     assert saved(1) == (0, 0, 12 * eighths)
     assert saved(2) == (0, 4 * eighths, 12 * eighths)
+    # In fp32 what it partitions are the master weights.
+    assert saved(3) == (4 * eighths, 4 * eighths, 8 * eighths)
+
+
+@pytest.mark.parametrize("layout", ["parallel.world_size=4", "parallel.context_parallel_size=4"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_distributed_optimizer_shards_its_state_over_all_replicas(
+    layout: str, precision: str
+) -> None:
+    recipe = SMALL_RECIPES / "transformer_4_layers.yaml"
+    overrides = [*ONE_RANK, "training.micro_batch_size=1", f"precision={precision}", layout]
+    whole = memory(*overrides, recipe=recipe)
+    shard = memory(*overrides, "parallel.distributed_optimizer=true", recipe=recipe)
+    assert shard["optimizer"] * 4 == whole["optimizer"]
+    assert all(shard[name] == whole[name] for name in ("weights", "gradients", "activations"))
+
+
+def test_context_parallelism_cuts_activations() -> None:
+    """The backbone's but for the gathered keys and values, and the head's."""
+    whole = memory(*ONE_RANK)["activations"]
+    halves = memory(*ONE_RANK, "parallel.context_parallel_size=2")["activations"]
+    assert whole / 2 < halves < 0.6 * whole
 
 
 def test_earlier_stages_keep_more_micro_batches() -> None:

@@ -47,10 +47,10 @@ from calm_dist.training import checkpoint
 
 commit = checkpoint.commit
 
-def commit_once(temporary, keep):
+def commit_once(temporary, *keep):
     if "00000008" in temporary.name:
         os.kill(os.getpid(), signal.SIGKILL)
-    return commit(temporary, keep)
+    return commit(temporary, *keep)
 
 checkpoint.commit = commit_once
 sys.argv = sys.argv[1:]

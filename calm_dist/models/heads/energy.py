@@ -18,6 +18,18 @@ from calm_dist.recipe import HeadRecipe
 LAYER_NORM_EPS = 1e-6
 
 
+class ConditionedLinear(nn.Linear):
+    """Linear on concat[x, condition], where all N samples of a position share the condition.
+
+    A module of its own: ZeRO-3 fetches the weight of a module that is called, of no other.
+    """
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """x [N, S, d], condition [S, d] -> [N, S, out]; the condition's half is computed once."""
+        of_x, of_condition = self.weight.chunk(2, dim=1)
+        return F.linear(x, of_x) + F.linear(condition, of_condition, self.bias)
+
+
 class HeadBlock(nn.Module):
     """Residual block: concat[LN(x), y] -> Linear, SiLU, Linear, SiLU, Linear -> gate -> Linear."""
 
@@ -25,7 +37,7 @@ class HeadBlock(nn.Module):
         super().__init__()
         self.in_ln = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPS)
         self.linears = nn.Sequential(
-            nn.Linear(2 * hidden_size, hidden_size),
+            ConditionedLinear(2 * hidden_size, hidden_size),
             nn.SiLU(),
             nn.Linear(hidden_size, hidden_size),
             nn.SiLU(),
@@ -35,11 +47,7 @@ class HeadBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """x [N, S, d], condition [S, d] -> [N, S, d]."""
-        # The first linear acts on concat[LN(x), condition]. Its condition half is the same for
-        # all N samples, so it is computed once and broadcast.
-        first = self.linears[0]
-        of_x, of_condition = first.weight.chunk(2, dim=1)  # type: ignore[operator]
-        hidden = F.linear(self.in_ln(x), of_x) + F.linear(condition, of_condition, first.bias)  # type: ignore[arg-type]
+        hidden = self.linears[0](self.in_ln(x), condition)
         gate, up = self.linears[1:](hidden).chunk(2, dim=-1)
         return x + self.down_proj(F.silu(gate) * up)
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import recipe
-from test_layouts import ALONE
+from launches import ALONE, recipe
 
 from calm_dist.errors import TrainingDivergedError
 from calm_dist.parallel.launch import World
@@ -47,21 +46,22 @@ def test_poisoned_batch_is_skipped(given: Recipe, topology: Topology) -> None:
     from calm_dist.training.loop import Trainer
 
     poisoned, clean = Trainer(given, topology), Trainer(given, topology)
-    batches = [batch for _, batch in zip(range(3), poisoned._stream, strict=False)]
-
     for trainer in (poisoned, clean):
-        assert not trainer.train_step(batches[0]).skipped
+        trainer._batches.read()
+        assert not trainer.train_step(trainer._batches.take()).skipped
     before = weights(poisoned)
-    bad = {name: tensor.clone() for name, tensor in batches[1].items()}
+    bad = poisoned._batches.take()
     bad["mean"][0, 5, 0] = float("nan")
     poisoned.progress.step = 1
     result = poisoned.train_step(bad)
     assert result.skipped
     assert same(weights(poisoned), before)
 
+    clean._batches.take()
+    clean._batches.read()
     for trainer in (poisoned, clean):
         trainer.progress.step = 2
-        assert not trainer.train_step(batches[2]).skipped
+        assert not trainer.train_step(trainer._batches.take()).skipped
     assert not same(weights(poisoned), before)
     assert same(weights(poisoned), weights(clean))
 

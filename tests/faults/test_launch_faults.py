@@ -5,50 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import ROOT, TIMEOUT_SECONDS, environment, recipe, training_records
+from launches import (
+    TIMEOUT_SECONDS,
+    data_parallel,
+    free_port,
+    start_rank,
+    training_records,
+)
 
 BAD_INPUT, PEER_LOST = 2, 3
-
-
-def start_rank(
-    rank: int, world_size: int, port: int, overrides: list[str]
-) -> subprocess.Popen[str]:
-    """One rank, as a launcher would start it."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "tools" / "train.py"), recipe("calm"), *overrides],
-        env=environment(
-            RANK=str(rank),
-            WORLD_SIZE=str(world_size),
-            LOCAL_RANK=str(rank),
-            LOCAL_WORLD_SIZE=str(world_size),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        ),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def data_parallel(tiny: Callable[..., list[str]], run_dir: Path, **more: object) -> list[str]:
-    alone = {
-        "parallel__tensor_parallel_size": 1,
-        "parallel__pipeline_parallel_size": 1,
-        "parallel__sequence_parallel": False,
-    }
-    return tiny(run_dir, "calm", **(alone | more))
 
 
 def test_port_in_use_is_named(tmp_path: Path, tiny: Callable[..., list[str]]) -> None:

@@ -9,8 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import TIMEOUT_SECONDS, run_jobs, training_records
-from test_launch_faults import data_parallel, free_port, start_rank
+from launches import (
+    TIMEOUT_SECONDS,
+    data_parallel,
+    free_port,
+    run_jobs,
+    start_rank,
+    training_records,
+)
 
 STOPPED = 75
 

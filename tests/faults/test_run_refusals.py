@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import fcntl
 import json
+import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TIMEOUT_SECONDS, environment, recipe
-from test_layouts import ALONE
+from launches import ALONE, ROOT, TIMEOUT_SECONDS, environment, recipe
+
+from calm_dist.errors import CheckpointError, LaunchError
+from calm_dist.parallel.launch import World
+from calm_dist.recipe import load_recipe
+from calm_dist.training.resolve import resolve
+from calm_dist.training.run_state import RunState
+from calm_dist.training.session import prepare_run_directory
 
 
 def refused(overrides: list[str], *arguments: str) -> str:
@@ -71,3 +80,49 @@ def test_second_run_in_a_directory(tmp_path: Path, tiny: Callable[..., list[str]
 def test_json_without_dry_run(tmp_path: Path, tiny: Callable[..., list[str]]) -> None:
     message = refused(tiny(tmp_path / "run", "calm", **ALONE), "--json", "-")
     assert "--json: goes with --dry-run" in message
+
+
+def test_newest_readable_checkpoint_says_what_may_not_change(
+    tmp_path: Path, tiny: Callable[..., list[str]]
+) -> None:
+    """A damaged recipe does not end a restart; data of another tokenizer does."""
+    overrides = tiny(tmp_path, "calm", **ALONE)
+    given = resolve(load_recipe(recipe("calm"), overrides))
+    older, newer = (tmp_path / "checkpoints" / f"step_0000000{step}" for step in (1, 2))
+    for directory in (older, newer):
+        directory.mkdir(parents=True)
+    (newer / "recipe.yaml").write_text("model: {kind: ca")
+    (older / "recipe.yaml").write_text(given.to_yaml())
+    world = World(0, 1, 0, 1, "", 0, "test")
+    os.close(prepare_run_directory(given, world))
+
+    RunState(step=1, tokenizer_sha256="f" * 64, data={}).write(older)
+    with pytest.raises(CheckpointError, match=r"step_00000001/state.json: .* sha256 ffffffffffff"):
+        prepare_run_directory(given, world)
+
+
+def test_child_does_not_hold_the_run_directory(
+    tmp_path: Path, tiny: Callable[..., list[str]]
+) -> None:
+    given = resolve(load_recipe(recipe("calm"), tiny(tmp_path, "calm", **ALONE)))
+    world = World(0, 1, 0, 1, "", 0, "test")
+    lock = prepare_run_directory(given, world)
+    with pytest.raises(LaunchError, match=f"process {os.getpid()} on"):
+        prepare_run_directory(given, world)
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    os.close(lock)
+    deadline = time.monotonic() + 20.0
+    try:
+        while True:
+            # The child lets go as the first thing that it does.
+            try:
+                os.close(prepare_run_directory(given, world))
+                break
+            except LaunchError:
+                assert child.is_alive() and time.monotonic() < deadline
+                time.sleep(0.02)
+        assert child.is_alive()
+    finally:
+        child.kill()
+        child.join()

@@ -1,10 +1,11 @@
-"""A small real store and real launches, shared by the tests of parallel training."""
+"""A small real store and real launches, shared by the tests of parallel training and of faults."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -13,12 +14,19 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-WORKER = Path(__file__).with_name("train_worker.py")
+ROOT = Path(__file__).parents[1]
+WORKER = Path(__file__).parent / "distributed" / "train_worker.py"
 # Generous: a shared machine can be many times slower than an idle one.
 TIMEOUT_SECONDS = 900
 
 Jobs = Sequence[tuple[str, list[str]]]
+
+# A layout without model parallelism: all ranks are replicas.
+ALONE: dict[str, object] = {
+    "parallel__tensor_parallel_size": 1,
+    "parallel__pipeline_parallel_size": 1,
+    "parallel__sequence_parallel": False,
+}
 
 
 @pytest.fixture(scope="session")
@@ -117,6 +125,44 @@ def run_worker(ranks: int, worker: Path, jobs: list[dict[str, Any]], directory: 
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start_rank(
+    rank: int,
+    world_size: int,
+    port: int,
+    overrides: list[str],
+    script: Path = ROOT / "tools" / "train.py",
+    **more: str,
+) -> subprocess.Popen[str]:
+    """One rank of a ``calm`` run, as a launcher would start it; ``more`` is its environment's."""
+    return subprocess.Popen(
+        [sys.executable, str(script), recipe("calm"), *overrides],
+        env=environment(
+            RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            LOCAL_RANK=str(rank),
+            LOCAL_WORLD_SIZE=str(world_size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            **more,
+        ),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def data_parallel(tiny: Callable[..., list[str]], run_dir: Path, **more: object) -> list[str]:
+    """Overrides of a ``calm`` run whose ranks are replicas."""
+    return tiny(run_dir, "calm", **(ALONE | more))
 
 
 def kill_tree(process: subprocess.Popen[str]) -> None:

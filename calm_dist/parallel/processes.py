@@ -1,0 +1,125 @@
+"""Who this process lives with: it dies with its launcher, and its children die with it.
+
+A launcher that is killed cannot end its ranks, and a rank cannot end the processes that it forked
+to read data and write checkpoints. What is left of them would hold the port, the GPUs and the run
+directory against the restart, so on Linux the kernel is asked to end them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+_POLL_SECONDS = 0.5
+
+
+def die_with_launcher() -> None:
+    """Where torchrun or deepspeed started this process: do not outlive them.
+
+    A process alone, of srun or started by hand belongs to no such parent: who starts one with
+    nohup and logs out wants it to go on.
+    """
+    by_deepspeed = "CROSS_RANK" in os.environ and "LOCAL_SIZE" in os.environ
+    if not sys.platform.startswith("linux"):
+        return
+    if "TORCHELASTIC_RUN_ID" not in os.environ and not by_deepspeed:
+        return
+    launcher = os.getppid()
+    _die_with_parent(launcher, ctypes.CDLL(None).prctl)
+    # `deepspeed` starts a launcher of the node, which starts the ranks and outlives `deepspeed`.
+    runner = _parent(launcher)
+    if by_deepspeed and runner and b"deepspeed" in _read(f"/proc/{runner}/cmdline"):
+        threading.Thread(
+            target=_die_when_orphaned, args=(launcher, runner), name="launcher", daemon=True
+        ).start()
+
+
+def children_die_with_us() -> None:
+    """Processes that this one forks from its main thread die with it, however it ends."""
+    if sys.platform.startswith("linux") and not _Fork.registered:
+        _Fork.registered = True
+        _Fork.prctl = ctypes.CDLL(None).prctl
+        os.register_at_fork(before=_Fork.before, after_in_child=_Fork.after_in_child)
+
+
+class _Fork:
+    """What a child must know of the fork that it came from."""
+
+    registered = False
+    parent = 0
+    # Loaded before the fork: a child of a process with threads should not load libraries.
+    prctl: Any = None
+
+    @classmethod
+    def before(cls) -> None:
+        # The signal comes when the thread that forked ends: one that ends early must not kill.
+        in_main = threading.current_thread() is threading.main_thread()
+        cls.parent = os.getpid() if in_main else 0
+
+    @classmethod
+    def after_in_child(cls) -> None:
+        if cls.parent:
+            _die_with_parent(cls.parent, cls.prctl)
+
+
+def _die_with_parent(parent: int, prctl: Any) -> None:
+    prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:
+        # It died before the kernel knew what we ask for.
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _die_when_orphaned(launcher: int, runner: int) -> None:
+    while _parent(launcher) == runner:
+        time.sleep(_POLL_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def identity() -> str:
+    """What tells this process from all others: machine, space of process numbers, number, start."""
+    if not sys.platform.startswith("linux"):
+        return ""
+    pid = os.getpid()
+    boot = _read("/proc/sys/kernel/random/boot_id").decode().strip()
+    return f"{boot} {os.stat('/proc/self/ns/pid').st_ino} {pid} {_start_time(pid)}"
+
+
+def kill_if_here(process: str) -> None:
+    """SIGKILL the process of an `identity`, where it is on this machine and the same still."""
+    words, own = process.split(), identity().split()
+    if len(words) != 4 or words[:2] != own[:2]:
+        return
+    pid = int(words[2])
+    with contextlib.suppress(OSError):
+        if _start_time(pid) == words[3]:
+            os.kill(pid, signal.SIGKILL)
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat behind the name, which may hold anything; [] without one."""
+    return _read(f"/proc/{pid}/stat").decode(errors="replace").rpartition(")")[2].split()
+
+
+def _parent(pid: int) -> int:
+    fields = _stat(pid)
+    return int(fields[1]) if fields else 0
+
+
+def _start_time(pid: int) -> str:
+    fields = _stat(pid)
+    return fields[19] if fields else ""
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError:
+        return b""

@@ -1,0 +1,52 @@
+"""Training batches, read one step ahead so that a failing reader is known before it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch.distributed as dist
+
+from calm_dist.data.stream import Batch
+from calm_dist.errors import DataError
+
+
+class LookAhead:
+    """The batches of a rank. The next one is read before the ranks meet at the end of a step: if
+    one of them cannot read it, all stop together after this step, with a checkpoint."""
+
+    def __init__(self, stream: Iterable[Batch]) -> None:
+        self._batches = iter(stream)
+        self._next: Batch | None = None
+        self._failure: DataError | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the next batch could not be read."""
+        return self._failure is not None
+
+    def read(self) -> None:
+        """Read the next batch; a failure is kept."""
+        try:
+            self._next = next(self._batches)
+        except DataError as error:
+            self._failure = error
+
+    def take(self) -> Batch:
+        """The batch that was read."""
+        batch, self._next = self._next, None
+        assert batch is not None
+        return batch
+
+    def check(self) -> None:
+        """Compare notes with all other ranks, which call this, too.
+
+        Raises:
+            DataError: the failure of the first rank that has one, on every rank.
+        """
+        messages: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, self._failure and str(self._failure))
+        for rank, message in enumerate(messages):
+            if message is not None:
+                error = DataError(f"rank {rank}: {message}")
+                error.reported = True  # type: ignore[attr-defined]
+                raise error

@@ -1,0 +1,58 @@
+"""``state.json`` of a checkpoint: what a resumed run must know besides the tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+
+from calm_dist.errors import CheckpointError
+
+STATE_FILE = "state.json"
+
+
+class RunState(BaseModel):
+    """How far a run was when it wrote the checkpoint."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    format: Literal[1] = 1
+    step: NonNegativeInt
+    """Steps taken, skipped ones included."""
+    adam_steps: NonNegativeInt = 0
+    """Updates that the optimizers made."""
+    skipped_in_a_row: NonNegativeInt = 0
+    tokens: NonNegativeInt = 0
+    """Tokens of all steps."""
+    tokenizer_sha256: str | None = None
+    data: dict[str, Any] | None = None
+    """Position in the data, see `TrainingStream.state_dict`."""
+    weights_only: bool = False
+    """No optimizer has written it, such as an import: nothing but weights to go on from."""
+    imported_from: str | None = None
+
+    def write(self, directory: Path) -> None:
+        """Write it into a checkpoint that is being made."""
+        text = self.model_dump_json(indent=1) + "\n"
+        (directory / STATE_FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, directory: Path) -> RunState:
+        """Read it from a checkpoint.
+
+        Raises:
+            CheckpointError: it is missing or damaged; the message says what is wrong.
+        """
+        path = directory / STATE_FILE
+        try:
+            state = cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise CheckpointError(f"{path}: damaged; {where}: {first['msg']}") from error
+        if state.data is None and not state.weights_only:
+            raise CheckpointError(f"{path}: damaged; it has no position in the data")
+        return state

@@ -1,0 +1,271 @@
+"""Megatron's distributed checkpoint format, written beside the training and read without trust.
+
+A write is planned by all ranks together, done by a process that each rank forks, and finished by
+all ranks together. What fails on one rank fails on all of them, at the same point: Megatron-core
+0.16.1 lets rank 0 write its own files between two collectives, in which the others would wait for
+it without end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import queue
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import (
+    CheckpointingConfig,
+    CheckpointingException,
+    save_config,
+)
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from megatron.core.dist_checkpointing.strategies.base import (
+    StrategyAction,
+    register_default_strategy,
+)
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+)
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+
+from calm_dist.errors import CheckpointError
+from calm_dist.parallel.rank_zero import on_rank_zero
+from calm_dist.training.checkpoint import describe_files
+from calm_dist.training.trusted import DESCRIPTION, read_description
+
+State = dict[str, Any]
+
+
+class TensorWriter:
+    """Plans writes of sharded states; one for a run, since plans of equal states are reused.
+
+    Args:
+        replicas: the ranks that hold the same tensors and share the writing; default: all.
+    """
+
+    def __init__(self, replicas: dist.ProcessGroup | None = None) -> None:
+        self._strategy = _Strategy("torch_dist", 1, cached_metadata=True)
+        self._shared = FullyParallelSaveStrategyWrapper(
+            self._strategy, replicas, do_cache_distribution=True
+        )
+        self._common = _CommonFile("torch", 1)
+        # What a state dict has besides tensors (the optimizer's groups) is written by rank 0.
+        register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, self._common)
+        self._validated = False
+
+    def plan(self, state: State, directory: Path) -> AsyncRequest:
+        """Plan to write ``state`` into an existing directory; a collective of the world.
+
+        Returns:
+            A request for Megatron's `AsyncCallsQueue`, which raises `OSError` or
+            `CheckpointError` on every rank when it is finalized after a failure of any.
+
+        Raises:
+            CheckpointError: it cannot be planned, on every rank.
+        """
+        self._common.error = None
+        self._strategy.target = directory
+        # Megatron would start a manager process for the writers' results, which imports the entry
+        # script again (seconds) and outlives a killed rank.
+        filesystem_async._results_queue = _ResultsFile()
+        try:
+            request = dist_checkpointing.save(
+                state,
+                str(directory),
+                sharded_strategy=self._shared,
+                # Gathers the shapes of all ranks; they do not change during a run.
+                validate_access_integrity=not self._validated,
+                async_sharded_save=True,
+            )
+        except CheckpointException as error:
+            raise CheckpointError(_first_failure(directory, error.failures)) from error
+        self._validated = True
+        finish = self._strategy.finish
+        return request._replace(finalize_fns=[partial(self._finalize, finish, directory)])
+
+    def _finalize(self, finish: Callable[[], Callable[[], None]], directory: Path) -> None:
+        write_description = finish()
+
+        def write() -> None:
+            if self._common.error is not None:
+                raise self._common.error
+            write_description()
+            save_config(CheckpointingConfig("torch_dist", 1), str(directory))
+
+        on_rank_zero(write)
+
+
+class _Strategy(torch_strategy.TorchDistSaveShardedStrategy):
+    """Megatron's strategy, which hands the last part of a write out."""
+
+    target: Path
+    finish: Callable[[], Callable[[], None]]
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> AsyncRequest:
+        _, metadata, ranks = planned
+        directory = self.target
+
+        def finish() -> Callable[[], None]:
+            """Gather what all ranks have written; gives what is left for rank 0 to write."""
+            results = ranks.gather_object(writer.retrieve_write_results())
+
+            def write_description() -> None:
+                failures = {r: x for r, x in enumerate(results) if isinstance(x, tuple)}
+                if failures:
+                    raise CheckpointError(_first_failure(directory, failures))
+                # Without what Megatron attaches to it, the plans of all ranks.
+                writer.finish(dataclasses.replace(metadata), results)
+
+            return write_description
+
+        self.finish = finish
+        request: AsyncRequest = super()._get_save_and_finalize_callbacks(writer, planned)
+        if request.async_fn is None:
+            return request
+        return request._replace(async_fn=partial(_write_and_hash, request.async_fn))
+
+
+class _InPlace:
+    """A host tensor that Megatron need not copy: the forked process sees it as it is now."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor.detach()
+
+    # What Megatron asks a tensor to find out whether it must be copied.
+    device = torch.device("cpu")
+    itemsize = 1
+
+    def detach(self) -> _InPlace:
+        return self
+
+    def untyped_storage(self) -> _InPlace:
+        return self
+
+    def size(self) -> int:
+        return 0
+
+    numel = size
+
+    def to(self, *_: Any, **__: Any) -> _InPlace:
+        return self
+
+    def copy(self) -> torch.Tensor:
+        """The tensor, with a storage of its own: all of it would be written with a view."""
+        whole = self.tensor.numel() * self.tensor.itemsize
+        is_view = self.tensor.untyped_storage().size() != whole
+        return self.tensor.clone() if is_view else self.tensor
+
+
+class _Writer(filesystem_async.FileSystemWriterAsync):
+    """Leaves the copying of host tensors to the forked process."""
+
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
+        resolve = planner.resolve_data
+
+        def resolve_in_place(item: WriteItem) -> Any:
+            data = resolve(item)
+            if isinstance(data, torch.Tensor) and data.device.type == "cpu":
+                return _InPlace(data)
+            return data
+
+        planner.resolve_data = resolve_in_place  # type: ignore[assignment,method-assign]
+        super().prepare_write_data(plan, planner)
+
+
+# The strategy makes its writer by this name, and takes no other.
+torch_strategy.FileSystemWriterAsync = _Writer
+
+
+class _CommonFile(TorchCommonSaveStrategy):
+    """Keeps an error of rank 0 until it can be told to all ranks."""
+
+    error: CheckpointError | None = None
+
+    def save_common(self, common_state_dict: State, checkpoint_dir: str | Path) -> None:
+        try:
+            super().save_common(common_state_dict, checkpoint_dir)
+        except (OSError, RuntimeError) as error:
+            # torch's zip writer turns a full disk into a RuntimeError.
+            self.error = CheckpointError(f"{checkpoint_dir}/common.pt: cannot be written ({error})")
+
+
+class _ResultsFile:
+    """A queue for one item from a forked writer to its rank.
+
+    A pipe would hold 64 KiB, and block the writer until its rank reads, which is when it has ended.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with this queue)
+
+    def put(self, item: Any) -> None:
+        pickle.dump(item, self._file)
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        self._file.seek(0)
+        try:
+            return pickle.load(self._file)
+        except EOFError:
+            raise queue.Empty from None
+
+
+def _write_and_hash(
+    write: Callable[..., None], rank: int, buckets: list[Any], results: _ResultsFile
+) -> None:
+    """In the forked process: write this rank's files, then describe them for the manifest."""
+    # OpenMP's threads are not there in a forked process, and it would wait for them.
+    torch.set_num_threads(1)
+    copied = [(path, name, (b, [_own(pair) for pair in t])) for path, name, (b, t) in buckets]
+    write(rank, copied, results)
+    files = [Path(path) for path, *_ in buckets]
+    describe_files(files[0].parent.parent, files, rank)
+
+
+def _own(pair: tuple[WriteItem, Any]) -> tuple[WriteItem, torch.Tensor]:
+    item, tensor = pair
+    return item, tensor.copy() if isinstance(tensor, _InPlace) else tensor
+
+
+def _first_failure(directory: Path, failures: dict[int, Any]) -> str:
+    rank, (error, _) = min(failures.items())
+    return f"{directory}: rank {rank} cannot write ({error})"
+
+
+def write_now(state: State, directory: Path) -> None:
+    """Write the state of a single process."""
+    calls = AsyncCallsQueue()
+    calls.schedule_async_request(TensorWriter().plan(state, directory))
+    calls.maybe_finalize_async_calls(blocking=True)
+
+
+def read(state: State, directory: Path) -> State:
+    """Fill a sharded state from a directory; a collective of the world.
+
+    Raises:
+        CheckpointError: it is of another model, or holds more than tensors.
+    """
+    read_description(directory / DESCRIPTION)
+    try:
+        return dist_checkpointing.load(state, str(directory))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{directory}: refused, it holds more than tensors; use another checkpoint"
+        ) from error
+    except (CheckpointingException, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{directory}: does not fit the model of the recipe ({reason}); use the recipe that "
+            "lies beside it, or another run.dir"
+        ) from error

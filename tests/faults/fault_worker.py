@@ -1,0 +1,202 @@
+"""tools/train.py or tools/train_autoencoder.py, with something that goes wrong in it.
+
+FAULT in the environment is JSON: {"kind": a function below, "rank": on which rank, -1 for all,
+"step": in which step, counted from 1, and further arguments of the function}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import Any
+
+from calm_dist.cli import run
+from calm_dist.command import run_training_tool
+from calm_dist.recipe import Recipe
+
+FOREVER = 10_000.0
+
+
+def stuck_here() -> None:
+    """What a hang of our own looks like in a stack."""
+    time.sleep(FOREVER)
+
+
+def in_step(action: Any, step: int, last: int | None = None) -> None:
+    """Call ``action(trainer, batch)`` at the beginning of steps ``step`` to ``last``."""
+    from calm_dist.training.autoencoder import AutoencoderTrainer
+    from calm_dist.training.loop import Trainer
+
+    for kind in (Trainer, AutoencoderTrainer):
+
+        def train_step(self: Any, batch: Any, original: Any = kind.train_step) -> Any:
+            if step <= self.progress.step + 1 <= (last or step):
+                action(self, batch)
+            return original(self, batch)
+
+        kind.train_step = train_step  # type: ignore[method-assign]
+
+
+def modules(trainer: Any) -> list[Any]:
+    """The models of a trainer, as far as they are on this rank."""
+    if hasattr(trainer, "model"):
+        return [trainer.model]
+    head = trainer.parts.head
+    return [*trainer.parts.chunks, *([head.module] if head is not None else [])]
+
+
+def nothing(step: int) -> None:
+    """All goes well."""
+
+
+def sleep_in_forward(step: int) -> None:
+    def action(trainer: Any, batch: Any) -> None:
+        modules(trainer)[0].register_forward_pre_hook(lambda *_: stuck_here())
+
+    in_step(action, step)
+
+
+def sleep_in_reader(step: int) -> None:
+    """``step`` is the one whose batch does not come: it is read before the step before ends."""
+    from calm_dist.data.guard import GuardedDataset
+
+    original, samples = GuardedDataset.get_item, 0
+
+    def get_item(self: Any, sample_id: int, retry: int = 7) -> Any:
+        nonlocal samples
+        samples += 1
+        if samples > (step - 1) * self.batch_size:
+            stuck_here()
+        return original(self, sample_id, retry)
+
+    GuardedDataset.get_item = get_item  # type: ignore[method-assign]
+
+
+def sleep_in_checkpoint(step: int) -> None:
+    """Whatever writes it, it syncs."""
+    os.fsync = lambda descriptor: stuck_here()  # type: ignore[assignment]
+
+
+def hold_interpreter(step: int) -> None:
+    """A library that does not return, and lets no other thread of Python run."""
+    import ctypes
+
+    in_step(lambda trainer, batch: ctypes.PyDLL(None).sleep(int(FOREVER)), step)
+
+
+def bad_gradient(step: int, last: int, part: int, value: str = "nan") -> None:
+    """The gradient of the first parameter of module ``part`` is not finite."""
+
+    def action(trainer: Any, batch: Any) -> None:
+        parameter = next(modules(trainer)[part].parameters())
+
+        def spoil(gradient: Any) -> Any:
+            spoilt = gradient.clone()
+            spoilt.view(-1)[0] = float(value)
+            handle.remove()
+            return spoilt
+
+        handle = parameter.register_hook(spoil)
+
+    in_step(action, step, last)
+
+
+def skip(step: int) -> None:
+    """Take loss and gradient of a step for not finite, as they are: a skip on purpose."""
+    from types import SimpleNamespace
+
+    from calm_dist.training import optimizer
+
+    def action(trainer: Any, batch: Any) -> None:
+        real = optimizer.math
+        taken = iter([False])
+
+        def isfinite(value: float) -> bool:
+            return next(taken, real.isfinite(value))
+
+        optimizer.math = SimpleNamespace(isfinite=isfinite, sqrt=real.sqrt)  # type: ignore
+
+    in_step(action, step)
+
+
+def bad_batch(step: int, last: int, value: str = "nan") -> None:
+    """A latent that is to be predicted is not finite."""
+
+    def action(trainer: Any, batch: Any) -> None:
+        batch["mean"][0, 5, 0] = float(value)
+
+    in_step(action, step, last)
+
+
+def jumping_clock(step: int) -> None:
+    """The clock on the wall jumps by a day, back and forth."""
+    real, calls = time.time, 0
+
+    def jump() -> float:
+        nonlocal calls
+        calls += 1
+        return real() + 86_400 * (-1) ** calls
+
+    time.time = jump
+
+
+def lost_shard(step: int, shard: str) -> None:
+    """In the middle of a step a shard is gone, from a store whose shards were not all read."""
+    from pathlib import Path
+
+    from calm_dist.data import guard
+
+    guard.CHECK_ON_OPEN_BYTES = 0
+
+    def action(trainer: Any, batch: Any) -> None:
+        if int(os.environ["RANK"]) == 0:
+            Path(shard).rename(Path(shard).with_suffix(".lost"))
+
+    in_step(action, step)
+
+
+def full_disk(step: int, last: int, bytes: int) -> None:
+    """From the beginning of step ``step`` to that of ``last`` no file grows beyond ``bytes``."""
+    import resource
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def action(trainer: Any, batch: Any) -> None:
+        limit = bytes if trainer.progress.step + 1 < last else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+    in_step(action, step, last)
+
+
+def patient_start() -> None:
+    """Ranks of a busy machine come later than the short limits of these tests allow."""
+    from calm_dist.training import session
+
+    join_world = session.join_world
+    session.join_world = lambda world, device, seconds: join_world(world, device, 300.0)
+
+
+def train(recipe: Recipe) -> None:
+    patient_start()
+    fault = json.loads(os.environ["FAULT"])
+    kind, rank = fault.pop("kind"), fault.pop("rank")
+    if rank in (-1, int(os.environ.get("RANK", "0"))):
+        globals()[kind](**fault)
+    if recipe.model.kind == "autoencoder":
+        from calm_dist.training.autoencoder import train_autoencoder
+
+        train_autoencoder(recipe)
+    else:
+        from calm_dist.training.run import train as train_language_model
+
+        train_language_model(recipe)
+
+
+def main() -> None:
+    run_training_tool(__doc__, train)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,55 @@
+"""tools/train.py, killed at a certain point.
+
+KILL in the environment is JSON: {"rank": which rank dies, "before": "module:function" or
+"module:Class.method", "call": before which call of it in this life, "having": text that must be in
+the call's arguments to count}.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import signal
+from typing import Any
+
+from calm_dist.cli import run
+from calm_dist.command import run_training_tool
+from calm_dist.recipe import Recipe
+
+
+def die_before(before: str, call: int, having: str = "") -> None:
+    """SIGKILL this process instead of the ``call``-th call of a function."""
+    module, _, path = before.partition(":")
+    *owners, name = path.split(".")
+    owner: Any = importlib.import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    original = getattr(owner, name)
+    calls = 0
+
+    @functools.wraps(original)
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += having in repr((args, kwargs))
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, deadly)
+
+
+def train(recipe: Recipe) -> None:
+    from calm_dist.parallel import cpu
+    from calm_dist.training import run as training
+
+    cpu.install()
+    kill = json.loads(os.environ["KILL"])
+    if kill.pop("rank") == int(os.environ["RANK"]):
+        die_before(**kill)
+    training.train(recipe)
+
+
+if __name__ == "__main__":
+    run(lambda: run_training_tool(__doc__, train))

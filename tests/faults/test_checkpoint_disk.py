@@ -1,0 +1,117 @@
+"""A checkpoint that cannot be written costs nothing but itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launches import TIMEOUT_SECONDS, data_parallel, free_port, start_rank, training_records
+
+WORKER = Path(__file__).with_name("fault_worker.py")
+STEPS = 12
+FAILED = "no checkpoint of this step, those before it are as they were"
+
+
+def train(overrides: list[str], **fault: object) -> list[tuple[int, str]]:
+    """Exit code and output of both ranks of a run with a fault."""
+    port = free_port()
+    ranks = [
+        start_rank(rank, 2, port, overrides, WORKER, FAULT=json.dumps(fault)) for rank in (0, 1)
+    ]
+    outputs = [rank.communicate(timeout=TIMEOUT_SECONDS)[0] for rank in ranks]
+    return [(rank.returncode, output) for rank, output in zip(ranks, outputs, strict=True)]
+
+
+def checkpoints(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").glob("step_*"))
+
+
+def names(*steps: int) -> list[str]:
+    return [f"step_{step:08d}" for step in steps]
+
+
+# Name: fault, and what the warning says.
+DISKS: dict[str, tuple[dict[str, object], str]] = {
+    "one rank's tensors": (
+        {"kind": "full_disk", "rank": 1, "step": 6, "last": 6, "most_bytes": 100_000},
+        "rank 1 cannot write",
+    ),
+    "rank 0's common part": (
+        {"kind": "full_disk", "rank": 0, "step": 6, "last": 6, "most_bytes": 2_000},
+        "common.pt: cannot be written",
+    ),
+    "rank 0's small files": (
+        {"kind": "full_disk", "rank": 0, "step": 6, "last": 6, "most_bytes": 300},
+        "File too large",
+    ),
+    "the description of the tensors": (
+        {"kind": "full_disk_at_the_end", "rank": 0, "step": 6},
+        "File too large",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "asynchronous"),
+    [
+        ("one rank's tensors", True),
+        pytest.param("one rank's tensors", False, marks=pytest.mark.full),
+        pytest.param("rank 0's common part", True, marks=pytest.mark.full),
+        pytest.param("rank 0's small files", True, marks=pytest.mark.full),
+        ("the description of the tensors", True),
+    ],
+)
+def test_full_disk_while_training(
+    tmp_path: Path, tiny: Callable[..., list[str]], name: str, asynchronous: bool
+) -> None:
+    """The checkpoint of step 6 fails; those of steps 3, 9 and 12 are written."""
+    fault, message = DISKS[name]
+    run = tmp_path / "run"
+    overrides = data_parallel(
+        tiny, run, training__steps=STEPS, checkpoint__every=3, checkpoint__keep=9
+    )
+    overrides.append(f"checkpoint.async={str(asynchronous).lower()}")
+    ended = train(overrides, **fault)
+    assert [code for code, _ in ended] == [0, 0], ended
+    output = ended[0][1]
+    (warning,) = [line for line in output.splitlines() if FAILED in line]
+    assert "step_00000006" in warning and message in warning, warning
+    assert checkpoints(run) == names(3, 9, 12)
+    assert sorted(training_records(run)) == list(range(1, STEPS + 1))
+
+
+def test_last_checkpoint_that_fails_is_an_error_and_is_made_up_for(
+    tmp_path: Path, tiny: Callable[..., list[str]]
+) -> None:
+    run = tmp_path / "run"
+    overrides = data_parallel(tiny, run, training__steps=STEPS, checkpoint__every=5)
+    ended = train(overrides, kind="no_directory", rank=0, step=STEPS)
+    assert [code for code, _ in ended] == [2, 2], ended
+    assert "error: " in ended[0][1] and FAILED in ended[0][1] and str(run) in ended[0][1]
+    assert "error: " not in ended[1][1], "it is said once"
+    before = training_records(run)
+    (run / "checkpoints").unlink()
+    (run / "moved").rename(run / "checkpoints")
+    assert checkpoints(run) == names(5, 10)
+
+    ended = train(overrides, kind="nothing", rank=0, step=1)
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert f"resumed from {run / 'checkpoints' / names(10)[0]} at step 10" in ended[0][1]
+    assert checkpoints(run) == names(10, 12)
+    records = training_records(run)
+    assert [records[step]["loss"] for step in records] == [before[step]["loss"] for step in before]
+
+
+def test_no_place_for_checkpoints_is_found_before_training(
+    tmp_path: Path, tiny: Callable[..., list[str]]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").touch()
+    overrides = data_parallel(tiny, run, training__steps=STEPS)
+    ended = train(overrides, kind="nothing", rank=0, step=1)
+    assert [code for code, _ in ended] == [2, 2], ended
+    assert f"error: {run / 'checkpoints'}" in ended[0][1]
+    assert not training_records(run)

@@ -1,0 +1,179 @@
+"""SIGKILL of one rank, at every point of a step and of a checkpoint and at random moments.
+
+All lives of a run, one after the other in one run directory, end in the numbers of a run that was
+never killed, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launches import (
+    ROOT,
+    TIMEOUT_SECONDS,
+    data_parallel,
+    free_port,
+    start_rank,
+    training_records,
+)
+
+KILLER = Path(__file__).with_name("kill_worker.py")
+TRAIN = ROOT / "tools" / "train.py"
+PEER_LOST = 3
+RANKS = 2
+
+LOOP, FILES = "calm_dist.training.loop", "calm_dist.training.checkpoint"
+PHASES = "calm_dist.training.phases:Phases"
+# What dies: the rank, and before which call of what. Each life comes as far as a checkpoint first.
+STEP_POINTS: dict[str, tuple[int, str, int, str]] = {
+    "data": (1, f"{PHASES}.enter", 11, "data"),
+    "second micro-batch": (0, f"{PHASES}.progress", 8, ""),
+    "optimizer": (1, f"{PHASES}.enter", 4, "optimizer"),
+    "between body and head": (0, "calm_dist.parallel.zero_head:ZeroHead.step", 5, ""),
+}
+QUEUE = "megatron.core.dist_checkpointing.strategies.async_utils:AsyncCallsQueue"
+SAVE_POINTS: dict[str, tuple[int, str, int, str]] = {
+    "begin": (0, f"{FILES}:begin", 2, ""),
+    "plan": (1, "calm_dist.training.tensor_files:TensorWriter.plan", 2, ""),
+    "fork": (0, f"{QUEUE}.schedule_async_request", 2, ""),
+    "writing": (1, f"{QUEUE}.maybe_finalize_async_calls", 2, ""),
+    "gather": (1, "calm_dist.training.tensor_files:TensorWriter._finalize", 2, ""),
+    "description": (0, "calm_dist.training.tensor_files:save_config", 2, ""),
+    "commit": (0, f"{FILES}:commit", 2, ""),
+    "manifest": (0, f"{FILES}:_describe_all", 2, ""),
+    "rename": (0, f"{FILES}:os.replace", 2, ".tmp"),
+    "latest": (0, f"{FILES}:replace_text", 2, "latest"),
+    "make room": (0, f"{FILES}:_make_room", 3, ""),
+    "loading": (1, "calm_dist.training.model_state:load", 1, ""),
+}
+STEPS = 60
+
+
+def life(overrides: list[str], script: Path = TRAIN, **more: str) -> list[subprocess.Popen[str]]:
+    """Both ranks of the run, started once more."""
+    port = free_port()
+    return [start_rank(rank, RANKS, port, overrides, script, **more) for rank in range(RANKS)]
+
+
+def end(ranks: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    """Exit code and output of each rank."""
+    outputs = [rank.communicate(timeout=TIMEOUT_SECONDS)[0] for rank in ranks]
+    return [(rank.returncode, output) for rank, output in zip(ranks, outputs, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def overrides(tiny: Callable[..., list[str]]) -> Callable[[Path], list[str]]:
+    def of_run(run_dir: Path) -> list[str]:
+        return data_parallel(
+            tiny,
+            run_dir,
+            training__steps=STEPS,
+            training__schedule="linear",
+            checkpoint__every=3,
+            checkpoint__keep=2,
+        )
+
+    return of_run
+
+
+@pytest.fixture(scope="module")
+def unbroken(
+    tmp_path_factory: pytest.TempPathFactory, overrides: Callable[[Path], list[str]]
+) -> dict[int, dict[str, float]]:
+    run_dir = tmp_path_factory.mktemp("unbroken") / "run"
+    assert [code for code, _ in end(life(overrides(run_dir)))] == [0, 0]
+    return training_records(run_dir)
+
+
+def assert_same(run_dir: Path, unbroken: dict[int, dict[str, float]]) -> None:
+    records = training_records(run_dir)
+    assert sorted(records) == sorted(unbroken) == list(range(1, STEPS + 1))
+    for step, expected in unbroken.items():
+        for name in ("loss", "grad_norm", "learning_rate", "tokens", "skipped"):
+            assert records[step][name] == expected[name], (step, name)
+
+
+def kill_at_points(
+    run_dir: Path, overrides: list[str], points: dict[str, tuple[int, str, int, str]]
+) -> None:
+    """One life for each point, which ends there; the other rank says who died."""
+    for name, (rank, before, call, having) in points.items():
+        kill = {"rank": rank, "before": before, "call": call, "having": having}
+        ended = end(life(overrides, KILLER, KILL=json.dumps(kill)))
+        assert ended[rank][0] == -signal.SIGKILL, (name, ended)
+        code, output = ended[1 - rank]
+        assert code == PEER_LOST, (name, ended)
+        assert f"rank {rank}" in output and "Traceback" not in output, (name, output)
+
+
+def finish(run_dir: Path, overrides: list[str]) -> None:
+    ended = end(life(overrides))
+    assert [code for code, _ in ended] == [0, 0], ended
+    left = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert left == ["latest", f"step_{STEPS - 3:08d}", f"step_{STEPS:08d}"]
+
+
+def test_killed_at_points_of_step_and_save(
+    tmp_path: Path,
+    overrides: Callable[[Path], list[str]],
+    unbroken: dict[int, dict[str, float]],
+) -> None:
+    run = tmp_path / "run"
+    points = {
+        name: (STEP_POINTS | SAVE_POINTS)[name] for name in ("optimizer", "writing", "rename")
+    }
+    kill_at_points(run, overrides(run), points)
+    finish(run, overrides(run))
+    assert_same(run, unbroken)
+
+
+@pytest.mark.full
+def test_killed_at_every_point_of_step_and_save(
+    tmp_path: Path,
+    overrides: Callable[[Path], list[str]],
+    unbroken: dict[int, dict[str, float]],
+) -> None:
+    run = tmp_path / "run"
+    kill_at_points(run, overrides(run), STEP_POINTS | SAVE_POINTS)
+    finish(run, overrides(run))
+    assert_same(run, unbroken)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.full)])
+def test_killed_at_random_moments(
+    tmp_path: Path,
+    overrides: Callable[[Path], list[str]],
+    unbroken: dict[int, dict[str, float]],
+    kills: int,
+) -> None:
+    """Moments from before the first import to the end of the training; one rank, or both."""
+    run, chance = tmp_path / "run", random.Random(kills)
+    before_training, training = durations(overrides(tmp_path / "timed"))
+    for _ in range(kills):
+        ranks = life(overrides(run))
+        time.sleep(chance.uniform(0.5 * before_training, before_training + 0.5 * training))
+        for rank in chance.choice([[0], [1], [0, 1]]):
+            ranks[rank].kill()
+        for code, output in end(ranks):
+            assert code in (-signal.SIGKILL, PEER_LOST, 0), output[-3000:]
+    finish(run, overrides(run))
+    assert_same(run, unbroken)
+
+
+def durations(overrides: list[str]) -> tuple[float, float]:
+    """Seconds until the first step is done, and from there to the end."""
+    run_dir = Path(overrides[0].removeprefix("run.dir="))
+    started = time.monotonic()
+    ranks = life(overrides)
+    while not training_records(run_dir) and ranks[0].poll() is None:
+        time.sleep(0.02)
+    first = time.monotonic()
+    assert [code for code, _ in end(ranks)] == [0, 0]
+    return first - started, time.monotonic() - first

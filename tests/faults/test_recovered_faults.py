@@ -1,0 +1,194 @@
+"""Faults that a run goes on from, or from which the same command goes on: numbers that are not
+finite on one of several ranks, a full disk, a clock that jumps, a shard that is lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launches import ALONE, TIMEOUT_SECONDS, free_port, run_jobs, start_rank, training_records
+
+WORKER = Path(__file__).with_name("jobs_worker.py")
+BAD_INPUT = 2
+STEPS, BAD = 5, 3
+# Of the runs that read a store in shards; an epoch of it has six steps.
+DATA_STEPS = 10
+LOST = "shard.00007.mds"
+
+LAYOUTS = {"dp2": ALONE, "pp2": ALONE | {"parallel__pipeline_parallel_size": 2}}
+# The first module of a rank is of its body, the last one of a last stage is the head.
+BODY, HEAD = 0, -1
+
+
+def gradient(rank: int, part: int, value: str, last: int = BAD) -> dict[str, Any]:
+    return {
+        "kind": "bad_gradient",
+        "rank": rank,
+        "step": BAD,
+        "last": last,
+        "part": part,
+        "value": value,
+    }
+
+
+def batch(value: str) -> dict[str, Any]:
+    return {"kind": "bad_batch", "rank": 1, "step": BAD, "last": BAD, "value": value}
+
+
+ON_PURPOSE = {"kind": "skip", "rank": -1, "step": BAD}
+# With replicas every rank has body and head; of two stages only the last one has the head.
+FAULTS = {
+    "dp2": {
+        "body_gradient": gradient(1, BODY, "nan"),
+        "head_gradient": gradient(0, HEAD, "inf"),
+        "batch": batch("inf"),
+    },
+    "pp2": {
+        "body_gradient": gradient(0, BODY, "-inf"),
+        "head_gradient": gradient(1, HEAD, "nan"),
+        "batch": batch("nan"),
+    },
+}
+CASES = [(layout, name) for layout, named in FAULTS.items() for name in named]
+
+
+@pytest.fixture(scope="module")
+def shards(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of `launches`, in shards of four blocks."""
+    from calm_dist.data.latents import plan_store, write_store
+    from calm_dist.data.tokenizer import load_tokenizer
+    from calm_dist.interop.huggingface import load_autoencoder
+
+    corpus, autoencoder = [str(store.parent / "corpus.txt")], store.parent / "autoencoder"
+    tokenizer = load_tokenizer(store.parent / "t.json")
+    plan = plan_store(
+        corpus,
+        tokenizer,
+        variant="fp16",
+        block_size=64,
+        patch_size=None,
+        autoencoder=autoencoder,
+        seed=0,
+    )
+    out = tmp_path_factory.mktemp("shards") / "store"
+    size = 4 * plan.sample_bytes
+    model = load_autoencoder(autoencoder)
+    write_store(out, corpus, tokenizer, plan, autoencoder=model, shard_bytes=size)
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., list[str]], shards: Path
+) -> Path:
+    """All faults in all layouts, in one launch of two ranks that ends with the lost shard."""
+    root = tmp_path_factory.mktemp("runs")
+    jobs = []
+
+    def add(name: str, fault: dict[str, Any], **more: object) -> None:
+        values = {"training__steps": STEPS, **more}
+        jobs.append({"overrides": tiny(root / name, "calm", **values), "fault": fault})
+
+    for layout, faults in FAULTS.items():
+        for name, fault in {"on_purpose": ON_PURPOSE, **faults}.items():
+            add(f"{layout}_{name}", fault, **LAYOUTS[layout])
+    hopeless = gradient(1, BODY, "nan", last=100)
+    add("hopeless", hopeless, training__steps=100, health__max_skipped_steps=2, **ALONE)
+    of_shards = {**ALONE, "training__steps": DATA_STEPS, "data__path": shards}
+    add("unbroken", {"kind": "nothing", "rank": -1, "step": 0}, **of_shards)
+    full = {"kind": "full_disk", "rank": -1, "step": 3, "last": 6, "bytes": 600}
+    add("full_disk", full, **of_shards)
+    add("clock", {"kind": "jumping_clock", "rank": -1, "step": 0}, **of_shards)
+    lost = str(shards / LOST)
+    add("lost", {"kind": "lost_shard", "rank": -1, "step": 3, "shard": lost}, **of_shards)
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    port = free_port()
+    ranks = [start_rank(rank, 2, port, [str(root / "jobs.json")], WORKER) for rank in (0, 1)]
+    outputs = [rank.communicate(timeout=TIMEOUT_SECONDS)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [BAD_INPUT, BAD_INPUT], outputs
+    (root / "output").write_text(outputs[0])
+    return root
+
+
+@pytest.mark.parametrize(("layout", "name"), CASES)
+def test_all_ranks_skip_the_step_and_go_on(runs: Path, layout: str, name: str) -> None:
+    run_dir = runs / f"{layout}_{name}"
+    expected, found = training_records(runs / f"{layout}_on_purpose"), training_records(run_dir)
+    assert sorted(found) == list(range(1, STEPS + 1))
+    for step in set(found) - {BAD}:
+        assert found[step]["loss"] == expected[step]["loss"], step
+        assert found[step]["grad_norm"] == expected[step]["grad_norm"], step
+        assert found[step]["skipped"] == 0
+    bad = found[BAD]
+    assert bad["skipped"] == expected[BAD]["skipped"] == 1
+    assert bad["grad_norm"] is None
+    assert bad["loss"] == (None if name == "batch" else expected[BAD]["loss"])
+    assert expected[BAD]["grad_norm"] is not None
+    state = json.loads((run_dir / f"checkpoints/step_{STEPS:08d}/state.json").read_text())
+    assert (state["step"], state["adam_steps"]) == (STEPS, STEPS - 1)
+    assert {(run_dir / f"end_{rank}").read_text() for rank in (0, 1)} == {"done"}
+
+
+def test_skip_changes_what_follows(runs: Path) -> None:
+    """What the comparison above would miss if it could not fail: the layouts do differ."""
+    dp2, pp2 = (training_records(runs / f"{layout}_on_purpose") for layout in LAYOUTS)
+    assert dp2[1]["loss"] == pytest.approx(pp2[1]["loss"], rel=1e-5)
+    assert dp2[BAD + 1] != pp2[BAD + 1]
+
+
+def test_run_gives_up_on_all_ranks_after_too_many(runs: Path) -> None:
+    ends = {(runs / "hopeless" / f"end_{rank}").read_text() for rank in (0, 1)}
+    assert len(ends) == 1
+    assert f"step {BAD + 2}: loss or gradient not finite for 3 steps in a row" in ends.pop()
+
+
+def test_records_are_json_and_the_log_says_which(runs: Path) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    for file in runs.glob("*/metrics.jsonl"):
+        for line in file.read_text().splitlines():
+            json.loads(line, parse_constant=refuse)
+    lines = (runs / "output").read_text().splitlines()
+    skipped = [line for line in lines if line.startswith(f"step {BAD}/{STEPS} ")]
+    reasons = [line.rpartition("SKIPPED: ")[2] for line in skipped if "SKIPPED: " in line]
+    assert reasons == ["gradient not finite", "gradient not finite", "loss not finite"] * 2
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [record["loss"] for record in training_records(run_dir).values()]
+
+
+def test_full_disk_delays_the_records(runs: Path) -> None:
+    assert losses(runs / "full_disk") == losses(runs / "unbroken")
+    output = (runs / "output").read_text()
+    assert output.count("training goes on, records are kept until there is room") == 1
+    assert (runs / "full_disk" / f"checkpoints/step_{DATA_STEPS:08d}/manifest.json").is_file()
+
+
+def test_jumping_clock_changes_nothing(runs: Path) -> None:
+    assert losses(runs / "clock") == losses(runs / "unbroken")
+    for record in training_records(runs / "clock").values():
+        assert 0 < record["step_seconds"] < 3600 and record["tokens_per_second"] > 0
+
+
+def test_lost_shard_is_named_and_the_run_goes_on_when_it_is_back(
+    runs: Path, shards: Path, tiny: Callable[..., list[str]]
+) -> None:
+    run_dir, unbroken = runs / "lost", runs / "unbroken"
+    message = (run_dir / "end_0").read_text()
+    assert LOST in message and "missing" in message
+    # All ranks learn it in the step in which one could not read ahead, and save that step.
+    last = max(training_records(run_dir))
+    assert 3 <= last < DATA_STEPS
+    assert (run_dir / f"checkpoints/step_{last:08d}/manifest.json").is_file()
+
+    (shards / LOST).with_suffix(".lost").rename(shards / LOST)
+    steps = {"training__steps": DATA_STEPS, "data__path": shards}
+    run_jobs(2, [("calm", tiny(run_dir, "calm", **ALONE, **steps))], runs)
+    assert losses(run_dir) == losses(unbroken)
+    records = [training_records(d)[DATA_STEPS]["grad_norm"] for d in (run_dir, unbroken)]
+    assert records[0] == records[1]
