@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from calm_dist.parallel.launch import World
-from calm_dist.parallel.processes import kill_if_here
+from calm_dist.parallel.processes import is_gone, kill_if_here
 
 BEAT_SECONDS = 1.0
 # A rank is taken for dead when its beat did not change for this long; the store when it does not
 # answer for this long.
 SILENCE_SECONDS = 5.0
+_POLL_SECONDS = 0.1
 
 T = TypeVar("T")
 
@@ -110,13 +111,20 @@ class Peers:
             raise StoreSilentError(f"{self.store_name} does not answer")
 
     def lost(self) -> list[str]:
-        """Descriptions of the ranks that died: silent now, and gone without a word.
+        """Descriptions of the ranks that died: gone without a word, and silent now.
 
-        Takes `SILENCE_SECONDS`, the time in which a living rank beats.
+        Takes up to `SILENCE_SECONDS`, the time in which a living rank beats; for ranks of this
+        machine as long as it takes them to die.
         """
         try:
             before = self.ask(self.statuses)
-            time.sleep(SILENCE_SECONDS)
+            processes = self.ask(lambda: {rank: self._process(rank) for rank in before})
+            began = time.monotonic()
+            while time.monotonic() < began + SILENCE_SECONDS:
+                gone = {rank for rank, process in processes.items() if is_gone(process)}
+                if dead := [r for r in sorted(gone) if not before[r].left]:
+                    return [f"rank {rank} ({before[rank].host})" for rank in dead]
+                time.sleep(_POLL_SECONDS)
             return [
                 f"rank {rank} ({status.host})"
                 for rank, status in self.ask(self.statuses).items()

@@ -94,13 +94,26 @@ def identity() -> str:
 
 def kill_if_here(process: str) -> None:
     """SIGKILL the process of an `identity`, where it is on this machine and the same still."""
-    words, own = process.split(), identity().split()
-    if len(words) != 4 or words[:2] != own[:2]:
+    if (here := _number_and_start(process)) is None:
         return
-    pid = int(words[2])
+    pid, start = here
     with contextlib.suppress(OSError):
-        if _start_time(pid) == words[3]:
+        if _start_time(pid) == start:
             os.kill(pid, signal.SIGKILL)
+
+
+def is_gone(process: str) -> bool:
+    """Whether the process of an `identity` ran on this machine, and has ended."""
+    if (here := _number_and_start(process)) is None:
+        return False
+    pid, start = here
+    return _start_time(pid) != start or _stat(pid)[:1] in (["Z"], ["X"])
+
+
+def _number_and_start(process: str) -> tuple[int, str] | None:
+    """Of an `identity`, where it is one of this machine."""
+    words, own = process.split(), identity().split()
+    return (int(words[2]), words[3]) if len(words) == 4 and words[:2] == own[:2] else None
 
 
 def _stat(pid: int) -> list[str]:

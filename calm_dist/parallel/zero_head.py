@@ -190,15 +190,20 @@ class ZeroHead:
     def export_state(self) -> dict[str, torch.Tensor]:
         """fp32 weights and Adam moments as ``<state>.<parameter>``, whole and layout-free.
 
-        A collective of the head's ranks; every rank gets all of it.
+        A collective of the head's ranks; every rank gets all of it. An fp32 head's weights are its
+        own tensors, not copies.
         """
         names = {id(p): name for name, p in self.module.named_parameters()}
         state: dict[str, torch.Tensor] = {}
         for group in parameter_groups(self._zero, self._stage, self._group):
             for kind in STATE_NAMES:
-                local = group.partition if kind == "fp32" else group.moments.get(kind)
-                local = torch.zeros_like(group.partition) if local is None else local
-                for p, whole in zip(group.parameters, group.gather(local), strict=True):
+                if kind == "fp32":
+                    wholes = group.weights()
+                else:
+                    local = group.moments.get(kind)
+                    local = torch.zeros_like(group.partition) if local is None else local
+                    wholes = group.gather(local)
+                for p, whole in zip(group.parameters, wholes, strict=True):
                     state[f"{kind}.{names[id(p)]}"] = whole
         return state
 

@@ -30,9 +30,15 @@ class ConcatenatedGroup:
         """Whole tensors of all parameters, from every rank's part; a collective."""
         flat, wholes = _all_gather(local, self._group).flatten(), []
         for p in self.parameters:
-            wholes.append(flat[: p.numel()].view(p.shape).clone())
+            wholes.append(flat[: p.numel()].view(p.shape))
             flat = flat[p.numel() :]
         return wholes
+
+    def weights(self) -> list[torch.Tensor]:
+        """Whole fp32 weights; a collective where the model's own are rounded ones."""
+        if all(p.dtype == torch.float32 for p in self.parameters):
+            return [p.detach() for p in self.parameters]
+        return self.gather(self.partition)
 
     def cut(self, wholes: list[torch.Tensor]) -> torch.Tensor:
         """This rank's part of whole tensors."""
@@ -62,9 +68,13 @@ class PartitionedGroup:
         for p in self.parameters:
             length = p.partition_numel()
             whole = parts[:, :length].flatten()[: p.ds_numel]
-            wholes.append(whole.view(p.ds_shape).clone())
+            wholes.append(whole.view(p.ds_shape))
             parts = parts[:, length:]
         return wholes
+
+    def weights(self) -> list[torch.Tensor]:
+        """Whole fp32 weights; a collective."""
+        return self.gather(self.partition)
 
     def cut(self, wholes: list[torch.Tensor]) -> torch.Tensor:
         """This rank's part of whole tensors."""

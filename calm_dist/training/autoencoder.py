@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from calm_dist.data.store import StoreMeta
 from calm_dist.data.stream import Batch, Store, open_store, open_training_stream
-from calm_dist.errors import DataError, RecipeError, StoppedError
+from calm_dist.errors import CheckpointError, DataError, RecipeError, StoppedError
 from calm_dist.interop.huggingface import load_autoencoder, save_autoencoder
 from calm_dist.losses.autoencoder import (
     AutoencoderLoss,
@@ -39,10 +40,12 @@ from calm_dist.parallel.rank_zero import on_rank_zero
 from calm_dist.recipe import Recipe
 from calm_dist.training import checkpoint
 from calm_dist.training.adam_state import load_adam, save_adam
+from calm_dist.training.attempts import Attempts
 from calm_dist.training.batches import LookAhead
 from calm_dist.training.health import RunProgress
 from calm_dist.training.metrics import MetricsLog
 from calm_dist.training.phases import Phases
+from calm_dist.training.restart import check_room, newest_valid_for_all
 from calm_dist.training.run_state import RunState
 from calm_dist.training.schedule import learning_rate
 from calm_dist.training.session import launched
@@ -208,6 +211,8 @@ class AutoencoderTrainer:
         self._held_out = open_held_out(recipe, self._stream.metas[0])
         self.phases.enter("load the checkpoint")
         self._resume()
+        check_room(recipe)
+        self._attempts = Attempts()
         self._metrics: MetricsLog | None = None
         if self.rank == 0:
             self._announce()
@@ -243,9 +248,12 @@ class AutoencoderTrainer:
                 # The score comes first: where there is a checkpoint, there is its score.
                 self._evaluate()
                 self.phases.enter("checkpoint", step - 1)
-                on_rank_zero(self._save)
+                self._attempts.forget()
+                temporary = checkpoint.step_directory(self.run_dir, step).with_suffix(".tmp")
+                self._attempts.make(temporary, lambda: on_rank_zero(self._save))
         if self._metrics is not None:
             self._metrics.close()
+        self._attempts.finish()
         if result is not None and result.data_failed:
             self._batches.check()
         if self.progress.step < last:
@@ -342,8 +350,11 @@ class AutoencoderTrainer:
     def _save(self) -> None:
         """Write and commit a checkpoint, on one rank."""
         temporary = checkpoint.begin(self.run_dir, self.progress.step)
-        save_autoencoder(self.model, temporary)
-        save_adam(self.optimizer, self.model, temporary)
+        try:
+            save_autoencoder(self.model, temporary)
+            save_adam(self.optimizer, self.model, temporary)
+        except SafetensorError as error:
+            raise CheckpointError(f"the tensors cannot be written ({error})") from error
         RunState(
             **dataclasses.asdict(self.progress),
             tokens=self.progress.step * self.recipe.tokens_per_step,
@@ -356,7 +367,7 @@ class AutoencoderTrainer:
 
     def _resume(self) -> None:
         """Go on from the newest valid checkpoint of the run directory, if it has one."""
-        directory = on_rank_zero(lambda: checkpoint.newest_valid(self.run_dir))
+        directory = newest_valid_for_all(self.run_dir)
         if directory is None:
             return
         saved = load_autoencoder(directory)

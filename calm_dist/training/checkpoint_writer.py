@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-from calm_dist import flops
-from calm_dist.errors import CheckpointError
 from calm_dist.parallel.rank_zero import on_rank_zero
 from calm_dist.parallel.topology import Topology
 from calm_dist.recipe import Recipe
 from calm_dist.training import checkpoint, model_state
+from calm_dist.training.attempts import Attempts
 from calm_dist.training.build import Parts
 from calm_dist.training.run_state import RunState
 from calm_dist.training.tensor_files import TensorWriter
@@ -25,9 +21,7 @@ from calm_dist.training.tensor_files import TensorWriter
 class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time; all ranks call every method together.
 
-    A checkpoint that cannot be written (a full disk) does not end the training: it is reported,
-    the ones before it stay, and the next one is tried when it is due. `finish` raises if the last
-    one failed.
+    One that cannot be written does not end the training, see `Attempts`.
     """
 
     def __init__(self, recipe: Recipe, topology: Topology) -> None:
@@ -38,13 +32,14 @@ class CheckpointWriter:
         self._temporary = Path()
         self._started, self._waited = 0.0, 0.0
         self._committed: str | None = None
-        self._failure: str | None = None
+        self._attempts = Attempts()
 
     def start(self, parts: Parts, state: RunState) -> None:
         """Begin to write a checkpoint; returns once the state is copied, or with
         ``checkpoint.async: false`` once it is committed."""
         self.wait()
-        self._failure, self._started, self._waited = None, time.perf_counter(), 0.0
+        self._attempts.forget()
+        self._started, self._waited = time.perf_counter(), 0.0
         run_dir = Path(self._recipe.run.dir)
         self._temporary = checkpoint.step_directory(run_dir, state.step).with_suffix(".tmp")
         self._attempt(lambda: self._start(parts, state))
@@ -66,31 +61,7 @@ class CheckpointWriter:
             CheckpointError: the last checkpoint could not be written.
         """
         self.wait()
-        if self._failure is not None:
-            error = CheckpointError(self._failure)
-            error.reported = True  # type: ignore[attr-defined]
-            raise error
-
-    def check_room(self) -> None:
-        """Look at the disk before the training starts.
-
-        Raises:
-            CheckpointError: there is no room for even one checkpoint, on every rank.
-        """
-        recipe = self._recipe
-        # Weights and Adam's moments in fp32, and a bf16 body's own weights.
-        per_parameter = 12 if recipe.precision == "fp32" else 14
-        needed = per_parameter * flops.count(recipe, tokens=0).parameters
-
-        def look() -> None:
-            free = shutil.disk_usage(recipe.run.dir).free
-            if free < needed:
-                raise CheckpointError(
-                    f"run.dir: {recipe.run.dir} has {free / 1e9:.1f} GB free, a checkpoint takes "
-                    f"about {needed / 1e9:.1f} GB; make room, or use another run.dir"
-                )
-
-        on_rank_zero(look)
+        self._attempts.finish()
 
     def _start(self, parts: Parts, state: RunState) -> None:
         recipe, run_dir = self._recipe, Path(self._recipe.run.dir)
@@ -130,45 +101,6 @@ class CheckpointWriter:
         self._committed = temporary.stem
 
     def _attempt(self, work: Callable[[], object]) -> None:
-        """Do a part of the writing; an error is the same on all ranks, and is kept."""
         began = time.perf_counter()
-        try:
-            work()
-        except (CheckpointError, OSError) as error:
-            self._failure = (
-                f"{self._temporary}: {error}; no checkpoint of this step, those before it are as "
-                "they were"
-            )
-            if self._topology.rank == 0:
-                print(f"warning: {self._failure}", file=sys.stderr, flush=True)
-                shutil.rmtree(self._temporary, ignore_errors=True)
+        self._attempts.make(self._temporary, work)
         self._waited += time.perf_counter() - began
-
-
-def newest_valid_for_all(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run, each rank reading its share of the files.
-
-    Says on stderr why newer ones are passed over, and removes what killed runs left half-written.
-    A collective of the world.
-    """
-
-    def candidates() -> list[Path]:
-        (run_dir / checkpoint.CHECKPOINTS).mkdir(exist_ok=True)
-        checkpoint.clean(run_dir)
-        return checkpoint.step_directories(run_dir)
-
-    rank, size = dist.get_rank(), dist.get_world_size()
-    for directory in on_rank_zero(candidates):
-        problem = None
-        try:
-            checkpoint.verify(directory, rank, size)
-        except (CheckpointError, OSError) as error:
-            problem = str(error)
-        problems: list[str | None] = [None] * size
-        dist.all_gather_object(problems, problem)
-        found = [text for text in problems if text is not None]
-        if not found:
-            return directory
-        if rank == 0:
-            checkpoint.pass_over(found[0])
-    return None

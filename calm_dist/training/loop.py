@@ -19,11 +19,12 @@ from calm_dist.recipe import Recipe
 from calm_dist.training import model_state
 from calm_dist.training.batches import LookAhead
 from calm_dist.training.build import build_parts
-from calm_dist.training.checkpoint_writer import CheckpointWriter, newest_valid_for_all
+from calm_dist.training.checkpoint_writer import CheckpointWriter
 from calm_dist.training.health import RunProgress
 from calm_dist.training.metrics import MetricsLog
 from calm_dist.training.optimizer import JointOptimizer, StepResult
 from calm_dist.training.phases import Phases
+from calm_dist.training.restart import check_room, newest_valid_for_all
 from calm_dist.training.run_state import RunState
 from calm_dist.training.stop import StopRequest
 
@@ -62,7 +63,7 @@ class Trainer:
         self._batches = LookAhead(self._stream)
         self._checkpoints = CheckpointWriter(recipe, topology)
         self._resume()
-        self._checkpoints.check_room()
+        check_room(recipe)
         self._metrics: MetricsLog | None = None
         if topology.rank == 0:
             self._metrics = MetricsLog(recipe, self.run_dir, self.progress.step)

@@ -85,7 +85,7 @@ class Start:
         from calm_dist.parallel.topology import destroy_topology
 
         assert self.parts.head is not None
-        found = self.parts.head.export_state()
+        found = {n: t.clone() for n, t in self.parts.head.export_state().items()}
         for name, parameter in self.parts.chunks[0].module.named_parameters():
             found[f"body.{name}"] = parameter.detach().clone()
             found[f"master.{name}"] = parameter.main_param.detach().clone()

@@ -170,6 +170,37 @@ def full_disk(step: int, last: int, bytes: int) -> None:
     in_step(action, step, last)
 
 
+def full_disk_at_the_end(step: int) -> None:
+    """There was room for the tensors, but there is none for what describes them."""
+    import resource
+
+    from calm_dist.training.tensor_files import TensorWriter
+
+    original = TensorWriter._finalize
+
+    def finalize(self: Any, finish: Any, directory: Any) -> None:
+        if f"{step:08d}" in str(directory):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        try:
+            original(self, finish, directory)
+        finally:
+            unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+    TensorWriter._finalize = finalize  # type: ignore[method-assign]
+
+
+def no_directory(step: int) -> None:
+    """Nothing can be made in the directory of the checkpoints any more."""
+
+    def action(trainer: Any, batch: Any) -> None:
+        checkpoints = trainer.run_dir / "checkpoints"
+        checkpoints.rename(checkpoints.with_name("moved"))
+        checkpoints.touch()
+
+    in_step(action, step)
+
+
 def patient_start() -> None:
     """Ranks of a busy machine come later than the short limits of these tests allow."""
     from calm_dist.training import session

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launches import TIMEOUT_SECONDS, data_parallel, free_port, start_rank, training_records
+from launches import (
+    ROOT,
+    TIMEOUT_SECONDS,
+    data_parallel,
+    environment,
+    free_port,
+    start_rank,
+    training_records,
+)
 
 WORKER = Path(__file__).with_name("fault_worker.py")
 STEPS = 12
@@ -35,15 +45,15 @@ def names(*steps: int) -> list[str]:
 # Name: fault, and what the warning says.
 DISKS: dict[str, tuple[dict[str, object], str]] = {
     "one rank's tensors": (
-        {"kind": "full_disk", "rank": 1, "step": 6, "last": 6, "most_bytes": 100_000},
+        {"kind": "full_disk", "rank": 1, "step": 6, "last": 7, "bytes": 100_000},
         "rank 1 cannot write",
     ),
     "rank 0's common part": (
-        {"kind": "full_disk", "rank": 0, "step": 6, "last": 6, "most_bytes": 2_000},
+        {"kind": "full_disk", "rank": 0, "step": 6, "last": 7, "bytes": 2_000},
         "common.pt: cannot be written",
     ),
     "rank 0's small files": (
-        {"kind": "full_disk", "rank": 0, "step": 6, "last": 6, "most_bytes": 300},
+        {"kind": "full_disk", "rank": 0, "step": 6, "last": 7, "bytes": 300},
         "File too large",
     ),
     "the description of the tensors": (
@@ -115,3 +125,35 @@ def test_no_place_for_checkpoints_is_found_before_training(
     assert [code for code, _ in ended] == [2, 2], ended
     assert f"error: {run / 'checkpoints'}" in ended[0][1]
     assert not training_records(run)
+
+
+def test_full_disk_while_an_autoencoder_trains(tmp_path: Path, store: Path) -> None:
+    run = tmp_path / "run"
+    fault = {"kind": "full_disk", "rank": 0, "step": 4, "last": 5, "bytes": 20_000}
+    overrides = {
+        "run.dir": run,
+        "data.path": store,
+        "data.block_size": 64,
+        "model.vocab_size": 300,
+        "model.hidden_size": 32,
+        "model.intermediate_size": 64,
+        "training.steps": 6,
+        "training.micro_batch_size": 2,
+        "training.global_batch_size": 2,
+        "checkpoint.every": 2,
+        "checkpoint.keep": 9,
+        "logging.wandb": "off",
+    }
+    recipe = ROOT / "recipes" / "autoencoder_tiny.yaml"
+    done = subprocess.run(
+        [sys.executable, WORKER, recipe, *(f"{key}={value}" for key, value in overrides.items())],
+        env=environment(FAULT=json.dumps(fault)),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (warning,) = [line for line in done.stderr.splitlines() if FAILED in line]
+    assert "step_00000004" in warning, warning
+    assert checkpoints(run) == names(2, 6)
