@@ -23,10 +23,11 @@ from calm_dist.parallel import cpu
 from calm_dist.parallel.launch import World, join_world
 from calm_dist.parallel.topology import Topology, build_topology, destroy_topology
 from calm_dist.recipe import CalmRecipe, Recipe, load_recipe
-from calm_dist.training import checkpoint, model_state
+from calm_dist.training import checkpoint
 from calm_dist.training.build import build_body, build_head
+from calm_dist.training.checkpoint import model_state
+from calm_dist.training.checkpoint.run_state import RunState
 from calm_dist.training.resolve import autoencoder_directory
-from calm_dist.training.run_state import RunState
 
 _ROWS_AT_ONCE = {"cpu": 8, "cuda": 64}
 """Texts that take a step together: as many as cost little more than one."""

@@ -29,9 +29,10 @@ from calm_dist.interop.layout import CONFIG_FILE, weight_files
 from calm_dist.interop.names import released_shapes
 from calm_dist.interop.tensors import write_weights
 from calm_dist.recipe import CalmRecipe, Recipe, load_recipe
-from calm_dist.training import checkpoint, model_state
+from calm_dist.training import checkpoint
+from calm_dist.training.checkpoint import model_state
+from calm_dist.training.checkpoint.run_state import RunState
 from calm_dist.training.resolve import autoencoder_directory
-from calm_dist.training.run_state import RunState
 
 AUTOENCODER_DIRECTORY = "autoencoder"
 RELEASED_CONFIG_FILE = "released_config.json"

@@ -39,14 +39,14 @@ from calm_dist.parallel.launch import patience
 from calm_dist.parallel.rank_zero import on_rank_zero
 from calm_dist.recipe import Recipe
 from calm_dist.training import checkpoint
-from calm_dist.training.adam_state import load_adam, save_adam
-from calm_dist.training.attempts import Attempts
 from calm_dist.training.batches import LookAhead
+from calm_dist.training.checkpoint.adam_state import load_adam, save_adam
+from calm_dist.training.checkpoint.attempts import Attempts
+from calm_dist.training.checkpoint.restart import check_room, newest_valid_for_all
+from calm_dist.training.checkpoint.run_state import RunState
 from calm_dist.training.health import RunProgress
 from calm_dist.training.metrics import MetricsLog
 from calm_dist.training.phases import Phases
-from calm_dist.training.restart import check_room, newest_valid_for_all
-from calm_dist.training.run_state import RunState
 from calm_dist.training.schedule import learning_rate
 from calm_dist.training.session import launched
 from calm_dist.training.stop import StopRequest

@@ -16,16 +16,16 @@ from calm_dist.parallel.launch import patience
 from calm_dist.parallel.pipeline import micro_batches
 from calm_dist.parallel.topology import Topology
 from calm_dist.recipe import Recipe
-from calm_dist.training import model_state
 from calm_dist.training.batches import LookAhead
 from calm_dist.training.build import build_parts
-from calm_dist.training.checkpoint_writer import CheckpointWriter
+from calm_dist.training.checkpoint import model_state
+from calm_dist.training.checkpoint.restart import check_room, newest_valid_for_all
+from calm_dist.training.checkpoint.run_state import RunState
+from calm_dist.training.checkpoint.writer import CheckpointWriter
 from calm_dist.training.health import RunProgress
 from calm_dist.training.metrics import MetricsLog
 from calm_dist.training.optimizer import JointOptimizer, StepResult
 from calm_dist.training.phases import Phases
-from calm_dist.training.restart import check_room, newest_valid_for_all
-from calm_dist.training.run_state import RunState
 from calm_dist.training.stop import StopRequest
 
 

@@ -22,9 +22,9 @@ from calm_dist.parallel.launch import World, join_world, read_world, select_devi
 from calm_dist.parallel.processes import children_die_with_us
 from calm_dist.recipe import Recipe, load_recipe
 from calm_dist.training import checkpoint
+from calm_dist.training.checkpoint.run_state import RunState
 from calm_dist.training.phases import Phases
 from calm_dist.training.resolve import resolve
-from calm_dist.training.run_state import RunState
 from calm_dist.training.stop import StopRequest
 
 if TYPE_CHECKING:

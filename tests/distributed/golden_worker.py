@@ -63,8 +63,9 @@ class Start:
     def __init__(self, job: dict[str, Any], world_size: int, device: Any) -> None:
         from calm_dist.parallel.topology import build_topology
         from calm_dist.recipe import load_recipe
-        from calm_dist.training import checkpoint, model_state
+        from calm_dist.training import checkpoint
         from calm_dist.training.build import build_parts
+        from calm_dist.training.checkpoint import model_state
 
         self.job = job
         recipe = load_recipe(Path(job["run"]) / "recipe.yaml", job["overrides"])

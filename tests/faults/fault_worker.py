@@ -174,7 +174,7 @@ def full_disk_at_the_end(step: int) -> None:
     """There was room for the tensors, but there is none for what describes them."""
     import resource
 
-    from calm_dist.training.tensor_files import TensorWriter
+    from calm_dist.training.checkpoint.tensor_files import TensorWriter
 
     original = TensorWriter._finalize
 

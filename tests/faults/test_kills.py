@@ -29,7 +29,8 @@ TRAIN = ROOT / "tools" / "train.py"
 PEER_LOST = 3
 RANKS = 2
 
-LOOP, FILES = "calm_dist.training.loop", "calm_dist.training.checkpoint"
+CHECKPOINT = "calm_dist.training.checkpoint"
+FILES = f"{CHECKPOINT}.directory"
 PHASES = "calm_dist.training.phases:Phases"
 # What dies: the rank, and before which call of what. Each life comes as far as a checkpoint first.
 STEP_POINTS: dict[str, tuple[int, str, int, str]] = {
@@ -40,18 +41,18 @@ STEP_POINTS: dict[str, tuple[int, str, int, str]] = {
 }
 QUEUE = "megatron.core.dist_checkpointing.strategies.async_utils:AsyncCallsQueue"
 SAVE_POINTS: dict[str, tuple[int, str, int, str]] = {
-    "begin": (0, f"{FILES}:begin", 2, ""),
-    "plan": (1, "calm_dist.training.tensor_files:TensorWriter.plan", 2, ""),
+    "begin": (0, f"{CHECKPOINT}:begin", 2, ""),
+    "plan": (1, f"{CHECKPOINT}.tensor_files:TensorWriter.plan", 2, ""),
     "fork": (0, f"{QUEUE}.schedule_async_request", 2, ""),
     "writing": (1, f"{QUEUE}.maybe_finalize_async_calls", 2, ""),
-    "gather": (1, "calm_dist.training.tensor_files:TensorWriter._finalize", 2, ""),
-    "description": (0, "calm_dist.training.tensor_files:save_config", 2, ""),
-    "commit": (0, f"{FILES}:commit", 2, ""),
+    "gather": (1, f"{CHECKPOINT}.tensor_files:TensorWriter._finalize", 2, ""),
+    "description": (0, f"{CHECKPOINT}.tensor_files:save_config", 2, ""),
+    "commit": (0, f"{CHECKPOINT}:commit", 2, ""),
     "manifest": (0, f"{FILES}:_describe_all", 2, ""),
     "rename": (0, f"{FILES}:os.replace", 2, ".tmp"),
     "latest": (0, f"{FILES}:replace_text", 2, "latest"),
     "make room": (0, f"{FILES}:_make_room", 3, ""),
-    "loading": (1, "calm_dist.training.model_state:load", 1, ""),
+    "loading": (1, f"{CHECKPOINT}.model_state:load", 1, ""),
 }
 STEPS = 60
 

@@ -19,8 +19,8 @@ from launches import ALONE, ROOT, TIMEOUT_SECONDS, environment, recipe
 from calm_dist.errors import CheckpointError, LaunchError
 from calm_dist.parallel.launch import World
 from calm_dist.recipe import load_recipe
+from calm_dist.training.checkpoint.run_state import RunState
 from calm_dist.training.resolve import resolve
-from calm_dist.training.run_state import RunState
 from calm_dist.training.session import prepare_run_directory
 
 

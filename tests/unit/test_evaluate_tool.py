@@ -15,8 +15,9 @@ from calm_dist.data.latents import plan_store, write_store
 from calm_dist.data.tokenizer import Tokenizer, train_tokenizer
 from calm_dist.evaluation.load import LoadedModel
 from calm_dist.interop.autoencoder import save_autoencoder
-from calm_dist.training import checkpoint, model_state
-from calm_dist.training.run_state import RunState
+from calm_dist.training import checkpoint
+from calm_dist.training.checkpoint import model_state
+from calm_dist.training.checkpoint.run_state import RunState
 
 TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
 TEXT = [f"a small text, number {number}: {number * number}" for number in range(60)]

@@ -27,8 +27,9 @@ from calm_dist.evaluation.generate import (
 )
 from calm_dist.evaluation.load import LoadedModel
 from calm_dist.evaluation.sampling import sample_exact, sample_from_pool
-from calm_dist.training import checkpoint, model_state
-from calm_dist.training.run_state import RunState
+from calm_dist.training import checkpoint
+from calm_dist.training.checkpoint import model_state
+from calm_dist.training.checkpoint.run_state import RunState
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["s", "sea", "the s", "the "]  # 1, 3, 5 and 4 tokens

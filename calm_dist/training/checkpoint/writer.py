@@ -11,11 +11,12 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from calm_dist.parallel.rank_zero import on_rank_zero
 from calm_dist.parallel.topology import Topology
 from calm_dist.recipe import Recipe
-from calm_dist.training import checkpoint, model_state
-from calm_dist.training.attempts import Attempts
+from calm_dist.training import checkpoint
 from calm_dist.training.build import Parts
-from calm_dist.training.run_state import RunState
-from calm_dist.training.tensor_files import TensorWriter
+from calm_dist.training.checkpoint import model_state
+from calm_dist.training.checkpoint.attempts import Attempts
+from calm_dist.training.checkpoint.run_state import RunState
+from calm_dist.training.checkpoint.tensor_files import TensorWriter
 
 
 class CheckpointWriter:

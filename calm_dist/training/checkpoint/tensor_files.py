@@ -42,7 +42,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from calm_dist.errors import CheckpointError
 from calm_dist.parallel.rank_zero import on_rank_zero
 from calm_dist.training.checkpoint import describe_files
-from calm_dist.training.trusted import DESCRIPTION, read_description
+from calm_dist.training.checkpoint.trusted import DESCRIPTION, read_description
 
 State = dict[str, Any]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from calm_dist.errors import CheckpointError, DataError, UserError
 from calm_dist.files import file_sha256, replace_text
 from calm_dist.recipe import load_recipe
-from calm_dist.training.run_state import STATE_FILE, RunState
+from calm_dist.training.checkpoint.run_state import STATE_FILE, RunState
 
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
@@ -104,12 +104,6 @@ def _make_room(final: Path, keep: int, keep_every: int | None) -> None:
             ).start()
 
 
-def newest_recipe(run_dir: Path) -> Path | None:
-    """The recipe in a run's newest checkpoint that has one, whether the rest is whole or not."""
-    recipes = (directory / RECIPE_FILE for directory in step_directories(run_dir))
-    return next(filter(Path.is_file, recipes), None)
-
-
 def verify(directory: Path, part: int = 0, parts: int = 1) -> None:
     """Check a checkpoint: what it says of itself, and its files against its manifest.
 
@@ -172,7 +166,7 @@ def _read_by_a_load(directory: Path) -> list[str]:
         return [*AUTOENCODER_FILES, OPTIMIZER_FILE]
 
     # Imports torch, which those who only look at directories can do without.
-    from calm_dist.training.trusted import tensor_files
+    from calm_dist.training.checkpoint.trusted import tensor_files
 
     return [f"{TENSORS}/{name}" for name in sorted(tensor_files(directory / TENSORS))]
 
