@@ -191,12 +191,14 @@ def full_disk_at_the_end(step: int) -> None:
 
 
 def no_directory(step: int) -> None:
-    """Nothing can be made in the directory of the checkpoints any more."""
+    """Nothing can be made in the directory of the checkpoints any more; for all ranks."""
 
     def action(trainer: Any, batch: Any) -> None:
-        checkpoints = trainer.run_dir / "checkpoints"
-        checkpoints.rename(checkpoints.with_name("moved"))
-        checkpoints.touch()
+        trainer._checkpoints.wait()
+        if trainer.topology.rank == 0:
+            checkpoints = trainer.run_dir / "checkpoints"
+            checkpoints.rename(checkpoints.with_name("moved"))
+            checkpoints.touch()
 
     in_step(action, step)
 

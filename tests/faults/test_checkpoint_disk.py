@@ -97,7 +97,7 @@ def test_last_checkpoint_that_fails_is_an_error_and_is_made_up_for(
 ) -> None:
     run = tmp_path / "run"
     overrides = data_parallel(tiny, run, training__steps=STEPS, checkpoint__every=5)
-    ended = train(overrides, kind="no_directory", rank=0, step=STEPS)
+    ended = train(overrides, kind="no_directory", rank=-1, step=STEPS)
     assert [code for code, _ in ended] == [2, 2], ended
     assert "error: " in ended[0][1] and FAILED in ended[0][1] and str(run) in ended[0][1]
     assert "error: " not in ended[1][1], "it is said once"
