@@ -96,7 +96,9 @@ def test_last_checkpoint_that_fails_is_an_error_and_is_made_up_for(
     tmp_path: Path, tiny: Callable[..., list[str]]
 ) -> None:
     run = tmp_path / "run"
-    overrides = data_parallel(tiny, run, training__steps=STEPS, checkpoint__every=5)
+    overrides = data_parallel(
+        tiny, run, training__steps=STEPS, checkpoint__every=5, checkpoint__keep=2
+    )
     ended = train(overrides, kind="no_directory", rank=-1, step=STEPS)
     assert [code for code, _ in ended] == [2, 2], ended
     assert "error: " in ended[0][1] and FAILED in ended[0][1] and str(run) in ended[0][1]
