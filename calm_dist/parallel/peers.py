@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from calm_dist.parallel.launch import World
@@ -118,12 +119,10 @@ class Peers:
         """
         try:
             before = self.ask(self.statuses)
-            processes = self.ask(lambda: {rank: self._process(rank) for rank in before})
             began = time.monotonic()
             while time.monotonic() < began + SILENCE_SECONDS:
-                gone = {rank for rank, process in processes.items() if is_gone(process)}
-                if dead := [r for r in sorted(gone) if not before[r].left]:
-                    return [f"rank {rank} ({before[rank].host})" for rank in dead]
+                if dead := self.dead():
+                    return dead
                 time.sleep(_POLL_SECONDS)
             return [
                 f"rank {rank} ({status.host})"
@@ -132,6 +131,21 @@ class Peers:
             ]
         except RuntimeError:
             return [f"{self.store_name}, the rendezvous,"]
+
+    def dead(self) -> list[str]:
+        """Descriptions of the ranks of this machine that ended without a word."""
+        if self.serving_rank is not None and is_gone(self._processes[self.serving_rank]):
+            return [f"{self.store_name}, the rendezvous,"]
+        statuses = self.ask(self.statuses)
+        for rank in statuses.keys() - self._processes.keys():
+            self._processes[rank] = self.ask(partial(self._process, rank))
+        gone = [rank for rank in sorted(statuses) if is_gone(self._processes[rank])]
+        return [f"rank {r} ({statuses[r].host})" for r in gone if not statuses[r].left]
+
+    @property
+    def serving_rank(self) -> int | None:
+        """The rank that serves the store, where it is another one and no agent."""
+        return 0 if self.world.rank != 0 and not agent_serves_store() else None
 
     def left(self) -> list[str]:
         """Descriptions of the other ranks that ended, by an error that they told themselves."""

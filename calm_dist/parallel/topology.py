@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from calm_dist.parallel.launch import patience
 from calm_dist.recipe import Recipe
 
 # Model-parallel peers are consecutive ranks: the streaming reader's replication needs that.
@@ -69,6 +72,8 @@ class Topology:
 def build_topology(recipe: Recipe, device: torch.device) -> Topology:
     """Create all process groups; every rank of an initialised world calls it once."""
     parallel = recipe.parallel
+    # Longer than the watchdog's, which says more.
+    timeout = timedelta(seconds=patience(recipe.health.timeout_seconds) + 30.0)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
@@ -78,6 +83,7 @@ def build_topology(recipe: Recipe, device: torch.device) -> Topology:
         # context parallelism and stages: experts would have more replicas than attention.
         expert_tensor_parallel_size=parallel.tensor_parallel_size * parallel.context_parallel_size,
         order=RANK_ORDER,
+        distributed_timeout_minutes=math.ceil(timeout / timedelta(minutes=1)),
     )
     # Megatron draws initial weights from this tracker before `models.initialize` sets them.
     tensor_parallel.model_parallel_cuda_manual_seed(recipe.run.seed)
@@ -92,9 +98,9 @@ def build_topology(recipe: Recipe, device: torch.device) -> Topology:
         device,
         groups,
         tuple(head_ranks),
-        head_group=dist.new_group(head_ranks),
+        head_group=dist.new_group(head_ranks, timeout),
         # new_group is a collective of the whole world, also for groups of one.
-        self_group=[dist.new_group([r]) for r in range(world_size)][rank],
+        self_group=[dist.new_group([r], timeout) for r in range(world_size)][rank],
     )
 
 

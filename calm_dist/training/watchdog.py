@@ -20,7 +20,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from calm_dist.cli import EXIT_HUNG
+from calm_dist.cli import EXIT_HUNG, EXIT_PEER_LOST
 from calm_dist.errors import (
     HungError,
     PeerLostError,
@@ -38,6 +38,7 @@ from calm_dist.parallel.peers import (
 )
 from calm_dist.training.phases import Phases
 
+DIED = "died or stopped answering"
 # What a main thread is doing, by how surely it is itself what takes so long.
 WORKING, BACKWARD, WAITING = range(3)
 # A backward pass of torch may wait for the exchange of gradients, which Python does not see.
@@ -79,17 +80,22 @@ def watched(
         with contextlib.suppress(RuntimeError):
             if verdict := peers.ask(peers.verdict):
                 raise HungError(verdict) from error
-        reason = "died or stopped answering"
+        reason = DIED
         if not lost:
             lost, reason = peers.left(), "ended with an error"
         if not lost:
             raise
-        raise PeerLostError(
-            f"rank {world.rank} stops: {', '.join(lost)} {reason}; "
-            "see its log, then start the same command again to resume"
-        ) from error
+        raise PeerLostError(lost_message(world.rank, lost, reason)) from error
     finally:
         watchdog.close()
+
+
+def lost_message(rank: int, lost: list[str], reason: str = DIED) -> str:
+    """What a rank says that ends because others did."""
+    return (
+        f"rank {rank} stops: {', '.join(lost)} {reason}; see its log, then start the same command "
+        "again to resume"
+    )
 
 
 class Watchdog:
@@ -103,6 +109,7 @@ class Watchdog:
         self._progress = (0.0, 0)
         self._before: dict[int, Status] = {}
         self._looked = 0.0
+        self._dead_since = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -121,6 +128,8 @@ class Watchdog:
             self._status = self._observe(now - beaten)
             beaten = now
             try:
+                if self._status.idle >= SILENCE_SECONDS:
+                    self._look_for_the_dead(now)
                 self._peers.publish(self._status)
                 if self._status.idle >= min(SILENCE_SECONDS, self._timeout):
                     self._look(now)
@@ -133,6 +142,14 @@ class Watchdog:
                         f"answer; {_describe(self._peers.world.rank, self._status)}",
                         {0} if self._peers.world.rank and not agent_serves_store() else None,
                     )
+
+    def _look_for_the_dead(self, now: float) -> None:
+        """Leave where a rank died and the main thread does not notice: forming process groups it
+        would wait for half an hour."""
+        if not (dead := self._peers.dead()):
+            self._dead_since = now
+        elif now - self._dead_since >= SILENCE_SECONDS:
+            self._leave(lost_message(self._peers.world.rank, dead), code=EXIT_PEER_LOST)
 
     def _limit(self, status: Status) -> float:
         """Seconds that a rank may go without progress: more while libraries and data are loaded."""
@@ -184,7 +201,9 @@ class Watchdog:
         is_first = self._peers.ask(lambda: self._peers.declare(verdict))
         self._leave(verdict if is_first else None, silent)
 
-    def _leave(self, message: str | None, silent: set[int] | None = None) -> NoReturn:
+    def _leave(
+        self, message: str | None, silent: set[int] | None = None, code: int = EXIT_HUNG
+    ) -> NoReturn:
         """End this process, whatever its main thread is stuck in."""
 
         def tell() -> None:
@@ -201,7 +220,7 @@ class Watchdog:
         if self._peers.serves_store:
             # The others must be able to read the verdict.
             time.sleep(3 * BEAT_SECONDS)
-        os._exit(EXIT_HUNG)
+        os._exit(code)
 
 
 def find_culprits(statuses: dict[int, Status], silent: set[int], stuck: set[int]) -> list[int]:

@@ -34,6 +34,7 @@ FILES = f"{CHECKPOINT}.directory"
 PHASES = "calm_dist.training.phases:Phases"
 # What dies: the rank, and before which call of what. Each life comes as far as a checkpoint first.
 STEP_POINTS: dict[str, tuple[int, str, int, str]] = {
+    "forming groups": (1, "calm_dist.parallel.topology:build_topology", 1, ""),
     "data": (1, f"{PHASES}.enter", 11, "data"),
     "second micro-batch": (0, f"{PHASES}.progress", 8, ""),
     "optimizer": (1, f"{PHASES}.enter", 4, "optimizer"),
@@ -128,7 +129,8 @@ def test_killed_at_points_of_step_and_save(
 ) -> None:
     run = tmp_path / "run"
     points = {
-        name: (STEP_POINTS | SAVE_POINTS)[name] for name in ("optimizer", "writing", "rename")
+        name: (STEP_POINTS | SAVE_POINTS)[name]
+        for name in ("forming groups", "optimizer", "writing")
     }
     kill_at_points(run, overrides(run), points)
     finish(run, overrides(run))
