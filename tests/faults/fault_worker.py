@@ -190,6 +190,19 @@ def full_disk_at_the_end(step: int) -> None:
     TensorWriter._finalize = finalize  # type: ignore[method-assign]
 
 
+def no_process(step: int) -> None:
+    """The machine has no room for another process in step ``step``."""
+    import errno
+
+    real = os.fork
+
+    def refuse() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    in_step(lambda *_: setattr(os, "fork", refuse), step)
+    in_step(lambda *_: setattr(os, "fork", real), step + 1)
+
+
 def no_directory(step: int) -> None:
     """Nothing can be made in the directory of the checkpoints any more; for all ranks."""
 

@@ -56,6 +56,10 @@ DISKS: dict[str, tuple[dict[str, object], str]] = {
         {"kind": "full_disk", "rank": 0, "step": 6, "last": 7, "bytes": 300},
         "File too large",
     ),
+    "no process to write": (
+        {"kind": "no_process", "rank": 1, "step": 6},
+        "rank 1 cannot write",
+    ),
     "the description of the tensors": (
         {"kind": "full_disk_at_the_end", "rank": 0, "step": 6},
         "File too large",
@@ -70,6 +74,7 @@ DISKS: dict[str, tuple[dict[str, object], str]] = {
         pytest.param("one rank's tensors", False, marks=pytest.mark.full),
         pytest.param("rank 0's common part", True, marks=pytest.mark.full),
         pytest.param("rank 0's small files", True, marks=pytest.mark.full),
+        pytest.param("no process to write", True, marks=pytest.mark.full),
         ("the description of the tensors", True),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -81,7 +82,15 @@ class CheckpointWriter:
         )
         request = self._writer.plan(tensors, temporary / checkpoint.TENSORS)
         request.add_finalize_fn(self._commit)
-        self._calls.schedule_async_request(request)
+        try:
+            self._calls.schedule_async_request(request)
+        except OSError as error:
+            # No memory or no process left on this rank, which the others cannot know. It takes
+            # part with nothing to run, so that all learn that it has written nothing.
+            rank = self._topology.rank
+            print(f"rank {rank}: no process can be forked ({error})", file=sys.stderr, flush=True)
+            self._calls.call_idx -= 1
+            self._calls.schedule_async_request(request._replace(async_fn=None))
 
     def _finalize(self, blocking: bool) -> None:
         if not self._calls.get_num_unfinalized_calls():
