@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
@@ -34,7 +35,7 @@ class Run(Section):
     """The run directory itself; it holds recipe.yaml, metrics.jsonl, checkpoints/ and logs/."""
     name: str | None = None
     """Name shown by trackers and reports; the directory's own name where absent."""
-    seed: NonNegative = 0
+    seed: Seed = 0
     """Seed of weights, noise and posterior draws."""
 
     @property
@@ -193,7 +194,7 @@ class Data(Section):
     block_size: Positive | None = None
     """Tokens per block; taken from the data store where absent."""
     latents: Literal["stored", "on_the_fly"] = "stored"
-    seed: NonNegative = 0
+    seed: Seed = 0
     """Seed of the order in which blocks are read."""
     num_workers: NonNegative = 0
     """Reader processes per rank; 0 reads in the training process."""
@@ -302,7 +303,7 @@ class Logging(Section):
 class Health(Section):
     """When a run gives up."""
 
-    timeout_seconds: PositiveFloat = 600.0
+    timeout_seconds: Annotated[float, Field(gt=0, le=1e6)] = 600.0
     """Longest time that a rank may go without a sign of progress, such as a micro-batch, a batch
     that was read or a checkpoint that was written; half as long again and 30 s before the first
     step. Also how long ranks wait for each other to be launched."""

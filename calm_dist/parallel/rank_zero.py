@@ -23,6 +23,11 @@ def on_rank_zero(work: Callable[[], T]) -> T:
             outcome = [work()]
         except (UserError, OSError) as error:
             outcome = [error]
+        except Exception as error:
+            # A fault of ours, which this rank reports; the others must not wait for it.
+            outcome = [RuntimeError(f"rank 0 failed: {type(error).__name__}: {error}")]
+            dist.broadcast_object_list(outcome, src=0)
+            raise
     dist.broadcast_object_list(outcome, src=0)
     result = outcome[0]
     if isinstance(result, Exception):

@@ -11,21 +11,23 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from calm_dist.data.stream import Batch, open_training_stream
-from calm_dist.errors import StoppedError, TrainingDivergedError
+from calm_dist.errors import CheckpointError, StoppedError, TrainingDivergedError
 from calm_dist.parallel.launch import patience
 from calm_dist.parallel.pipeline import micro_batches
+from calm_dist.parallel.rank_zero import on_rank_zero
 from calm_dist.parallel.topology import Topology
 from calm_dist.recipe import Recipe
 from calm_dist.training.batches import LookAhead
 from calm_dist.training.build import build_parts
 from calm_dist.training.checkpoint import model_state
 from calm_dist.training.checkpoint.restart import check_room, newest_valid_for_all
-from calm_dist.training.checkpoint.run_state import RunState
+from calm_dist.training.checkpoint.run_state import STATE_FILE, RunState
 from calm_dist.training.checkpoint.writer import CheckpointWriter
 from calm_dist.training.health import RunProgress
 from calm_dist.training.metrics import MetricsLog
 from calm_dist.training.optimizer import JointOptimizer, StepResult
 from calm_dist.training.phases import Phases
+from calm_dist.training.resolve import encoder_sha256
 from calm_dist.training.stop import StopRequest
 
 
@@ -60,6 +62,7 @@ class Trainer:
             timeout_seconds=patience(recipe.health.timeout_seconds),
         )
         self.phases.enter("load the checkpoint")
+        self._encoder_sha256 = on_rank_zero(lambda: encoder_sha256(recipe))
         self._batches = LookAhead(self._stream)
         self._checkpoints = CheckpointWriter(recipe, topology)
         self._resume()
@@ -164,6 +167,7 @@ class Trainer:
             **asdict(self.progress),
             tokens=step * self.recipe.tokens_per_step,
             tokenizer_sha256=self._stream.metas[0].tokenizer.sha256,
+            autoencoder_sha256=self._encoder_sha256,
             data=self._stream.state_dict(step),
         )
         self._checkpoints.start(self.parts, state)
@@ -182,6 +186,12 @@ class Trainer:
             )
             report = f"starts from the weights in {directory}"
         else:
+            if state.autoencoder_sha256 != self._encoder_sha256:
+                raise CheckpointError(
+                    f"{directory / STATE_FILE}: trained on latents of the autoencoder "
+                    f"{state.autoencoder_sha256}, model.autoencoder is {self._encoder_sha256}; "
+                    "name that autoencoder, or use another run.dir"
+                )
             assert state.data is not None
             self._stream.load_state_dict(state.data)
             model_state.load(

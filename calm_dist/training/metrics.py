@@ -154,14 +154,17 @@ def _finite(value: Any) -> Any:
 
 
 def read_records(run_dir: str | Path) -> list[Record]:
-    """All records of a run, in order; a line cut short by a crash is left out."""
+    """All records of a run, in order; what is no record, such as a line cut short by a crash, is
+    left out."""
     path = Path(run_dir) / METRICS_FILE
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
     return records
 
 

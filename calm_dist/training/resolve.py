@@ -70,6 +70,14 @@ def autoencoder_directory(path: str | Path) -> Path:
     return path if (path / CONFIG_FILE).is_file() else find_checkpoint(path)
 
 
+def encoder_sha256(recipe: Recipe) -> str | None:
+    """Fingerprint of the autoencoder that encodes on the fly, if one does."""
+    model = recipe.model
+    if model.kind != "calm" or recipe.data.latents != "on_the_fly" or model.autoencoder is None:
+        return None
+    return file_sha256(weights_file(autoencoder_directory(model.autoencoder)))
+
+
 def _check_autoencoder(recipe: Recipe, meta: StoreMeta) -> None:
     """Tokens and latents belong to the recipe's autoencoder, where that can be looked at."""
     model = recipe.model

@@ -196,10 +196,11 @@ def _check_changes(run_dir: Path, recipe: Recipe) -> None:
 
 
 def _newest_readable(run_dir: Path) -> tuple[Path, Recipe | None]:
-    """The newest checkpoint whose recipe can be read, whether the rest of it is whole or not."""
+    """The newest checkpoint whose recipe and state are whole, whether the rest is or not."""
     for directory in checkpoint.step_directories(run_dir):
         # A damaged one is reported and passed over when checkpoints are loaded.
         with suppress(UserError, OSError):
+            checkpoint.verify_description(directory)
             return directory, load_recipe(directory / checkpoint.RECIPE_FILE)
     return run_dir, None
 

@@ -28,7 +28,7 @@ def write(run_dir: Path, step: int, keep: int = 10, keep_every: int | None = Non
     (temporary / "optimizer.safetensors").touch()
     (temporary / "config.json").write_text("{}")
     (temporary / "recipe.yaml").write_text(AUTOENCODER)
-    RunState(step=step, data={}).write(temporary)
+    RunState(step=step, data={"steps_done": step}).write(temporary)
     return checkpoint.commit(temporary, keep, keep_every)
 
 
@@ -141,6 +141,26 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], bool, str]] = {
         True,
         "state.json",
     ),
+    "more updates than steps": (
+        lambda d: edit(d / "state.json", lambda s: s.update(adam_steps=11)),
+        True,
+        "state.json",
+    ),
+    "another position in the data": (
+        lambda d: edit(d / "state.json", lambda s: s["data"].update(steps_done=4)),
+        True,
+        "state.json",
+    ),
+    "no position in the data": (
+        lambda d: edit(d / "state.json", lambda s: s.update(data={})),
+        True,
+        "state.json",
+    ),
+    "weights only": (
+        lambda d: edit(d / "state.json", lambda s: s.update(weights_only=True)),
+        True,
+        "state.json",
+    ),
     "another format": (
         lambda d: edit(d / "state.json", lambda s: s.update(format=2)),
         True,
@@ -215,6 +235,29 @@ TENSOR_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "too short",
     ),
+    "before the beginning": (
+        lambda d: rewrite_description(
+            d, lambda s: [setattr(info, "offset", -5) for info in s.values()]
+        ),
+        "at no place",
+    ),
+    "at a text": (
+        lambda d: rewrite_description(
+            d, lambda s: [setattr(info, "offset", "5") for info in s.values()]
+        ),
+        ".metadata: damaged",
+    ),
+    "half of the places": (
+        lambda d: rewrite_description(d, lambda s: [s.pop(key) for key in list(s)[::2]]),
+        "no place for",
+    ),
+    "common part cut": (lambda d: cut(d / "tensors" / "common.pt"), "common.pt"),
+    "common part empty": (lambda d: (d / "tensors" / "common.pt").write_bytes(b""), "common.pt"),
+    "no backend": (lambda d: (d / "tensors" / "metadata.json").write_text("[]"), "metadata.json"),
+    "another backend": (
+        lambda d: edit(d / "tensors" / "metadata.json", lambda m: m.update(sharded_backend="zarr")),
+        "zarr",
+    ),
     "no description": (lambda d: (d / "tensors" / ".metadata").unlink(), ".metadata"),
 }
 
@@ -248,6 +291,48 @@ def test_damaged_later_checkpoints_do_not_cost_a_new_one(tmp_path: Path) -> None
     # What was removed may still be on its way.
     names = sorted(path.name for path in found if path.suffix != ".tmp")
     assert names == ["step_00000010", "step_00000020.damaged", "step_00000030.damaged"]
+
+
+def test_damaged_checkpoints_are_not_counted_as_kept(tmp_path: Path) -> None:
+    for step in (2, 4, 5):
+        write(tmp_path, step)
+    flip(tmp_path / "checkpoints" / "step_00000005" / "model.safetensors")
+    # What a start does, when it goes on from the step before.
+    checkpoint.set_aside([tmp_path / "checkpoints" / "step_00000005"])
+    write(tmp_path, 6, keep=2)
+    names = [path.name for path in checkpoint.all_checkpoints(tmp_path)]
+    assert names == ["step_00000004", "step_00000006"]
+
+
+@pytest.mark.parametrize("name", ["step_8", "step_000000008", "step_٩", "step_x", "step_-1"])
+def test_other_names_are_no_checkpoints(tmp_path: Path, name: str) -> None:
+    good = write(tmp_path, 8)
+    (tmp_path / "checkpoints" / name).mkdir()
+    assert checkpoint.find_checkpoint(tmp_path) == good
+    write(tmp_path, 8)
+
+
+@pytest.mark.parametrize("place", ["step_00000005", "step_00000005.tmp", "latest"])
+def test_what_lies_in_the_way_is_replaced(tmp_path: Path, place: str) -> None:
+    """A file, a link, a directory: in the place of a checkpoint, or of ``latest``."""
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    if place == "latest":
+        (checkpoints / place).mkdir()
+    else:
+        (checkpoints / place).symlink_to(tmp_path / "nowhere")
+    assert checkpoint.find_checkpoint(write(tmp_path, 5)).name == "step_00000005"
+    assert checkpoint.find_checkpoint(write(tmp_path, 6)).name == "step_00000006"
+
+
+def test_half_a_part_of_the_manifest_costs_only_time(tmp_path: Path) -> None:
+    temporary = checkpoint.begin(tmp_path, 1)
+    (temporary / "a").write_bytes(b"x")
+    checkpoint.describe_files(temporary, [temporary / "a"], rank=0)
+    part = next(temporary.glob("*.part"))
+    part.write_bytes(part.read_bytes()[:20])
+    final = checkpoint.commit(temporary, keep=1)
+    assert list(json.loads((final / checkpoint.MANIFEST).read_text())) == ["a"]
 
 
 def test_half_written_directory_is_no_checkpoint(tmp_path: Path) -> None:

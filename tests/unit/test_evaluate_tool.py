@@ -47,7 +47,9 @@ def write_run(model: LoadedModel, run: Path, tokenizer_sha256: str | None) -> No
     recipe = type(model.recipe).from_dict(values).to_yaml()
     temporary = checkpoint.begin(run, 3)
     model_state.save_weights(temporary, model.body, model._head)
-    RunState(step=3, tokens=4096, tokenizer_sha256=tokenizer_sha256, data={}).write(temporary)
+    RunState(step=3, tokens=4096, tokenizer_sha256=tokenizer_sha256, data={"steps_done": 3}).write(
+        temporary
+    )
     for directory in (run, temporary):
         (directory / checkpoint.RECIPE_FILE).write_text(recipe)
     checkpoint.commit(temporary, keep=1)

@@ -292,7 +292,7 @@ def saved(model: LoadedModel, tokenizer: Tokenizer, run: Path) -> Path:
     temporary = checkpoint.begin(run, 3)
     model_state.save_weights(temporary, model.body, None)
     sha256 = tokenizer.fingerprint
-    RunState(step=3, tokens=60, tokenizer_sha256=sha256, data={}).write(temporary)
+    RunState(step=3, tokens=60, tokenizer_sha256=sha256, data={"steps_done": 3}).write(temporary)
     (temporary / checkpoint.RECIPE_FILE).write_text(model.recipe.to_yaml())
     checkpoint.commit(temporary, keep=1)
     return run

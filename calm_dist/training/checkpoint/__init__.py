@@ -19,9 +19,11 @@ from calm_dist.training.checkpoint.directory import (
     newest_valid,
     pass_over,
     run_directory,
+    set_aside,
     step_directories,
     step_directory,
     verify,
+    verify_description,
 )
 
 __all__ = [
@@ -43,7 +45,9 @@ __all__ = [
     "newest_valid",
     "pass_over",
     "run_directory",
+    "set_aside",
     "step_directories",
     "step_directory",
     "verify",
+    "verify_description",
 ]

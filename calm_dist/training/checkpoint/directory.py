@@ -6,6 +6,7 @@ and sha256 of every file. A directory without a manifest that holds is not a che
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -28,7 +29,7 @@ TENSORS = "tensors"
 """Megatron's distributed checkpoint of a language model."""
 AUTOENCODER_FILES = ("config.json", "model.safetensors")
 OPTIMIZER_FILE = "optimizer.safetensors"
-_STEP_NAME = re.compile(r"step_(\d+)")
+_STEP_NAME = re.compile(r"step_([0-9]{1,18})")
 # What a rank has described already of the files that it wrote; merged into the manifest.
 _PART_OF_MANIFEST = "manifest_{rank}.part"
 
@@ -43,7 +44,7 @@ def step_directory(run_dir: Path, step: int) -> Path:
 def begin(run_dir: Path, step: int) -> Path:
     """An empty directory to write the checkpoint of ``step`` into."""
     temporary = step_directory(run_dir, step).with_suffix(".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    _remove(temporary)
     temporary.mkdir(parents=True)
     return temporary
 
@@ -63,7 +64,9 @@ def commit(temporary: Path, keep: int, keep_every: int | None = None) -> Path:
     """
     described: Described = {}
     for part in sorted(temporary.glob(_PART_OF_MANIFEST.format(rank="*"))):
-        described |= json.loads(part.read_text(encoding="utf-8"))
+        # Half of it, where there was no room for the rest: its files are read once more.
+        with contextlib.suppress(ValueError):
+            described |= json.loads(part.read_text(encoding="utf-8"))
         part.unlink()
     others = [f for f in _files(temporary) if str(f.relative_to(temporary)) not in described]
     for file in others:
@@ -72,36 +75,41 @@ def commit(temporary: Path, keep: int, keep_every: int | None = None) -> Path:
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     _sync(temporary / MANIFEST)
     final = temporary.with_suffix("")
-    if final.exists():
-        # The same step was reached again after a resume from an older one.
-        shutil.rmtree(final)
+    # The same step may have been reached before, by a run that then went on from an older one.
+    _remove(final)
     os.replace(temporary, final)
     _sync(final.parent)
-    replace_text(final.parent / LATEST, final.name + "\n")
-    _make_room(final, keep, keep_every)
+    try:
+        replace_text(final.parent / LATEST, final.name + "\n")
+        _make_room(final, keep, keep_every)
+    except OSError as error:
+        # The checkpoint is there, whatever becomes of the others.
+        print(f"warning: {final.parent}: cannot be put in order ({error})", file=sys.stderr)
     return final
 
 
 def _make_room(final: Path, keep: int, keep_every: int | None) -> None:
-    """Remove all but the newest ``keep`` checkpoints up to ``final``, and the multiples.
-
-    Those of later steps were passed over as damaged when the run went on from an earlier one.
-    They are set aside: they must neither count nor be met again.
-    """
+    """Remove all but the newest ``keep`` checkpoints up to ``final``, and the multiples."""
     directories = step_directories(final.parent.parent)
     newest = directories.index(final)
-    for later in directories[:newest]:
-        aside = later.with_suffix(".damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(later, aside)
+    set_aside(directories[:newest])
     for old in directories[newest + keep :]:
         step = _step_of(old)
         if keep_every is None or step is None or step % keep_every:
             # Gone at once as a checkpoint; its many bytes while the training goes on.
+            _remove(old.with_suffix(".tmp"))
             os.replace(old, old.with_suffix(".tmp"))
             threading.Thread(
                 target=shutil.rmtree, args=(old.with_suffix(".tmp"), True), name="remove"
             ).start()
+
+
+def set_aside(damaged: list[Path]) -> None:
+    """Rename what was passed over: it must neither count as kept nor be met again."""
+    for directory in damaged:
+        aside = directory.with_suffix(".damaged")
+        _remove(aside)
+        os.replace(directory, aside)
 
 
 def verify(directory: Path, part: int = 0, parts: int = 1) -> None:
@@ -116,19 +124,33 @@ def verify(directory: Path, part: int = 0, parts: int = 1) -> None:
     """
     manifest = _read_manifest(directory)
     for number, (name, expected) in enumerate(sorted(manifest.items())):
-        file = directory / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing, although the manifest lists it")
-        size = file.stat().st_size
-        if size != expected.get("bytes"):
-            raise CheckpointError(f"{file}: has {size} bytes, the manifest says {expected}")
-        if number % parts == part and (sha256 := _hash(file)) != expected.get("sha256"):
-            raise CheckpointError(f"{file}: damaged; sha256 {sha256}, the manifest says {expected}")
+        _verify_file(directory / name, expected, read=number % parts == part)
     for name in _read_by_a_load(directory):
         if name not in manifest:
             raise CheckpointError(
                 f"{directory / MANIFEST}: damaged; it does not list {name}, which is part of it"
             )
+
+
+def verify_description(directory: Path) -> None:
+    """Check only what a checkpoint says of itself, recipe and state, against its manifest.
+
+    Raises:
+        CheckpointError: with the file and what is wrong with it.
+    """
+    manifest = _read_manifest(directory)
+    for name in (STATE_FILE, RECIPE_FILE):
+        _verify_file(directory / name, manifest[name], read=True)
+
+
+def _verify_file(file: Path, expected: dict[str, int | str], read: bool) -> None:
+    if not file.is_file():
+        raise CheckpointError(f"{file}: missing, although the manifest lists it")
+    size = file.stat().st_size
+    if size != expected.get("bytes"):
+        raise CheckpointError(f"{file}: has {size} bytes, the manifest says {expected}")
+    if read and (sha256 := _hash(file)) != expected.get("sha256"):
+        raise CheckpointError(f"{file}: damaged; sha256 {sha256}, the manifest says {expected}")
 
 
 def _read_manifest(directory: Path) -> Described:
@@ -184,7 +206,7 @@ def pass_over(reason: str) -> None:
 def _is_valid(directory: Path) -> bool:
     try:
         verify(directory)
-    except CheckpointError as error:
+    except Exception as error:  # damage has no end of forms, and none may end a restart
         pass_over(str(error))
         return False
     return True
@@ -245,12 +267,23 @@ def step_directories(run_dir: str | Path) -> list[Path]:
 def clean(run_dir: Path) -> None:
     """Remove what killed runs have left half-written; only the run that holds ``run_dir`` may."""
     for temporary in (run_dir / CHECKPOINTS).glob("step_*.tmp"):
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
 
 
 def _step_of(directory: Path) -> int | None:
+    """The step of a directory that is named exactly as `step_directory` does."""
     match = _STEP_NAME.fullmatch(directory.name)
-    return int(match[1]) if match else None
+    if match is None or directory.name != step_directory(Path(), int(match[1])).name:
+        return None
+    return int(match[1])
+
+
+def _remove(path: Path) -> None:
+    """Remove whatever is there: a directory, a file, a link."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _files(directory: Path) -> Iterator[Path]:

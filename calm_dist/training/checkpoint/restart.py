@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -17,8 +18,11 @@ from calm_dist.training import checkpoint
 def newest_valid_for_all(run_dir: Path) -> Path | None:
     """The newest whole checkpoint of a run, each rank reading its share of the files.
 
-    Says on stderr why newer ones are passed over, and removes what killed runs left half-written.
-    A collective of the world.
+    Says on stderr why newer ones are passed over, renames those ``.damaged``, and removes what
+    killed runs left half-written. A collective of the world.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none is whole; on every rank.
     """
 
     def candidates() -> list[Path]:
@@ -27,19 +31,29 @@ def newest_valid_for_all(run_dir: Path) -> Path | None:
         return checkpoint.step_directories(run_dir)
 
     rank, size = dist.get_rank(), dist.get_world_size()
+    passed_over: list[Path] = []
     for directory in on_rank_zero(candidates):
         problem = None
         try:
             checkpoint.verify(directory, rank, size)
-        except (CheckpointError, OSError) as error:
-            problem = str(error)
+        except Exception as error:  # damage has no end of forms, and none may end a restart
+            problem = str(error) or type(error).__name__
         problems: list[str | None] = [None] * size
         dist.all_gather_object(problems, problem)
         found = [text for text in problems if text is not None]
         if not found:
+            on_rank_zero(partial(checkpoint.set_aside, passed_over))
             return directory
+        passed_over.append(directory)
         if rank == 0:
             checkpoint.pass_over(found[0])
+    if passed_over:
+        refusal = CheckpointError(
+            f"{run_dir / checkpoint.CHECKPOINTS}: none of {len(passed_over)} checkpoints is whole, "
+            "see above; mend them, or remove them to start from the beginning"
+        )
+        refusal.reported = True  # type: ignore[attr-defined]
+        raise refusal
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, model_validator
 
 from calm_dist.errors import CheckpointError
 
@@ -26,11 +26,24 @@ class RunState(BaseModel):
     tokens: NonNegativeInt = 0
     """Tokens of all steps."""
     tokenizer_sha256: str | None = None
+    autoencoder_sha256: str | None = None
+    """Of the weights that encode on the fly; stored latents are known by the data's fingerprint."""
     data: dict[str, Any] | None = None
     """Position in the data, see `TrainingStream.state_dict`."""
     weights_only: bool = False
     """No optimizer has written it, such as an import: nothing but weights to go on from."""
     imported_from: str | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> RunState:
+        """What the counters cannot be together."""
+        if self.adam_steps + self.skipped_in_a_row > self.step:
+            raise ValueError("more updates and skipped steps than steps")
+        if self.weights_only and (self.step or self.data is not None):
+            raise ValueError("has trained, but speaks of weights only")
+        if not self.weights_only and (self.data or {}).get("steps_done") != self.step:
+            raise ValueError("the position in the data is not that of the step")
+        return self
 
     def write(self, directory: Path) -> None:
         """Write it into a checkpoint that is being made."""
@@ -53,6 +66,4 @@ class RunState(BaseModel):
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"])) or "the file"
             raise CheckpointError(f"{path}: damaged; {where}: {first['msg']}") from error
-        if state.data is None and not state.weights_only:
-            raise CheckpointError(f"{path}: damaged; it has no position in the data")
         return state

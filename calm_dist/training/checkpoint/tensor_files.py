@@ -55,7 +55,7 @@ class TensorWriter:
     """
 
     def __init__(self, replicas: dist.ProcessGroup | None = None) -> None:
-        self._strategy = _Strategy("torch_dist", 1, cached_metadata=True)
+        self._strategy = _Strategy("torch_dist", 1, thread_count=1, cached_metadata=True)
         self._shared = FullyParallelSaveStrategyWrapper(
             self._strategy, replicas, do_cache_distribution=True
         )
@@ -133,7 +133,8 @@ class _Strategy(torch_strategy.TorchDistSaveShardedStrategy):
         request: AsyncRequest = super()._get_save_and_finalize_callbacks(writer, planned)
         if request.async_fn is None:
             return request
-        return request._replace(async_fn=partial(_write_and_hash, request.async_fn))
+        # The first argument of Megatron's function, for ways to write that nobody asked for.
+        return request._replace(async_fn=partial(_write_and_hash, request.async_fn.args[0]))
 
 
 class _InPlace:
@@ -222,13 +223,29 @@ class _ResultsFile:
 
 
 def _write_and_hash(
-    write: Callable[..., None], rank: int, buckets: list[Any], results: _ResultsFile
+    transforms: list[Any], rank: int, buckets: list[Any], results: _ResultsFile
 ) -> None:
-    """In the forked process: write this rank's files, then describe them for the manifest."""
+    """In the forked process: write this rank's files, then describe them for the manifest.
+
+    Megatron's own function would fork once more for each file, and wait without end for a process
+    of those that was killed.
+    """
     # OpenMP's threads are not there in a forked process, and it would wait for them.
     torch.set_num_threads(1)
-    copied = [(path, name, (b, [_own(pair) for pair in t])) for path, name, (b, t) in buckets]
-    write(rank, copied, results)
+    written: dict[int, Any] = {}
+    outcome: dict[int, Any] | Exception = written
+    for number, (path, name, (others, tensors)) in enumerate(buckets):
+        bucket = (path, name, (others, [_own(pair) for pair in tensors]))
+        answers: queue.Queue[Any] = queue.Queue()
+        running: queue.Queue[int] = queue.Queue()
+        running.put(number)
+        _Writer.write_preloaded_data(transforms, number, bucket, answers, running, True)
+        _, answer = answers.get()
+        if isinstance(answer, Exception):
+            outcome = answer
+            break
+        written[number] = answer
+    results.put(outcome)
     files = [Path(path) for path, *_ in buckets]
     describe_files(files[0].parent.parent, files, rank)
 
@@ -263,6 +280,11 @@ def read(state: State, directory: Path) -> State:
         raise CheckpointError(
             f"{directory}: refused, it holds more than tensors; use another checkpoint"
         ) from error
+    except CheckpointException as error:
+        # Of torch, and not even an Exception.
+        raise CheckpointError(f"{directory}: cannot be read ({error.failures})") from error
+    except (EOFError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory}: cannot be read ({error})") from error
     except (CheckpointingException, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(

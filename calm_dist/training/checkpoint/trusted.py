@@ -8,12 +8,13 @@ pickled parts are read with ``weights_only`` by the libraries themselves.
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from calm_dist.errors import CheckpointError
 
@@ -73,7 +74,36 @@ def tensor_files(directory: Path) -> set[str]:
         CheckpointError: one is missing or shorter than its tensors, or the description is refused.
     """
     path = directory / DESCRIPTION
-    stored = read_description(path).storage_data or {}
+    description = read_description(path)
+    _check_other_files(directory)
+    try:
+        return _check_places(directory, description)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged ({error})") from error
+
+
+def _check_other_files(directory: Path) -> None:
+    common, config = (directory / name for name in _OTHER_FILES)
+    try:
+        torch.load(common, weights_only=True)
+    except Exception as error:  # whatever its bytes lead to
+        raise CheckpointError(f"{common}: missing or damaged ({error})") from error
+    try:
+        backend = json.loads(config.read_text(encoding="utf-8"))["sharded_backend"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{config}: missing or damaged ({error})") from error
+    if backend != "torch_dist":
+        raise CheckpointError(f"{config}: damaged; it speaks of {backend!r}, not of torch_dist")
+
+
+def _check_places(directory: Path, description: Metadata) -> set[str]:
+    path, stored = directory / DESCRIPTION, description.storage_data or {}
+    if not description.state_dict_metadata:
+        raise CheckpointError(f"{path}: damaged; it describes no tensor")
+    for name, tensor in description.state_dict_metadata.items():
+        for chunk in getattr(tensor, "chunks", ()):
+            if MetadataIndex(name, chunk.offsets) not in stored:
+                raise CheckpointError(f"{path}: damaged; it has no place for {name}")
     names = {DESCRIPTION, *_OTHER_FILES}
     for index, info in stored.items():
         file = directory / info.relative_path
@@ -82,6 +112,8 @@ def tensor_files(directory: Path) -> set[str]:
                 f"{file}: missing, although {path} says that {index.fqn} is in it; run.dir must "
                 "be on a file system that all nodes share"
             )
+        if info.offset < 0 or info.length <= 0:
+            raise CheckpointError(f"{path}: damaged; {index.fqn} is at no place of {file.name}")
         if info.offset + info.length > file.stat().st_size:
             raise CheckpointError(f"{file}: too short for {index.fqn}, which {path} says is in it")
         names.add(info.relative_path)
