@@ -45,9 +45,7 @@ def seconds_waited(overrides: list[str], asynchronous: bool) -> float:
 
 
 @pytest.mark.full
-def test_training_waits_for_a_small_part(
-    tmp_path: Path, tiny: Callable[..., list[str]]
-) -> None:
+def test_training_waits_for_a_small_part(tmp_path: Path, tiny: Callable[..., list[str]]) -> None:
     waited = {}
     for asynchronous in (False, True):
         run = tmp_path / str(asynchronous)

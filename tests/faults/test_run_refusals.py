@@ -15,10 +15,16 @@ from pathlib import Path
 
 import pytest
 from launches import ALONE, ROOT, TIMEOUT_SECONDS, environment, recipe
+from safetensors.torch import load_file, save_file
 
+from calm_dist.data.latents import plan_store, write_store
+from calm_dist.data.store import read_meta
+from calm_dist.data.tokenizer import load_tokenizer
 from calm_dist.errors import CheckpointError, LaunchError
+from calm_dist.files import file_sha256
 from calm_dist.parallel.launch import World
 from calm_dist.recipe import load_recipe
+from calm_dist.training import checkpoint
 from calm_dist.training.checkpoint.run_state import RunState
 from calm_dist.training.resolve import resolve
 from calm_dist.training.session import prepare_run_directory
@@ -82,23 +88,62 @@ def test_json_without_dry_run(tmp_path: Path, tiny: Callable[..., list[str]]) ->
     assert "--json: goes with --dry-run" in message
 
 
+def write_checkpoint(run_dir: Path, step: int, text: str, tokenizer_sha256: str) -> Path:
+    """What of a checkpoint is read before any tensor."""
+    temporary = checkpoint.begin(run_dir, step)
+    (temporary / "recipe.yaml").write_text(text)
+    RunState(step=step, tokenizer_sha256=tokenizer_sha256, data={"steps_done": step}).write(
+        temporary
+    )
+    return checkpoint.commit(temporary, keep=9)
+
+
 def test_newest_readable_checkpoint_says_what_may_not_change(
-    tmp_path: Path, tiny: Callable[..., list[str]]
+    tmp_path: Path, store: Path, tiny: Callable[..., list[str]]
 ) -> None:
-    """A damaged recipe does not end a restart; data of another tokenizer does."""
-    overrides = tiny(tmp_path, "calm", **ALONE)
-    given = resolve(load_recipe(recipe("calm"), overrides))
-    older, newer = (tmp_path / "checkpoints" / f"step_0000000{step}" for step in (1, 2))
-    for directory in (older, newer):
-        directory.mkdir(parents=True)
+    """Damage does not end a restart, and is not taken at its word; data of another tokenizer ends
+    it."""
+    given = resolve(load_recipe(recipe("calm"), tiny(tmp_path, "calm", **ALONE)))
+    text = given.to_yaml()
+    assert "seed: 0" in text
+    own = read_meta(store).tokenizer.sha256
+    newest = write_checkpoint(tmp_path, 3, text, own)
+    (newest / "recipe.yaml").write_text(text.replace("seed: 0", "seed: 1"))
+    newer = write_checkpoint(tmp_path, 2, text, own)
     (newer / "recipe.yaml").write_text("model: {kind: ca")
-    (older / "recipe.yaml").write_text(given.to_yaml())
+    write_checkpoint(tmp_path, 1, text, own)
     world = World(0, 1, 0, 1, "", 0, "test")
     os.close(prepare_run_directory(given, world))
 
-    RunState(step=1, tokenizer_sha256="f" * 64, data={}).write(older)
-    with pytest.raises(CheckpointError, match=r"step_00000001/state.json: .* sha256 ffffffffffff"):
+    write_checkpoint(tmp_path, 4, text, "f" * 64)
+    with pytest.raises(CheckpointError, match=r"step_00000004/state.json: .* sha256 ffffffffffff"):
         prepare_run_directory(given, world)
+
+
+def test_another_encoder_is_refused(
+    tmp_path: Path, store: Path, tiny: Callable[..., list[str]]
+) -> None:
+    """Latents that are encoded on the fly are known by the weights of their encoder."""
+    corpus, tokens = store.parent / "corpus.txt", tmp_path / "tokens"
+    tokenizer = load_tokenizer(store.parent / "t.json")
+    plan = plan_store([corpus], tokenizer, variant="tokens", block_size=64, patch_size=4)
+    write_store(tokens, [corpus], tokenizer, plan)
+    overrides = [
+        *tiny(tmp_path / "run", "calm", training__schedule="constant", **ALONE),
+        f"data.path={tokens}",
+        "data.latents=on_the_fly",
+    ]
+    command = [sys.executable, str(ROOT / "tools" / "train.py"), recipe("calm"), *overrides]
+    subprocess.run(
+        [*command, "training.steps=2"], env=environment(), check=True, timeout=TIMEOUT_SECONDS
+    )
+    other = tmp_path / "other"
+    shutil.copytree(store.parent / "autoencoder", other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, other / "model.safetensors")
+    message = refused([*overrides, "training.steps=3", f"model.autoencoder={other}"])
+    assert "step_00000002/state.json: trained on latents of the autoencoder" in message
+    assert file_sha256(other / "model.safetensors") in message
 
 
 def test_child_does_not_hold_the_run_directory(
