@@ -57,6 +57,9 @@ class Peers:
         # A connection of its own: a blocking wait of the training thread must not stop the beat.
         self._store = store.clone()
         self._asking: threading.Thread | None = None
+        # The watchdog asks, and the main thread when communication failed: one after the other,
+        # or one would take the other's request for one without an answer.
+        self._turn = threading.RLock()
         self.host = f"{socket.gethostname()}, local {world.local_rank}"
         # While it answers: rank 0 may serve the store.
         self._processes = {0: self._process(0)}
@@ -64,7 +67,8 @@ class Peers:
 
     def publish(self, status: Status) -> None:
         """Raises RuntimeError where the store is gone or silent."""
-        self._check_silence()
+        with self._turn:
+            self._check_silence()
         self._store.set(f"status/{self.world.rank}", json.dumps(asdict(status)))
 
     def statuses(self) -> dict[int, Status]:
@@ -92,16 +96,17 @@ class Peers:
         Raises:
             StoreSilentError: no answer came within `SILENCE_SECONDS`.
         """
-        self._check_silence()
         answers: list[T] = []
 
         def wait() -> None:
             with contextlib.suppress(RuntimeError):
                 answers.append(work())
 
-        self._asking = thread = threading.Thread(target=wait, name="ask the store", daemon=True)
-        thread.start()
-        thread.join(SILENCE_SECONDS)
+        with self._turn:
+            self._check_silence()
+            self._asking = thread = threading.Thread(target=wait, name="ask the store", daemon=True)
+            thread.start()
+            thread.join(SILENCE_SECONDS)
         if not answers:
             raise StoreSilentError(f"{self.store_name} does not answer")
         return answers[0]

@@ -77,9 +77,11 @@ def watched(
             raise
         # The verdict may come a moment after the connection broke.
         lost = peers.lost()
+        verdict = ""
         with contextlib.suppress(RuntimeError):
-            if verdict := peers.ask(peers.verdict):
-                raise HungError(verdict) from error
+            verdict = peers.ask(peers.verdict)
+        if verdict:
+            raise HungError(verdict) from error
         reason = DIED
         if not lost:
             lost, reason = peers.left(), "ended with an error"
