@@ -127,6 +127,8 @@ class ZeroHead:
     def close(self) -> None:
         """Take the engine down: its hooks would keep it, and with it the process groups."""
         self._engine.destroy()
+        # DeepSpeed remembers the last engine's mpu, and so our groups.
+        import_deepspeed().utils.groups.mpu = None
 
     @property
     def module(self) -> nn.Module:

@@ -30,6 +30,10 @@ COMMON: dict[str, object] = {
     "training__schedule": "constant",
 }
 
+# DeepSpeed's ZeRO-3 keeps its engine, and so the threads of all groups, until the process ends;
+# after some dozen jobs these hundreds of threads would slow the rest down many times over.
+JOBS_PER_LAUNCH = 10
+
 Layout = dict[str, object]
 Layouts = dict[int, dict[str, Layout]]
 Record = dict[int, dict[str, float]]
@@ -185,7 +189,9 @@ class Runs:
 
     def launch(self, ranks: int, *jobs: Iterator[dict[str, Any]]) -> None:
         listed = [job for some in jobs for job in some]
-        run_worker(ranks, WORKER, listed, self.directory)
+        for first in range(0, len(listed), JOBS_PER_LAUNCH):
+            lot = listed[first : first + JOBS_PER_LAUNCH]
+            run_worker(ranks, WORKER, lot, self.directory)
 
     def alone(self) -> None:
         named = {"alone": layout(), "alone_gqa": layout() | GQA}
