@@ -2,14 +2,25 @@
 """Encode a text corpus into a data store: blocks of tokens and their latents.
 
 The same command goes on where a killed one stopped, and does nothing where all is done.
+
+Many processes share the work: each gets the same options, --parts N and its own --worker I/W, as
+from Slurm: --worker $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT, or, for the ranks of srun,
+--worker $SLURM_PROCID/$SLURM_NTASKS. N belongs to the store, W may change with every start; N some
+times W lets more workers join later. Who finishes last merges the parts into the one store.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from calm_dist.cli import at_least, run
+
+if TYPE_CHECKING:
+    from calm_dist.models.autoencoder import Autoencoder
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,17 +66,64 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--shard-mib", type=at_least(1), default=64, help="size of a shard (default 64 MiB)"
     )
+    parser.add_argument(
+        "--parts",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="cut the shuffled documents into N parts, each with blocks of its own; the tail of "
+        "each part that fills no block is dropped (default 1)",
+    )
+    parser.add_argument(
+        "--worker",
+        type=worker,
+        metavar="I/W",
+        help="write only the parts I, I+W, I+2W, ... (I from 0 to W-1), beside other workers; "
+        "without it this process writes all parts",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace another store in --out")
     return parser.parse_args()
+
+
+def worker(text: str) -> tuple[int, int]:
+    """A type for argparse: ``I/W``, worker I of W, counted from 0."""
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(
+            f"{text}: give I/W, worker I of W, with I from 0 to W-1, such as 0/4"
+        )
+    return int(match[1]), int(match[2])
+
+
+def load_encoder(directory: Path) -> Autoencoder:
+    import torch
+
+    from calm_dist.interop.huggingface import load_autoencoder
+
+    device = "cpu"
+    if torch.cuda.is_available():
+        # Ranks on one node that see all of its GPUs take one each.
+        local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+        device = f"cuda:{local_rank % torch.cuda.device_count()}"
+    return load_autoencoder(directory).to(device)
 
 
 def main() -> None:
     args = parse_arguments()
 
-    from calm_dist.data.latents import finished_store, plan_store, write_store
+    from calm_dist.data.latents import (
+        check_worker,
+        finished_store,
+        plan_store,
+        read_meta,
+        write_parts,
+        write_store,
+    )
     from calm_dist.data.tokenizer import load_tokenizer
     from calm_dist.training.checkpoint import find_checkpoint
 
+    if args.worker is not None:
+        check_worker(args.out, args.worker, args.parts, overwrite=args.overwrite)
     directory = None
     if args.autoencoder is not None:
         directory = Path(args.autoencoder)
@@ -81,30 +139,30 @@ def main() -> None:
         patch_size=args.patch_size,
         autoencoder=directory,
         seed=args.seed,
+        parts=args.parts,
     )
     meta = None if args.overwrite else finished_store(args.out, plan)
     if meta is not None:
         print(f"{args.out}: already there and complete, {meta.num_blocks} blocks")
         return
 
-    autoencoder = None
-    if directory is not None:
-        import torch
-
-        from calm_dist.interop.huggingface import load_autoencoder
-
-        autoencoder = load_autoencoder(directory)
-        autoencoder = autoencoder.to("cuda" if torch.cuda.is_available() else "cpu")
-    meta = write_store(
-        args.out,
-        args.corpus,
-        tokenizer,
-        plan,
-        autoencoder=autoencoder,
-        batch_size=args.batch_size,
-        shard_bytes=args.shard_mib << 20,
-        overwrite=args.overwrite,
-    )
+    inputs = (args.corpus, tokenizer, plan)
+    options: dict[str, Any] = {
+        "autoencoder": None if directory is None else load_encoder(directory),
+        "batch_size": args.batch_size,
+        "shard_bytes": args.shard_mib << 20,
+    }
+    if args.worker is None:
+        meta = write_store(args.out, *inputs, overwrite=args.overwrite, **options)
+    else:
+        missing = write_parts(Path(args.out), *inputs, worker=args.worker, **options)
+        if missing:
+            print(
+                f"{args.out}: the parts of worker {args.worker[0]}/{args.worker[1]} are done; "
+                f"{len(missing)} of {plan.parts} parts are missing, which other workers write"
+            )
+            return
+        meta = read_meta(args.out)
     print(f"{args.out}: {meta.num_blocks} blocks of {meta.block_size} tokens written")
 
 

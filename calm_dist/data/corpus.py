@@ -171,7 +171,16 @@ class ShuffledDocuments:
         return len(self._places)
 
     def __iter__(self) -> Iterator[Document]:
-        for i, offset in self._places:
+        return self.read(range(len(self)))
+
+    def part(self, number: int, parts: int) -> range:
+        """Positions, in the new order, of one of ``parts`` parts of equally many documents."""
+        start, end = (len(self) * bound // parts for bound in (number, number + 1))
+        return range(start, end)
+
+    def read(self, positions: range) -> Iterator[Document]:
+        """The documents at some positions of the new order; no others are read."""
+        for i, offset in self._places[positions.start : positions.stop]:
             with self._plain[i].open("rb") as stream:
                 stream.seek(offset)
                 yield next(_documents_in(self._files[i], stream, int(offset)))[1]

@@ -1,9 +1,9 @@
 """Write data stores: pack a corpus into blocks and encode them with a frozen autoencoder.
 
-A store is written shard by shard. Each finished shard is kept under ``OUT/.parts`` until all are
-there; then they move into place and ``meta.json`` ends the work. A run that was killed goes on
+The shuffled documents are cut into parts, which any number of workers pack and encode, shard by
+shard; whoever finds all of them complete merges them (``parts.py``). A run that was killed goes on
 after its last finished shard, and since no batch of the encoder reaches over the end of a shard,
-the result is the same to the byte as without the kill.
+the result is the same to the byte as without the kill, and whoever wrote which part.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,31 +23,48 @@ from calm_dist.data.corpus import (
     find_files,
     pack_blocks,
 )
-from calm_dist.data.layout import INDEX, META, is_remote
+from calm_dist.data.layout import is_remote
+from calm_dist.data.parts import (
+    begin,
+    complete_part,
+    finished_store,
+    has_shard,
+    is_complete,
+    merge,
+    remove_parts,
+    remove_store,
+    write_shard,
+)
 from calm_dist.data.progress import progress
 from calm_dist.data.store import (
-    HASH,
     AutoencoderInfo,
     StoreMeta,
     StorePlan,
     TokenizerInfo,
     Variant,
-    fingerprint,
     read_meta,
     read_shards,
 )
 from calm_dist.data.tokenizer import Tokenizer
 from calm_dist.errors import DataError
-from calm_dist.files import file_sha256, replace_text
+from calm_dist.files import file_sha256
 
 if TYPE_CHECKING:
     from calm_dist.models.autoencoder import Autoencoder
 
-__all__ = ["StoreMeta", "StorePlan", "finished_store", "plan_store", "read_meta", "write_store"]
+__all__ = [
+    "StoreMeta",
+    "StorePlan",
+    "finished_store",
+    "plan_store",
+    "read_meta",
+    "write_parts",
+    "write_store",
+]
 
 SHARD_BYTES = 64 << 20
-_PARTS = ".parts"
-_PLAN = "plan.json"
+
+Encoder = Callable[[np.ndarray], Iterator[dict[str, np.ndarray]]]
 
 
 def plan_store(
@@ -59,6 +76,7 @@ def plan_store(
     patch_size: int | None = None,
     autoencoder: str | Path | None = None,
     seed: int = 0,
+    parts: int = 1,
 ) -> StorePlan:
     """Say what store these inputs make, without torch and without encoding anything.
 
@@ -70,6 +88,8 @@ def plan_store(
         patch_size: tokens per patch K; for ``fp16`` it is the autoencoder's.
         autoencoder: directory with ``config.json`` and a weights file; for ``fp16`` only.
         seed: of the order of documents and the number of begin tokens.
+        parts: into how many parts of equally many documents the corpus is cut; each is packed into
+            blocks of its own.
 
     Raises:
         DataError: inputs that are missing or do not fit each other.
@@ -119,6 +139,7 @@ def plan_store(
         autoencoder=info,
         corpus_sha256=corpus_sha256(find_files(corpus)),
         seed=seed,
+        parts=parts,
     )
 
 
@@ -163,50 +184,6 @@ def check_tokenizer(autoencoder: Path, tokenizer_sha256: str, source: str) -> No
         )
 
 
-def finished_store(out: str | Path, plan: StorePlan) -> StoreMeta | None:
-    """The finished store in ``out``, if it is there, complete, and what ``plan`` would write.
-
-    Sizes of shards are compared here, their contents by every reader.
-
-    Raises:
-        DataError: ``out`` holds a store of another plan, finished or begun, or other files.
-    """
-    if is_remote(out):
-        try:
-            meta = read_meta(out)
-        except DataError:
-            return None
-        _refuse_other_plan(out, meta.to_dict(), plan)
-        return meta
-    out = Path(out)
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    if (out / META).is_file():
-        meta = read_meta(out)
-        _refuse_other_plan(out, meta.to_dict(), plan)
-        for shard in read_shards(out, meta):
-            shard.check_size()
-        return meta
-    begun = out / _PARTS / _PLAN
-    if not begun.is_file():
-        raise DataError(f"--out {out}: exists and is no data store; give an empty or new directory")
-    _refuse_other_plan(out, json.loads(begun.read_text(encoding="utf-8")), plan)
-    return None
-
-
-def _refuse_other_plan(out: str | Path, present: dict[str, Any], plan: StorePlan) -> None:
-    for key, wanted in plan.to_dict().items():
-        found = present.get(key)
-        if key == "autoencoder" and found and wanted:
-            # The same weights at another path are the same autoencoder.
-            found, wanted = found["sha256"], wanted["sha256"]
-        if found != wanted:
-            raise DataError(
-                f"--out {out}: holds a store with another {key} ({found} there, {wanted} now); "
-                "give another --out, or --overwrite to replace it"
-            )
-
-
 def write_store(
     out: str | Path,
     corpus: Sequence[str | Path],
@@ -246,33 +223,115 @@ def write_store(
             overwrite=overwrite,
         )
     out = Path(out)
-    if overwrite and ((out / META).is_file() or (out / _PARTS / _PLAN).is_file()):
-        _remove_store(out)
-    finished = finished_store(out, plan)
-    if finished is not None:
-        return finished
-    parts = out / _PARTS
-    parts.mkdir(parents=True, exist_ok=True)
-    replace_text(parts / _PLAN, json.dumps(plan.to_dict(), indent=2))
+    if overwrite:
+        remove_store(out)
+    options: dict[str, Any] = {"batch_size": batch_size, "shard_bytes": shard_bytes}
+    write_parts(out, corpus, tokenizer, plan, autoencoder=autoencoder, **options)
+    return read_meta(out)
 
-    documents = ShuffledDocuments(corpus, plan.seed)
-    shown = progress(documents, len(documents), label=str(out), unit="documents")
-    blocks = pack_blocks(shown, tokenizer, plan.block_size, plan.patch_size, plan.seed)
+
+def write_parts(
+    out: Path,
+    corpus: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    plan: StorePlan,
+    *,
+    worker: tuple[int, int] = (0, 1),
+    autoencoder: Autoencoder | None = None,
+    batch_size: int = 16,
+    shard_bytes: int = SHARD_BYTES,
+) -> list[int]:
+    """Write a worker's parts of a store, and merge all parts if they are complete then.
+
+    Workers may run at once, be killed and start again, also as workers of another number of
+    workers. Where two of them write the same part, the first to finish a shard has written it.
+
+    Args:
+        out: directory of the store, which all workers see.
+        corpus, tokenizer, plan, autoencoder, batch_size, shard_bytes: as for `write_store`, the
+            same for all workers.
+        worker: (I, W): does the parts I, I + W, I + 2 W, …
+
+    Returns:
+        The parts that other workers have not finished; none: the store is finished.
+
+    Raises:
+        DataError: as `write_store`; more parts than documents.
+    """
+    if finished_store(out, plan) is not None:
+        return []
+    mine = range(worker[0], plan.parts, worker[1])
+    documents = None
+    if not all(is_complete(out, part) for part in mine):
+        documents = ShuffledDocuments(corpus, plan.seed)
+    if documents is not None and plan.parts > len(documents):
+        raise DataError(
+            f"--parts {plan.parts}: the corpus has {len(documents)} documents; give at most that"
+        )
     blocks_per_shard = max(1, shard_bytes // plan.sample_bytes)
     encode = _encoder(plan, autoencoder, batch_size)
-    for part in (parts / f"{number:05}" for number in count()):
-        of_part = list(islice(blocks, blocks_per_shard))
-        if not of_part:
-            break
+    try:
+        begin(out, plan, blocks_per_shard)
+        for part in mine:
+            if documents is not None and not is_complete(out, part):
+                _write_part(out, documents, tokenizer, plan, part, blocks_per_shard, encode)
+        missing = merge(out, tokenizer)
+    except OSError:
+        # Another process may have finished the store and taken the parts away.
+        if finished_store(out, plan) is None:
+            raise
+        missing = []
+    if not missing:
+        remove_parts(out)
+    return missing
+
+
+def _write_part(
+    out: Path,
+    documents: ShuffledDocuments,
+    tokenizer: Tokenizer,
+    plan: StorePlan,
+    part: int,
+    blocks_per_shard: int,
+    encode: Encoder,
+) -> None:
+    label = str(out) if plan.parts == 1 else f"{out} part {part} of {plan.parts}"
+    positions = documents.part(part, plan.parts)
+    shown = progress(documents.read(positions), len(positions), label=label, unit="documents")
+    blocks = pack_blocks(shown, tokenizer, plan.block_size, plan.patch_size, plan.seed)
+    shard = 0
+    while of_shard := list(islice(blocks, blocks_per_shard)):
         # Blocks of shards that an earlier run finished are packed again, but not encoded.
-        if not part.is_dir():
-            _write_part(part, plan, of_part, encode)
-        elif _samples(part) != len(of_part):
-            raise DataError(
-                f"--out {out}: was begun with shards of another size ({_samples(part)} blocks "
-                f"there, {len(of_part)} now); give the same size, or --overwrite"
-            )
-    return _finish(out, tokenizer, plan)
+        if not has_shard(out, part, shard):
+            write_shard(out, part, shard, plan, encode(np.stack(of_shard)))
+        shard += 1
+    complete_part(out, part, shard)
+
+
+def check_worker(
+    out: str | Path, worker: tuple[int, int], parts: int, *, overwrite: bool = False
+) -> None:
+    """Refuse options that do not go with ``worker`` (I, W) of ``parts``, before any work is done.
+
+    Raises:
+        DataError: a remote ``out``, ``overwrite``, or more workers than parts.
+    """
+    number, workers = worker
+    if is_remote(out):
+        raise DataError(
+            f"--out {out}: workers need a directory that all of them see; give one, or leave "
+            "--worker out"
+        )
+    if overwrite:
+        raise DataError(
+            "--overwrite: a worker must not remove what others write; remove the old store "
+            f"({out}) before the first worker starts, and leave --overwrite out"
+        )
+    if workers > parts:
+        raise DataError(
+            f"--worker {number}/{workers}: {workers} workers cannot share {parts} "
+            f"part{'s' if parts > 1 else ''}; give --parts {workers} or more to all of them"
+        )
 
 
 def _write_remote(
@@ -297,9 +356,7 @@ def _write_remote(
     return meta
 
 
-def _encoder(
-    plan: StorePlan, autoencoder: Autoencoder | None, batch_size: int
-) -> Callable[[np.ndarray], Iterator[dict[str, np.ndarray]]]:
+def _encoder(plan: StorePlan, autoencoder: Autoencoder | None, batch_size: int) -> Encoder:
     """A function from blocks uint32[N, T] to the N samples of the store."""
     if plan.variant == "tokens":
         return lambda blocks: ({"tokens": block} for block in blocks)
@@ -325,72 +382,3 @@ def _encoder(
                 yield {"tokens": tokens, "mean": mean[i], "log_std": log_std[i]}
 
     return encode
-
-
-def _write_part(
-    part: Path,
-    plan: StorePlan,
-    blocks: list[np.ndarray],
-    encode: Callable[[np.ndarray], Iterator[dict[str, np.ndarray]]],
-) -> None:
-    """One shard and its index in a directory that appears when both are complete."""
-    from streaming.base import MDSWriter
-
-    partial = part.with_suffix(".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    with MDSWriter(out=str(partial), columns=plan.columns, hashes=[HASH], size_limit=None) as mds:
-        for sample in encode(np.stack(blocks)):
-            mds.write(sample)
-    partial.rename(part)
-
-
-def _part_index(part: Path) -> dict[str, Any]:
-    index = json.loads((part / INDEX).read_text(encoding="utf-8"))
-    return index["shards"][0]
-
-
-def _samples(part: Path) -> int:
-    return _part_index(part)["samples"]
-
-
-def _finish(out: Path, tokenizer: Tokenizer, plan: StorePlan) -> StoreMeta:
-    """Move all shards into place and write index, tokenizer and, last, ``meta.json``."""
-    shards = []
-    for number in count():
-        part = out / _PARTS / f"{number:05}"
-        if not part.is_dir():
-            break
-        entry = _part_index(part)
-        written = part / entry["raw_data"]["basename"]
-        entry["raw_data"]["basename"] = f"shard.{number:05}.mds"
-        if written.exists():
-            written.replace(out / entry["raw_data"]["basename"])
-        shards.append(entry)
-    if not shards:
-        raise DataError(
-            f"corpus: holds less than one block of {plan.block_size} tokens; give more text or a "
-            "smaller --block-size"
-        )
-    index = json.dumps({"version": 2, "shards": shards}, sort_keys=True)
-    replace_text(out / INDEX, index)
-    shutil.copyfile(tokenizer.path, out / plan.tokenizer.file)
-    num_blocks = sum(entry["samples"] for entry in shards)
-    fields = {
-        **plan.to_dict(),
-        "num_blocks": num_blocks,
-        "num_tokens": num_blocks * plan.block_size,
-    }
-    fields["fingerprint"] = fingerprint(fields, index.encode())
-    meta = StoreMeta.model_validate(fields)
-    replace_text(out / META, json.dumps(meta.to_dict(), indent=2) + "\n")
-    shutil.rmtree(out / _PARTS)
-    return meta
-
-
-def _remove_store(out: Path) -> None:
-    """Remove the files of a store, and nothing else."""
-    (out / META).unlink(missing_ok=True)
-    shutil.rmtree(out / _PARTS, ignore_errors=True)
-    for pattern in (INDEX, "shard.*.mds", "tokenizer.json", "tokenizer.model"):
-        for file in out.glob(pattern):
-            file.unlink()

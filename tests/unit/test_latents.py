@@ -154,33 +154,39 @@ def test_shards_and_index_equal_those_of_streamings_own_writer(
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
 
 
+# With three parts, the kill comes in the second.
+@pytest.mark.parametrize(("parts", "shards_before_the_kill"), [(1, 3), (3, 8)])
 def test_killed_run_continues_to_the_same_store(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    parts: int,
+    shards_before_the_kill: int,
 ) -> None:
-    shards_before_the_kill = 3
-    write(inputs, tmp_path / "unbroken")
+    write(inputs, tmp_path / "unbroken", parts=parts)
     out = tmp_path / "out"
     process = subprocess.Popen(
-        [sys.executable, "-c", _KILLED_RUN, inputs, out, str(shards_before_the_kill)],
+        [sys.executable, "-c", _KILLED_RUN, inputs, out, str(parts), str(shards_before_the_kill)],
         env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{Path(__file__).parent}"},
     )
     assert process.wait(60) == -9
-    kept = sorted(path.name for path in (out / ".parts").iterdir() if path.is_dir())
+    kept = [path.name for path in (out / ".parts").glob("*/*")]
     assert len([name for name in kept if name.isdigit()]) == shards_before_the_kill
     assert [name for name in kept if name.endswith(".tmp")] and not (out / "meta.json").exists()
+    assert len(list((out / ".parts").glob("0*.json"))) == (0 if parts == 1 else 1)
 
-    written: list[Path] = []
-    original = latents._write_part
+    written: list[tuple[Path, int, int]] = []
+    original = latents.write_shard
     monkeypatch.setattr(
-        latents, "_write_part", lambda part, *rest: (written.append(part), original(part, *rest))
+        latents, "write_shard", lambda *args: (written.append(args[:3]), original(*args))
     )
-    write(inputs, out)
+    write(inputs, out, parts=parts)
     assert contents(out) == contents(tmp_path / "unbroken")
     total = len(list(out.glob("shard.*.mds")))
     assert len(written) == total - shards_before_the_kill
 
 
-# Writes a store, and dies by SIGKILL inside the shard after argv[3] finished ones.
+# Writes a store of argv[3] parts, and dies by SIGKILL in the shard after argv[4] finished ones.
 _KILLED_RUN = """
 import os, signal, sys
 from pathlib import Path
@@ -188,36 +194,16 @@ from calm_dist.data import latents
 from streaming.base import MDSWriter
 import test_latents
 
-inputs, out, shards = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+inputs, out = Path(sys.argv[1]), Path(sys.argv[2])
+parts, shards = int(sys.argv[3]), int(sys.argv[4])
 write = MDSWriter.write
 def die_in_shard(self, sample):
     write(self, sample)
-    if len(list((out / ".parts").glob("*[0-9]"))) == shards:
+    if len(list((out / ".parts").glob("*/*[0-9]"))) == shards:
         os.kill(os.getpid(), signal.SIGKILL)
 MDSWriter.write = die_in_shard
-test_latents.write(inputs, out)
+test_latents.write(inputs, out, parts=parts)
 """
-
-
-@pytest.mark.parametrize("moved", [0, 2])
-def test_kill_while_finishing_is_mended(inputs: Path, tmp_path: Path, moved: int) -> None:
-    write(inputs, tmp_path / "unbroken")
-    out = tmp_path / "out"
-    shutil.copytree(tmp_path / "unbroken", out)
-    # The state between "all shards are encoded" and meta.json, with some shards moved already.
-    index = json.loads((out / "index.json").read_text())
-    (out / ".parts").mkdir()
-    (out / ".parts" / "plan.json").write_text(json.dumps(plan_for(inputs).to_dict()))
-    for number, shard in enumerate(index["shards"]):
-        part = out / ".parts" / f"{number:05}"
-        part.mkdir()
-        own = {**shard, "raw_data": {**shard["raw_data"], "basename": "shard.00000.mds"}}
-        (part / "index.json").write_text(json.dumps({"version": 2, "shards": [own]}))
-        if number >= moved:
-            (out / f"shard.{number:05}.mds").rename(part / "shard.00000.mds")
-    (out / "meta.json").unlink()
-    write(inputs, out)
-    assert contents(out) == contents(tmp_path / "unbroken")
 
 
 def test_finished_store_is_left_alone_whatever_path_the_autoencoder_has(
@@ -228,6 +214,25 @@ def test_finished_store_is_left_alone_whatever_path_the_autoencoder_has(
     shutil.copytree(inputs / "autoencoder", tmp_path / "copy")
     assert write(inputs, tmp_path / "out", autoencoder=tmp_path / "copy") == meta
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_workers_write_the_store_of_one_process(inputs: Path, tmp_path: Path) -> None:
+    """Latents too; and meta.json has one path, also where workers have copies of the weights."""
+    write(inputs, tmp_path / "one", parts=4)
+    shutil.copytree(inputs / "autoencoder", tmp_path / "copy")
+    out = tmp_path / "out"
+    for worker, directory in (((0, 2), inputs / "autoencoder"), ((1, 2), tmp_path / "copy")):
+        latents.write_parts(
+            out,
+            [inputs / "corpus.jsonl"],
+            tokenizer_of(inputs),
+            plan_for(inputs, parts=4, autoencoder=directory),
+            worker=worker,
+            autoencoder=load_autoencoder(directory),
+            batch_size=5,
+            shard_bytes=SHARD_BYTES,
+        )
+    assert contents(out) == contents(tmp_path / "one")
 
 
 @pytest.mark.parametrize(

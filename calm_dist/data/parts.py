@@ -1,0 +1,270 @@
+"""A store while it is written: shards under ``OUT/.parts``, and how they become the store.
+
+    .parts/plan.json        what is written; the directory appears together with it
+    .parts/00003/00017/     shard 17 of part 3 and its index; appears whole
+    .parts/00003.json       the index entries of all shards of part 3: it is complete
+
+Any number of processes, on any nodes, write here at once, and each may die at any moment. So there
+is no lock that a dead one could hold: what a process makes has a random name until it is whole,
+and one rename puts it in place. Who is second at a step finds it done. ``meta.json`` ends the work;
+only after it ``.parts`` goes. So who finds ``.parts`` gone finds the finished store instead.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import secrets
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calm_dist.data.layout import INDEX, META, is_remote
+from calm_dist.data.store import HASH, StoreMeta, StorePlan, fingerprint, read_meta, read_shards
+from calm_dist.data.tokenizer import Tokenizer
+from calm_dist.errors import DataError
+
+PARTS = ".parts"
+_PLAN = "plan.json"
+
+
+def finished_store(out: str | Path, plan: StorePlan) -> StoreMeta | None:
+    """The finished store in ``out``, if it is there, complete, and what ``plan`` would write.
+
+    Sizes of shards are compared here, their contents by every reader.
+
+    Raises:
+        DataError: ``out`` holds a store of another plan, finished or begun, or other files.
+    """
+    if is_remote(out):
+        try:
+            meta = read_meta(out)
+        except DataError:
+            return None
+        _refuse_other_plan(out, meta.to_dict(), plan)
+        return meta
+    out = Path(out)
+    if not out.exists():
+        return None
+    # In this order, since another process may end its work meanwhile: shards lie there only
+    # beside the plan or, later, meta.json.
+    others = not out.is_dir() or any(not file.name.startswith(PARTS) for file in out.iterdir())
+    begun = _begun_plan(out)
+    if (out / META).is_file():
+        meta = read_meta(out)
+        _refuse_other_plan(out, meta.to_dict(), plan)
+        for shard in read_shards(out, meta):
+            shard.check_size()
+        return meta
+    if begun is not None:
+        _refuse_other_plan(out, begun, plan)
+    elif others:
+        raise DataError(f"--out {out}: exists and is no data store; give an empty or new directory")
+    return None
+
+
+def _begun_plan(out: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((out / PARTS / _PLAN).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _refuse_other_plan(out: str | Path, present: dict[str, Any], plan: StorePlan) -> None:
+    for key, wanted in plan.model_dump(mode="json").items():
+        found = present.get(key, 1 if key == "parts" else None)
+        if key == "autoencoder" and found and wanted:
+            # The same weights at another path are the same autoencoder.
+            found, wanted = found["sha256"], wanted["sha256"]
+        if found != wanted:
+            raise DataError(
+                f"--out {out}: holds a store with another {key} ({found} there, {wanted} now); "
+                "give another --out, or --overwrite to replace it"
+            )
+
+
+def begin(out: Path, plan: StorePlan, blocks_per_shard: int) -> None:
+    """Make ``out`` the place of this store, or find that it is already.
+
+    Raises:
+        DataError: another store was begun there, or this one with another size of shards.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if _begun_plan(out) is None:
+        scratch = out / f"{PARTS}.{_random_name()}"
+        scratch.mkdir()
+        described = {**plan.to_dict(), "blocks_per_shard": blocks_per_shard}
+        (scratch / _PLAN).write_text(json.dumps(described, indent=2), encoding="utf-8")
+        _put(scratch, out / PARTS)
+    present = json.loads((out / PARTS / _PLAN).read_text(encoding="utf-8"))
+    _refuse_other_plan(out, present, plan)
+    found = present.get("blocks_per_shard")
+    if found != blocks_per_shard:
+        raise DataError(
+            f"--out {out}: was begun with shards of another size ({found} blocks there, "
+            f"{blocks_per_shard} now); give the same size, or --overwrite"
+        )
+
+
+def is_complete(out: Path, part: int) -> bool:
+    """Whether all shards of a part have been written."""
+    return _marker(out, part).is_file()
+
+
+def has_shard(out: Path, part: int, shard: int) -> bool:
+    """Whether this shard of a part has been written."""
+    return _shard_directory(out, part, shard).is_dir()
+
+
+def write_shard(
+    out: Path, part: int, shard: int, plan: StorePlan, samples: Iterable[dict[str, np.ndarray]]
+) -> None:
+    """Write one shard of a part.
+
+    Raises:
+        OSError: the disk is full or fails; or other workers have written this part, too, and
+            merged all.
+    """
+    from streaming.base import MDSWriter
+
+    if (out / META).is_file():
+        raise FileExistsError(errno.EEXIST, "the store is finished", str(out / META))
+    place = _shard_directory(out, part, shard)
+    place.parent.mkdir(exist_ok=True)
+    scratch = place.parent / f"{shard:05}.{_random_name()}"
+    scratch.mkdir()
+    try:
+        with MDSWriter(
+            out=str(scratch), columns=plan.columns, hashes=[HASH], size_limit=None
+        ) as mds:
+            for sample in samples:
+                mds.write(sample)
+        _put(scratch, place)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def complete_part(out: Path, part: int, num_shards: int) -> None:
+    """Note that the shards of a part are all there; a part may have none."""
+    entries = []
+    for shard in range(num_shards):
+        index = _shard_directory(out, part, shard) / INDEX
+        entries += json.loads(index.read_text(encoding="utf-8"))["shards"]
+    _write(out, _marker(out, part), json.dumps(entries).encode())
+
+
+def merge(out: Path, tokenizer: Tokenizer) -> list[int]:
+    """Make the finished store of all parts, if they are complete.
+
+    Two processes may do it at once, and one may go on where another died: each shard is moved
+    once, by one or the other, and all else is written from the same notes.
+
+    Returns:
+        The parts that are not complete yet, or none where the store is finished.
+
+    Raises:
+        DataError: the corpus holds less than one block.
+        OSError: the disk is full or fails; or another process was faster, and ``.parts`` is gone.
+    """
+    # Not the caller's own: the path of the autoencoder may differ between workers, and all must
+    # write the same meta.json.
+    fields = json.loads((out / PARTS / _PLAN).read_text(encoding="utf-8"))
+    del fields["blocks_per_shard"]
+    plan = StorePlan.model_validate(fields)
+    # On NFS the own marker, written just before, makes those of other nodes visible here. So the
+    # last two workers cannot both miss each other's.
+    missing = [part for part in range(plan.parts) if not is_complete(out, part)]
+    if missing:
+        return [] if (out / META).is_file() else missing
+    shards = [shard for part in range(plan.parts) for shard in _shards_of(out, part)]
+    if not shards:
+        raise DataError(
+            f"corpus: holds less than one block of {plan.block_size} tokens"
+            f"{' in each part' if plan.parts > 1 else ''}; give more text"
+            f"{', fewer --parts' if plan.parts > 1 else ''} or a smaller --block-size"
+        )
+    entries = []
+    for number, (file, entry) in enumerate(shards):
+        name = f"shard.{number:05}.mds"
+        _move(file, out / name)
+        entries.append({**entry, "raw_data": {**entry["raw_data"], "basename": name}})
+    index = json.dumps({"version": 2, "shards": entries}, sort_keys=True).encode()
+    _write(out, out / INDEX, index)
+    _write(out, out / plan.tokenizer.file, tokenizer.path.read_bytes())
+    num_blocks = sum(entry["samples"] for entry in entries)
+    fields |= {"num_blocks": num_blocks, "num_tokens": num_blocks * plan.block_size}
+    fields["fingerprint"] = fingerprint(fields, index)
+    meta = StoreMeta.model_validate(fields)
+    _write(out, out / META, (json.dumps(meta.to_dict(), indent=2) + "\n").encode())
+    return []
+
+
+def _shards_of(out: Path, part: int) -> list[tuple[Path, dict[str, Any]]]:
+    """Files, where they were written, and index entries of a complete part."""
+    entries = json.loads(_marker(out, part).read_text(encoding="utf-8"))
+    return [
+        (_shard_directory(out, part, shard) / entry["raw_data"]["basename"], entry)
+        for shard, entry in enumerate(entries)
+    ]
+
+
+def _move(file: Path, place: Path) -> None:
+    try:
+        file.replace(place)
+    except FileNotFoundError:
+        # Moved already, by another process or before a kill.
+        if not place.is_file():
+            raise
+
+
+def remove_parts(out: Path) -> None:
+    """Remove what a finished store has no more use for."""
+    # At once out of the way of processes that still write there.
+    with suppress(OSError):
+        (out / PARTS).rename(out / f"{PARTS}.{_random_name()}")
+    for leftover in out.glob(f"{PARTS}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def remove_store(out: Path) -> None:
+    """Remove the files of a store, finished or begun, and nothing else."""
+    if not (out / META).is_file() and _begun_plan(out) is None:
+        return
+    (out / META).unlink(missing_ok=True)
+    remove_parts(out)
+    for pattern in (INDEX, "shard.*.mds", "tokenizer.json", "tokenizer.model"):
+        for file in out.glob(pattern):
+            file.unlink()
+
+
+def _marker(out: Path, part: int) -> Path:
+    return out / PARTS / f"{part:05}.json"
+
+
+def _shard_directory(out: Path, part: int, shard: int) -> Path:
+    return out / PARTS / f"{part:05}" / f"{shard:05}"
+
+
+def _random_name() -> str:
+    """Of a file or directory that only this process knows."""
+    return f"{secrets.token_hex(4)}.tmp"
+
+
+def _put(directory: Path, place: Path) -> None:
+    """Give a directory its name, unless another process has put its equal there."""
+    try:
+        directory.rename(place)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+
+
+def _write(out: Path, file: Path, data: bytes) -> None:
+    """Write a file so that whoever looks finds all of it; while ``.parts`` is there."""
+    partial = out / PARTS / f"{file.name}.{_random_name()}"
+    partial.write_bytes(data)
+    partial.replace(file)
