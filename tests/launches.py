@@ -82,6 +82,8 @@ def tiny(store: Path) -> Callable[..., list[str]]:
             "checkpoint.every": 1000,
             "logging.wandb": "off",
         }
+        if kind == "autoencoder":
+            del values["model.num_hidden_layers"]
         if kind == "calm":
             values |= {"model.latent_size": 16, "model.autoencoder": store.parent / "autoencoder"}
         values |= {key.replace("__", "."): value for key, value in more.items()}

@@ -1,7 +1,8 @@
 """Streaming's dataset behind a guard: what it does silently wrong ends in a `DataError`.
 
 MosaicML Streaming 0.13.0 passes over in silence a damaged or missing shard (the epoch ends early),
-data that lies on local disk (never hashed), and a failure of its background threads.
+data that lies on local disk (never hashed) or changes there, and a failure of its background
+threads.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from streaming.base import Stream, StreamingDataset
 from streaming.base.dataset import _ShardState
 from streaming.base.format import Reader
-from streaming.base.shared import SharedScalar
+from streaming.base.shared import SharedArray, SharedScalar
 from streaming.base.world import World
 
 from calm_dist.data.layout import is_remote
@@ -80,7 +81,11 @@ def open_source(path: str, directory: Path) -> Source:
 
 
 class _CheckedStream(Stream):
-    """A store whose every shard is hashed before its first use on a node."""
+    """A store whose every shard is hashed before its first use on a node, and when it changed."""
+
+    # When each shard that was hashed had last changed, 0 for others; from which entry on ours are.
+    _hashed: SharedArray
+    _first: int
 
     def __init__(self, source: Source, weight: float | None) -> None:
         super().__init__(
@@ -88,34 +93,53 @@ class _CheckedStream(Stream):
             local=str(source.directory),
             proportion=weight,
         )
-        self._source = source
-        self._shard_of = {shard.path.name: shard for shard in source.shards}
+        self._number_of = {shard.path.name: i for i, shard in enumerate(source.shards)}
+        self._shards = source.shards
+
+    def share(self, hashed: SharedArray, first: int) -> None:
+        """Remember in ``hashed``, which the readers of a node share, what was hashed."""
+        self._hashed, self._first = hashed, first
 
     def set_up_local(self, shards: list[Reader], cache_usage_per_shard: np.ndarray) -> None:
-        """Report shards that were not hashed yet as absent, so that `prepare_shard` is called."""
+        """Report all shards as absent, so that `prepare_shard` is called: one that was hashed on
+        opening may have changed since."""
         super().set_up_local(shards, cache_usage_per_shard)
-        if not self._source.checked:
-            cache_usage_per_shard[:] = 0
+        cache_usage_per_shard[:] = 0
 
     def prepare_shard(self, shard: Reader) -> int:
         """Download where needed, then hash."""
-        expected = self._shard_of[shard.file_pairs[0][0].basename]
         if self.remote is None:
             # Streaming says only that there is no remote.
-            expected.check_size()
+            self._expected(shard)[1].check_size()
         change = super().prepare_shard(shard)
+        self.check(shard)
+        return change
+
+    def check(self, shard: Reader) -> None:
+        """Hash a shard, unless it has not changed since it was hashed on this node.
+
+        Raises:
+            DataError: it is missing or damaged.
+        """
+        number, expected = self._expected(shard)
         try:
-            expected.check()
+            changed = expected.changed()
+            if changed != self._hashed[self._first + number]:
+                expected.check()
+                self._hashed[self._first + number] = changed
         except DataError:
             if self.remote is not None:
                 # A damaged download must not be taken for a good copy next time.
                 expected.path.unlink(missing_ok=True)
             raise
-        return change
+
+    def _expected(self, shard: Reader) -> tuple[int, Shard]:
+        number = self._number_of[shard.file_pairs[0][0].basename]
+        return number, self._shards[number]
 
     def fault(self, shard: Reader) -> DataError:
         """The error for a shard that another reader on this node failed to prepare."""
-        expected = self._shard_of[shard.file_pairs[0][0].basename]
+        _, expected = self._expected(shard)
         if self.remote is None:
             try:
                 expected.check()
@@ -168,6 +192,9 @@ class GuardedDataset(StreamingDataset):
             rank = world.rank // replication
             self._parallel_rank_world = World(1, num_replicas, 1, rank)
         self._failed_shard = number.shared_scalar("failed_shard")
+        hashed = number.shared_array("hashed", self.num_shards)
+        for stream, first in zip(streams, self.shard_offset_per_stream, strict=True):
+            stream.share(hashed, int(first))
         self._failure: BaseException | None = None
         self._num_expected = 0
 
@@ -200,8 +227,17 @@ class GuardedDataset(StreamingDataset):
             raise
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
-        """The sample, with its number."""
-        return {"index": int(sample_id), **super().get_item(sample_id, retry)}
+        """The sample, with its number, of a shard that is still what was hashed.
+
+        What rots on a disk without a change that the file system knows of is not found.
+        """
+        number, _ = self.spanner[sample_id]
+        try:
+            sample = super().get_item(sample_id, retry)
+        finally:
+            # After the reading, and also where that failed: it may be why.
+            self.streams[self.stream_per_shard[number]].check(self.shards[number])
+        return {"index": int(sample_id), **sample}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # The parent's threads and loops end when this event is set.

@@ -24,11 +24,11 @@ import numpy as np
 import streaming.base.dataset as streaming_dataset
 import torch.distributed as dist
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS, SHM_TO_CLEAN
+from streaming.base.shared import SharedArray, SharedScalar, _get_path
 from streaming.base.shared import SharedMemory as StreamingSharedMemory
-from streaming.base.shared import SharedScalar, _get_path
 from streaming.base.world import World
 
-_OUR_NAMES = ("failed_shard",)
+_OUR_NAMES = ("failed_shard", "hashed")
 
 
 def scratch_directory() -> Path:
@@ -61,6 +61,11 @@ class RunNumber:
         """An int64, at first 0, that all processes of this run on this node share."""
         assert name in _OUR_NAMES
         return SharedScalar(np.int64, _get_path(self.value, name))
+
+    def shared_array(self, name: str, size: int) -> SharedArray:
+        """Such numbers, as many as ``size``."""
+        assert name in _OUR_NAMES
+        return SharedArray(size, np.int64, _get_path(self.value, name))
 
     @contextmanager
     def used_by_streaming(self) -> Iterator[None]:

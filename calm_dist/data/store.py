@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,9 @@ class StorePlan(_Strict):
     autoencoder: AutoencoderInfo | None
     corpus_sha256: Sha256
     seed: int
+    parts: Positive = 1
+    """Into how many parts the shuffled documents were cut; each drops the tail that fills no
+    block."""
 
     @property
     def num_patches(self) -> int:
@@ -90,7 +94,11 @@ class StorePlan(_Strict):
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, in the form of ``meta.json``."""
-        return self.model_dump(mode="json")
+        values = self.model_dump(mode="json")
+        if self.parts == 1:
+            # Such stores are the same, and have the fingerprint, as before there were parts.
+            del values["parts"]
+        return values
 
 
 class StoreMeta(StorePlan):
@@ -156,14 +164,21 @@ class Shard:
     size: int
     sha256: str
 
-    def check_size(self) -> None:
-        """Raises DataError where the file is missing or of another size."""
+    def changed(self) -> int:
+        """When the file last changed in any way, in nanoseconds; DataError where it is missing."""
+        return self._stat().st_ctime_ns
+
+    def _stat(self) -> os.stat_result:
         try:
-            found = self.path.stat().st_size
+            return self.path.stat()
         except OSError as error:
             raise DataError(
                 f"shard {self.path}: is missing ({error.strerror}); copy or encode it again"
             ) from error
+
+    def check_size(self) -> None:
+        """Raises DataError where the file is missing or of another size."""
+        found = self._stat().st_size
         if found != self.size:
             raise DataError(
                 f"shard {self.path}: has {found} bytes instead of {self.size}; copy or encode it "

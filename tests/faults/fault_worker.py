@@ -104,18 +104,19 @@ def bad_gradient(step: int, last: int, part: int, value: str = "nan") -> None:
 
 def skip(step: int) -> None:
     """Take loss and gradient of a step for not finite, as they are: a skip on purpose."""
+    import math
     from types import SimpleNamespace
 
-    from calm_dist.training import optimizer
+    from calm_dist.training import autoencoder, optimizer
 
     def action(trainer: Any, batch: Any) -> None:
-        real = optimizer.math
         taken = iter([False])
 
         def isfinite(value: float) -> bool:
-            return next(taken, real.isfinite(value))
+            return next(taken, math.isfinite(value))
 
-        optimizer.math = SimpleNamespace(isfinite=isfinite, sqrt=real.sqrt)  # type: ignore
+        for module in (autoencoder, optimizer):
+            module.math = SimpleNamespace(isfinite=isfinite, sqrt=math.sqrt)  # type: ignore
 
     in_step(action, step)
 
@@ -125,6 +126,19 @@ def bad_batch(step: int, last: int, value: str = "nan") -> None:
 
     def action(trainer: Any, batch: Any) -> None:
         batch["mean"][0, 5, 0] = float(value)
+
+    in_step(action, step, last)
+
+
+def bad_loss(step: int, last: int, value: str = "nan") -> None:
+    """An autoencoder's logits, and with them its loss, are not finite."""
+
+    def action(trainer: Any, batch: Any) -> None:
+        def spoil(module: Any, given: Any, logits: Any) -> Any:
+            handle.remove()
+            return logits * float(value)
+
+        handle = trainer.model.decoder.register_forward_hook(spoil)
 
     in_step(action, step, last)
 
@@ -141,17 +155,32 @@ def jumping_clock(step: int) -> None:
     time.time = jump
 
 
-def lost_shard(step: int, shard: str) -> None:
-    """In the middle of a step a shard is gone, from a store whose shards were not all read."""
+def bad_shard(step: int, shard: str, flipped: bool = False, hashed: bool = True) -> None:
+    """In the middle of a step a shard is gone, or a byte of it differs; what it was is ``.whole``.
+
+    ``hashed``: whether the store is one whose shards are all read when it is opened.
+    """
+    import shutil
     from pathlib import Path
 
     from calm_dist.data import guard
 
-    guard.CHECK_ON_OPEN_BYTES = 0
+    if not hashed:
+        guard.CHECK_ON_OPEN_BYTES = 0
+    path = Path(shard)
 
     def action(trainer: Any, batch: Any) -> None:
-        if int(os.environ["RANK"]) == 0:
-            Path(shard).rename(Path(shard).with_suffix(".lost"))
+        if int(os.environ["RANK"]) != 0:
+            return
+        shutil.copy(path, path.with_suffix(".whole"))
+        if not flipped:
+            path.unlink()
+            return
+        with path.open("r+b") as file:
+            file.seek(path.stat().st_size // 2)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 1]))
 
     in_step(action, step)
 
@@ -221,7 +250,7 @@ def patient_start() -> None:
     from calm_dist.training import session
 
     join_world = session.join_world
-    session.join_world = lambda world, device, seconds: join_world(world, device, 300.0)
+    session.join_world = lambda world, device, timeout_seconds: join_world(world, device, 300.0)
 
 
 def train(recipe: Recipe) -> None:

@@ -1,8 +1,8 @@
-"""tools/train.py, killed at a certain point.
+"""tools/train.py, killed at certain points.
 
-KILL in the environment is JSON: {"rank": which rank dies, "before": "module:function" or
-"module:Class.method", "call": before which call of it in this life, "having": text that must be in
-the call's arguments to count}.
+KILLS in the environment is a list in JSON of {"rank": which rank dies, "before": "module:function"
+or "module:Class.method", "call": before which call of it in this life, "having": text that must be
+in the call's arguments to count}. What only a process calls that the rank forked ends that process.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def train(recipe: Recipe) -> None:
     from calm_dist.training import run as training
 
     cpu.install()
-    kill = json.loads(os.environ["KILL"])
-    if kill.pop("rank") == int(os.environ["RANK"]):
-        die_before(**kill)
+    for kill in json.loads(os.environ["KILLS"]):
+        if kill.pop("rank") == int(os.environ["RANK"]):
+            die_before(**kill)
     training.train(recipe)
 
 

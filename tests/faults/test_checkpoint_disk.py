@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import queue
+import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -132,6 +137,26 @@ def test_no_place_for_checkpoints_is_found_before_training(
     assert [code for code, _ in ended] == [2, 2], ended
     assert f"error: {run / 'checkpoints'}" in ended[0][1]
     assert not training_records(run)
+
+
+def test_half_a_report_of_what_was_written_is_none() -> None:
+    """Megatron takes an empty queue for a failure, which it tells to all ranks."""
+    from calm_dist.training.checkpoint.tensor_files import _ResultsFile
+
+    results = _ResultsFile()
+
+    def report() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+        results.put(list(range(10_000)))
+
+    writer = multiprocessing.get_context("fork").Process(target=report)
+    writer.start()
+    writer.join()
+    assert writer.exitcode == 1
+    assert os.fstat(results._file.fileno()).st_size == 10_000
+    with pytest.raises(queue.Empty):
+        results.get_nowait()
 
 
 def test_full_disk_while_an_autoencoder_trains(tmp_path: Path, store: Path) -> None:

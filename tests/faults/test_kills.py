@@ -1,4 +1,5 @@
-"""SIGKILL of one rank, at every point of a step and of a checkpoint and at random moments.
+"""SIGKILL of one rank, at every point of a step and of a checkpoint and at random moments, and of
+the process that writes a checkpoint for it.
 
 All lives of a run, one after the other in one run directory, end in the numbers of a run that was
 never killed, bit for bit.
@@ -55,6 +56,9 @@ SAVE_POINTS: dict[str, tuple[int, str, int, str]] = {
     "make room": (0, f"{FILES}:_make_room", 3, ""),
     "loading": (1, f"{CHECKPOINT}.model_state:load", 1, ""),
 }
+# In the process that a rank forks to write, for each tensor.
+WRITE_ITEM = "megatron.core.dist_checkpointing.strategies.filesystem_async:_write_item"
+LOST = "no checkpoint of this step, those before it are as they were"
 STEPS = 60
 
 
@@ -102,17 +106,40 @@ def assert_same(run_dir: Path, unbroken: dict[int, dict[str, float]]) -> None:
             assert records[step][name] == expected[name], (step, name)
 
 
+def kill_writers(run_dir: Path, overrides: list[str]) -> None:
+    """One life, in which the writers of two checkpoints die with their tensors half written, and
+    before the second one is cleared away also rank 0."""
+    checkpoints, first, second = run_dir / "checkpoints", "step_00000006.tmp", "step_00000012.tmp"
+    kills = [
+        {"rank": 1, "before": WRITE_ITEM, "call": 3, "having": name} for name in (first, second)
+    ]
+    # The first call makes room for it.
+    kills.append({"rank": 0, "before": "shutil:rmtree", "call": 2, "having": second})
+    ranks = end(life(overrides, KILLER, KILLS=json.dumps(kills)))
+    assert [code for code, _ in ranks] == [-signal.SIGKILL, PEER_LOST], ranks
+    lost = [line for line in ranks[0][1].splitlines() if LOST in line]
+    assert len(lost) == 2, ranks
+    for line, name in zip(lost, (first, second), strict=True):
+        assert line.startswith(f"warning: {checkpoints / name}: ") and "rank 1 cannot write" in line
+    left = sorted(path.name for path in checkpoints.iterdir())
+    assert left == ["latest", "step_00000003", "step_00000009", second]
+    assert (checkpoints / second / "state.json").is_file()
+
+
 def kill_at_points(
     run_dir: Path, overrides: list[str], points: dict[str, tuple[int, str, int, str]]
-) -> None:
-    """One life for each point, which ends there; the other rank says who died."""
+) -> dict[str, str]:
+    """One life for each point, which ends there; the other rank says who died. Its output."""
+    outputs = {}
     for name, (rank, before, call, having) in points.items():
         kill = {"rank": rank, "before": before, "call": call, "having": having}
-        ended = end(life(overrides, KILLER, KILL=json.dumps(kill)))
+        ended = end(life(overrides, KILLER, KILLS=json.dumps([kill])))
         assert ended[rank][0] == -signal.SIGKILL, (name, ended)
         code, output = ended[1 - rank]
         assert code == PEER_LOST, (name, ended)
         assert f"rank {rank}" in output and "Traceback" not in output, (name, output)
+        outputs[name] = output
+    return outputs
 
 
 def finish(run_dir: Path, overrides: list[str]) -> None:
@@ -122,7 +149,7 @@ def finish(run_dir: Path, overrides: list[str]) -> None:
     assert left == ["latest", f"step_{STEPS - 3:08d}", f"step_{STEPS:08d}"]
 
 
-def test_killed_at_points_of_step_and_save(
+def test_killed_writers_and_killed_at_points_of_step_and_save(
     tmp_path: Path,
     overrides: Callable[[Path], list[str]],
     unbroken: dict[int, dict[str, float]],
@@ -132,7 +159,11 @@ def test_killed_at_points_of_step_and_save(
         name: (STEP_POINTS | SAVE_POINTS)[name]
         for name in ("forming groups", "optimizer", "writing")
     }
-    kill_at_points(run, overrides(run), points)
+    kill_writers(run, overrides(run))
+    output = kill_at_points(run, overrides(run), points)["optimizer"]
+    # The checkpoint of step 12 that was not finished is not even looked at.
+    assert f"resumed from {run / 'checkpoints' / 'step_00000009'} at step 9" in output
+    assert "passed over" not in output
     finish(run, overrides(run))
     assert_same(run, unbroken)
 

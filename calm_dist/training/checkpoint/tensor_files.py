@@ -218,7 +218,8 @@ class _ResultsFile:
         self._file.seek(0)
         try:
             return pickle.load(self._file)
-        except EOFError:
+        except (EOFError, pickle.UnpicklingError):
+            # Its writer died before, or in the middle of its report.
             raise queue.Empty from None
 
 
