@@ -7,15 +7,14 @@ message that names what is wrong: a port that is taken, a rank that never came.
 from __future__ import annotations
 
 import os
-import re
 import socket
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from calm_dist.errors import LaunchError
+from calm_dist.parallel import slurm
 from calm_dist.parallel.processes import identity
 
 if TYPE_CHECKING:
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 
 DEFAULT_ADDRESS = "127.0.0.1"
 DEFAULT_PORT = 29500
-# Ports that are derived from a Slurm job id: below Linux's ephemeral range.
-SLURM_PORTS = range(20000, 32000)
 
 
 @dataclass(frozen=True)
@@ -107,54 +104,49 @@ def _from_torch_variables(env: Mapping[str, str]) -> World:
 
 
 def _from_slurm(env: Mapping[str, str]) -> World:
-    job = _number(env, "SLURM_JOB_ID")
+    counts = slurm.tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    node = _number(env, "SLURM_NODEID")
+    if node >= len(counts):
+        raise LaunchError(
+            f"SLURM_NODEID={node}, but SLURM_STEP_TASKS_PER_NODE="
+            f"{env['SLURM_STEP_TASKS_PER_NODE']!r} has {len(counts)} nodes"
+        )
+    address = env.get("MASTER_ADDR")
+    if not address:
+        names = slurm.node_names(env.get("SLURM_STEP_NODELIST", ""))
+        address = slurm.address_of(names[0]) if names else DEFAULT_ADDRESS
     return World(
         _number(env, "SLURM_PROCID"),
         _number(env, "SLURM_STEP_NUM_TASKS"),
         _number(env, "SLURM_LOCALID"),
-        _tasks_on_node(env.get("SLURM_STEP_TASKS_PER_NODE", ""), _number(env, "SLURM_NODEID")),
-        env.get("MASTER_ADDR") or _first_slurm_host(env.get("SLURM_STEP_NODELIST", "")),
+        counts[node],
+        address,
         _number(env, "MASTER_PORT")
         if "MASTER_PORT" in env
-        else SLURM_PORTS[job % len(SLURM_PORTS)],
+        else slurm.port_of(_number(env, "SLURM_JOB_ID")),
         "srun",
     )
-
-
-def _tasks_on_node(tasks_per_node: str, node: int) -> int:
-    """Slurm's compact list, such as ``8(x16),4``: tasks on node number ``node``."""
-    counts: list[int] = []
-    for part in tasks_per_node.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
-        if match is None:
-            raise LaunchError(f"SLURM_STEP_TASKS_PER_NODE={tasks_per_node!r} cannot be read")
-        counts += [int(match[1])] * int(match[2] or 1)
-    if node >= len(counts):
-        raise LaunchError(f"SLURM_NODEID={node}, but {tasks_per_node!r} has {len(counts)} nodes")
-    return counts[node]
-
-
-def _first_slurm_host(nodes: str) -> str:
-    """The first name of a node list such as ``gpu[03-18]``."""
-    if not any(mark in nodes for mark in "[,"):
-        return nodes or DEFAULT_ADDRESS
-    listed = subprocess.run(
-        ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False
-    )
-    if listed.returncode or not listed.stdout.split():
-        raise LaunchError(f"scontrol cannot expand SLURM_STEP_NODELIST={nodes!r}: {listed.stderr}")
-    return listed.stdout.split()[0]
 
 
 def select_device(world: World, device: str) -> torch.device:
     """The device of this process for ``parallel.device`` (auto, cuda or cpu).
 
     Raises:
-        LaunchError: cuda is asked for and absent, or has fewer devices than local ranks.
+        LaunchError: cuda is asked for and absent, or has fewer devices than local ranks; or the
+            job was given GPUs that torch does not find, and would train on the CPU unasked.
     """
     import torch
 
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+    if device == "cpu":
+        return torch.device("cpu")
+    if device == "auto" and not torch.cuda.is_available():
+        if gpus := slurm.allocated_gpus(os.environ):
+            raise LaunchError(
+                f"parallel.device=auto: Slurm gave the job {gpus} GPUs on "
+                f"{os.environ.get('SLURMD_NODENAME', socket.gethostname())}, but torch finds no "
+                "CUDA device; check the node's driver and that torch is a CUDA build, or set "
+                "parallel.device=cpu"
+            )
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise LaunchError("parallel.device=cuda, but torch finds no CUDA device; use auto or cpu")
@@ -256,7 +248,9 @@ def _call_the_roll(store: torch.distributed.Store, world: World, timeout: timede
 
 
 def _ranks(ranks: list[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+    named = ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+    where = slurm.where(ranks, os.environ)
+    return f"{named} ({where})" if where else named
 
 
 def _first_line(error: BaseException) -> str:

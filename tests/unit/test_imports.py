@@ -24,7 +24,7 @@ LAYERS = (
     {"evaluation"},
     {"reports"},
     {"benchmark"},
-    {"command"},
+    {"command", "preflight"},
 )
 # What these need lies above their part: whole models, of which the data knows only autoencoders.
 # The first imports it when it is called.

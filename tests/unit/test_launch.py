@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from calm_dist.errors import LaunchError
-from calm_dist.parallel.launch import SLURM_PORTS, World, read_world
+from calm_dist.parallel.launch import World, read_world, select_device
+from calm_dist.parallel.slurm import PORTS, node_names, where
 
 TORCH = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "7"}
 SLURM = {
@@ -15,7 +16,7 @@ SLURM = {
     "SLURM_LOCALID": "1",
     "SLURM_NODEID": "2",
     "SLURM_STEP_TASKS_PER_NODE": "4(x2),2(x2)",
-    "SLURM_STEP_NODELIST": "gpu07",
+    "SLURM_STEP_NODELIST": "localhost",
 }
 
 
@@ -33,8 +34,8 @@ def test_deepspeed_sets_local_size_instead() -> None:
 
 
 def test_srun() -> None:
-    port = SLURM_PORTS[123456 % len(SLURM_PORTS)]
-    assert read_world(SLURM) == World(9, 12, 1, 2, "gpu07", port, "srun")
+    port = PORTS[123456 % len(PORTS)]
+    assert read_world(SLURM) == World(9, 12, 1, 2, "localhost", port, "srun")
 
 
 def test_srun_address_can_be_overridden() -> None:
@@ -61,3 +62,21 @@ def test_batch_script_is_a_single_process() -> None:
 def test_what_is_wrong_is_named(env: dict[str, str], name: str) -> None:
     with pytest.raises(LaunchError, match=name.replace("(", r"\(")):
         read_world(env)
+
+
+def test_allocated_gpus_without_cuda_are_no_cpu_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = read_world({})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert select_device(world, "auto").type == "cpu"
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    monkeypatch.setenv("SLURMD_NODENAME", "gpu07")
+    assert select_device(world, "cpu").type == "cpu"
+    with pytest.raises(LaunchError, match=r"8 GPUs on gpu07, but torch finds no CUDA.*device=cpu"):
+        select_device(world, "auto")
+
+
+def test_nodes_of_ranks() -> None:
+    assert node_names("gpu07") == ["gpu07"]
+    alone = {"SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_STEP_NODELIST": "gpu07"}
+    assert where([1, 3], alone) == "on gpu07"
+    assert where([1], {}) == ""

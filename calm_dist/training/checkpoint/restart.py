@@ -57,15 +57,20 @@ def newest_valid_for_all(run_dir: Path) -> Path | None:
     return None
 
 
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """About how large a checkpoint is, in bytes."""
+    # Weights and Adam's moments in fp32, and a bf16 body's own weights.
+    per_parameter = 12 if recipe.precision == "fp32" else 14
+    return per_parameter * flops.count(recipe, tokens=0).parameters
+
+
 def check_room(recipe: Recipe) -> None:
     """Look at the disk before the training starts; a collective of the world.
 
     Raises:
         CheckpointError: there is no room for even one checkpoint, on every rank.
     """
-    # Weights and Adam's moments in fp32, and a bf16 body's own weights.
-    per_parameter = 12 if recipe.precision == "fp32" else 14
-    needed = per_parameter * flops.count(recipe, tokens=0).parameters
+    needed = checkpoint_bytes(recipe)
 
     def look() -> None:
         free = shutil.disk_usage(recipe.run.dir).free

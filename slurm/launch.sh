@@ -1,0 +1,258 @@
+#!/usr/bin/env bash
+# What the jobs of this folder run: bash slurm/launch.sh TOOL ARGUMENT...
+#
+#   train, train_autoencoder   RECIPE [key=value ...]    one task per GPU, after a look at every node
+#   encode_latents             the tool's own options    one worker per task, split after split
+#   evaluate, report           the tool's own options    one task
+#
+# USR1 (before the time limit, and at a preemption) makes a training write a checkpoint and end.
+# After that, and after a failure that another start may not meet, the job is requeued and goes on
+# where it was. docs/slurm.md lists the settings and says how to read the logs.
+set -uo pipefail
+
+TOOL=$1
+shift
+RESTART=${SLURM_RESTART_COUNT:-0}
+# Starts in a row that may end without progress, and restarts in all.
+MAX_FAILURES=${CALM_MAX_FAILURES:-3}
+MAX_RESTARTS=${CALM_MAX_RESTARTS:-100}
+LAUNCHER=${CALM_LAUNCHER:-srun}
+
+say() { echo "[$(date +%FT%T) ${SLURMD_NODENAME:-}] $*"; }
+
+die() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+[ -n "${SLURM_JOB_ID:-}" ] || die "this is no Slurm job; submit it: sbatch slurm/NAME.sh"
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+set_up() {
+  if [ -n "${CALM_SETUP:-}" ]; then
+    [ -r "$CALM_SETUP" ] || die "CALM_SETUP=$CALM_SETUP: no such file"
+    # shellcheck disable=SC1090
+    . "$CALM_SETUP"
+  fi
+  PYTHON=${CALM_PYTHON:-$ROOT/.venv/bin/python}
+  [ -n "${CALM_PYTHON:-}${CALM_CONTAINER:-}" ] || [ -x "$PYTHON" ] || PYTHON=python3
+  # How many nodes sbatch's --nodes=MIN-MAX gave is known only now.
+  NODES=$SLURM_JOB_NUM_NODES PER_NODE=${SLURM_NTASKS_PER_NODE:-1}
+  TASKS=$((NODES * PER_NODE))
+  # srun does not take it over from sbatch.
+  [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+  # The other half reads data and writes checkpoints.
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((${SLURM_CPUS_PER_TASK:-1} + 1) / 2))}
+  export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+  # Tensor parallelism overlaps communication as Megatron-core means it only with one queue.
+  export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+  SRUN=(srun --kill-on-bad-exit=1 --distribution=block)
+  if [ -n "${CALM_CONTAINER:-}" ]; then
+    SRUN+=(--container-image="$CALM_CONTAINER" --container-workdir="$PWD"
+      --container-mounts="${CALM_MOUNTS:-$ROOT,$PWD}")
+  fi
+  # shellcheck disable=SC2206  # options, one per word
+  SRUN+=(${CALM_SRUN_ARGS:-})
+}
+
+# open_logs DIR : the folder of this job's logs in it.
+open_logs() {
+  export CALM_LOGS=$1/slurm-$SLURM_JOB_ID
+  mkdir -p "$CALM_LOGS" || die "$CALM_LOGS: cannot be made; give a place that can be written"
+}
+
+# The job's log shows rank 0's, too.
+follow_rank_zero() {
+  local first log
+  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  log=$CALM_LOGS/rank0000.$first.restart$RESTART.log
+  say "ranks log to $CALM_LOGS/rank*.restart$RESTART.log"
+  : >>"$log"
+  tail --follow=name --lines=0 --sleep-interval=0.5 "$log" 2>/dev/null &
+  FOLLOWER=$!
+}
+
+# run_step COMMAND... : run one step. CODE is the exit code of the first task that failed, FIRST is
+# what srun said of it.
+run_step() {
+  local errors=$CALM_LOGS/srun.err
+  CODE=75
+  [ -z "$ASKED" ] || return
+  : >"$errors"
+  "$@" 2> >(tee -a "$errors" >&2) &
+  STEP=$!
+  # A signal to this script ends `wait`, but not the step.
+  while :; do
+    wait "$STEP"
+    CODE=$?
+    kill -0 "$STEP" 2>/dev/null || break
+  done
+  STEP=''
+  # srun's own code may be that of a task which --kill-on-bad-exit has ended for another's failure.
+  FIRST=$(sed -n 's/^srun: error: \(.*: tasks\{0,1\} .*\)/\1/p' "$errors" | head -n 1)
+  case $FIRST in
+    *'Exited with exit code '*) [ "$CODE" = 0 ] || CODE=${FIRST##* } ;;
+  esac
+}
+
+# ask_to_end : have the ranks write a checkpoint and end.
+ask_to_end() {
+  local rank
+  say "USR1: the ranks are asked to write a checkpoint and end"
+  ASKED=1
+  [ -n "$STEP" ] || return
+  # To the rank that holds the run directory, which tells the others. Slurm would also signal their
+  # helper processes, and deepspeed, which die of it.
+  rank=$(sed -n 's/^process \([0-9]*\) .*/\1/p' "$RUN_DIR/.lock" 2>/dev/null)
+  if grep -qzxs "SLURM_JOB_ID=$SLURM_JOB_ID" "/proc/${rank:-none}/environ"; then
+    kill -USR1 "$rank"
+  else
+    # None has come that far: nothing is lost.
+    kill -TERM "$STEP"
+  fi
+}
+
+# progress : changes while the job gets anywhere.
+progress() {
+  case $TOOL in
+    train*) find "$RUN_DIR/checkpoints" -maxdepth 1 -name 'step_*[0-9]' | sort | tail -n 1 ;;
+    encode_latents) find "$RUN_DIR" -type d ! -name '*tmp*' | sort ;;
+  esac 2>/dev/null
+}
+
+# finish : end the job with CODE, or have it requeued.
+finish() {
+  local after state failures
+  case $CODE in
+    0) exit 0 ;;
+    75) ;;
+    2 | 4)
+      show_failures
+      end "another start would end the same; mend what the messages above say"
+      ;;
+    *) show_failures ;;
+  esac
+  state=$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID" 2>/dev/null | head -n 1)
+  # Cancelled, out of time, or a node is gone: then Slurm has decided already.
+  [ "$state" = RUNNING ] || end "the job is ${state:-gone}"
+  after=$(progress)
+  failures=$(cat "$CALM_LOGS/without_progress" 2>/dev/null || echo 0)
+  if [ "$after" = "$BEFORE" ]; then failures=$((failures + 1)); else failures=0; fi
+  echo "$failures" >"$CALM_LOGS/without_progress"
+  [ "$failures" -lt "$MAX_FAILURES" ] ||
+    end "$failures starts in a row got nowhere (CALM_MAX_FAILURES=$MAX_FAILURES)"
+  [ "$RESTART" -lt "$MAX_RESTARTS" ] ||
+    end "restarted $RESTART times (CALM_MAX_RESTARTS=$MAX_RESTARTS)"
+  say "exit code $CODE; requeued${FIRST:+; the first to end was $FIRST}"
+  scontrol requeue "$SLURM_JOB_ID" || end "scontrol cannot requeue it"
+  # Slurm ends this script.
+  sleep 300
+  exit "$CODE"
+}
+
+end() {
+  say "exit code $CODE; not requeued: $*"
+  exit "$CODE"
+}
+
+# The last words of the ranks that had something to complain of.
+show_failures() {
+  local log
+  for log in "$CALM_LOGS"/rank*.restart"$RESTART".log; do
+    grep -qsE '^(error:|Traceback|[A-Za-z.]*Error:)' "$log" || continue
+    echo "---- $log"
+    tail -n 15 "$log"
+  done | head -n 100
+}
+
+train() {
+  local arguments=("${RECIPE:-$ROOT/$1}" "${@:2}" "parallel.world_size=$TASKS") once=()
+  [ -z "${CALM_CONTAINER:-}" ] || once=("${SRUN[@]}" --nodes=1 --ntasks=1)
+  RUN_DIR=$("${once[@]}" "$PYTHON" "$ROOT/tools/preflight.py" "${arguments[@]}" | tail -n 1) || exit 2
+  open_logs "$RUN_DIR/logs"
+  BEFORE=$(progress)
+  say "restart $RESTART of $TOOL ${arguments[*]} in $RUN_DIR" \
+    "on $NODES nodes ($SLURM_JOB_NODELIST) x $PER_NODE ranks"
+  if [ "${CALM_PREFLIGHT:-1}" = 1 ]; then
+    run_step "${SRUN[@]}" --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 \
+      "$PYTHON" "$ROOT/tools/preflight.py" "${arguments[@]}" --node
+    [ "$CODE" = 0 ] || finish
+  fi
+  if [ "$LAUNCHER" = deepspeed ]; then
+    [ "$NODES" = 1 ] || die "CALM_LAUNCHER=deepspeed: is for one node, the job has $NODES; use srun"
+    run_step "$PYTHON" -m deepspeed.launcher.runner --num_accelerators "$TASKS" \
+      --master_port $((20000 + SLURM_JOB_ID % 12000)) "$ROOT/tools/$TOOL.py" "${arguments[@]}"
+  else
+    run_ranks "$PYTHON" "$ROOT/tools/$TOOL.py" "${arguments[@]}"
+  fi
+}
+
+# run_ranks COMMAND... : in every task, each with a log of its own.
+run_ranks() {
+  follow_rank_zero
+  run_step "${SRUN[@]}" --nodes="$NODES" --ntasks="$TASKS" bash "$ROOT/slurm/rank.sh" "$@"
+  # The last lines may be a moment late.
+  sleep 1
+  kill "$FOLLOWER"
+}
+
+# encode [OPTION...] : the splits of a prepared corpus, each into a store of its own.
+encode() {
+  local data=${DATA:-data} store=${STORE:-latents} split tokenizer command
+  local kind=(--autoencoder "${AUTOENCODER:-runs/autoencoder}" --block-size "${BLOCK_SIZE:-8192}")
+  if [ "$store" = tokens ]; then
+    kind=(--variant tokens --patch-size "${PATCH_SIZE:-4}" --block-size "${BLOCK_SIZE:-2048}")
+  fi
+  tokenizer=${TOKENIZER:-$(find "$data" -maxdepth 1 -name 'tokenizer.*' 2>/dev/null | head -n 1)}
+  for split in ${SPLITS:-train valid test}; do
+    [ -n "$tokenizer" ] && [ -r "$data/corpus/$split.jsonl" ] ||
+      die "DATA=$data: holds no corpus/$split.jsonl and tokenizer; set DATA, or make it:" \
+        "python tools/prepare_corpus.py --corpus PATH... --tokenizer F --out $data"
+  done
+  RUN_DIR=$data/$store
+  open_logs "$data/logs"
+  BEFORE=$(progress)
+  for split in ${SPLITS:-train valid test}; do
+    say "restart $RESTART: $data/corpus/$split.jsonl -> $RUN_DIR/$split"
+    command=("$PYTHON" "$ROOT/tools/encode_latents.py" --corpus "$data/corpus/$split.jsonl"
+      --tokenizer "$tokenizer" --out "$RUN_DIR/$split" "${kind[@]}" "$@")
+    if [ "$split" = train ]; then
+      run_ranks "${command[@]}" --parts "${PARTS:-64}"
+    elif [ "${SLURM_ARRAY_TASK_ID:-}" = "${SLURM_ARRAY_TASK_MIN:-}" ]; then
+      # One part: the end of each, up to a block, is lost, which is much of a small split.
+      run_step "${SRUN[@]}" --nodes=1 --ntasks=1 "${command[@]}"
+    fi
+    [ "$CODE" = 0 ] || return
+  done
+}
+
+# report [OPTION...] : on those of RUNS that have come to anything.
+report() {
+  local run arguments=("$@")
+  for run in ${RUNS:-runs/calm_* runs/transformer_*}; do
+    [ ! -s "$run/metrics.jsonl" ] || arguments+=(--run "$run")
+  done
+  [ ${#arguments[@]} -gt $# ] || die "RUNS=${RUNS:-runs/...}: none of them has a metrics.jsonl"
+  [ ! -s "${AUTOENCODER:-runs/autoencoder}/metrics.jsonl" ] ||
+    arguments+=(--autoencoder "${AUTOENCODER:-runs/autoencoder}")
+  alone "${arguments[@]}"
+}
+
+# alone ARGUMENT... : the tool in one task.
+alone() {
+  open_logs "${LOGS:-logs}"
+  run_step "${SRUN[@]}" --nodes=1 --ntasks=1 "$PYTHON" "$ROOT/tools/$TOOL.py" "$@"
+}
+
+ASKED='' STEP='' CODE=0 FIRST='' BEFORE='' RUN_DIR=''
+trap ask_to_end USR1
+# The tasks are told by Slurm itself; what they do about it is waited for.
+trap 'say "TERM: told to end"' TERM
+set_up
+case $TOOL in
+  train | train_autoencoder) train "$@" ;;
+  encode_latents) encode "$@" ;;
+  report) report "$@" ;;
+  *) alone "$@" ;;
+esac
+finish

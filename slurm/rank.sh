@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# One task of a job step: rank.sh COMMAND... runs it with its output in a log of its own.
+set -euo pipefail
+
+rank=$(printf '%04d' "$SLURM_PROCID")
+restart=${SLURM_RESTART_COUNT:-0}
+if [[ $* == *tools/encode_latents.py* ]]; then
+  # Workers share nothing but the directory: the tasks of all of an array's jobs.
+  array=$((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}))
+  worker=$((array * SLURM_STEP_NUM_TASKS + SLURM_PROCID))
+  set -- "$@" --worker "$worker/$((${SLURM_ARRAY_TASK_COUNT:-1} * SLURM_STEP_NUM_TASKS))"
+fi
+exec "$@" >>"$CALM_LOGS/rank$rank.$SLURMD_NODENAME.restart$restart.log" 2>&1

@@ -1,0 +1,193 @@
+#!/usr/bin/env bash
+# The whole study as a chain of jobs, each after those whose results it needs:
+#
+#   tokens -> autoencoder -> latents -> CALM models -> their scores -> report
+#          -> Transformers ----------------------------> their scores ->
+#
+#   bash slurm/study.sh [--dry-run] [--models "NAME ..."] [--autoencoder NAME] [--sbatch "OPTION ..."]
+#                       [[NAME:]key=value ...]
+#
+#   --dry-run      show what would be submitted
+#   --models       recipes (default: calm_s calm_m calm_l calm_xl transformer_s transformer_m transformer_l)
+#   --autoencoder  its recipe (default: autoencoder)
+#   --sbatch       options for every job, such as --account=x --partition=y
+#   key=value      for every training; NAME:key=value for that of one recipe
+#
+# DATA (default: data) is a corpus that tools/prepare_corpus.py made; RUNS (default: runs) gets a
+# run directory for each recipe, and report/. What is finished is not submitted again, and what
+# still waits or runs is waited for: start it again after whatever went wrong.
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+MODELS='calm_s calm_m calm_l calm_xl transformer_s transformer_m transformer_l'
+AUTOENCODER_RECIPE=autoencoder OPTIONS=() OVERRIDES=() DRY=''
+
+die() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+while [ $# -gt 0 ]; do
+  case $1 in
+    -h | --help)
+      sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+      exit
+      ;;
+    --dry-run) DRY=1 ;;
+    --models | --autoencoder | --sbatch)
+      [ $# -gt 1 ] || die "$1: no value given"
+      case $1 in
+        --models) MODELS=$2 ;;
+        --autoencoder) AUTOENCODER_RECIPE=$2 ;;
+        # shellcheck disable=SC2206  # options, one per word
+        --sbatch) OPTIONS=($2) ;;
+      esac
+      shift
+      ;;
+    -*) die "$1: unknown option; see bash slurm/study.sh --help" ;;
+    *=*) OVERRIDES+=("$1") ;;
+    *) die "$1: neither an option nor key=value; see bash slurm/study.sh --help" ;;
+  esac
+  shift
+done
+
+DATA=$(realpath -m "${DATA:-data}") STUDY=$(realpath -m "${RUNS:-runs}")
+AUTOENCODER=$STUDY/$AUTOENCODER_RECIPE
+PYTHON=${CALM_PYTHON:-$ROOT/.venv/bin/python}
+[ -x "$PYTHON" ] || PYTHON=python3
+[ -n "$DRY" ] || command -v sbatch >/dev/null || die "no sbatch here; run it where jobs are submitted"
+[ -r "$DATA/corpus/train.jsonl" ] || die "DATA=$DATA: holds no corpus/train.jsonl; make it:" \
+  "python tools/prepare_corpus.py --corpus PATH... --tokenizer F --out $DATA"
+
+# overrides_of NAME : into ARGUMENTS, where it trains and with what.
+overrides_of() {
+  local given
+  ARGUMENTS=("run.dir=$STUDY/$1")
+  case $1 in
+    calm_*) ARGUMENTS+=("data.path=$DATA/latents/train" "model.autoencoder=$AUTOENCODER") ;;
+    *) ARGUMENTS+=("data.path=$DATA/tokens/train") ;;
+  esac
+  for given in ${OVERRIDES[@]+"${OVERRIDES[@]}"}; do
+    case $given in
+      "$1":*) ARGUMENTS+=("${given#*:}") ;;
+      *:*=*) [[ ${given%%=*} == *:* ]] || ARGUMENTS+=("$given") ;;
+      *) ARGUMENTS+=("$given") ;;
+    esac
+  done
+}
+
+# facts_of NAME : into BLOCK_SIZE, PATCH_SIZE and STEPS, what its recipe says; refuses a bad one.
+facts_of() {
+  local facts
+  overrides_of "$1"
+  facts=$("$PYTHON" - "$ROOT" "recipes/$1.yaml" "${ARGUMENTS[@]}" <<'PY'
+import sys
+sys.path.insert(0, sys.argv[1])
+from calm_dist.cli import run
+from calm_dist.recipe import load_recipe
+
+def main():
+    recipe = load_recipe(f"{sys.argv[1]}/{sys.argv[2]}", sys.argv[3:])
+    print(recipe.block_size, recipe.model.patch_size, recipe.training.steps)
+
+run(main)
+PY
+  ) || exit 2
+  read -r BLOCK_SIZE PATCH_SIZE STEPS <<<"$facts"
+}
+
+# submit NAME IDS SCRIPT [ARGUMENT...] : into ID, its job, which starts when the jobs IDS (words)
+# have succeeded, or with IDS "any: ..." ended. An ID "done" is waited for by nobody. SETTINGS are
+# the job's environment.
+submit() {
+  local name=$1 after=$2 script=$3 kind=afterok job command wait=()
+  shift 3
+  if [[ $after == any:* ]]; then kind=afterany after=${after#any:}; fi
+  for job in $after; do [ "$job" = done ] || wait+=("$job"); done
+  # A job that waits for one that failed would wait for ever without the second option.
+  command=(env "${SETTINGS[@]}" sbatch --parsable "--job-name=$NAME-$name" "--output=$STUDY/logs/%x-%j.out")
+  if [ ${#wait[@]} -gt 0 ]; then
+    command+=("--dependency=$kind$(printf ':%s' "${wait[@]}")" --kill-on-invalid-dep=yes)
+  fi
+  command+=(${OPTIONS[@]+"${OPTIONS[@]}"} "$ROOT/slurm/$script" "$@")
+  if [ -n "$DRY" ]; then
+    ID=$name
+    echo "$name${wait[*]+ (after ${wait[*]})}:$(printf ' %q' "${command[@]}")"
+    return
+  fi
+  ID=$(squeue --noheader --user="$(id -un)" --name="$NAME-$name" --format=%A | head -n 1) ||
+    die "squeue does not answer; try again"
+  if [ -n "$ID" ]; then
+    echo "$name: still queued or running as job $ID"
+    return
+  fi
+  ID=$("${command[@]}") || die "sbatch refused $name; what was submitted before stays queued"
+  ID=${ID%%;*}
+  echo "$name: submitted as job $ID${wait[*]+, after ${wait[*]}}"
+}
+
+# already NAME FILE... : whether all results of NAME are there.
+already() {
+  local name=$1 file
+  shift
+  for file in "$@"; do [ -e "$file" ] || return; done
+  echo "$name: already there"
+  ID=done
+}
+
+# train NAME IDS : a training of recipes/NAME.yaml.
+train() {
+  local script=$1.sh
+  facts_of "$1"
+  ! already "$1" "$STUDY/$1/checkpoints/step_$(printf %08d "$STEPS")/manifest.json" || return 0
+  # A recipe of the user's own starts like CALM-S, apart from what --sbatch says.
+  if [ ! -e "$ROOT/slurm/$script" ]; then
+    case $1 in autoencoder*) script=autoencoder.sh ;; *) script=calm_s.sh ;; esac
+  fi
+  SETTINGS=("RECIPE=$ROOT/recipes/$1.yaml")
+  submit "$1" "$2" "$script" "${ARGUMENTS[@]}"
+}
+
+# encode STORE IDS : all splits of the corpus.
+encode() {
+  ! already "$1" "$DATA/$1"/{train,valid,test}/meta.json || return 0
+  SETTINGS=("DATA=$DATA" "STORE=$1" "BLOCK_SIZE=$BLOCK_SIZE" "PATCH_SIZE=$PATCH_SIZE"
+    "AUTOENCODER=$AUTOENCODER")
+  submit "$1" "$2" encode.sh
+}
+
+# The same runs directory is the same study, in the queue, too.
+NAME=study-$(cksum <<<"$STUDY" | cut -d' ' -f1)
+[ -n "$DRY" ] || mkdir -p "$STUDY/logs"
+
+facts_of "$AUTOENCODER_RECIPE"
+encode tokens done
+tokens=$ID
+train "$AUTOENCODER_RECIPE" "$tokens"
+autoencoder=$ID latents=done
+for model in $MODELS; do
+  case $model in calm_*) ;; *) continue ;; esac
+  facts_of "$model"
+  encode latents "$autoencoder"
+  latents=$ID
+  break
+done
+scores=()
+for model in $MODELS; do
+  case $model in
+    calm_*) train "$model" "$latents" ;;
+    *) train "$model" "$tokens" ;;
+  esac
+  trained=$ID
+  case $model in calm_*) test=latents ;; *) test=tokens ;; esac
+  if ! already "score of $model" "$STUDY/$model/evaluation.json"; then
+    SETTINGS=("CHECKPOINT=$STUDY/$model" "TEST=$DATA/$test/test" "LOGS=$STUDY/$model/logs")
+    submit "score-$model" "$trained" evaluate.sh --json "$STUDY/$model/evaluation.json"
+  fi
+  scores+=("$ID")
+done
+# Whatever came of the others: it reports on those that are there.
+all=()
+for model in $MODELS; do all+=("$STUDY/$model"); done
+SETTINGS=("RUNS=${all[*]}" "OUT=$STUDY/report" "LOGS=$STUDY/logs" "AUTOENCODER=$AUTOENCODER")
+submit report "any:${scores[*]}" report.sh
