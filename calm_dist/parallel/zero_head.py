@@ -18,7 +18,7 @@ from torch import nn
 
 from calm_dist.models.heads.base import NoiseSource
 from calm_dist.parallel.topology import Topology
-from calm_dist.parallel.zero_state import parameter_groups
+from calm_dist.parallel.zero_state import Copy, ParameterGroup, parameter_groups
 from calm_dist.recipe import Recipe
 
 STATE_NAMES = ("fp32", "exp_avg", "exp_avg_sq")
@@ -195,19 +195,44 @@ class ZeroHead:
         A collective of the head's ranks; every rank gets all of it. An fp32 head's weights are its
         own tensors, not copies.
         """
+        return {
+            f"{kind}.{name}": whole
+            for kind, group, names in self._kinds()
+            for name, whole in zip(
+                names,
+                group.weights() if kind == "fp32" else group.gather(self._local(group, kind)),
+                strict=True,
+            )
+        }
+
+    def state_to_save(self) -> dict[str, Copy]:
+        """The same, but of each tensor only the copies that cost nothing or little to have.
+
+        A collective of the head's ranks; the copies of all ranks together are the whole state.
+        """
+        return {
+            f"{kind}.{name}": copy
+            for kind, group, names in self._kinds()
+            for name, copy in zip(
+                names,
+                group.weight_copies() if kind == "fp32" else group.copies(self._local(group, kind)),
+                strict=True,
+            )
+            if copy is not None
+        }
+
+    def _kinds(self) -> Iterator[tuple[str, ParameterGroup, list[str]]]:
+        """Each kind of state of each parameter group, with the names of its parameters."""
         names = {id(p): name for name, p in self.module.named_parameters()}
-        state: dict[str, torch.Tensor] = {}
         for group in parameter_groups(self._zero, self._stage, self._group):
             for kind in STATE_NAMES:
-                if kind == "fp32":
-                    wholes = group.weights()
-                else:
-                    local = group.moments.get(kind)
-                    local = torch.zeros_like(group.partition) if local is None else local
-                    wholes = group.gather(local)
-                for p, whole in zip(group.parameters, wholes, strict=True):
-                    state[f"{kind}.{names[id(p)]}"] = whole
-        return state
+                yield kind, group, [names[id(p)] for p in group.parameters]
+
+    @staticmethod
+    def _local(group: ParameterGroup, kind: str) -> torch.Tensor:
+        """This rank's part of Adam's moments; zeros before the first step."""
+        local = group.moments.get(kind)
+        return torch.zeros_like(group.partition) if local is None else local
 
     @torch.no_grad()
     def import_state(self, state: dict[str, torch.Tensor], step: int) -> None:

@@ -7,11 +7,18 @@ parameter. Both pad the end. (deepspeed 0.19.8)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+
+class Copy(NamedTuple):
+    """A whole tensor, and which of the copies on different ranks it is; there is always a 0."""
+
+    whole: torch.Tensor
+    replica: int
 
 
 class ConcatenatedGroup:
@@ -36,9 +43,55 @@ class ConcatenatedGroup:
 
     def weights(self) -> list[torch.Tensor]:
         """Whole fp32 weights; a collective where the model's own are rounded ones."""
-        if all(p.dtype == torch.float32 for p in self.parameters):
-            return [p.detach() for p in self.parameters]
-        return self.gather(self.partition)
+        return self._own_weights() or self.gather(self.partition)
+
+    def copies(self, local: torch.Tensor) -> list[Copy | None]:
+        """Whole tensors of some parameters, each on the one rank that has most of it already.
+
+        A collective; but only of parameters that lie across two parts is anything sent.
+        """
+        rank, length = dist.get_rank(self._group), local.numel()
+        flat, found, waiting, begin = local.detach(), [], [], 0
+        for p in self.parameters:
+            end = begin + p.numel()
+            holders = range(begin // length, (end - 1) // length + 1)
+            pieces = {r: (max(begin, r * length), min(end, (r + 1) * length)) for r in holders}
+            owner = max(holders, key=lambda r, pieces=pieces: pieces[r][1] - pieces[r][0])  # type: ignore[misc]
+            whole: torch.Tensor | None = None
+            if owner == rank:
+                first, last = pieces[rank]
+                whole = flat[first - rank * length : last - rank * length]
+                if len(holders) > 1:
+                    mine, whole = whole, flat.new_empty(p.numel())
+                    whole[first - begin : last - begin] = mine
+                    for r in set(holders) - {rank}:
+                        place = whole[pieces[r][0] - begin : pieces[r][1] - begin]
+                        waiting.append(self._exchange(dist.irecv, place, r))
+            elif rank in pieces:
+                first, last = pieces[rank]
+                piece = flat[first - rank * length : last - rank * length].contiguous()
+                waiting.append(self._exchange(dist.isend, piece, owner))
+            found.append(None if whole is None else Copy(whole.view(p.shape), 0))
+            begin = end
+        for work in dist.batch_isend_irecv(waiting) if waiting else ():
+            work.wait()
+        return found
+
+    def weight_copies(self) -> list[Copy | None]:
+        """`copies` of the fp32 weights; on every rank where they are the model's own."""
+        if own := self._own_weights():
+            replica = dist.get_rank(self._group)
+            return [Copy(weight, replica) for weight in own]
+        return self.copies(self.partition)
+
+    def _own_weights(self) -> list[torch.Tensor]:
+        """The model's, where they are not rounded."""
+        if any(p.dtype != torch.float32 for p in self.parameters):
+            return []
+        return [p.detach() for p in self.parameters]
+
+    def _exchange(self, how: Any, tensor: torch.Tensor, peer: int) -> dist.P2POp:
+        return dist.P2POp(how, tensor, dist.get_global_rank(self._group, peer), self._group)
 
     def cut(self, wholes: list[torch.Tensor]) -> torch.Tensor:
         """This rank's part of whole tensors."""
@@ -76,6 +129,15 @@ class PartitionedGroup:
         """Whole fp32 weights; a collective."""
         return self.gather(self.partition)
 
+    def copies(self, local: torch.Tensor) -> list[Copy | None]:
+        """Whole tensors of all parameters, on every rank; a collective."""
+        replica = dist.get_rank(self._group)
+        return [Copy(whole, replica) for whole in self.gather(local)]
+
+    def weight_copies(self) -> list[Copy | None]:
+        """`copies` of the fp32 weights."""
+        return self.copies(self.partition)
+
     def cut(self, wholes: list[torch.Tensor]) -> torch.Tensor:
         """This rank's part of whole tensors."""
         pairs = zip(self.parameters, wholes, strict=True)
@@ -88,9 +150,10 @@ class PartitionedGroup:
         self._model_partition.data.copy_(self.partition.data)
 
 
-def parameter_groups(
-    zero: Any, stage: int, group: dist.ProcessGroup
-) -> Iterator[ConcatenatedGroup | PartitionedGroup]:
+ParameterGroup = ConcatenatedGroup | PartitionedGroup
+
+
+def parameter_groups(zero: Any, stage: int, group: dist.ProcessGroup) -> Iterator[ParameterGroup]:
     """All parameter groups of a ZeRO optimizer whose ranks are ``group``."""
     kind = PartitionedGroup if stage == 3 else ConcatenatedGroup
     count = len(zero.fp16_groups if stage == 3 else zero.single_partition_of_fp32_groups)

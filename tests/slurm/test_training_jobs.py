@@ -98,27 +98,6 @@ def test_a_job_survives_what_clusters_do(jobs: Jobs, tiny: Tiny, tmp_path: Path)
 
 
 @pytest.mark.full
-def test_a_job_goes_on_with_the_nodes_that_are_left(jobs: Jobs, tiny: Tiny, tmp_path: Path) -> None:
-    """One or two nodes, of two that there are: when one dies, the other trains on alone."""
-    run_dir = tmp_path / "run"
-    options = [*TWO_BY_TWO, "--nodes=1-2", f"--exclude=n[3-{jobs.cluster.nodes}]"]
-    settings = overrides(tiny, run_dir, **ALONE, checkpoint__every=2)
-    number = jobs.submit("calm_s.sh", options, settings, RECIPE=recipe("calm"))
-    jobs.wait(lambda: steps_of(run_dir) >= 5, number)
-    jobs.cluster.kill_node("n2")
-    assert jobs.wait_for_end(number) == ["COMPLETED"]
-    jobs.cluster.start_node("n2")
-
-    log = jobs.log(number)
-    assert "on 2 nodes (n[1-2]) x 2 ranks" in log and "on 1 nodes (n1) x 2 ranks" in log
-    run_jobs(1, [("calm", overrides(tiny, tmp_path / "unbroken", **ALONE))], tmp_path)
-    survived, unbroken = training_records(run_dir), training_records(tmp_path / "unbroken")
-    assert sorted(survived) == list(range(1, STEPS + 1))
-    for step, record in unbroken.items():
-        assert survived[step]["loss"] == pytest.approx(record["loss"], rel=1e-5), step
-
-
-@pytest.mark.full
 def test_deepspeed_launches_on_one_node(jobs: Jobs, tiny: Tiny, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     options = [*TWO_BY_TWO, "--nodes=1"]

@@ -33,7 +33,11 @@ def training_state(
     state = _body_state(chunks)
     state["optimizer"] = optimizer_state(optimizer, _body_state(chunks))
     if head is not None:
-        state |= _head_state(head.export_state(), topology.head_ranks.index(topology.rank))
+        state |= {
+            name: tensor
+            for key, copy in head.state_to_save().items()
+            for name, tensor in _head_state({key: copy.whole}, copy.replica).items()
+        }
     return state
 
 
