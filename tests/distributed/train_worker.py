@@ -13,27 +13,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from world import joined_world
+
 from calm_dist.cli import run
 
 
 def main() -> None:
     jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-
-    import torch.distributed as dist
-
-    from calm_dist.parallel import cpu
-    from calm_dist.parallel.launch import join_world, read_world, select_device
-
-    world = read_world()
-    world.export()
-    device = select_device(world, "auto")
-    join_world(world, device, timeout_seconds=120.0)
-    cpu.install()
-    for job in jobs:
-        train(job, world, device)
-        # Gloo keeps the threads of every group that something still refers to.
-        gc.collect()
-    dist.destroy_process_group()
+    with joined_world() as (world, device):
+        for job in jobs:
+            train(job, world, device)
+            # Gloo keeps the threads of every group that something still refers to.
+            gc.collect()
 
 
 def train(job: dict[str, Any], world: Any, device: Any) -> None:
