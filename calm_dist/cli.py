@@ -92,6 +92,16 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return number
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the option ``--device`` of a tool that computes in one process."""
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="auto: a GPU where there is one (default)",
+    )
+
+
 def write_json(value: Any, target: str | Path) -> None:
     """Write ``value`` as JSON to a file, or to stdout for ``-``.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calm_dist.data.store import read_meta
-from calm_dist.errors import LaunchError, UserError
+from calm_dist.errors import LaunchError, PeerLostError, UserError
 from calm_dist.parallel.launch import World, join_world
 from calm_dist.parallel.slurm import allocated_gpus
 from calm_dist.recipe import Recipe
@@ -43,13 +43,14 @@ def check_node(recipe: Recipe, world: World, timeout_seconds: float) -> str:
 
     Raises:
         UserError: something is wrong with this node; the message names it.
+        PeerLostError: another node did not come; the message names it.
     """
     node = node_name()
     try:
         resolve(recipe)
         found = [_check_disk(recipe), _check_data(recipe), *_check_gpus(recipe, world.size)]
         found.append(_all_reduce(recipe, world, timeout_seconds))
-    except UserError as error:
+    except (UserError, PeerLostError) as error:
         raise type(error)(f"node {node}: {error}") from error
     return f"node {node}: {', '.join(found)}"
 

@@ -10,7 +10,11 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-# Slurm runs a copy of this file; the job knows where it was submitted from.
-root=${CALM_DIST_ROOT:-$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null |
-  sed -n '/^ *Command=/{s|^ *Command=\([^ ]*\)/slurm/[^/ ]*\.sh.*|\1|p;q}')}
-exec bash "${root:-.}/slurm/launch.sh" train recipes/calm_l.yaml "$@"
+# Slurm runs a copy of this file; the checkout is where the one that was submitted lies.
+script=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null |
+  sed -n '/^ *Command=/{s/^ *Command=//;s/\.sh .*/.sh/;p;q}')
+script=$(cd "${SLURM_SUBMIT_DIR:-.}" && realpath -m "${script:-$0}")
+root=${CALM_DIST_ROOT:-${script%/slurm/*}}
+[ -r "$root/slurm/launch.sh" ] || root=${SLURM_SUBMIT_DIR:-.}
+[ -r "$root/slurm/launch.sh" ] || { echo "error: set CALM_DIST_ROOT to the checkout" >&2; exit 2; }
+exec bash "$root/slurm/launch.sh" train recipes/calm_l.yaml "$@"

@@ -17,6 +17,9 @@ RESTART=${SLURM_RESTART_COUNT:-0}
 MAX_FAILURES=${CALM_MAX_FAILURES:-3}
 MAX_RESTARTS=${CALM_MAX_RESTARTS:-100}
 LAUNCHER=${CALM_LAUNCHER:-srun}
+# The last job of an array has the number of the array.
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
+JOB=${JOB:-${SLURM_JOB_ID:-}}
 
 say() { echo "[$(date +%FT%T) ${SLURMD_NODENAME:-}] $*"; }
 
@@ -31,14 +34,24 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 set_up() {
   if [ -n "${CALM_SETUP:-}" ]; then
     [ -r "$CALM_SETUP" ] || die "CALM_SETUP=$CALM_SETUP: no such file"
+    # Modules and conda use variables that are not set.
+    set +u
     # shellcheck disable=SC1090
     . "$CALM_SETUP"
+    set -u
   fi
+  [[ $MAX_FAILURES =~ ^[1-9][0-9]*$ ]] || die "CALM_MAX_FAILURES=$MAX_FAILURES: give a number from 1"
+  [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || die "CALM_MAX_RESTARTS=$MAX_RESTARTS: give a number from 0"
+  [[ $LAUNCHER =~ ^(srun|deepspeed)$ ]] || die "CALM_LAUNCHER=$LAUNCHER: give srun or deepspeed"
   PYTHON=${CALM_PYTHON:-$ROOT/.venv/bin/python}
   [ -n "${CALM_PYTHON:-}${CALM_CONTAINER:-}" ] || [ -x "$PYTHON" ] || PYTHON=python3
   # How many nodes sbatch's --nodes=MIN-MAX gave is known only now.
   NODES=$SLURM_JOB_NUM_NODES PER_NODE=${SLURM_NTASKS_PER_NODE:-1}
   TASKS=$((NODES * PER_NODE))
+  [ "${SLURM_NTASKS:-$TASKS}" = "$TASKS" ] || die "--ntasks=$SLURM_NTASKS: $NODES nodes have" \
+    "$PER_NODE tasks each; give --nodes and --ntasks-per-node instead"
+  # The steps need what is set here, also after sbatch --export=NONE.
+  export SLURM_EXPORT_ENV=ALL
   # srun does not take it over from sbatch.
   [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
   # The other half reads data and writes checkpoints.
@@ -78,28 +91,31 @@ run_step() {
   local errors=$CALM_LOGS/srun.err
   CODE=75
   [ -z "$ASKED" ] || return
-  : >"$errors"
-  "$@" 2> >(tee -a "$errors" >&2) &
+  "$@" 2> >(tee "$errors" >&2) &
   STEP=$!
   # A signal to this script ends `wait`, but not the step.
-  while :; do
-    wait "$STEP"
-    CODE=$?
-    kill -0 "$STEP" 2>/dev/null || break
-  done
+  while kill -0 "$STEP" 2>/dev/null; do wait "$STEP"; done
+  wait "$STEP"
+  CODE=$?
   STEP=''
+  # What tee has read last may not be in the file yet.
+  sleep 0.2
   # srun's own code may be that of a task which --kill-on-bad-exit has ended for another's failure.
   FIRST=$(sed -n 's/^srun: error: \(.*: tasks\{0,1\} .*\)/\1/p' "$errors" | head -n 1)
   case $FIRST in
     *'Exited with exit code '*) [ "$CODE" = 0 ] || CODE=${FIRST##* } ;;
   esac
+  # Asked before it could write a checkpoint.
+  case $ASKED$CODE in yes137 | yes138 | yes143) CODE=75 ;; esac
 }
 
 # ask_to_end : have the ranks write a checkpoint and end.
 ask_to_end() {
   local rank
+  # A second one would end a rank that has written its checkpoint.
+  [ -z "$ASKED" ] || return
+  ASKED=yes
   say "USR1: the ranks are asked to write a checkpoint and end"
-  ASKED=1
   [ -n "$STEP" ] || return
   # To the rank that holds the run directory, which tells the others. Slurm would also signal their
   # helper processes, and deepspeed, which die of it.
@@ -132,8 +148,8 @@ finish() {
       ;;
     *) show_failures ;;
   esac
-  state=$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID" 2>/dev/null | head -n 1)
   # Cancelled, out of time, or a node is gone: then Slurm has decided already.
+  state=$(ask_slurm squeue --noheader --format=%T --jobs="$JOB") || end "Slurm does not answer"
   [ "$state" = RUNNING ] || end "the job is ${state:-gone}"
   after=$(progress)
   failures=$(cat "$CALM_LOGS/without_progress" 2>/dev/null || echo 0)
@@ -144,10 +160,20 @@ finish() {
   [ "$RESTART" -lt "$MAX_RESTARTS" ] ||
     end "restarted $RESTART times (CALM_MAX_RESTARTS=$MAX_RESTARTS)"
   say "exit code $CODE; requeued${FIRST:+; the first to end was $FIRST}"
-  scontrol requeue "$SLURM_JOB_ID" || end "scontrol cannot requeue it"
+  ask_slurm scontrol requeue "$JOB" || end "scontrol cannot requeue it"
   # Slurm ends this script.
   sleep 300
   exit "$CODE"
+}
+
+# ask_slurm COMMAND... : again for ten minutes, while the controller does not answer.
+ask_slurm() {
+  local tries
+  for tries in {1..40}; do
+    "$@" && return
+    sleep 15
+  done
+  return 1
 }
 
 end() {
@@ -193,7 +219,7 @@ run_ranks() {
   run_step "${SRUN[@]}" --nodes="$NODES" --ntasks="$TASKS" bash "$ROOT/slurm/rank.sh" "$@"
   # The last lines may be a moment late.
   sleep 1
-  kill "$FOLLOWER"
+  kill "$FOLLOWER" 2>/dev/null
 }
 
 # encode [OPTION...] : the splits of a prepared corpus, each into a store of its own.
@@ -205,20 +231,27 @@ encode() {
   fi
   tokenizer=${TOKENIZER:-$(find "$data" -maxdepth 1 -name 'tokenizer.*' 2>/dev/null | head -n 1)}
   for split in ${SPLITS:-train valid test}; do
-    [ -n "$tokenizer" ] && [ -r "$data/corpus/$split.jsonl" ] ||
-      die "DATA=$data: holds no corpus/$split.jsonl and tokenizer; set DATA, or make it:" \
+    [ -r "$data/corpus/$split.jsonl" ] ||
+      die "DATA=$data: holds no corpus/$split.jsonl; set DATA (or SPLITS), or make it:" \
         "python tools/prepare_corpus.py --corpus PATH... --tokenizer F --out $data"
   done
+  [ -r "$tokenizer" ] || die "TOKENIZER=$tokenizer: no such file, and none in DATA=$data"
+  [ $((${SLURM_ARRAY_TASK_COUNT:-1} - 1)) = $(((${SLURM_ARRAY_TASK_MAX:-0} - \
+    ${SLURM_ARRAY_TASK_MIN:-0}) / ${SLURM_ARRAY_TASK_STEP:-1})) ] ||
+    die "--array: has gaps; give MIN-MAX, so that each job knows its share"
   RUN_DIR=$data/$store
   open_logs "$data/logs"
   BEFORE=$(progress)
   for split in ${SPLITS:-train valid test}; do
+    if [ "$split" != train ] && [ "${SLURM_ARRAY_TASK_ID:-}" != "${SLURM_ARRAY_TASK_MIN:-}" ]; then
+      continue
+    fi
     say "restart $RESTART: $data/corpus/$split.jsonl -> $RUN_DIR/$split"
     command=("$PYTHON" "$ROOT/tools/encode_latents.py" --corpus "$data/corpus/$split.jsonl"
       --tokenizer "$tokenizer" --out "$RUN_DIR/$split" "${kind[@]}" "$@")
     if [ "$split" = train ]; then
       run_ranks "${command[@]}" --parts "${PARTS:-64}"
-    elif [ "${SLURM_ARRAY_TASK_ID:-}" = "${SLURM_ARRAY_TASK_MIN:-}" ]; then
+    else
       # One part: the end of each, up to a block, is lost, which is much of a small split.
       run_step "${SRUN[@]}" --nodes=1 --ntasks=1 "${command[@]}"
     fi

@@ -54,10 +54,20 @@ done
 DATA=$(realpath -m "${DATA:-data}") STUDY=$(realpath -m "${RUNS:-runs}")
 AUTOENCODER=$STUDY/$AUTOENCODER_RECIPE
 PYTHON=${CALM_PYTHON:-$ROOT/.venv/bin/python}
-[ -x "$PYTHON" ] || PYTHON=python3
+[ -n "${CALM_PYTHON:-}" ] || [ -x "$PYTHON" ] || PYTHON=python3
+command -v "$PYTHON" >/dev/null || die "CALM_PYTHON=$PYTHON: no such program"
+[[ $STUDY$DATA != *[[:space:]]* ]] || die "RUNS=$STUDY, DATA=$DATA: a path with blanks; give another"
+[ -n "${MODELS// /}" ] || die "--models: names none"
 [ -n "$DRY" ] || command -v sbatch >/dev/null || die "no sbatch here; run it where jobs are submitted"
-[ -r "$DATA/corpus/train.jsonl" ] || die "DATA=$DATA: holds no corpus/train.jsonl; make it:" \
-  "python tools/prepare_corpus.py --corpus PATH... --tokenizer F --out $DATA"
+for split in train valid test; do
+  [ -r "$DATA/corpus/$split.jsonl" ] || die "DATA=$DATA: holds no corpus/$split.jsonl; make it:" \
+    "python tools/prepare_corpus.py --corpus PATH... --tokenizer F --out $DATA"
+done
+for given in ${OVERRIDES[@]+"${OVERRIDES[@]}"}; do
+  name=${given%%[:=]*}
+  [[ ${given%%=*} != *:* || " $AUTOENCODER_RECIPE $MODELS " == *" $name "* ]] ||
+    die "$given: $name is no recipe of this study ($AUTOENCODER_RECIPE $MODELS)"
+done
 
 # overrides_of NAME : into ARGUMENTS, where it trains and with what.
 overrides_of() {
@@ -74,6 +84,9 @@ overrides_of() {
       *) ARGUMENTS+=("$given") ;;
     esac
   done
+  # What has no recipe computes where the trainings do.
+  DEVICE=()
+  if [[ " ${ARGUMENTS[*]} " == *' parallel.device=cpu '* ]]; then DEVICE=(--device cpu); fi
 }
 
 # facts_of NAME : into BLOCK_SIZE, PATCH_SIZE and STEPS, what its recipe says; refuses a bad one.
@@ -105,7 +118,8 @@ submit() {
   if [[ $after == any:* ]]; then kind=afterany after=${after#any:}; fi
   for job in $after; do [ "$job" = done ] || wait+=("$job"); done
   # A job that waits for one that failed would wait for ever without the second option.
-  command=(env "${SETTINGS[@]}" sbatch --parsable "--job-name=$NAME-$name" "--output=$STUDY/logs/%x-%j.out")
+  # Also where the site's SBATCH_EXPORT says otherwise: jobs are told by their environment.
+  command=(env "${SETTINGS[@]}" sbatch --parsable --export=ALL "--job-name=$NAME-$name" "--output=$STUDY/logs/%x-%j.out")
   if [ ${#wait[@]} -gt 0 ]; then
     command+=("--dependency=$kind$(printf ':%s' "${wait[@]}")" --kill-on-invalid-dep=yes)
   fi
@@ -150,15 +164,19 @@ train() {
 
 # encode STORE IDS : all splits of the corpus.
 encode() {
-  ! already "$1" "$DATA/$1"/{train,valid,test}/meta.json || return 0
+  # With another autoencoder the job refuses the store that is there, and says so.
+  [[ $2 != done ]] || ! already "$1" "$DATA/$1"/{train,valid,test}/meta.json || return 0
   SETTINGS=("DATA=$DATA" "STORE=$1" "BLOCK_SIZE=$BLOCK_SIZE" "PATCH_SIZE=$PATCH_SIZE"
     "AUTOENCODER=$AUTOENCODER")
-  submit "$1" "$2" encode.sh
+  submit "$1" "$2" encode.sh ${DEVICE[@]+"${DEVICE[@]}"}
 }
 
 # The same runs directory is the same study, in the queue, too.
 NAME=study-$(cksum <<<"$STUDY" | cut -d' ' -f1)
 [ -n "$DRY" ] || mkdir -p "$STUDY/logs"
+
+# Before anything is submitted.
+for model in $AUTOENCODER_RECIPE $MODELS; do facts_of "$model"; done
 
 facts_of "$AUTOENCODER_RECIPE"
 encode tokens done
@@ -175,14 +193,15 @@ done
 scores=()
 for model in $MODELS; do
   case $model in
-    calm_*) train "$model" "$latents" ;;
+    calm_*) train "$model" "$autoencoder $latents" ;;
     *) train "$model" "$tokens" ;;
   esac
   trained=$ID
   case $model in calm_*) test=latents ;; *) test=tokens ;; esac
-  if ! already "score of $model" "$STUDY/$model/evaluation.json"; then
+  if [ "$trained" != done ] || ! already "score of $model" "$STUDY/$model/evaluation.json"; then
     SETTINGS=("CHECKPOINT=$STUDY/$model" "TEST=$DATA/$test/test" "LOGS=$STUDY/$model/logs")
-    submit "score-$model" "$trained" evaluate.sh --json "$STUDY/$model/evaluation.json"
+    submit "score-$model" "$trained" evaluate.sh --json "$STUDY/$model/evaluation.json" \
+      ${DEVICE[@]+"${DEVICE[@]}"}
   fi
   scores+=("$ID")
 done

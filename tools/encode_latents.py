@@ -12,12 +12,11 @@ times W lets more workers join later. Who finishes last merges the parts into th
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calm_dist.cli import at_least, run
+from calm_dist.cli import add_device, at_least, run
 
 if TYPE_CHECKING:
     from calm_dist.models.autoencoder import Autoencoder
@@ -81,6 +80,7 @@ def parse_arguments() -> argparse.Namespace:
         help="write only the parts I, I+W, I+2W, ... (I from 0 to W-1), beside other workers; "
         "without it this process writes all parts",
     )
+    add_device(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace another store in --out")
     return parser.parse_args()
 
@@ -95,17 +95,11 @@ def worker(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def load_encoder(directory: Path) -> Autoencoder:
-    import torch
-
+def load_encoder(directory: Path, device: str) -> Autoencoder:
     from calm_dist.interop.huggingface import load_autoencoder
+    from calm_dist.parallel.launch import own_device
 
-    device = "cpu"
-    if torch.cuda.is_available():
-        # Ranks on one node that see all of its GPUs take one each.
-        local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
-        device = f"cuda:{local_rank % torch.cuda.device_count()}"
-    return load_autoencoder(directory).to(device)
+    return load_autoencoder(directory).to(own_device(device))
 
 
 def main() -> None:
@@ -148,7 +142,7 @@ def main() -> None:
 
     inputs = (args.corpus, tokenizer, plan)
     options: dict[str, Any] = {
-        "autoencoder": None if directory is None else load_encoder(directory),
+        "autoencoder": None if directory is None else load_encoder(directory, args.device),
         "batch_size": args.batch_size,
         "shard_bytes": args.shard_mib << 20,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from calm_dist.cli import at_least, run, write_json
+from calm_dist.cli import add_device, at_least, run, write_json
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -35,6 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--all-checkpoints", action="store_true", help="score every checkpoint of the run"
     )
+    add_device(parser)
     parser.add_argument("--json", metavar="F", help="write the results to F, or stdout for -")
     return parser.parse_args()
 
@@ -47,17 +48,19 @@ def main() -> None:
     from calm_dist.data.stream import open_store
     from calm_dist.evaluation import evaluate
     from calm_dist.evaluation.load import load_model
+    from calm_dist.parallel.launch import own_device
     from calm_dist.training.checkpoint import all_checkpoints, find_checkpoint
 
     paths = all_checkpoints(args.checkpoint) if args.all_checkpoints else []
     # Where there is no checkpoint at all, this says so.
     paths = paths or [find_checkpoint(args.checkpoint)]
     store = open_store(args.data)
+    device = own_device(args.device)
     # The table must not mix with JSON on stdout.
     output = sys.stderr if args.json == "-" else sys.stdout
     results = []
     for path in paths:
-        model = load_model(path, autoencoder=args.autoencoder)
+        model = load_model(path, autoencoder=args.autoencoder, device=str(device))
         settings = evaluate.settings_of(
             model.recipe,
             blocks=args.blocks,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from calm_dist.errors import LaunchError
+from calm_dist.errors import LaunchError, PeerLostError
 from calm_dist.parallel import slurm
 from calm_dist.parallel.processes import identity
 
@@ -128,8 +128,11 @@ def _from_slurm(env: Mapping[str, str]) -> World:
     )
 
 
-def select_device(world: World, device: str) -> torch.device:
+def select_device(world: World, device: str, field: str = "parallel.device") -> torch.device:
     """The device of this process for ``parallel.device`` (auto, cuda or cpu).
+
+    Args:
+        field: what the user sets ``device`` with, for messages.
 
     Raises:
         LaunchError: cuda is asked for and absent, or has fewer devices than local ranks; or the
@@ -142,14 +145,14 @@ def select_device(world: World, device: str) -> torch.device:
     if device == "auto" and not torch.cuda.is_available():
         if gpus := slurm.allocated_gpus(os.environ):
             raise LaunchError(
-                f"parallel.device=auto: Slurm gave the job {gpus} GPUs on "
+                f"{field}=auto: Slurm gave the job {gpus} GPUs on "
                 f"{os.environ.get('SLURMD_NODENAME', socket.gethostname())}, but torch finds no "
                 "CUDA device; check the node's driver and that torch is a CUDA build, or set "
-                "parallel.device=cpu"
+                f"{field}=cpu"
             )
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise LaunchError("parallel.device=cuda, but torch finds no CUDA device; use auto or cpu")
+        raise LaunchError(f"{field}=cuda, but torch finds no CUDA device; use auto or cpu")
     if torch.cuda.device_count() <= world.local_rank:
         raise LaunchError(
             f"local rank {world.local_rank} has no GPU: {socket.gethostname()} shows "
@@ -157,6 +160,18 @@ def select_device(world: World, device: str) -> torch.device:
         )
     torch.cuda.set_device(world.local_rank)
     return torch.device("cuda", world.local_rank)
+
+
+def own_device(device: str) -> torch.device:
+    """The device of a tool's process, alone or one of several that know nothing of each other,
+    for its option ``--device`` (auto, cuda or cpu).
+
+    Raises:
+        LaunchError: as `select_device`.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    world = World(0, 1, local_rank, local_rank + 1, DEFAULT_ADDRESS, DEFAULT_PORT, "")
+    return select_device(world, device, "--device")
 
 
 def patience(timeout_seconds: float) -> float:
@@ -175,8 +190,9 @@ def join_world(
     A single process opens no port.
 
     Raises:
-        LaunchError: the port is taken, rank 0 does not answer, or ranks are missing after
-            ``timeout_seconds``; the message names them.
+        LaunchError: the port is taken.
+        PeerLostError: rank 0 does not answer, or ranks are missing after ``timeout_seconds``; the
+            message names them. Another start may meet them.
 
     Collectives wait for longer than `patience`: the watchdog speaks first.
     """
@@ -215,7 +231,7 @@ def _open_store(world: World, timeout: timedelta) -> torch.distributed.Store:
                 f"rank 0 cannot listen on {where} (MASTER_PORT): {_first_line(error)}; "
                 "another job, or what is left of a killed one, uses the port; choose another one"
             ) from error
-        raise LaunchError(
+        raise PeerLostError(
             f"rank {world.rank} cannot reach rank 0 at {where} within "
             f"{timeout.total_seconds():.0f} s: {_first_line(error)}; see the log of rank 0, and "
             "check MASTER_ADDR and MASTER_PORT"
@@ -235,13 +251,13 @@ def _call_the_roll(store: torch.distributed.Store, world: World, timeout: timede
         try:
             missing = [rank for rank, name in enumerate(names) if not store.check([name])]
         except RuntimeError:
-            raise LaunchError(
+            raise PeerLostError(
                 f"rank {world.rank}: rank 0 at {world.address}:{world.port} gave up while ranks "
                 "were still missing; see its log"
             ) from error
         if not missing:
             return
-        raise LaunchError(
+        raise PeerLostError(
             f"rank {world.rank}: of {world.size} ranks, {_ranks(missing)} did not come within "
             f"{timeout.total_seconds():.0f} s; see their logs, or launch {world.size} processes"
         ) from error

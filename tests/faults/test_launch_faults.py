@@ -39,7 +39,7 @@ def test_missing_ranks_are_named(tmp_path: Path, tiny: Callable[..., list[str]])
     ranks = [start_rank(rank, 4, port, overrides) for rank in (0, 2)]
     outputs = [process.communicate(timeout=TIMEOUT_SECONDS)[0] for process in ranks]
     for process, output in zip(ranks, outputs, strict=True):
-        assert process.returncode == BAD_INPUT, output[-3000:]
+        assert process.returncode == PEER_LOST, output[-3000:]
     assert "ranks 1, 3 did not come" in outputs[0]
     assert "Traceback" not in outputs[0]
 

@@ -80,11 +80,37 @@ def test_outside_of_a_job(jobs: Jobs) -> None:
     assert "this is no Slurm job; submit it: sbatch slurm/NAME.sh" in said
 
 
-def test_a_script_submitted_from_elsewhere_finds_its_launcher(jobs: Jobs, tmp_path: Path) -> None:
-    """Nodes and tasks from the command line, a recipe of the user's own from the environment."""
-    mine = tmp_path / "mine.yaml"
+def test_a_script_finds_its_launcher_wherever_it_is_submitted_from(
+    jobs: Jobs, tmp_path: Path
+) -> None:
+    """And takes nodes from the command line, and a recipe of the user's own."""
+    mine, other = tmp_path / "mine.yaml", tmp_path / "a b"
     mine.write_text((ROOT / "recipes" / "calm_tiny.yaml").read_text())
-    options = ["--nodes=1", "--ntasks-per-node=4", "--gpus-per-node=4", f"--chdir={tmp_path}"]
-    number = jobs.submit("calm_s.sh", options, ["data.path=nowhere"], RECIPE=str(mine))
-    assert jobs.wait_for_end(number) == ["FAILED"]
-    assert "error: data store nowhere: no such directory" in jobs.log(number)
+    other.symlink_to(ROOT)
+    options = ["--nodes=1", "--ntasks-per-node=4", "--gpus-per-node=4", "--output=%x-%j.out"]
+    command = ["sbatch", "--parsable", *options, f"--chdir={tmp_path}"]
+    arguments = ["data.path=nowhere"]
+    numbers = []
+    for directory, script in ((ROOT / "slurm", "./calm_s.sh"), (other, "slurm/calm_s.sh")):
+        shell = f'cd "{directory}" && exec "$@"'
+        words = ["bash", "-c", shell, "bash", *command, script, *arguments]
+        numbers.append(jobs.call(*words, RECIPE=str(mine)).strip())
+    # As sites do that set SBATCH_EXPORT.
+    exported = f"--export=CALM_PYTHON,RECIPE={mine}"
+    numbers.append(jobs.submit("calm_s.sh", [*options, exported], arguments))
+    assert jobs.wait_for_end(*numbers) == ["FAILED"] * 3
+    for number in numbers:
+        assert "error: data store nowhere: no such directory" in jobs.log(number)
+
+
+def test_settings_that_contradict_are_refused(jobs: Jobs) -> None:
+    numbers = [
+        jobs.submit("calm_s.sh", ["--ntasks=2"], []),
+        jobs.submit("calm_s.sh", [], [], CALM_MAX_FAILURES="none"),
+        jobs.submit("calm_s.sh", [], [], CALM_LAUNCHER="mpirun"),
+    ]
+    assert jobs.wait_for_end(*numbers) == ["FAILED"] * 3
+    tasks, failures, launcher = map(jobs.log, numbers)
+    assert "error: --ntasks=2: 1 nodes have 8 tasks each" in tasks
+    assert "error: CALM_MAX_FAILURES=none: give a number from 1" in failures
+    assert "error: CALM_LAUNCHER=mpirun: give srun or deepspeed" in launcher

@@ -49,7 +49,8 @@ class Study:
         return self.jobs.call(
             *("bash", ROOT / "slurm" / "study.sh", "--models", " ".join(MODELS)),
             *("--autoencoder", "autoencoder_tiny", "--sbatch", " ".join(SMALL)),
-            *(*options, *settings.split(), *own.split()),
+            *(*settings.split(), *own.split(), *options),
+            check=False,
             PARTS="4",
         )
 
@@ -97,14 +98,24 @@ def test_a_study_whose_first_job_fails_leaves_nothing_pending(jobs: Jobs, corpus
 
 
 def test_an_array_of_jobs_encodes_into_one_store(jobs: Jobs, corpus: Path) -> None:
-    """As one process does, to the byte."""
+    """As one process does, to the byte, though all jobs are asked to end before they have begun."""
     data = jobs.directory / "data"
     data.mkdir()
     for path in corpus.iterdir():
         (data / path.name).symlink_to(path)
-    environment = {"STORE": "tokens", "BLOCK_SIZE": "512", "PARTS": "6"}
+    python = jobs.directory / "python"
+    python.write_text(
+        '#!/bin/bash\n[ "${SLURM_RESTART_COUNT:-0}" != 0 ] || exec sleep 600\n'
+        f'exec "{sys.executable}" "$@"\n'
+    )
+    python.chmod(0o755)
+    environment = {"STORE": "tokens", "BLOCK_SIZE": "512", "PARTS": "6", "CALM_PYTHON": str(python)}
     number = jobs.submit("encode.sh", [*SMALL, "--array=0-1"], [], **environment)
+    jobs.wait(lambda: jobs.log("*").count("ranks log to") == 2)
+    jobs.call("scancel", "--batch", "--signal=USR1", number)
     assert set(jobs.wait_for_end(number)) == {"COMPLETED"}, jobs.log("*")
+    # Each job itself and no other.
+    assert jobs.log("*").count("exit code 75; requeued") == 2
     jobs.call(
         *(sys.executable, ROOT / "tools" / "encode_latents.py", "--variant", "tokens"),
         *("--tokenizer", data / "tokenizer.json", "--corpus", data / "corpus" / "train.jsonl"),
@@ -114,3 +125,20 @@ def test_an_array_of_jobs_encodes_into_one_store(jobs: Jobs, corpus: Path) -> No
                    for d in ("tokens/train", "alone"))  # fmt: skip
     assert made == alone
     assert (data / "tokens" / "test" / "meta.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--models", "calm_tiny transformer_tiny nosuch"], "nosuch.yaml"),
+        (["--models", " "], "--models: names none"),
+        (["typo:training.steps=9"], "typo is no recipe of this study"),
+        (["calm_tiny:training.stepz=9"], "training.stepz"),
+        (["--modles", "calm_tiny"], "--modles: unknown option"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_submitted(
+    jobs: Jobs, corpus: Path, options: list[str], message: str
+) -> None:
+    said = Study(jobs, corpus).start(*options)
+    assert "error: " in said and message in said and "submitted" not in said
