@@ -52,6 +52,7 @@ class Study:
             *(*settings.split(), *own.split(), *options),
             check=False,
             PARTS="4",
+            CALM_PREFLIGHT="0",
         )
 
     def numbers(self, said: str) -> dict[str, str]:
