@@ -20,8 +20,8 @@ BIG = {
     "checkpoint__keep": 1,
 }
 LEAST_BYTES = 500_000_000
-# A tenth was aimed at. Measured on two cores and 510 MB: 0.14 to 0.19 s of 1.2 s. Forking takes 0.05 s,
-# the end of the write 0.03 s, describing and planning the state 0.05 s; huge pages did not help.
+# A tenth was aimed at. Measured on two cores and 510 MB: 0.14 to 0.19 s of 1.2 s. Forking takes
+# 0.05 s, describing and planning the state 0.05 s, the end of the write 0.03 s.
 MOST_OF_SYNCHRONOUS = 0.2
 
 
