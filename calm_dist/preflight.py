@@ -7,7 +7,6 @@ message drowns in theirs.
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +18,7 @@ from calm_dist.parallel.launch import World, join_world
 from calm_dist.parallel.slurm import allocated_gpus
 from calm_dist.recipe import Recipe
 from calm_dist.reports.plan import plan
-from calm_dist.training.checkpoint.restart import checkpoint_bytes
+from calm_dist.training.checkpoint.restart import room
 from calm_dist.training.resolve import resolve
 
 if TYPE_CHECKING:
@@ -47,7 +46,8 @@ def check_node(recipe: Recipe, world: World, timeout_seconds: float) -> str:
     """
     node = node_name()
     try:
-        resolve(recipe)
+        # Stores and autoencoder may fill in sizes that the recipe leaves out.
+        recipe = resolve(recipe)
         found = [_check_disk(recipe), _check_data(recipe), *_check_gpus(recipe, world.size)]
         found.append(_all_reduce(recipe, world, timeout_seconds))
     except (UserError, PeerLostError) as error:
@@ -75,13 +75,7 @@ def _check_disk(recipe: Recipe) -> str:
     finally:
         with suppress(OSError):
             probe.unlink()
-    free, needed = shutil.disk_usage(run_dir).free, checkpoint_bytes(recipe)
-    if free < needed:
-        raise LaunchError(
-            f"run.dir: {run_dir} has {free / 1e9:.1f} GB free, a checkpoint takes about "
-            f"{needed / 1e9:.1f} GB; make room, or use another run.dir"
-        )
-    return f"{free / 1e9:.0f} GB free in run.dir"
+    return f"{room(recipe) / 1e9:.0f} GB free in run.dir"
 
 
 def _check_data(recipe: Recipe) -> str:

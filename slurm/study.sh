@@ -20,6 +20,7 @@ set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 MODELS='calm_s calm_m calm_l calm_xl transformer_s transformer_m transformer_l'
+declare -A FACTS=()
 AUTOENCODER_RECIPE=autoencoder OPTIONS=() OVERRIDES=() DRY=''
 
 die() {
@@ -78,11 +79,11 @@ overrides_of() {
     *) ARGUMENTS+=("data.path=$DATA/tokens/train") ;;
   esac
   for given in ${OVERRIDES[@]+"${OVERRIDES[@]}"}; do
-    case $given in
-      "$1":*) ARGUMENTS+=("${given#*:}") ;;
-      *:*=*) [[ ${given%%=*} == *:* ]] || ARGUMENTS+=("$given") ;;
-      *) ARGUMENTS+=("$given") ;;
-    esac
+    if [[ ${given%%=*} != *:* ]]; then
+      ARGUMENTS+=("$given")
+    elif [ "${given%%:*}" = "$1" ]; then
+      ARGUMENTS+=("${given#*:}")
+    fi
   done
   # What has no recipe computes where the trainings do.
   DEVICE=()
@@ -91,9 +92,8 @@ overrides_of() {
 
 # facts_of NAME : into BLOCK_SIZE, PATCH_SIZE and STEPS, what its recipe says; refuses a bad one.
 facts_of() {
-  local facts
   overrides_of "$1"
-  facts=$("$PYTHON" - "$ROOT" "recipes/$1.yaml" "${ARGUMENTS[@]}" <<'PY'
+  [ -n "${FACTS[$1]:-}" ] || FACTS[$1]=$("$PYTHON" - "$ROOT" "recipes/$1.yaml" "${ARGUMENTS[@]}" <<'PY'
 import sys
 sys.path.insert(0, sys.argv[1])
 from calm_dist.cli import run
@@ -106,7 +106,7 @@ def main():
 run(main)
 PY
   ) || exit 2
-  read -r BLOCK_SIZE PATCH_SIZE STEPS <<<"$facts"
+  read -r BLOCK_SIZE PATCH_SIZE STEPS <<<"${FACTS[$1]}"
 }
 
 # submit NAME IDS SCRIPT [ARGUMENT...] : into ID, its job, which starts when the jobs IDS (words)
@@ -117,9 +117,10 @@ submit() {
   shift 3
   if [[ $after == any:* ]]; then kind=afterany after=${after#any:}; fi
   for job in $after; do [ "$job" = done ] || wait+=("$job"); done
+  # SETTINGS reach the job also where the site's SBATCH_EXPORT says otherwise.
+  command=(env "${SETTINGS[@]}" sbatch --parsable --export=ALL "--job-name=$NAME-$name"
+    "--output=$STUDY/logs/%x-%j.out")
   # A job that waits for one that failed would wait for ever without the second option.
-  # Also where the site's SBATCH_EXPORT says otherwise: jobs are told by their environment.
-  command=(env "${SETTINGS[@]}" sbatch --parsable --export=ALL "--job-name=$NAME-$name" "--output=$STUDY/logs/%x-%j.out")
   if [ ${#wait[@]} -gt 0 ]; then
     command+=("--dependency=$kind$(printf ':%s' "${wait[@]}")" --kill-on-invalid-dep=yes)
   fi

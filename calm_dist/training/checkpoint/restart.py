@@ -57,27 +57,28 @@ def newest_valid_for_all(run_dir: Path) -> Path | None:
     return None
 
 
-def checkpoint_bytes(recipe: Recipe) -> int:
-    """About how large a checkpoint is, in bytes."""
+def room(recipe: Recipe) -> int:
+    """Free bytes in the run directory, as this process sees it.
+
+    Raises:
+        CheckpointError: too few for even one checkpoint.
+    """
     # Weights and Adam's moments in fp32, and a bf16 body's own weights.
     per_parameter = 12 if recipe.precision == "fp32" else 14
-    return per_parameter * flops.count(recipe, tokens=0).parameters
+    needed = per_parameter * flops.count(recipe, tokens=0).parameters
+    free = shutil.disk_usage(recipe.run.dir).free
+    if free < needed:
+        raise CheckpointError(
+            f"run.dir: {recipe.run.dir} has {free / 1e9:.1f} GB free, a checkpoint takes "
+            f"about {needed / 1e9:.1f} GB; make room, or use another run.dir"
+        )
+    return free
 
 
 def check_room(recipe: Recipe) -> None:
     """Look at the disk before the training starts; a collective of the world.
 
     Raises:
-        CheckpointError: there is no room for even one checkpoint, on every rank.
+        CheckpointError: there is no `room` for even one checkpoint, on every rank.
     """
-    needed = checkpoint_bytes(recipe)
-
-    def look() -> None:
-        free = shutil.disk_usage(recipe.run.dir).free
-        if free < needed:
-            raise CheckpointError(
-                f"run.dir: {recipe.run.dir} has {free / 1e9:.1f} GB free, a checkpoint takes "
-                f"about {needed / 1e9:.1f} GB; make room, or use another run.dir"
-            )
-
-    on_rank_zero(look)
+    on_rank_zero(lambda: room(recipe))
