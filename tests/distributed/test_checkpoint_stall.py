@@ -1,4 +1,4 @@
-"""How long training waits for a checkpoint of more than 500 MB: written beside it, and at once."""
+"""How long training waits for a large checkpoint: written beside it, and at once."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 from launches import ALONE, ROOT, TIMEOUT_SECONDS, environment, recipe, torchrun
 
+# 2 GB, in 12 layers: what does not grow with the state is 0.08 s, a tenth of the synchronous time at
+# 510 MB alone.
 BIG = {
-    "model__hidden_size": 512,
-    "model__intermediate_size": 1376,
+    "model__hidden_size": 1024,
+    "model__intermediate_size": 2752,
     "model__num_hidden_layers": 12,
-    "training__steps": 40,
+    "training__steps": 33,
     "checkpoint__every": 8,
     "checkpoint__keep": 1,
 }
 LEAST_BYTES = 500_000_000
-# A tenth was aimed at. Measured on two cores and 510 MB: 0.14 to 0.19 s of 1.2 s. Forking takes
-# 0.05 s, describing and planning the state 0.05 s, the end of the write 0.03 s.
-MOST_OF_SYNCHRONOUS = 0.2
+MOST_OF_SYNCHRONOUS = 0.1
 
 
 def seconds_waited(overrides: list[str], asynchronous: bool) -> float:

@@ -5,6 +5,7 @@ Tensors are stored by global name and position, so a checkpoint loads on any TP/
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def training_state(
 ) -> dict[str, Any]:
     """All that a run needs to go on, as sharded tensors; a collective of the head's ranks."""
     state = _body_state(chunks)
-    state["optimizer"] = optimizer_state(optimizer, _body_state(chunks))
+    state["optimizer"] = optimizer_state(optimizer, state)
     if head is not None:
         state |= {
             name: tensor
@@ -39,6 +40,16 @@ def training_state(
             for name, tensor in _head_state({key: copy.whole}, copy.replica).items()
         }
     return state
+
+
+def memory(chunks: list[Any], state: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """The tensors that hold a `training_state`, and those of the body's gradients."""
+    for entry in (*state.values(), *state["optimizer"].values()):
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory):
+            yield entry.data
+    for chunk in chunks:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+            yield buffer.grad_data
 
 
 def save_weights(directory: Path, body: nn.Module, head: nn.Module | None) -> None:

@@ -37,11 +37,13 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 
 from calm_dist.errors import CheckpointError
+from calm_dist.parallel.processes import stand_back
 from calm_dist.parallel.rank_zero import on_rank_zero
 from calm_dist.training.checkpoint import describe_files
+from calm_dist.training.checkpoint.staging import Staging
 from calm_dist.training.checkpoint.trusted import DESCRIPTION, read_description
 
 State = dict[str, Any]
@@ -62,6 +64,7 @@ class TensorWriter:
         self._common = _CommonFile("torch", 1)
         # What a state dict has besides tensors (the optimizer's groups) is written by rank 0.
         register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, self._common)
+        self._staging = Staging()
         self._validated = False
 
     def plan(self, state: State, directory: Path) -> AsyncRequest:
@@ -76,6 +79,8 @@ class TensorWriter:
         """
         self._common.error = None
         self._strategy.target = directory
+        # The strategy makes a writer for each plan.
+        _Writer.staging = self._staging
         # Megatron would start a manager process for the writers' results, which imports the entry
         # script again (seconds) and outlives a killed rank.
         filesystem_async._results_queue = _ResultsFile()
@@ -137,50 +142,29 @@ class _Strategy(torch_strategy.TorchDistSaveShardedStrategy):
         return request._replace(async_fn=partial(_write_and_hash, request.async_fn.args[0]))
 
 
-class _InPlace:
-    """A host tensor that Megatron need not copy: the forked process sees it as it is now."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor.detach()
-
-    # What Megatron asks a tensor to find out whether it must be copied.
-    device = torch.device("cpu")
-    itemsize = 1
-
-    def detach(self) -> _InPlace:
-        return self
-
-    def untyped_storage(self) -> _InPlace:
-        return self
-
-    def size(self) -> int:
-        return 0
-
-    numel = size
-
-    def to(self, *_: Any, **__: Any) -> _InPlace:
-        return self
-
-    def copy(self) -> torch.Tensor:
-        """The tensor, with a storage of its own: all of it would be written with a view."""
-        whole = self.tensor.numel() * self.tensor.itemsize
-        is_view = self.tensor.untyped_storage().size() != whole
-        return self.tensor.clone() if is_view else self.tensor
-
-
 class _Writer(filesystem_async.FileSystemWriterAsync):
-    """Leaves the copying of host tensors to the forked process."""
+    """Copies host tensors aside, for the process that writes them."""
+
+    staging = Staging()
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
-        resolve = planner.resolve_data
+        staging, resolve = self.staging, planner.resolve_data
+        tensors = [
+            data
+            for item in plan.items
+            if item.type != WriteItemType.BYTE_IO
+            and isinstance(data := resolve(item), torch.Tensor)
+            and data.device.type == "cpu"
+        ]
+        staging.reserve(sum(tensor.nbytes for tensor in tensors), len(tensors))
 
-        def resolve_in_place(item: WriteItem) -> Any:
+        def resolve_copy(item: WriteItem) -> Any:
             data = resolve(item)
             if isinstance(data, torch.Tensor) and data.device.type == "cpu":
-                return _InPlace(data)
+                return staging.copy(data)
             return data
 
-        planner.resolve_data = resolve_in_place  # type: ignore[assignment,method-assign]
+        planner.resolve_data = resolve_copy  # type: ignore[assignment,method-assign]
         super().prepare_write_data(plan, planner)
 
 
@@ -233,10 +217,10 @@ def _write_and_hash(
     """
     # OpenMP's threads are not there in a forked process, and it would wait for them.
     torch.set_num_threads(1)
+    stand_back()
     written: dict[int, Any] = {}
     outcome: dict[int, Any] | Exception = written
-    for number, (path, name, (others, tensors)) in enumerate(buckets):
-        bucket = (path, name, (others, [_own(pair) for pair in tensors]))
+    for number, bucket in enumerate(buckets):
         answers: queue.Queue[Any] = queue.Queue()
         running: queue.Queue[int] = queue.Queue()
         running.put(number)
@@ -249,11 +233,6 @@ def _write_and_hash(
     results.put(outcome)
     files = [Path(path) for path, *_ in buckets]
     describe_files(files[0].parent.parent, files, rank)
-
-
-def _own(pair: tuple[WriteItem, Any]) -> tuple[WriteItem, torch.Tensor]:
-    item, tensor = pair
-    return item, tensor.copy() if isinstance(tensor, _InPlace) else tensor
 
 
 def _first_failure(directory: Path, failures: dict[int, Any]) -> str:

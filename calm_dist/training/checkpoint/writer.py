@@ -17,6 +17,7 @@ from calm_dist.training.build import Parts
 from calm_dist.training.checkpoint import model_state
 from calm_dist.training.checkpoint.attempts import Attempts
 from calm_dist.training.checkpoint.run_state import RunState
+from calm_dist.training.checkpoint.staging import not_forked
 from calm_dist.training.checkpoint.tensor_files import TensorWriter
 
 
@@ -27,7 +28,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, recipe: Recipe, topology: Topology) -> None:
-        self._recipe, self._topology = recipe, topology
+        self._recipe, self._recipe_text, self._topology = recipe, recipe.to_yaml(), topology
         self._writer = TensorWriter(topology.groups.dp_cp)
         # Persistent writer processes hang on CPU (megatron-core 0.16.1).
         self._calls = AsyncCallsQueue(persistent=False)
@@ -66,24 +67,26 @@ class CheckpointWriter:
         self._attempts.finish()
 
     def _start(self, parts: Parts, state: RunState) -> None:
-        recipe, run_dir = self._recipe, Path(self._recipe.run.dir)
+        run_dir = Path(self._recipe.run.dir)
 
         def begin() -> Path:
             temporary = checkpoint.begin(run_dir, state.step)
             (temporary / checkpoint.TENSORS).mkdir()
             state.write(temporary)
-            text = recipe.to_yaml()
-            (temporary / checkpoint.RECIPE_FILE).write_text(text, encoding="utf-8")
+            (temporary / checkpoint.RECIPE_FILE).write_text(self._recipe_text, encoding="utf-8")
             return temporary
 
         temporary = on_rank_zero(begin)
         tensors = model_state.training_state(
             parts.chunks, parts.optimizer, parts.head, self._topology
         )
+        # Planning takes the state apart.
+        memory = list(model_state.memory(parts.chunks, tensors))
         request = self._writer.plan(tensors, temporary / checkpoint.TENSORS)
         request.add_finalize_fn(self._commit)
         try:
-            self._calls.schedule_async_request(request)
+            with not_forked(memory):
+                self._calls.schedule_async_request(request)
         except OSError as error:
             # No memory or no process left on this rank, which the others cannot know. It takes
             # part with nothing to run, so that all learn that it has written nothing.

@@ -1,0 +1,56 @@
+"""Copies for a forked writer, and memory that a child is not given."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+
+import pytest
+import torch
+
+from calm_dist.training.checkpoint.staging import Staging, not_forked
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_a_copy_stays_as_it_was(dtype: torch.dtype) -> None:
+    whole = torch.arange(24).reshape(4, 6).to(dtype)
+    sources = [whole, whole[:, 1:3].T, whole[1, 2], torch.empty(0, 3, dtype=dtype)]
+    expected = [source.clone() for source in sources]
+    staging = Staging()
+    staging.reserve(sum(source.nbytes for source in sources), len(sources))
+    copies = [staging.copy(source) for source in sources]
+    whole.zero_()
+    for copy, source in zip(copies, expected, strict=True):
+        assert torch.equal(copy, source)
+        # All of a storage is written with a tensor.
+        assert copy.untyped_storage().nbytes() == source.nbytes
+
+
+def test_the_memory_is_used_again() -> None:
+    staging, addresses = Staging(), set()
+    for size in (1000, 1000, 10):
+        staging.reserve(size * 4, 1)
+        addresses.add(staging.copy(torch.ones(size)).data_ptr())
+    assert len(addresses) == 1
+    staging.reserve(8000, 1)
+    assert torch.equal(staging.copy(torch.ones(2000)), torch.ones(2000))
+
+
+def read_in_a_child(tensor: torch.Tensor) -> int:
+    """How a forked child ends that reads the middle of a tensor: its wait status."""
+    pid = os.fork()
+    if pid == 0:
+        faulthandler.disable()
+        os._exit(0 if tensor.flatten()[tensor.numel() // 2].item() == 1.0 else 3)
+    return os.waitpid(pid, 0)[1]
+
+
+def test_children_do_not_have_what_is_not_forked() -> None:
+    big, view, small = torch.ones(1 << 20), torch.ones(1 << 20)[5:900_000], torch.ones(8)
+    with not_forked([big, view, big[3:], small]):
+        assert os.WTERMSIG(read_in_a_child(big)) == signal.SIGSEGV
+        assert os.WTERMSIG(read_in_a_child(view)) == signal.SIGSEGV
+        assert read_in_a_child(small) == 0
+        assert big.sum() == 1 << 20
+    assert read_in_a_child(big) == read_in_a_child(view) == 0
