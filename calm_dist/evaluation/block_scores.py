@@ -12,6 +12,7 @@ from torch import Tensor
 
 from calm_dist.evaluation.brier import NGRAM
 from calm_dist.evaluation.brier_tree import (
+    cache_size,
     patches_per_ngram,
     scores_from_patches,
     scores_from_softmax,
@@ -44,7 +45,9 @@ def score_transformer_block(
 ) -> BlockScores:
     """Brier scores at ``starts`` [S], with ``samples`` sampled paths each, and cross entropy."""
     tokens = _tokens(block)
-    result = scores_from_softmax(model.logits, tokens, starts, num_draws=samples, seed=seed)
+    result = scores_from_softmax(
+        model.logits, model.new_cache, tokens, starts, num_draws=samples, seed=seed
+    )
     return BlockScores(result.scores, {"cross_entropy": float(result.nats.double().mean())})
 
 
@@ -75,13 +78,15 @@ def score_calm_block(
         patches = starts[at_offset] // patch_size
         known = int(patches[-1]) + patches_per_ngram(patch_size) - 1
         context = shifted[: known * patch_size]
-        hidden = model.hidden(context[None])[0]  # [known, d], patch p is predicted from p - 1
+        cache = model.new_cache(1, cache_size(known, patch_size))
+        # [known, d], patch p is predicted from p - 1
+        hidden = model.hidden(context[None], torch.arange(known), None, cache)[0]
         latents = draw_latents(model, hidden, samples, generator)
         if offset == 0:
             means = _held_out_losses(model, block, latents, generator, seed)
         target = shifted[patch_size * patches[:, None] + torch.arange(NGRAM)]
         draws = _decode(model, latents)
-        scores = scores_from_patches(model.hidden, draw, draws, context, patches, target)
+        scores = scores_from_patches(model.hidden, cache, draw, draws, patches, target)
         brier[at_offset] = scores.cpu()
     return BlockScores(brier, means)
 

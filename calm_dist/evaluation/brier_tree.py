@@ -2,43 +2,52 @@
 
 The collision term of Brier-n, P(a=b) = Σ_a P(a)², follows what two samples have in common, which
 is not the block's own text. So further steps of the model are needed behind every start position.
-Those of all start positions run together, as branches behind the block, in a few forwards.
+Those of all start positions run together, as branches behind the block, in a few forwards that
+take the block itself from a cache of keys and values.
 
 * `scores_from_patches`: CALM, from draws of patches. Where n-grams are longer than a patch, the
   patches on which draws agree are continued.
 * `scores_from_softmax`: the discrete Transformer. E[1{a=y}] is P(y) itself, and P(a=b) is
   estimated along sampled paths.
 
-A forward appends as many steps as the block has (or `_APPENDED_STEPS`) at most, which bounds
-masks, activations and logits by a few times those of the block itself.
+A forward has as many steps as the block (or `_STEPS_AT_ONCE`) at most, which bounds masks,
+activations and logits by a few times those of the block itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from calm_dist.evaluation.brier import NGRAM, collision_rate, prefix_equal, prefix_groups
 
-_APPENDED_STEPS = 512
-"""Steps that a forward may append to a block, or as many as the block has if that is more."""
+_STEPS_AT_ONCE = 512
+"""Steps that a forward of branches may have, or as many as the block has if that is more."""
 
 
 class StepFunction(Protocol):
-    """A causal model that makes steps of tokens: ``[1, T]`` -> outputs ``[1, steps, ...]``.
+    """A causal model that makes steps of tokens: ``[1, n·K]`` -> outputs ``[1, n, ...]``.
 
     A step is a token for a Transformer (outputs: next-token logits), and a patch for a CALM
-    (outputs: hidden states). ``positions`` are RoPE positions ``[steps]`` (0, 1, ... if None), and
-    ``mask`` ``[steps, steps]`` is True where the row may attend to the column (causal if None).
+    (outputs: hidden states). ``positions`` are RoPE positions ``[n]``, and ``mask``
+    ``[n, held + n]`` is True where the row may attend to the column: first the steps that the
+    ``cache`` holds, then these (causal if None). These are added to the cache.
     """
 
     def __call__(
-        self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None
+        self, tokens: Tensor, positions: Tensor, mask: Tensor | None, cache: Any
     ) -> Tensor: ...
+
+
+class StepCache(Protocol):
+    """What a `StepFunction` has seen of one text."""
+
+    def truncate(self, steps: int) -> None:
+        """Forget all but the first ``steps``."""
 
 
 class DrawFunction(Protocol):
@@ -81,9 +90,9 @@ def patches_per_ngram(patch_size: int) -> int:
 @torch.no_grad()
 def scores_from_patches(
     hidden: StepFunction,
+    cache: StepCache,
     draw: DrawFunction,
     draws: Tensor,
-    tokens: Tensor,
     starts: Tensor,
     target: Tensor,
 ) -> Tensor:
@@ -100,10 +109,10 @@ def scores_from_patches(
 
     Args:
         hidden: the model's hidden states.
+        cache: holds the patches before the last start, or more, and `cache_size` slots.
         draw: continues a branch.
         draws: tokens ``[m >= 2, P, K]``; ``[:, p-1]`` are independent draws of patch p given the
             true patches before it.
-        tokens: the patches that the n-grams follow, ``[T]``; those before the last start suffice.
         starts: patches at which the n-grams begin, ascending ``[S]``, each at least 1 and with
             draws of all the patches that its four tokens lie in.
         target: the true n-grams, ``[S, 4]``.
@@ -112,16 +121,20 @@ def scores_from_patches(
         float64 ``[S, 4]``.
     """
     patch_size = draws.shape[-1]
-    tokens, starts = tokens.to(draws.device), starts.to(draws.device)
-    target = target.to(draws.device)
+    starts, target = starts.to(draws.device), target.to(draws.device)
     patches = starts[:, None] + torch.arange(patches_per_ngram(patch_size), device=draws.device)
     samples = draws[:, patches - 1].flatten(2)[..., :NGRAM]  # [m, S, 4]
     hits = prefix_equal(samples, target).mean(0)
-    return 2 * hits - _patch_collisions(hidden, draw, draws[:, starts - 1], tokens, starts)
+    return 2 * hits - _patch_collisions(hidden, cache, draw, draws[:, starts - 1], starts)
+
+
+def cache_size(num_steps: int, patch_size: int) -> int:
+    """Slots that scores of a block of ``num_steps`` need in its cache."""
+    return num_steps + (patches_per_ngram(patch_size) - 1) * _steps_at_once(num_steps)
 
 
 def _patch_collisions(
-    hidden: StepFunction, draw: DrawFunction, first: Tensor, tokens: Tensor, starts: Tensor
+    hidden: StepFunction, cache: StepCache, draw: DrawFunction, first: Tensor, starts: Tensor
 ) -> Tensor:
     """Unbiased estimates of P(a=b) for 1..4-grams, float64 ``[S, 4]``.
 
@@ -134,6 +147,7 @@ def _patch_collisions(
         first.new_empty(num_starts, 0, patch_size),
         torch.ones(num_starts, dtype=torch.float64, device=first.device),
     )
+    num_steps = int(starts.max())  # of the block, no branch sees more
     draws = first
     for depth in range(patches_per_ngram(patch_size)):
         if depth > 0:
@@ -142,8 +156,8 @@ def _patch_collisions(
                 break
             draws = torch.cat(
                 [
-                    draw(_branch_outputs(hidden, tokens, begin, patches), begin, depth)
-                    for begin, patches in _portions(branches, starts, len(tokens) // patch_size)
+                    draw(_branch_outputs(hidden, cache, num_steps, begin, patches), begin, depth)
+                    for begin, patches in _portions(branches, starts, num_steps)
                 ],
                 dim=1,
             )
@@ -175,38 +189,62 @@ def _portions(
     branches: _Branches, starts: Tensor, num_steps: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Start patches ``[n]`` and known patches ``[n, depth, K]`` of the branches of one forward."""
-    at_once = _branches_at_once(num_steps, branches.patches.shape[1])
+    at_once = _steps_at_once(num_steps)
     yield from zip(
         starts[branches.start].split(at_once), branches.patches.split(at_once), strict=True
     )
 
 
-def _branches_at_once(num_steps: int, depth: int) -> int:
-    """Branches of ``depth`` steps that one forward of a block of ``num_steps`` may carry."""
-    return max(1, max(num_steps, _APPENDED_STEPS) // depth)
+def _steps_at_once(num_steps: int) -> int:
+    """Branches behind a block of ``num_steps`` that may make a step together."""
+    return max(num_steps, _STEPS_AT_ONCE)
 
 
 def _branch_outputs(
-    model: StepFunction, tokens: Tensor, starts: Tensor, branches: Tensor
+    model: StepFunction, cache: StepCache, num_steps: int, starts: Tensor, branches: Tensor
 ) -> Tensor:
     """The model's outputs at the last step of each branch, ``[b, ...]``.
 
     Args:
-        tokens: the block.
+        cache: holds the block, of which the first ``num_steps`` steps stay.
         starts: the step of the block that each branch begins at, ``[b]``.
         branches: their steps, tokens ``[b, depth, K]``.
     """
-    num_branches, depth, step_size = branches.shape
-    num_steps = int(starts.max())  # of the block, no branch sees more
-    positions, mask = branch_layout(num_steps, starts, depth)
-    appended = branches.transpose(0, 1).reshape(-1)
-    extended = torch.cat([tokens[: num_steps * step_size], appended])
-    return model(extended[None], positions, mask)[0, -num_branches:]
+    cache.truncate(num_steps)
+    for depth, steps in enumerate(branches.unbind(1)):
+        outputs = _next_step(model, cache, num_steps, starts, steps, depth)
+    return outputs
+
+
+def _next_step(
+    model: StepFunction,
+    cache: StepCache,
+    num_steps: int,
+    starts: Tensor,
+    steps: Tensor,
+    depth: int,
+) -> Tensor:
+    """Outputs ``[b, ...]`` at one more step ``[b, K]`` of every branch, each ``depth`` long.
+
+    A branch with start s replaces the steps s, s+1, ... of the block, of which the cache holds
+    ``num_steps``, and then all branches level by level: it sees the block's steps before s and its
+    own earlier steps.
+    """
+    own = torch.eye(len(starts), dtype=torch.bool, device=starts.device)
+    of_block = torch.arange(num_steps, device=starts.device) < starts[:, None]
+    mask = torch.cat([of_block] + [own] * (depth + 1), dim=1)
+    return model(steps.reshape(1, -1), starts + depth, mask, cache)[0]
 
 
 @torch.no_grad()
 def scores_from_softmax(
-    logits: StepFunction, tokens: Tensor, starts: Tensor, *, num_draws: int, seed: int
+    logits: StepFunction,
+    new_cache: Callable[[int, int], StepCache],
+    tokens: Tensor,
+    starts: Tensor,
+    *,
+    num_draws: int,
+    seed: int,
 ) -> SoftmaxScores:
     """Brier-1..4 of a Transformer at the given start positions of one block.
 
@@ -220,12 +258,14 @@ def scores_from_softmax(
 
     Args:
         logits: the model.
+        new_cache: an empty one for that many texts of that many steps.
         tokens: one block, ``[T]``.
         starts: first tokens of the n-grams, ``[S]``, each in 1..T-4.
         num_draws: sampled paths for each start position, at least 1.
         seed: of the sampled paths.
     """
-    block_logits = logits(tokens[None])[0].float()
+    cache = new_cache(1, cache_size(len(tokens), 1))
+    block_logits = logits(tokens[None], torch.arange(len(tokens)), None, cache)[0].float()
     device = block_logits.device
     tokens, starts = tokens.to(device), starts.to(device)
     log_likelihood = _log_likelihood(block_logits[:-1], tokens[1:])  # of tokens 1..T-1
@@ -236,8 +276,8 @@ def scores_from_softmax(
     paths = starts.repeat_interleave(num_draws)
     collision = torch.cat(
         [
-            _path_collisions(logits, tokens, part, block_logits[part - 1], generator)
-            for part in paths.split(_branches_at_once(len(tokens), NGRAM - 1))
+            _path_collisions(logits, cache, len(tokens), part, block_logits[part - 1], generator)
+            for part in paths.split(_steps_at_once(len(tokens)))
         ]
     )
     means = collision.unflatten(0, (-1, num_draws)).mean(1)
@@ -246,7 +286,8 @@ def scores_from_softmax(
 
 def _path_collisions(
     logits: StepFunction,
-    tokens: Tensor,
+    cache: StepCache,
+    num_steps: int,
     starts: Tensor,
     first: Tensor,
     generator: torch.Generator,
@@ -257,44 +298,13 @@ def _path_collisions(
     """
     squared = first.softmax(-1).square()
     agree = [squared.sum(-1).double()]
-    paths = starts.new_empty(len(starts), 0, 1)
-    for _ in range(1, NGRAM):
+    cache.truncate(num_steps)
+    for depth in range(NGRAM - 1):
         drawn = torch.multinomial(squared, 1, generator=generator)
-        paths = torch.cat([paths, drawn[:, None]], dim=1)
-        following = _branch_outputs(logits, tokens, starts, paths).float()
+        following = _next_step(logits, cache, num_steps, starts, drawn, depth).float()
         squared = following.softmax(-1).square()
         agree.append(squared.sum(-1).double())
     return torch.stack(agree, dim=-1).cumprod(-1)
-
-
-def branch_layout(num_steps: int, starts: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-    """RoPE positions and attention mask of a block followed by branches.
-
-    The sequence is the block (``num_steps``), then the first step of every branch, then the
-    second of every branch, ..., ``depth`` in all. A branch with start s replaces the steps s,
-    s+1, ... of the block: it sees the block's steps before s and its own earlier steps.
-
-    Returns:
-        positions ``[L]`` and mask ``[L, L]`` (True: may attend), L = num_steps + depth · S.
-    """
-    device = starts.device
-    num_starts = starts.numel()
-    block = torch.arange(num_steps, device=device)
-    levels = torch.arange(depth, device=device)
-    positions = torch.cat([block, (starts + levels[:, None]).reshape(-1)])
-
-    block_sees = torch.cat(
-        [
-            block[:, None] >= block,
-            block.new_zeros(num_steps, depth * num_starts, dtype=torch.bool),
-        ],
-        dim=1,
-    )
-    prefix = (block < starts[:, None]).repeat(depth, 1)
-    ancestors = torch.kron(
-        (levels[:, None] >= levels).int(), torch.eye(num_starts, dtype=torch.int, device=device)
-    ).bool()
-    return positions, torch.cat([block_sees, torch.cat([prefix, ancestors], dim=1)])
 
 
 def _log_likelihood(logits: Tensor, target: Tensor) -> Tensor:

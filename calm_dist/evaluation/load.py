@@ -77,10 +77,12 @@ class LoadedModel:
         """CALM: hidden states of all patches, tokens [B, T] -> [B, T/K, d].
 
         Args:
-            positions: rotary position of each patch [T/K]; default 0, 1, 2, ...
-            mask: [T/K, T/K], True where a patch may attend; default causal.
+            positions: rotary position of each patch [T/K]; default 0, 1, 2, ..., or what follows
+                the cache.
+            mask: [T/K, held + T/K], True where a patch may attend to one that the cache holds or
+                to one of these; default causal.
             cache: what row b has seen before, to which the tokens are added: they follow it, each
-                row at its own length. Then neither ``positions`` nor ``mask`` can be given.
+                row at its own length.
         """
         assert self.kind == "calm"
         steps = tokens.shape[1] // self.recipe.model.patch_size
@@ -95,7 +97,8 @@ class LoadedModel:
     ) -> torch.Tensor:
         """Transformer: next-token logits, tokens [B, T] -> [B, T, V].
 
-        The arguments are those of `hidden`. With a cache, those of the last token: [B, 1, V].
+        The arguments are those of `hidden`. With a cache and no ``positions``, logits are those of
+        the last token: [B, 1, V].
         """
         assert self.kind == "transformer"
         logits = self._run(tokens, tokens.shape[1], positions, mask, cache)
@@ -111,7 +114,7 @@ class LoadedModel:
         cache: KeyValueCache | None,
     ) -> torch.Tensor:
         tokens = tokens.to(self.device)
-        if cache is None or steps > 1:
+        if cache is None or steps > 1 or positions is not None:
             return self.body(tokens, steps, positions, mask, cache).transpose(0, 1)
         # One step for each text. Matrix products round differently for different numbers of rows;
         # with always as many, a text comes out the same bits alone and in a batch.

@@ -201,10 +201,11 @@ class Backbone(MegatronModule):
             num_steps: length of the sequence in steps; of this rank's piece under context
                 parallelism.
             positions: rotary position of each step [num_steps]; default 0, 1, 2, ...
-            mask: [num_steps, num_steps], True where a step may attend; default causal.
-            cache: the steps before these, to which these are added; it decides positions and mask.
-                Without pipeline stages, for inference. B may exceed its rows: the surplus only
-                fills up the batch.
+            mask: [num_steps, held + num_steps], True where a step may attend to one that the cache
+                holds or to one of these; default causal.
+            cache: the steps before these, to which these are added; by default each row goes on
+                from where it ends. Without pipeline stages, for inference. B may exceed its rows:
+                the surplus only fills up the batch.
 
         Raises:
             ValueError: the cache has no room.
@@ -217,8 +218,11 @@ class Backbone(MegatronModule):
             if positions is not None:
                 rotary = rotary[positions.to(rotary.device)]
         else:
-            assert positions is None and mask is None
-            positions = F.pad(cache.begin(num_steps), (0, tokens.shape[0] - cache.num_rows))
+            following = cache.begin(num_steps)
+            if positions is None:
+                positions = F.pad(following, (0, tokens.shape[0] - cache.num_rows))
+            else:
+                positions = positions[:, None].expand(-1, tokens.shape[0])
             rotary = self.rotary(cache.max_sequence_length, packed_seq=True)
             rotary = rotary[positions.to(rotary.device)].flatten(2, 3)
         hidden = self.embedding(tokens) if self.embedding is not None else None

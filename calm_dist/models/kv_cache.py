@@ -48,11 +48,15 @@ class KeyValueCache(StaticInferenceContext):
         """Forget the steps of a row."""
         self.lengths[row] = 0
 
+    def truncate(self, steps: int) -> None:
+        """Forget what every row holds beyond its first ``steps``."""
+        self.lengths.clamp_(max=steps)
+
     def begin(self, steps: int) -> Tensor:
         """Make room for the next ``steps`` of every row, before a forward over them.
 
         Returns:
-            their rotary positions, [steps, rows] on the CPU.
+            their rotary positions where each follows the one before, [steps, rows] on the CPU.
 
         Raises:
             ValueError: they do not fit.

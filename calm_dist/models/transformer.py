@@ -17,8 +17,8 @@ class Transformer(Backbone):
     """One stage of the discrete Transformer.
 
     The last stage returns logits [T, B, V / tensor_parallel_size] (untied output layer, no bias);
-    rows that only pad the vocabulary to equal shards are -inf. With a cache, logits are those of
-    the last step alone, [1, B, V]: of a long prompt nothing else is needed.
+    rows that only pad the vocabulary to equal shards are -inf. With a cache and no ``positions``,
+    logits are those of the last step alone, [1, B, V]: of a long prompt nothing else is needed.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Transformer(Backbone):
         hidden = super().forward(tokens, num_steps, positions, mask, cache)
         if self.output_layer is None:
             return hidden
-        if cache is not None:
+        if cache is not None and positions is None:
             hidden = hidden[-1:]
         logits, _ = self.output_layer(hidden)
         if self.real_rows < logits.shape[-1]:

@@ -11,7 +11,7 @@ from tiny_models import VOCAB, tiny_model
 from torch import Tensor
 
 from calm_dist.evaluation.brier import NGRAM
-from calm_dist.evaluation.brier_tree import branch_layout, scores_from_patches
+from calm_dist.evaluation.brier_tree import _branch_outputs, cache_size, scores_from_patches
 from calm_dist.evaluation.generate import decode_latents
 from calm_dist.interop.huggingface import load_calm
 
@@ -42,7 +42,9 @@ def test_the_released_estimator(patch_size: int) -> None:
             return decode_latents(model, latents.flatten(0, 1)).view(2, len(starts), -1)
 
         draws = io["brier.pred"][:, row]
-        blocks.append(scores_from_patches(model.hidden, draw, draws, tokens, starts, target))
+        cache = model.new_cache(1, cache_size(len(tokens) // patch_size, patch_size))
+        model.hidden(tokens[None], cache=cache)
+        blocks.append(scores_from_patches(model.hidden, cache, draw, draws, starts, target))
     scores = torch.stack(blocks).mean((0, 1))
     torch.testing.assert_close(scores, io["brier.out"].double(), atol=1e-6, rtol=0)
     if patch_size < NGRAM:
@@ -58,11 +60,13 @@ def test_branches_equal_plain_sequences(kind: str, patch_size: int) -> None:
     tokens = torch.randint(0, VOCAB, (8, patch_size), generator=generator)
     starts = torch.tensor([3, 3, 7])
     branches = torch.randint(0, VOCAB, (2, 3, patch_size), generator=generator)  # [depth, b, K]
-    positions, mask = branch_layout(8, starts, 2)
-    extended = torch.cat([tokens.flatten(), branches.flatten()])
-    together = run(extended[None], positions, mask)[0]
-    torch.testing.assert_close(together[:8], run(tokens.view(1, -1))[0], atol=2e-6, rtol=2e-6)
-    for depth, branch in ((0, 0), (0, 2), (1, 0), (1, 1), (1, 2)):
-        plain = torch.cat([tokens[: starts[branch]], branches[: depth + 1, branch]])
-        expected = run(plain.view(1, -1))[0, -1]
-        torch.testing.assert_close(together[8 + 3 * depth + branch], expected, atol=2e-6, rtol=2e-6)
+    cache = model.new_cache(1, 8 + 3 * 3)
+    block = run(tokens.view(1, -1), torch.arange(8), None, cache)
+    torch.testing.assert_close(block, run(tokens.view(1, -1)), atol=2e-6, rtol=2e-6)
+    for depth in (1, 2, 1):
+        together = _branch_outputs(run, cache, 8, starts, branches[:depth].transpose(0, 1))
+        assert len(together) == 3
+        for branch, start in enumerate(starts.tolist()):
+            plain = torch.cat([tokens[:start], branches[:depth, branch]])
+            expected = run(plain.view(1, -1))[0, -1]
+            torch.testing.assert_close(together[branch], expected, atol=2e-6, rtol=2e-6)

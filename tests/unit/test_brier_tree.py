@@ -19,6 +19,28 @@ SIGMAS = 4.5
 freedom) for each of the four values of a test, < 4e-5 for a test with any seed."""
 
 
+class TinyCache:
+    """The steps of one text, to be computed again with each forward: a `StepCache`."""
+
+    def __init__(self, *_: int) -> None:
+        self.symbols = torch.zeros(1, 0, dtype=torch.long)
+        self.positions = torch.zeros(0, dtype=torch.long)
+        self.mask = torch.zeros(0, 0, dtype=torch.bool)
+
+    def truncate(self, steps: int) -> None:
+        self.symbols, self.positions = self.symbols[:, :steps], self.positions[:steps]
+        self.mask = self.mask[:steps, :steps]
+
+    def extend(self, symbols: Tensor, positions: Tensor, mask: Tensor | None) -> None:
+        held, steps = self.symbols.shape[1], symbols.shape[1]
+        if mask is None:
+            mask = torch.ones(steps, held + steps, dtype=torch.bool).tril(held)
+        self.symbols = torch.cat([self.symbols, symbols], 1)
+        self.positions = torch.cat([self.positions, positions])
+        unseen = torch.zeros(held, steps, dtype=torch.bool)
+        self.mask = torch.cat([torch.cat([self.mask, unseen], 1), mask])
+
+
 class TinyTransformer(torch.nn.Module):
     """A two-layer causal attention model with sinusoidal positions: a `StepFunction`.
 
@@ -47,12 +69,19 @@ class TinyTransformer(torch.nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: TinyCache | None = None,
     ) -> Tensor:
         symbols = (tokens.unflatten(1, (-1, self.patch_size)) * self.digits).sum(-1)
         steps = symbols.shape[1]
         positions = torch.arange(steps) if positions is None else positions
         mask = torch.ones(steps, steps, dtype=torch.bool).tril() if mask is None else mask
+        if cache is not None:
+            cache.extend(symbols, positions, None if len(mask) == mask.shape[1] else mask)
+            symbols, positions, mask = cache.symbols, cache.positions, cache.mask
         width = self.embed.embedding_dim
         angles = positions[:, None] * torch.logspace(0, -2, width, dtype=torch.float64)
         hidden = 2 * self.embed(symbols) + angles.sin()
@@ -61,7 +90,7 @@ class TinyTransformer(torch.nn.Module):
             hidden = hidden + torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask
             )
-        return self.sharpness * self.out(hidden).tanh()
+        return self.sharpness * self.out(hidden[:, -steps:]).tanh()
 
     def to_patches(self, symbols: Tensor) -> Tensor:
         """Symbols ``[...]`` -> tokens ``[..., K]``."""
@@ -108,28 +137,11 @@ def largest_z(runs: Tensor, expected: Tensor) -> float:
     return float((deviation / stderr.clamp(min=1e-6)).max())
 
 
-def test_branches_equal_separate_forwards() -> None:
-    """A branch token's logits are those of a plain sequence: prefix + the branch up to it."""
-    model = TinyTransformer()
-    tokens = random_tokens(VOCAB, 16, seed=1)
-    starts = torch.tensor([4, 8, 12])
-    branches = random_tokens(VOCAB, 9, seed=2).view(3, 3)
-    positions, mask = brier_tree.branch_layout(16, starts, 3)
-    extended = torch.cat([tokens, branches.reshape(-1)])
-    together = model(extended[None], positions, mask)[0]
-    torch.testing.assert_close(together[:16], model(tokens[None])[0])
-    for depth, branch in itertools.product(range(3), range(3)):
-        plain = torch.cat([tokens[: starts[branch]], branches[: depth + 1, branch]])
-        torch.testing.assert_close(
-            together[16 + 3 * depth + branch], model(plain[None])[0, -1], msg=f"{depth}, {branch}"
-        )
-
-
 def test_softmax_scores_are_exact_where_they_should_be() -> None:
     model = TinyTransformer()
     tokens = random_tokens(VOCAB, 12, seed=3)
     starts = torch.tensor([4, 8])
-    result = brier_tree.scores_from_softmax(model, tokens, starts, num_draws=1, seed=0)
+    result = brier_tree.scores_from_softmax(model, TinyCache, tokens, starts, num_draws=1, seed=0)
     for row, start in enumerate(starts.tolist()):
         # Brier-1 needs no sampling; fp32 inside.
         expected = float(exact_scores(model, tokens, start)[0])
@@ -143,7 +155,7 @@ def test_softmax_scores_are_exact_where_they_should_be() -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_softmax_scores_are_unbiased(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the sum over all continuations, at 13 starts, in several forwards."""
-    monkeypatch.setattr(brier_tree, "_APPENDED_STEPS", 16)
+    monkeypatch.setattr(brier_tree, "_STEPS_AT_ONCE", 16)
     model = TinyTransformer()
     tokens = random_tokens(VOCAB, 20, seed=4)
     starts = brier.ngram_starts(20, 4, "all")
@@ -151,7 +163,7 @@ def test_softmax_scores_are_unbiased(seed: int, monkeypatch: pytest.MonkeyPatch)
     runs = torch.stack(
         [
             brier_tree.scores_from_softmax(
-                model, tokens, starts, num_draws=4, seed=RUNS * seed + run
+                model, TinyCache, tokens, starts, num_draws=4, seed=RUNS * seed + run
             ).scores
             for run in range(RUNS)
         ]
@@ -172,7 +184,7 @@ def test_a_transformer_that_always_agrees_with_itself() -> None:
         return 200 * torch.nn.functional.one_hot(followers[given], 2).float()
 
     starts = brier.ngram_starts(256, 4, "all")
-    result = brier_tree.scores_from_softmax(logits, tokens, starts, num_draws=2, seed=0)
+    result = brier_tree.scores_from_softmax(logits, TinyCache, tokens, starts, num_draws=2, seed=0)
     alternates = (tokens[1:] == followers[tokens[:-1]]).tolist()
     hits = [[all(alternates[q - 1 : q - 1 + n]) for n in (1, 2, 3, 4)] for q in starts.tolist()]
     assert 5 < sum(hit[3] for hit in hits) < 100
@@ -209,10 +221,12 @@ def run_scores(
     def draw(hidden: Tensor, starts: Tensor, depth: int) -> Tensor:
         return further(model, hidden, num_draws, generator)
 
+    cache = TinyCache()
+    model(tokens[None], cache=cache)
     return torch.stack(
         [
             brier_tree.scores_from_patches(
-                model, draw, first(model, hidden, num_draws, generator), tokens, patches, target
+                model, cache, draw, first(model, hidden, num_draws, generator), patches, target
             )
             for _ in range(RUNS)
         ]
@@ -286,12 +300,12 @@ def naive_collisions(
 
 
 @pytest.mark.parametrize(("patch_size", "vocab"), [(1, 3), (2, 3), (3, 2), (4, 2)])
-@pytest.mark.parametrize("appended", [1, 512])
+@pytest.mark.parametrize("at_once", [1, 512])
 def test_tree_equals_recursion(
-    patch_size: int, vocab: int, appended: int, monkeypatch: pytest.MonkeyPatch
+    patch_size: int, vocab: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same draws, one forward for each context: equal, in one forward or in many."""
-    monkeypatch.setattr(brier_tree, "_APPENDED_STEPS", appended)
+    monkeypatch.setattr(brier_tree, "_STEPS_AT_ONCE", at_once)
     model, tokens, patches = enumerable_calm(patch_size, vocab)
     forwards = []
 
@@ -304,13 +318,16 @@ def test_tree_equals_recursion(
 
     target = torch.full((len(patches), brier.NGRAM), -1)  # no hits
     draws = hashed_draws(model, model(tokens[None])[0], 6)
-    scores = brier_tree.scores_from_patches(hidden, draw, draws, tokens, patches, target)
+    cache = TinyCache()
+    model(tokens[None], cache=cache)
+    scores = brier_tree.scores_from_patches(hidden, cache, draw, draws, patches, target)
     naive = [naive_collisions(model, tokens[:start], 6, 4) for start in patch_size * patches]
     torch.testing.assert_close(-scores, torch.tensor(naive, dtype=torch.float64))
     if patch_size < brier.NGRAM:
         assert (scores[:, 3] < 0).any()
-        levels = brier_tree.patches_per_ngram(patch_size) - 1
-        assert (len(forwards) == levels) == (appended == 512)
+        # A forward for each patch of each level's branches.
+        fewest = sum(range(brier_tree.patches_per_ngram(patch_size)))
+        assert (len(forwards) == fewest) == (at_once == 512)
 
 
 def test_accuracy_joins_draws_of_consecutive_patches() -> None:
@@ -322,7 +339,7 @@ def test_accuracy_joins_draws_of_consecutive_patches() -> None:
         raise AssertionError("no branch to continue")
 
     scores = brier_tree.scores_from_patches(
-        unused, unused, draws, torch.zeros(8), torch.tensor([1, 2]), target
+        unused, TinyCache(), unused, draws, torch.tensor([1, 2]), target
     )
     # One of two samples is right for 1..4 tokens, or up to the third: twice the mean.
     assert scores.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]

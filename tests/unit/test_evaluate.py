@@ -120,6 +120,14 @@ class MostlyRightHead:
         return hidden + (noise > 0.25)
 
 
+class NoCache:
+    """For models that need to see no step but the last."""
+
+    def __init__(self, *_: int) -> None: ...
+
+    def truncate(self, steps: int) -> None: ...
+
+
 def rule_calm(patch_size: int = K, head: Any = None) -> Any:
     """A CALM whose hidden states are the patches that follow by the rule."""
 
@@ -139,6 +147,7 @@ def rule_calm(patch_size: int = K, head: Any = None) -> Any:
         autoencoder=OneHotAutoencoder(patch_size),
         head=head or MostlyRightHead(),
         hidden=hidden,
+        new_cache=NoCache,
     )
 
 
