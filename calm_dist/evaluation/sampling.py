@@ -4,7 +4,8 @@ CALM has no probabilities to sharpen, but draws are free to compare: n draws agr
 probability P(x)^n (arXiv 2510.27688, section 5). Two forms:
 
 * `sample_exact`: rejection. Exact at every T in (0, 1], but the number of draws has no bound.
-* `sample_from_pool`: one pool of N draws, for T = 1/n. Cheap, and biased at a finite N.
+* `sample_from_pool`: a pool of N draws, for T = 1/n. Cheap, and biased at a finite N. Of the pool,
+  only what decides is drawn.
 
 Both take a ``draw`` function, ``draw(count) -> tokens [count, K]``, that returns independent
 samples of P, and a numpy generator for the choices of their own.
@@ -12,6 +13,7 @@ samples of P, and a numpy generator for the choices of their own.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import comb, floor, isinf
@@ -26,6 +28,8 @@ DrawFunction = Callable[[int], np.ndarray]
 DEFAULT_MAX_DRAWS = 100_000
 DEFAULT_POOL_SIZE = 200
 _DRAWS_AT_ONCE = 64
+# Groups of n draws of a pool that are looked at before more are drawn; doubled each time.
+_FIRST_GROUPS = 4
 
 
 def sample_exact(
@@ -128,6 +132,13 @@ def sample_from_pool(
     The distribution tends to the exact one for large N; at a finite N it is biased, and flat where
     no patch is seen twice. T = 1 takes one draw.
 
+    A patch of weight C(count, n) is one of count choose n groups of n draws that agree on it, so
+    the choice by weight is a uniform choice among all groups of the pool that agree. That is the
+    first of them in a random order of all groups, whose draws are made as the order comes to
+    them: at a collision rate of 0.1, about 20 instead of 200. Where half of the pool has decided
+    nothing, the rest is drawn; no group that was looked at agrees, so the choice by weight over
+    the whole pool is still the same.
+
     Raises:
         UserError: the temperature is not 1/n, or the pool is smaller than n.
     """
@@ -143,10 +154,41 @@ def sample_from_pool(
         )
     if n == 1:
         return tuple(draw(1)[0].tolist())
-    candidates = pool_candidates(draw(pool_size), n)
+    drawn: dict[int, Patch] = {}
+    groups, count = _random_groups(pool_size, n, rng), _FIRST_GROUPS
+    while True:
+        looked_at = list(itertools.islice(groups, count))
+        missing = sorted({member for group in looked_at for member in group} - drawn.keys())
+        if 2 * (len(drawn) + len(missing)) > pool_size:
+            break
+        if missing:
+            drawn.update(zip(missing, map(tuple, draw(len(missing)).tolist()), strict=True))
+        for group in looked_at:
+            if len({drawn[member] for member in group}) == 1:
+                return drawn[group[0]]
+        count *= 2
+    rest = draw(pool_size - len(drawn))
+    pool = np.concatenate([np.array(list(drawn.values()), rest.dtype), rest]) if drawn else rest
+    candidates = pool_candidates(pool, n)
     total = sum(candidates.weights)  # an exact integer: C(count, n) may not fit a float
     chances = [weight / total for weight in candidates.weights]
     return candidates.patches[int(rng.choice(len(chances), p=chances))]
+
+
+def _random_groups(size: int, n: int, rng: np.random.Generator) -> Iterator[tuple[int, ...]]:
+    """Groups of n of the numbers below ``size``, in a random order of all of them; ends with the
+    last, which only for small numbers anyone waits for."""
+    seen: set[tuple[int, ...]] = set()
+    for _ in range(comb(size, n)):
+        group = _random_group(size, n, rng)
+        while group in seen:
+            group = _random_group(size, n, rng)
+        seen.add(group)
+        yield group
+
+
+def _random_group(size: int, n: int, rng: np.random.Generator) -> tuple[int, ...]:
+    return tuple(sorted(rng.choice(size, n, replace=False).tolist()))
 
 
 def exponent_parts(temperature: float) -> tuple[int, float]:

@@ -106,6 +106,24 @@ def test_pool_has_its_finite_distribution(n: int, pool_size: int, seed: int) -> 
     assert p_value(samples, THREE**n) < LEVEL
 
 
+def test_a_pool_draws_what_decides() -> None:
+    """At a collision rate of 0.46 some ten of 200 draws; all of them where none agree."""
+    counts: list[int] = []
+
+    def counted(count: int) -> np.ndarray:
+        counts.append(count)
+        return draw(count)
+
+    draw, rng = sampler(0, THREE), np.random.default_rng(1)
+    for _ in range(300):
+        sampling.sample_from_pool(counted, 0.5, rng, pool_size=200)
+    assert 8 * 300 <= sum(counts) < 12 * 300
+    counts.clear()
+    draw = lambda count: np.arange(count)[:, None] + 1000 * len(counts)  # noqa: E731
+    sampling.sample_from_pool(counted, 0.5, rng, pool_size=200)
+    assert sum(counts) == 200
+
+
 @pytest.mark.parametrize("n", [2, 3])
 def test_larger_pools_come_nearer_to_the_power(n: int) -> None:
     """Total variation to p^n / Z, from the enumerated distributions: no chance is involved."""
