@@ -11,19 +11,24 @@ positions and never holds a tensor of N·M·positions·l elements.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import hashlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
 
-CHUNK_POSITIONS = 128
+CHUNK_POSITIONS = 64
 # Below this fraction of ‖x‖² + ‖z‖², a squared distance from a matrix product has lost too many
 # digits to cancellation and is computed again from the difference.
 CANCELLATION = 1e-3
 
 
-NoiseChunks = Iterable[tuple[int, int, torch.Tensor]]
-"""(start, stop, standard normal noise [M, stop - start, l]); the chunks cover all positions."""
+NoiseChunks = Iterable[tuple[int, int, Callable[[], torch.Tensor]]]
+"""(start, stop, what draws standard normal noise [M, stop - start, l]); the chunks cover all
+positions, and can be drawn in any order."""
 
 
 def energy_score(
@@ -62,9 +67,12 @@ def energy_score(
     if mean.requires_grad or log_std.requires_grad:
         # The chunked form differentiates with respect to the samples alone.
         if noise is None:
-            noise = torch.cat([part for _, _, part in _DrawnNoise(mean, num_draws, seed)], dim=1)
+            drawn = _DrawnNoise(mean, num_draws, seed)
+            noise = torch.cat([draw() for _, _, draw in drawn], dim=1)
         return energy_score_reference(samples, mean, log_std, noise, beta)
-    chunks = _GivenNoise(noise) if noise is not None else _DrawnNoise(mean, num_draws, seed)
+    chunks: NoiseChunks = (
+        _GivenNoise(noise) if noise is not None else _DrawnNoise(mean, num_draws, seed)
+    )
     return energy_score_chunked(samples, mean, log_std, chunks, beta)
 
 
@@ -110,28 +118,56 @@ class _GivenNoise:
     def __init__(self, noise: torch.Tensor) -> None:
         self.noise = noise
 
-    def __iter__(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        positions = self.noise.shape[1]
-        for start in range(0, positions, CHUNK_POSITIONS):
-            stop = min(start + CHUNK_POSITIONS, positions)
-            yield start, stop, self.noise[:, start:stop]
+    def __iter__(self) -> Iterator[tuple[int, int, Callable[[], torch.Tensor]]]:
+        for start, stop in _chunks(self.noise.shape[1]):
+            yield start, stop, partial(self.noise.__getitem__, (slice(None), slice(start, stop)))
 
 
 class _DrawnNoise:
-    """Noise drawn chunk by chunk, from a seed or torch's global generator."""
+    """Noise drawn chunk by chunk, each from a generator of its own; ``seed`` None takes one from
+    torch's global generator."""
 
     def __init__(self, like: torch.Tensor, num_draws: int, seed: int | None) -> None:
         self.like, self.num_draws = like, num_draws
-        self.generator: torch.Generator | None = None
-        if seed is not None:
-            self.generator = torch.Generator(like.device).manual_seed(seed)
+        self.seed = int(torch.randint(2**62, ())) if seed is None else seed
 
-    def __iter__(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        positions, size = self.like.shape
-        for start in range(0, positions, CHUNK_POSITIONS):
-            stop = min(start + CHUNK_POSITIONS, positions)
-            shape = (self.num_draws, stop - start, size)
-            yield start, stop, torch.randn(shape, generator=self.generator, device=self.like.device)
+    def __iter__(self) -> Iterator[tuple[int, int, Callable[[], torch.Tensor]]]:
+        for start, stop in _chunks(len(self.like)):
+            yield start, stop, partial(self._draw, start, stop)
+
+    def _draw(self, start: int, stop: int) -> torch.Tensor:
+        digest = hashlib.sha256(f"{self.seed}/{start}".encode()).digest()
+        generator = torch.Generator(self.like.device)
+        generator.manual_seed(int.from_bytes(digest[:7], "little"))
+        shape = (stop - start, self.num_draws, self.like.shape[1])
+        drawn = torch.randn(shape, generator=generator, device=self.like.device)
+        return drawn.transpose(0, 1)
+
+
+def _chunks(positions: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, positions, CHUNK_POSITIONS):
+        yield start, min(start + CHUNK_POSITIONS, positions)
+
+
+def _for_each(
+    work: Callable[[int, int, torch.Tensor], None], noise: NoiseChunks, device: torch.device
+) -> None:
+    """``work`` on every chunk; on CPUs on as many at once as torch has threads, each on one thread:
+    neither drawing numbers nor work on pieces that fit a cache is any faster on several."""
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    if threads == 1:
+        for start, stop, draw in noise:
+            work(start, stop, draw())
+        return
+
+    @torch.no_grad()
+    def draw_and_work(start: int, stop: int, draw: Callable[[], torch.Tensor]) -> None:
+        work(start, stop, draw())
+
+    # How many threads torch uses is a setting of each thread.
+    with ThreadPoolExecutor(threads, "energy", torch.set_num_threads, (1,)) as pool:
+        for done in [pool.submit(draw_and_work, *chunk) for chunk in noise]:
+            done.result()
 
 
 class _ChunkedEnergyScore(torch.autograd.Function):
@@ -150,12 +186,20 @@ class _ChunkedEnergyScore(torch.autograd.Function):
         needs_gradient = ctx.needs_input_grad[0]
         score = torch.empty(samples.shape[1], dtype=torch.float32, device=samples.device)
         gradient = torch.empty_like(samples) if needs_gradient else None
-        for start, stop, draw in noise:
+        memory = threading.local()
+
+        def work(start: int, stop: int, draw: torch.Tensor) -> None:
             # Centred on the mean: smaller numbers lose fewer digits in the products below.
             centre = mean[start:stop].float()
             x = samples[:, start:stop].float() - centre  # [N, s, l]
-            z = draw.float() * log_std[start:stop].float().exp()  # [M, s, l]
-            x, z = x.transpose(0, 1).contiguous(), z.transpose(0, 1)
+            x = x.transpose(0, 1).contiguous()
+            scale = log_std[start:stop, None].float().exp()
+            # One piece of memory for all chunks: on CPUs, new memory costs more than what is
+            # worked out in it.
+            shape = (stop - start, draw.shape[0], draw.shape[2])
+            if (draws := getattr(memory, "draws", None)) is None or draws.shape != shape:
+                draws = memory.draws = scale.new_empty(shape)
+            z = torch.mul(draw.transpose(0, 1), scale, out=draws)  # [s, M, l]
             to_draws, pull = _mean_power(x, z, beta, needs_gradient)
             between, push = _mean_power(x, x, beta, needs_gradient, exclude_diagonal=True)
             score[start:stop] = between - 2 * to_draws
@@ -164,6 +208,8 @@ class _ChunkedEnergyScore(torch.autograd.Function):
                 # A pair (n, k) pulls at both of its ends.
                 total = 2 * (push - pull)
                 gradient[:, start:stop] = total.transpose(0, 1).to(gradient.dtype)
+
+        _for_each(work, noise, samples.device)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return score

@@ -7,7 +7,8 @@ blocks that its positions touch, so every layout trains the same model, per devi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -29,8 +30,10 @@ class KeyedNoise:
         self._start, self._stop = start, stop
         self._device = device
 
-    def chunks(self, kind: str, draw: Draw) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Yield (first, end, noise [n, end - first, ...]) over the flattened positions.
+    def chunks(
+        self, kind: str, draw: Draw
+    ) -> Iterator[tuple[int, int, Callable[[], torch.Tensor]]]:
+        """Yield (first, end, what draws noise [n, end - first, ...]) over the flattened positions.
 
         A block is always drawn whole: what a position gets depends on no rank's part of it.
         """
@@ -41,15 +44,20 @@ class KeyedNoise:
             for block in range(first_block, -(-self._stop // BLOCK_POSITIONS)):
                 base = block * BLOCK_POSITIONS
                 first, end = max(base, self._start), min(base + BLOCK_POSITIONS, self._stop)
-                noise = draw(self._generator(sample, block, kind), BLOCK_POSITIONS)
-                yield first + offset, end + offset, noise[:, first - base : end - base]
+                part = slice(first - base, end - base)
+                generator = partial(self._generator, sample, block, kind)
+                yield first + offset, end + offset, partial(_part_of, draw, generator, part)
 
     def whole(self, kind: str, draw: Draw) -> torch.Tensor:
         """All chunks side by side: [n, positions, ...]."""
-        return torch.cat([noise for _, _, noise in self.chunks(kind, draw)], dim=1)
+        return torch.cat([noise() for _, _, noise in self.chunks(kind, draw)], dim=1)
 
     def _generator(self, sample: int, block: int, kind: str) -> torch.Generator:
         key = f"{self._seed}/{self._step}/{sample}/{block}/{kind}"
         digest = hashlib.sha256(key.encode()).digest()
         seed = int.from_bytes(digest[:7], "little")
         return torch.Generator(self._device).manual_seed(seed)
+
+
+def _part_of(draw: Draw, generator: Callable[[], torch.Generator], part: slice) -> torch.Tensor:
+    return draw(generator(), BLOCK_POSITIONS)[:, part]

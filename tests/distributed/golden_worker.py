@@ -246,7 +246,7 @@ def golden_forward_step(golden: GoldenRun, encoder: Any) -> Any:
 
         def chunks(self, kind: str, draw: Any) -> Iterator[tuple[int, int, Any]]:
             noise = self.whole(kind, draw)
-            yield 0, noise.shape[1], noise
+            yield 0, noise.shape[1], lambda: noise
 
     class GoldenForwardStep(CalmForwardStep):
         outputs: list[Any] = []  # noqa: RUF012

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,10 @@ class GoldenNoise:
     def whole(self, kind: str, draw: Draw) -> torch.Tensor:
         return self._noise[kind]
 
-    def chunks(self, kind: str, draw: Draw) -> Iterator[tuple[int, int, torch.Tensor]]:
-        yield 0, self._noise[kind].shape[1], self._noise[kind]
+    def chunks(
+        self, kind: str, draw: Draw
+    ) -> Iterator[tuple[int, int, Callable[[], torch.Tensor]]]:
+        yield 0, self._noise[kind].shape[1], lambda: self._noise[kind]
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda patch_size: f"K={patch_size}")

@@ -47,7 +47,8 @@ def test_chunks_cover_all_positions_in_order() -> None:
     def normal(generator: torch.Generator, positions: int) -> torch.Tensor:
         return torch.randn(4, positions, 3, generator=generator)
 
-    chunks = list(KeyedNoise(0, 0, [1, 2], 30, 170, CPU).chunks("posterior", normal))
+    source = KeyedNoise(0, 0, [1, 2], 30, 170, CPU)
+    chunks = [(start, stop, part()) for start, stop, part in source.chunks("posterior", normal)]
     ends = [(start, stop) for start, stop, _ in chunks]
     assert ends[0][0] == 0 and ends[-1][1] == 2 * 140
     assert all(a[1] == b[0] for a, b in itertools.pairwise(ends))

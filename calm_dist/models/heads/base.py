@@ -16,8 +16,11 @@ Draw = Callable[[torch.Generator, int], torch.Tensor]
 class NoiseSource(Protocol):
     """Random numbers of a training step for this process's positions [S]."""
 
-    def chunks(self, kind: str, draw: Draw) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Yield (start, stop, noise [n, stop - start, ...]) until all positions are covered.
+    def chunks(
+        self, kind: str, draw: Draw
+    ) -> Iterator[tuple[int, int, Callable[[], torch.Tensor]]]:
+        """Yield (start, stop, what draws noise [n, stop - start, ...]) until all positions are
+        covered; the chunks can be drawn in any order, and at the same time.
 
         Args:
             kind: names the noise; different kinds are independent.
@@ -82,11 +85,11 @@ class GenerativeHead(nn.Module, ABC):
 
 
 def normal_noise(num_samples: int, size: int) -> Draw:
-    """Draws standard normal noise [num_samples, positions, size]."""
+    """Draws standard normal noise [num_samples, positions, size], position by position."""
 
     def draw(generator: torch.Generator, positions: int) -> torch.Tensor:
-        shape = (num_samples, positions, size)
-        return torch.randn(shape, generator=generator, device=generator.device)
+        shape = (positions, num_samples, size)
+        return torch.randn(shape, generator=generator, device=generator.device).transpose(0, 1)
 
     return draw
 
