@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
+from calm_dist.losses.linear_cross_entropy import linear_cross_entropy
 from calm_dist.models.autoencoder import Autoencoder
 
 
@@ -65,8 +65,8 @@ def autoencoder_loss(
     mean, log_std = (part.float() for part in model.encode(inputs))
     z = mean + noise.eps * log_std.exp()
     z = z * noise.latent_keep / (1 - config.ae_dropout)  # inverted scaling
-    logits = model.decode(z).float()
-    cross_entropy = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+    hidden = model.decoder(z).flatten(0, -2)
+    cross_entropy = linear_cross_entropy(hidden, model.output_weight, tokens.flatten())
     kl = kl_per_dimension(mean, log_std).clamp(min=config.kl_clamp).sum(-1).mean()
     total = config.patch_size * cross_entropy + config.kl_weight * kl
     return AutoencoderLoss(total, cross_entropy, kl)

@@ -136,6 +136,11 @@ class Autoencoder(nn.Module):
         """K, the number of tokens in a patch."""
         return self.config.patch_size
 
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """Weight of the output layer [V, d], which is the token embedding."""
+        return self.encoder.embed_tokens.weight
+
     def encode(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens [B, T] -> posterior mean and log_std, each [B, T/K, l].
 
@@ -151,4 +156,4 @@ class Autoencoder(nn.Module):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [B, P, l] -> logits [B, P*K, V]."""
         hidden = self.decoder(latents).flatten(-3, -2)
-        return F.linear(hidden, self.encoder.embed_tokens.weight)
+        return F.linear(hidden, self.output_weight)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from launches import ALONE, ROOT, TIMEOUT_SECONDS, environment, recipe, torchrun
 
-# 2 GB, in 12 layers: what does not grow with the state is 0.08 s, a tenth of the synchronous time at
-# 510 MB alone.
+# 2 GB, in 12 layers: what does not grow with the state is 0.08 s, and alone a tenth of the
+# synchronous time at 510 MB.
 BIG = {
     "model__hidden_size": 1024,
     "model__intermediate_size": 2752,
