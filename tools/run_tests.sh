@@ -21,5 +21,7 @@ step ruff format --check .
 step mypy
 # -rs: a test that is skipped for want of hardware is announced.
 step python -m pytest -rs --durations=10 "$@"
+# Shown, and held to nothing: no test depends on the time that something takes.
+step python tools/benchmark.py energy
 [ "$status" = 0 ] || echo "error: not everything passed, see the steps above (== ...)" >&2
 exit "$status"

@@ -14,10 +14,11 @@ import torch
 def median_seconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:
     """Median wall time of ``call`` over ``repeats`` runs, after one run that is not counted."""
     call()
-    return statistics.median(_seconds(call, device) for _ in range(repeats))
+    return statistics.median(seconds(call, device) for _ in range(repeats))
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Wall time of one call."""
     _wait(device)
     started = time.perf_counter()
     call()

@@ -300,11 +300,25 @@ def _path_collisions(
     agree = [squared.sum(-1).double()]
     cache.truncate(num_steps)
     for depth in range(NGRAM - 1):
-        drawn = torch.multinomial(squared, 1, generator=generator)
+        drawn = _draw(squared, generator)
         following = _next_step(logits, cache, num_steps, starts, drawn, depth).float()
         squared = following.softmax(-1).square()
         agree.append(squared.sum(-1).double())
     return torch.stack(agree, dim=-1).cumprod(-1)
+
+
+def _draw(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """One column of each row of ``weights`` ``[b, V]``, as likely as it weighs; ``[b, 1]``.
+
+    `torch.multinomial` draws a number for every weight; this takes one for each row.
+    """
+    bounds = weights.double().cumsum(-1)
+    uniform = torch.rand(
+        len(weights), 1, dtype=torch.float64, generator=generator, device=weights.device
+    )
+    # Right of all bounds that are not above it: never a column of weight zero.
+    drawn = torch.searchsorted(bounds, uniform * bounds[:, -1:], right=True)
+    return drawn.clamp_(max=weights.shape[-1] - 1)
 
 
 def _log_likelihood(logits: Tensor, target: Tensor) -> Tensor:

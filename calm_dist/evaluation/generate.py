@@ -123,13 +123,15 @@ def generate(
     _check(texts, seeds, max_new_tokens)
     check_tokenizer(model, tokenizer)
     sampler = (
-        _patch_sampler(model, temperature, method, pool_size, max_draws)
+        patch_sampler(model, temperature, method, pool_size, max_draws)
         if model.kind == "calm"
         else _token_sampler(temperature)
     )
-    rows = [_Row(tokenizer.encode(text), seed) for text, seed in zip(texts, seeds, strict=True)]
+    rows = [
+        GrowingText(tokenizer.encode(text), seed) for text, seed in zip(texts, seeds, strict=True)
+    ]
     if rows:
-        _continue(model, rows, sampler, tokenizer, max_new_tokens)
+        continue_texts(model, rows, sampler, tokenizer, max_new_tokens)
     generations = [Generation(tokenizer.decode(row.new), row.new, row.stopped_by) for row in rows]
     return generations[0] if isinstance(prompts, str) else generations
 
@@ -153,7 +155,7 @@ def _check(prompts: list[str], seeds: list[int], max_new_tokens: int) -> None:
 
 
 @dataclass
-class _Row:
+class GrowingText:
     """A text that grows."""
 
     prompt: list[int]
@@ -173,9 +175,9 @@ class _Row:
         return True
 
 
-def _continue(
+def continue_texts(
     model: LoadedModel,
-    rows: list[_Row],
+    rows: list[GrowingText],
     sampler: Sampler,
     tokenizer: Tokenizer,
     max_new_tokens: int,
@@ -201,7 +203,7 @@ def _continue(
         outputs = contexts.extend(going, [steps[index] for index in going])
 
 
-def _patch_sampler(
+def patch_sampler(
     model: LoadedModel, temperature: float, method: Method, pool_size: int, max_draws: int
 ) -> Sampler:
     """Hidden state [d] -> the next patch.

@@ -1,0 +1,139 @@
+"""Two ways to compute the same, timed in turns in one process."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calm_dist.benchmark.timing import seconds
+
+Values = list[torch.Tensor]
+"""What a computation gives, gradients included, to be compared."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Ours, and the plain formulation: every tensor materialised, every position looped over.
+
+    Both return values that should be equal, or None where they are drawn at random.
+    """
+
+    name: str
+    ours: Callable[[], Values | None]
+    plain: Callable[[], Values | None]
+    work: float
+    """Of one call, in ``unit``."""
+    unit: str
+    sizes: dict[str, Any]
+
+
+def compare(pair: Pair, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Run both in turns, after one run each that is not timed and in which memory is measured.
+
+    Returns:
+        A JSON-able row: for each side ``seconds`` (median) and ``all_seconds``, ``peak_mib`` beyond
+        what was there before and ``rate``; ``speedup``, ``memory_ratio`` (None where it is not
+        known), and ``largest_difference``, relative to the largest value of a tensor.
+    """
+    sides = {"ours": pair.ours, "plain": pair.plain}
+    values: dict[str, Values | None] = {}
+    peaks: dict[str, float | None] = {}
+    for name, call in sides.items():
+        call()
+        peaks[name], values[name] = _peak_mib(call, device)
+    times: dict[str, list[float]] = {"ours": [], "plain": []}
+    for _ in range(repeats):
+        for name, call in sides.items():
+            times[name].append(seconds(call, device))
+    row: dict[str, Any] = {"name": pair.name, "sizes": pair.sizes, "unit": pair.unit}
+    for name in sides:
+        median = statistics.median(times[name])
+        row[name] = {
+            "seconds": median,
+            "all_seconds": times[name],
+            "peak_mib": peaks[name],
+            "rate": pair.work / median,
+        }
+    row["speedup"] = row["plain"]["seconds"] / row["ours"]["seconds"]
+    ours, plain = peaks["ours"], peaks["plain"]
+    row["memory_ratio"] = plain / max(ours, 1.0) if ours is not None and plain is not None else None
+    row["largest_difference"] = _largest_difference(values["ours"], values["plain"])
+    return row
+
+
+def _largest_difference(ours: Values | None, plain: Values | None) -> float | None:
+    if ours is None or plain is None:
+        return None
+    return max(
+        float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30))
+        for a, b in zip(ours, plain, strict=True)
+    )
+
+
+def _peak_mib(
+    call: Callable[[], Values | None], device: torch.device
+) -> tuple[float | None, Values | None]:
+    """Memory that a call needs at its worst, beyond what was in use before: on a GPU what torch
+    allocates, on Linux the resident memory of the process, elsewhere unknown."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        values = call()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20, values
+    if not sys.platform.startswith("linux"):
+        return None, call()
+    # What the allocator holds back would be used again without being counted.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before_mib = _status_mib("VmRSS")
+    values = call()
+    return _status_mib("VmHWM") - before_mib, values
+
+
+def _status_mib(key: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) / 1024
+    raise KeyError(key)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| | ours | plain | faster | memory, ours | plain | less | largest difference |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ours, plain = row["ours"], row["plain"]
+        lines.append(
+            f"| {row['name']} | {_rate(ours['rate'], row['unit'])} ({ours['seconds']:.3g} s) "
+            f"| {_rate(plain['rate'], row['unit'])} ({plain['seconds']:.3g} s) "
+            f"| {row['speedup']:.2f}x | {_mib(ours['peak_mib'])} | {_mib(plain['peak_mib'])} "
+            f"| {_ratio(row['memory_ratio'])} | {_difference(row['largest_difference'])} |"
+        )
+    return "\n".join(lines)
+
+
+def _rate(rate: float, unit: str) -> str:
+    return f"{rate:,.0f} {unit}/s"
+
+
+def _mib(value: float | None) -> str:
+    return "?" if value is None else f"{value:,.0f} MiB"
+
+
+def _ratio(value: float | None) -> str:
+    return "?" if value is None else f"{value:.1f}x"
+
+
+def _difference(value: float | None) -> str:
+    return "random" if value is None else f"{value:.1e}"

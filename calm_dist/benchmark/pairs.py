@@ -1,0 +1,266 @@
+"""What is compared: our code and the plain form, at the sizes of the released code's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calm_dist.benchmark import plain
+from calm_dist.benchmark.compare import Pair, Values
+from calm_dist.evaluation.block_scores import draw_latents
+from calm_dist.evaluation.brier import ngram_starts
+from calm_dist.evaluation.brier_tree import cache_size, scores_from_patches, scores_from_softmax
+from calm_dist.evaluation.generate import GrowingText, continue_texts, decode_latents, patch_sampler
+from calm_dist.evaluation.load import LoadedModel, single_process_topology
+from calm_dist.losses.autoencoder import autoencoder_loss, draw_training_noise
+from calm_dist.losses.energy import energy_score
+from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
+from calm_dist.models.backbone import transformer_config
+from calm_dist.models.heads.energy import EnergyHead
+from calm_dist.models.weights import initialize_module
+from calm_dist.recipe import CalmRecipe, HeadRecipe, Recipe
+from calm_dist.training.build import build_body, build_head
+
+PAPER_VOCAB = 128_256
+SMALL_VOCAB = 32_000
+
+
+def energy_pairs(device: torch.device) -> Iterator[Pair]:
+    """The energy score, forward and backward, with draws made inside and given."""
+    samples, draws, positions, size = 8, 100, 4096, 128
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    x = normal(samples, positions, size).requires_grad_()
+    mean, log_std = normal(positions, size), 0.3 * normal(positions, size) - 1
+    sizes = {"N": samples, "M": draws, "positions": positions, "l": size}
+
+    def gradient(score: Tensor) -> Values:
+        return [score.detach(), *torch.autograd.grad(-score.mean(), x)]
+
+    def ours_drawn() -> None:
+        gradient(energy_score(x, mean, log_std, num_draws=draws, seed=0))
+
+    def plain_drawn() -> None:
+        gradient(plain.energy_score(x, mean, log_std, normal(draws, positions, size)))
+
+    yield Pair("energy score", ours_drawn, plain_drawn, positions, "positions", sizes)
+    noise = normal(draws, positions, size)
+    yield Pair(
+        "energy score, noise given",
+        lambda: gradient(energy_score(x, mean, log_std, noise)),
+        lambda: gradient(plain.energy_score(x, mean, log_std, noise)),
+        positions,
+        "positions",
+        sizes,
+    )
+
+
+def head_pairs(device: torch.device) -> Iterator[Pair]:
+    """The energy head of CALM-M, N=8, forward and backward."""
+    samples, positions, width, size = 8, 512, 1024, 128
+    head = EnergyHead(HeadRecipe(num_mlp_layers=4), width, size).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(positions, width, generator=generator, device=device).requires_grad_()
+    noise = head.draw_noise(generator, samples, positions)
+    parameters = [hidden, *head.parameters()]
+
+    def gradients(latents: Tensor) -> Values:
+        return [latents.detach(), *torch.autograd.grad(latents.square().mean(), parameters)]
+
+    yield Pair(
+        "energy head",
+        lambda: gradients(head.sample(hidden, noise)),
+        lambda: gradients(plain.head_samples(head, hidden, noise)),
+        positions,
+        "positions",
+        {"N": samples, "positions": positions, "hidden": width, "blocks": 4},
+    )
+
+
+def autoencoder_pairs(device: torch.device) -> Iterator[Pair]:
+    """A training step of the paper's autoencoder, AdamW included, and encoding with it."""
+    model = _autoencoder(PAPER_VOCAB).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    tokens = torch.randint(PAPER_VOCAB, (1, 1024), generator=generator, device=device)
+    noise = draw_training_noise(model, tokens, generator)
+    # Updates by nothing, so that both sides keep computing the same.
+    settings: dict[str, Any] = {"lr": 0.0, "weight_decay": 0.0}
+    fused = torch.optim.AdamW(model.parameters(), fused=True, **settings)
+    simple = torch.optim.AdamW(model.parameters(), foreach=False, **settings)
+
+    def step(loss: Tensor, optimizer: torch.optim.Optimizer) -> Values:
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        return [loss.detach(), *gradients]
+
+    yield Pair(
+        "autoencoder training step",
+        lambda: step(autoencoder_loss(model, tokens, noise).total, fused),
+        lambda: step(plain.autoencoder_loss(model, tokens, noise), simple),
+        tokens.numel(),
+        "tokens",
+        {"tokens": tokens.numel(), "vocabulary": PAPER_VOCAB, "hidden": 512, "K": 4, "l": 128},
+    )
+    model.requires_grad_(False)
+    text = zipf_tokens(PAPER_VOCAB, 8192, seed=0)[None].to(device)
+    for name, block in (
+        ("encoding, words as often as in text", text),
+        ("encoding, all words alike", torch.randint(PAPER_VOCAB, text.shape, device=device)),
+    ):
+        yield Pair(
+            name,
+            lambda block=block: list(model.encode(block)),  # type: ignore[misc]
+            lambda block=block: list(plain.encode(model, block)),  # type: ignore[misc]
+            block.numel(),
+            "tokens",
+            {"tokens": block.numel(), "distinct": len(block.unique()), "vocabulary": PAPER_VOCAB},
+        )
+
+
+def brier_pairs(device: torch.device) -> Iterator[Pair]:
+    """Brier-1..4 of one block: the Transformer at block 256, CALM with K=2 at block 512.
+
+    The models' choices are so sure that the samples of every start agree all the way.
+    """
+    transformer = random_model("transformer", 256, device)
+    assert hasattr(transformer.body, "output_layer")
+    transformer.body.output_layer.weight.data.mul_(1000)
+    tokens = zipf_tokens(SMALL_VOCAB, 256, seed=1)
+    starts = ngram_starts(256, 1, "all")
+    generator = torch.Generator(device).manual_seed(0)
+
+    def ours() -> None:
+        scores_from_softmax(
+            transformer.logits, transformer.new_cache, tokens, starts, num_draws=1, seed=0
+        )
+
+    def looped() -> None:
+        plain.transformer_brier(transformer.logits, tokens, starts, generator)
+
+    sizes = {"block": 256, "starts": len(starts), "vocabulary": SMALL_VOCAB, "hidden": 256}
+    yield Pair("Brier, Transformer, all agree", ours, looped, len(starts), "starts", sizes)
+
+    calm = random_model("calm", 512, device, patch_size=2, noise=0.0)
+    text = zipf_tokens(SMALL_VOCAB, 512, seed=2)
+    patches = ngram_starts(512, 2) // 2
+
+    def drawn(hidden: Tensor, samples: int) -> Tensor:
+        latents = draw_latents(calm, hidden, samples, generator)
+        return decode_latents(calm, latents.flatten(0, 1)).view(samples, len(hidden), -1)
+
+    def ours_calm() -> None:
+        known = int(patches[-1]) + 1
+        cache = calm.new_cache(1, cache_size(known, 2))
+        hidden = calm.hidden(text[None, : 2 * known], torch.arange(known), None, cache)[0]
+        scores_from_patches(
+            calm.hidden,
+            cache,
+            lambda hidden, starts, depth: drawn(hidden, 2),
+            drawn(hidden, 2),
+            patches,
+            text[2 * patches[:, None] + torch.arange(4)],
+        )
+
+    def looped_calm() -> None:
+        plain.calm_brier(calm.hidden, drawn, text, patches, 2)
+
+    sizes = {"block": 512, "K": 2, "starts": len(patches), "vocabulary": SMALL_VOCAB}
+    yield Pair("Brier, CALM K=2, all agree", ours_calm, looped_calm, len(patches), "starts", sizes)
+
+
+def sampling_pairs(device: torch.device) -> Iterator[Pair]:
+    """Generation at temperature 1/2 with a pool of 200, eight texts, two patches each."""
+    rows, patches, pool = 8, 2, 200
+    for noise in (0.0, 0.2, None):
+        model = random_model("calm", 1024, device, patch_size=4, noise=noise)
+        generator = torch.Generator().manual_seed(0)
+
+        def drawn(hidden: Tensor, samples: int, model: LoadedModel = model) -> Tensor:
+            latents = draw_latents(model, hidden, samples, generator)  # noqa: B023
+            return decode_latents(model, latents.flatten(0, 1)).view(samples, len(hidden), -1)
+
+        def grow(sampler: Any, model: LoadedModel = model) -> None:
+            prompts = zipf_tokens(SMALL_VOCAB, 16 * rows, seed=3).view(rows, -1).tolist()
+            texts = [GrowingText(prompt, seed) for seed, prompt in enumerate(prompts)]
+            ends = SimpleNamespace(begin_id=0, end_id=-1)
+            continue_texts(model, texts, sampler, ends, 4 * patches)  # type: ignore[arg-type]
+
+        hidden = model.hidden(zipf_tokens(SMALL_VOCAB, 4, seed=4)[None])[0]
+        some = drawn(hidden, pool)[:, 0]
+        agree = float((some[:, None] == some[None]).all(-1).float().mean())
+        yield Pair(
+            f"generation, draws agree at a rate of {agree:.2f}",
+            lambda grow=grow, model=model: grow(patch_sampler(model, 0.5, "pool", pool, pool)),  # type: ignore[misc]
+            lambda grow=grow, drawn=drawn: grow(plain.patch_sampler(drawn, pool)),  # type: ignore[misc]
+            rows * patches * 4,
+            "tokens",
+            {"texts": rows, "pool": pool, "K": 4, "vocabulary": SMALL_VOCAB, "agree": agree},
+        )
+
+
+def zipf_tokens(vocab_size: int, count: int, seed: int) -> Tensor:
+    """Tokens [count] whose frequencies fall as 1/rank, as those of words in text do."""
+    weights = 1 / torch.arange(1, vocab_size + 1, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.multinomial(weights, count, replacement=True, generator=generator)
+
+
+def _autoencoder(vocab_size: int, patch_size: int = 4) -> Autoencoder:
+    """The paper's, with random weights."""
+    config = AutoencoderConfig(vocab_size, patch_size, latent_size=32 * patch_size)
+    model = Autoencoder(config)
+    initialize_module(model, "autoencoder", lambda name, shape: 0.02, 0)
+    return model
+
+
+def random_model(
+    kind: str, block_size: int, device: torch.device, patch_size: int = 1, noise: float | None = 1.0
+) -> LoadedModel:
+    """A small language model with random weights: hidden 256, 4 layers, 32,000 words.
+
+    Args:
+        noise: scale of the head's noise; 0 makes all draws equal, None leaves it as it is.
+    """
+    size = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4}
+    model: dict[str, Any] = {"kind": kind, "vocab_size": SMALL_VOCAB, "num_attention_heads": 4}
+    if kind == "calm":
+        model |= {"patch_size": patch_size, "latent_size": 32 * patch_size}
+        model["head"] = {"num_mlp_layers": 2}
+    recipe = Recipe.from_dict(
+        {
+            "run": {"dir": "runs/benchmark"},
+            "model": model | size,
+            "data": {"path": "latents/train", "block_size": block_size},
+            "training": {"steps": 1, "micro_batch_size": 1, "global_batch_size": 1},
+        }
+    )
+    topology = single_process_topology(recipe, device)
+    body = build_body(recipe, transformer_config(recipe, torch.float32), topology, None)
+    head, autoencoder = None, None
+    if isinstance(recipe.model, CalmRecipe):
+        head = build_head(recipe.model, 0).to(device).eval().requires_grad_(False)
+        if noise is not None:
+            head.norm_noise.weight.fill_(noise)  # type: ignore[operator,union-attr]
+        autoencoder = _autoencoder(SMALL_VOCAB, patch_size).to(device).eval().requires_grad_(False)
+    return LoadedModel(
+        recipe=recipe,
+        checkpoint=Path("runs/benchmark"),
+        step=0,
+        tokens_seen=0,
+        tokenizer_sha256=None,
+        device=device,
+        body=body.eval().requires_grad_(False),
+        _head=head,
+        autoencoder=autoencoder,
+        autoencoder_sha256=None,
+    )

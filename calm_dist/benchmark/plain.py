@@ -1,0 +1,132 @@
+"""The paper's formulas in their plain form, as its released code executes them.
+
+Every tensor is materialised, every head sample computes its condition anew, and Brier scores loop
+over positions. They use the weights of our modules, so that both sides compute the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from calm_dist.evaluation.brier import NGRAM
+from calm_dist.evaluation.sampling import pool_candidates
+from calm_dist.losses.autoencoder import TrainingNoise, kl_per_dimension
+from calm_dist.models.autoencoder import Autoencoder
+from calm_dist.models.heads.energy import ConditionedLinear, EnergyHead, HeadBlock
+
+Draw = Callable[[Tensor, int], Tensor]
+"""Hidden states [b, d], number of draws -> tokens [m, b, K]."""
+
+
+def energy_score(samples: Tensor, mean: Tensor, log_std: Tensor, noise: Tensor) -> Tensor:
+    """samples [N, S, l], posterior [S, l], noise [M, S, l] -> scores [S], at beta 1."""
+    count = len(samples)
+    draws = mean + noise * log_std.exp()
+    between = torch.linalg.norm(samples[:, None] - samples[None], dim=-1).sum((0, 1))
+    to_draws = torch.linalg.norm(samples[:, None] - draws[None], dim=-1).mean((0, 1))
+    return between / (count * (count - 1)) - 2 * to_draws
+
+
+def head_samples(head: EnergyHead, hidden: Tensor, noise: Tensor) -> Tensor:
+    """hidden [S, d], noise [N, S, noise_size] -> latents [N, S, l]; the condition N times."""
+    x = head.norm_noise(head.noise_embd(noise))
+    condition = head.norm_hidden(head.hidden_embd(hidden.expand(len(noise), -1, -1)))
+    for block in head.mlp_blocks:
+        assert isinstance(block, HeadBlock)
+        first = block.linears[0]
+        assert isinstance(first, ConditionedLinear)
+        both = torch.cat([block.in_ln(x), condition], dim=-1)
+        gate, up = block.linears[1:](F.linear(both, first.weight, first.bias)).chunk(2, dim=-1)
+        x = x + block.down_proj(F.silu(gate) * up)
+    return head.final_layer(x)
+
+
+def encode(model: Autoencoder, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """tokens [B, T] -> mean and log_std [B, T/K, l]; every token through its layers."""
+    encoder = model.encoder
+    half = len(encoder.encoder_layers) // 2
+    x = encoder.embed_tokens(tokens)
+    for layer in encoder.encoder_layers[:half]:
+        x = layer(x)
+    x = encoder.squeeze_layer(x.unflatten(1, (-1, model.patch_size)).flatten(-2))
+    for layer in encoder.encoder_layers[half:]:
+        x = layer(x)
+    mean, log_std = encoder.hidden_to_latent(encoder.norm(x)).chunk(2, dim=-1)
+    return mean, log_std
+
+
+def autoencoder_loss(model: Autoencoder, tokens: Tensor, noise: TrainingNoise) -> Tensor:
+    """The autoencoder's training loss from the logits of all tokens."""
+    config = model.config
+    inputs = torch.where(noise.token_keep, tokens, config.replaced_token_id)
+    mean, log_std = encode(model, inputs)
+    z = (mean + noise.eps * log_std.exp()) * noise.latent_keep / (1 - config.ae_dropout)
+    logits = model.decode(z).float()
+    cross_entropy = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+    kl = kl_per_dimension(mean, log_std).clamp(min=config.kl_clamp).sum(-1).mean()
+    return config.patch_size * cross_entropy + config.kl_weight * kl
+
+
+@torch.no_grad()
+def transformer_brier(
+    logits: Callable[[Tensor], Tensor], tokens: Tensor, starts: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Brier-1..4 of a Transformer from two samples at each start, one position after the other.
+
+    Where the two agree, the model runs again over the text and what they agree on.
+    """
+    at_start = logits(tokens[None])[0]
+    pairs = torch.multinomial(at_start.softmax(-1), 2, True, generator=generator)  # [T, 2]
+    scores = torch.zeros(len(starts), NGRAM, dtype=torch.float64)
+    for row, start in enumerate(starts.tolist()):
+        # Given the true tokens before each, as the accuracy terms are.
+        right = pairs[start - 1 : start - 1 + NGRAM] == tokens[start : start + NGRAM, None]
+        scores[row] = right.cumprod(0).sum(1).double()
+        context, pair = tokens[:start], pairs[start - 1]
+        for n in range(NGRAM):
+            if pair[0] != pair[1]:
+                break
+            scores[row, n] -= 1
+            if n + 1 < NGRAM:
+                context = torch.cat([context, pair[:1]])
+                following = logits(context[None])[0, -1]
+                pair = torch.multinomial(following.softmax(-1), 2, True, generator=generator)
+    return scores
+
+
+@torch.no_grad()
+def calm_brier(
+    hidden: Callable[[Tensor], Tensor], draw: Draw, tokens: Tensor, starts: Tensor, patch_size: int
+) -> Tensor:
+    """Brier-1..4 of a CALM from two samples at each start patch, one after the other."""
+    pairs = draw(hidden(tokens[None])[0], 2)  # [2, P, K]
+    scores = torch.zeros(len(starts), NGRAM, dtype=torch.float64)
+    for row, start in enumerate(starts.tolist()):
+        first = start * patch_size
+        given_truth = pairs[:, start - 1 :].flatten(1)[:, :NGRAM]
+        right = given_truth == tokens[first : first + NGRAM]
+        scores[row] = right.cumprod(-1).sum(0).double()
+        samples = pairs[:, start - 1]
+        while samples.shape[1] < NGRAM and torch.equal(samples[0], samples[1]):
+            context = torch.cat([tokens[:first], samples[0]])
+            following = hidden(context[None])[0, -1:]
+            samples = torch.cat([samples, draw(following, 2)[:, 0]], dim=1)
+        agree = (samples[0] == samples[1])[:NGRAM].cumprod(-1)
+        scores[row, : len(agree)] -= agree.double()
+    return scores
+
+
+def patch_sampler(draw: Draw, pool_size: int) -> Callable[[Tensor, np.random.Generator], list[int]]:
+    """Hidden state [d] -> the next patch at temperature 1/2, from all draws of the pool."""
+
+    def sample(hidden: Tensor, rng: np.random.Generator) -> list[int]:
+        found = pool_candidates(draw(hidden[None], pool_size)[:, 0].numpy(), 2)
+        chances = np.array(found.weights, dtype=float)
+        return list(found.patches[int(rng.choice(len(chances), p=chances / chances.sum()))])
+
+    return sample
