@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,20 +96,29 @@ def autoencoder_pairs(device: torch.device) -> Iterator[Pair]:
     fused = torch.optim.AdamW(model.parameters(), fused=True, **settings)
     simple = torch.optim.AdamW(model.parameters(), foreach=False, **settings)
 
-    def step(loss: Tensor, optimizer: torch.optim.Optimizer) -> Values:
+    def step(loss_of: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Values:
         optimizer.zero_grad()
+        loss = loss_of()
         loss.backward()
         optimizer.step()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         return [loss.detach(), *gradients]
 
+    weight, hidden = model.output_weight.detach(), torch.randn(1024, 512, device=device)
+
+    def products() -> None:
+        logits = hidden @ weight.T
+        torch.mm(logits, weight)
+        torch.mm(logits.T, hidden)
+
     yield Pair(
         "autoencoder training step",
-        lambda: step(autoencoder_loss(model, tokens, noise).total, fused),
-        lambda: step(plain.autoencoder_loss(model, tokens, noise), simple),
+        lambda: step(lambda: autoencoder_loss(model, tokens, noise).total, fused),
+        lambda: step(lambda: plain.autoencoder_loss(model, tokens, noise), simple),
         tokens.numel(),
         "tokens",
         {"tokens": tokens.numel(), "vocabulary": PAPER_VOCAB, "hidden": 512, "K": 4, "l": 128},
+        floor=products,
     )
     model.requires_grad_(False)
     text = zipf_tokens(PAPER_VOCAB, 8192, seed=0)[None].to(device)

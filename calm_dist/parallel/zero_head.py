@@ -161,7 +161,7 @@ class ZeroHead:
         """Squared norm of this rank's partition of the averaged gradient, fp64 scalar."""
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for gradient in self._gradients():
-            total += gradient.double().square().sum()
+            total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
         return total
 
     def scale_gradients(self, factor: float) -> None:
