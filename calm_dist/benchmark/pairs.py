@@ -144,8 +144,8 @@ def brier_pairs(device: torch.device) -> Iterator[Pair]:
     transformer = random_model("transformer", 256, device)
     assert hasattr(transformer.body, "output_layer")
     transformer.body.output_layer.weight.data.mul_(1000)
-    tokens = zipf_tokens(SMALL_VOCAB, 256, seed=1)
-    starts = ngram_starts(256, 1, "all")
+    tokens = zipf_tokens(SMALL_VOCAB, 256, seed=1).to(device)
+    starts = ngram_starts(256, 1, "all").to(device)
     generator = torch.Generator(device).manual_seed(0)
 
     def ours() -> None:
@@ -160,8 +160,8 @@ def brier_pairs(device: torch.device) -> Iterator[Pair]:
     yield Pair("Brier, Transformer, all agree", ours, looped, len(starts), "starts", sizes)
 
     calm = random_model("calm", 512, device, patch_size=2, noise=0.0)
-    text = zipf_tokens(SMALL_VOCAB, 512, seed=2)
-    patches = ngram_starts(512, 2) // 2
+    text = zipf_tokens(SMALL_VOCAB, 512, seed=2).to(device)
+    patches = ngram_starts(512, 2).to(device) // 2
 
     def drawn(hidden: Tensor, samples: int) -> Tensor:
         latents = draw_latents(calm, hidden, samples, generator)

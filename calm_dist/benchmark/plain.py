@@ -125,7 +125,7 @@ def patch_sampler(draw: Draw, pool_size: int) -> Callable[[Tensor, np.random.Gen
     """Hidden state [d] -> the next patch at temperature 1/2, from all draws of the pool."""
 
     def sample(hidden: Tensor, rng: np.random.Generator) -> list[int]:
-        found = pool_candidates(draw(hidden[None], pool_size)[:, 0].numpy(), 2)
+        found = pool_candidates(draw(hidden[None], pool_size)[:, 0].cpu().numpy(), 2)
         chances = np.array(found.weights, dtype=float)
         return list(found.patches[int(rng.choice(len(chances), p=chances / chances.sum()))])
 

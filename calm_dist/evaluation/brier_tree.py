@@ -29,6 +29,10 @@ _STEPS_AT_ONCE = 512
 """Steps that a forward of branches may have, or as many as the block has if that is more."""
 
 
+# Rows of weights, in double precision, at a time.
+_ROWS_DRAWN = 64
+
+
 class StepFunction(Protocol):
     """A causal model that makes steps of tokens: ``[1, n·K]`` -> outputs ``[1, n, ...]``.
 
@@ -312,13 +316,15 @@ def _draw(weights: Tensor, generator: torch.Generator) -> Tensor:
 
     `torch.multinomial` draws a number for every weight; this takes one for each row.
     """
-    bounds = weights.double().cumsum(-1)
     uniform = torch.rand(
         len(weights), 1, dtype=torch.float64, generator=generator, device=weights.device
     )
-    # Right of all bounds that are not above it: never a column of weight zero.
-    drawn = torch.searchsorted(bounds, uniform * bounds[:, -1:], right=True)
-    return drawn.clamp_(max=weights.shape[-1] - 1)
+    drawn = []
+    for part, at in zip(weights.split(_ROWS_DRAWN), uniform.split(_ROWS_DRAWN), strict=True):
+        bounds = part.double().cumsum(-1)
+        # Right of all bounds that are not above it: never a column of weight zero.
+        drawn.append(torch.searchsorted(bounds, at * bounds[:, -1:], right=True))
+    return torch.cat(drawn).clamp_(max=weights.shape[-1] - 1)
 
 
 def _log_likelihood(logits: Tensor, target: Tensor) -> Tensor:

@@ -160,14 +160,21 @@ def _for_each(
             work(start, stop, draw())
         return
 
-    @torch.no_grad()
-    def draw_and_work(start: int, stop: int, draw: Callable[[], torch.Tensor]) -> None:
-        work(start, stop, draw())
+    inference = torch.is_inference_mode_enabled()
 
-    # How many threads torch uses is a setting of each thread.
-    with ThreadPoolExecutor(threads, "energy", torch.set_num_threads, (1,)) as pool:
-        for done in [pool.submit(draw_and_work, *chunk) for chunk in noise]:
-            done.result()
+    def draw_and_work(start: int, stop: int, draw: Callable[[], torch.Tensor]) -> None:
+        # Modes are those of a thread.
+        with torch.inference_mode(inference), torch.no_grad():
+            work(start, stop, draw())
+
+    try:
+        with ThreadPoolExecutor(threads, "energy", torch.set_num_threads, (1,)) as pool:
+            for done in [pool.submit(draw_and_work, *chunk) for chunk in noise]:
+                done.result()
+    finally:
+        # How many threads torch uses is a setting of each thread, and what the last one of them
+        # has set is that of new ones.
+        torch.set_num_threads(threads)
 
 
 class _ChunkedEnergyScore(torch.autograd.Function):
@@ -209,7 +216,9 @@ class _ChunkedEnergyScore(torch.autograd.Function):
                 total = 2 * (push - pull)
                 gradient[:, start:stop] = total.transpose(0, 1).to(gradient.dtype)
 
-        _for_each(work, noise, samples.device)
+        # fp32 whatever is around: distances are differences of large numbers.
+        with torch.autocast(samples.device.type, enabled=False):
+            _for_each(work, noise, samples.device)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return score

@@ -32,32 +32,40 @@ def linear_cross_entropy(
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    return _LinearCrossEntropy.apply(hidden, weight, targets)
+    # Inside, gradients are always off.
+    return _LinearCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        needs_gradient: bool,
     ) -> torch.Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            return _forward(ctx, hidden, weight, targets)
+            return _forward(ctx, hidden, weight, targets, needs_gradient)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # In place, since they are as large as the weight: autograd refuses a second pass over a
         # graph that was kept.
-        return *(saved.mul_(grad_loss) for saved in ctx.saved_tensors), None
+        return *(saved.mul_(grad_loss) for saved in ctx.saved_tensors), None, None
 
 
 def _forward(
-    ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+    ctx: Any,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    needs_gradient: bool,
 ) -> torch.Tensor:
     compute = hidden.dtype
     cast = weight.detach().to(compute)
     parts = -(-len(hidden) // max(1, CHUNK_LOGITS // len(weight)))
     rows = -(-len(hidden) // parts)
-    needs_gradient = any(ctx.needs_input_grad)
     loss = torch.zeros((), device=hidden.device)
     if needs_gradient:
         of_hidden, of_weight = torch.empty_like(hidden), torch.zeros_like(weight)

@@ -113,7 +113,7 @@ class Trainer:
             self._count(result.skipped)
             ends = result.stop or result.data_failed or step == last
             if ends or step % recipe.checkpoint.every == 0:
-                self.save()
+                self.save(is_last=ends)
             if ends:
                 return result
 
@@ -159,7 +159,7 @@ class Trainer:
             self.phases.progress()
             yield micro_batch
 
-    def save(self) -> None:
+    def save(self, is_last: bool = False) -> None:
         """Begin a checkpoint of all ranks, or write it, as ``checkpoint.async`` says."""
         step = self.progress.step
         self.phases.enter("checkpoint", step - 1)
@@ -170,7 +170,7 @@ class Trainer:
             autoencoder_sha256=self._encoder_sha256,
             data=self._stream.state_dict(step),
         )
-        self._checkpoints.start(self.parts, state)
+        self._checkpoints.start(self.parts, state, is_last)
 
     def _resume(self) -> None:
         """Go on from the newest valid checkpoint of the run directory, if it has one."""

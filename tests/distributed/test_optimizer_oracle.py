@@ -85,9 +85,10 @@ def plain_training(overrides: list[str]) -> list[tuple[float, float]]:
         )
         draws = noise.whole(
             "posterior",
+            # Position by position, as `models.heads.base.normal_noise` draws.
             lambda generator, positions: torch.randn(
-                model.head.posterior_samples, positions, 16, generator=generator
-            ),
+                positions, model.head.posterior_samples, 16, generator=generator
+            ).transpose(0, 1),
         )
         head_noise = noise.whole(
             "head",

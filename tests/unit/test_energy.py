@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,27 @@ def test_no_draws_are_refused() -> None:
     for given in ({"num_draws": 0}, {"noise": torch.zeros(0, 4, 2)}):
         with pytest.raises(ValueError, match="no draws"):
             energy_score(samples, posterior, posterior, **given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_and_modes_change_nothing(threads: int) -> None:
+    """Bit for bit on one thread and on two, in inference mode and under autocast."""
+    samples, mean, log_std, noise = inputs()
+    expected = energy_score(samples, mean, log_std, noise)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            assert torch.equal(energy_score(samples, mean, log_std, noise), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(energy_score(samples, mean, log_std, noise), expected)
+        of_seed = energy_score(samples, mean, log_std, num_draws=7, seed=3)
+        assert torch.equal(of_seed, energy_score(samples, mean, log_std, num_draws=7, seed=3))
+        assert not torch.equal(of_seed, energy_score(samples, mean, log_std, num_draws=7, seed=4))
+        found: list[int] = []
+        new_thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        new_thread.start()
+        new_thread.join()
+        assert found == [threads] and torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
+from calm_dist.parallel.processes import stand_back
+from calm_dist.training.checkpoint import staging as staging_module
 from calm_dist.training.checkpoint.staging import Staging, not_forked
+
+AUTOGROUP = Path("/proc/self/autogroup").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
@@ -35,6 +41,29 @@ def test_the_memory_is_used_again() -> None:
     assert len(addresses) == 1
     staging.reserve(8000, 1)
     assert torch.equal(staging.copy(torch.ones(2000)), torch.ones(2000))
+
+
+def test_without_memory_there_are_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: int) -> None:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    monkeypatch.setattr(staging_module.mmap, "mmap", refused)
+    staging, tensor = Staging(), torch.ones(3)
+    staging.reserve(12, 1)
+    assert not staging.has_copies
+    assert staging.copy(tensor).data_ptr() == tensor.data_ptr()
+
+
+def test_a_child_that_stands_back_says_so_until_it_is_heard() -> None:
+    """Four at once; Linux takes one such wish every 0.1 s from those without privileges."""
+    pids = []
+    for _ in range(4):
+        if (pid := os.fork()) == 0:
+            stand_back()
+            text = Path("/proc/self/autogroup").read_text() if AUTOGROUP else "nice 19"
+            os._exit(0 if text.strip().endswith("nice 19") and os.nice(0) == 19 else 3)
+        pids.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 4
 
 
 def read_in_a_child(tensor: torch.Tensor) -> int:

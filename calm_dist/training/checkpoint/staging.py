@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -19,6 +20,9 @@ _ALIGNMENT = 64
 class Staging:
     """Host memory that copies are made into, one set at a time; kept for the next set.
 
+    Where there is no memory for them, nothing is copied: a forked child then sees the tensors as
+    they were, for which the kernel copies what this process changes.
+
     Memory is slow only when it is touched first (0.7 s/GB, against 0.1 s/GB for the copy), and
     shared, so that a fork need not copy its page table.
     """
@@ -31,13 +35,22 @@ class Staging:
         """Forget all copies, and make room for as many bytes in as many tensors."""
         bytes_needed += tensors * _ALIGNMENT
         if self._memory is None or len(self._memory) < bytes_needed:
-            # Anonymous and shared with children; bytes of an older one live on in its copies.
-            self._memory = mmap.mmap(-1, max(bytes_needed, 1))
+            try:
+                # Anonymous and shared with children; bytes of an older one live on in its copies.
+                self._memory = mmap.mmap(-1, max(bytes_needed, 1))
+            except OSError:
+                self._memory = None
         self._used = 0
 
+    @property
+    def has_copies(self) -> bool:
+        """Whether children need the copies alone."""
+        return self._memory is not None
+
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of a host tensor, with a storage that is no larger."""
-        assert self._memory is not None, "reserve first"
+        """A copy of a host tensor, with a storage that is no larger; or itself."""
+        if self._memory is None:
+            return tensor.detach()
         if tensor.numel() == 0:
             return tensor.detach().clone()
         flat = torch.frombuffer(
@@ -54,6 +67,10 @@ def not_forked(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
     Otherwise the kernel would copy every page of them that this process writes to, until the child
     ends: one to two seconds per gigabyte, which the next step of the training would spend.
     """
+    # Other systems give other meanings to the numbers.
+    if not sys.platform.startswith("linux"):
+        yield
+        return
     storages = (tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu")
     # Several tensors can be views of one.
     sizes = {s.data_ptr(): s.nbytes() for s in storages if s.nbytes() >= _SMALLEST_BYTES}

@@ -67,8 +67,16 @@ class TensorWriter:
         self._staging = Staging()
         self._validated = False
 
-    def plan(self, state: State, directory: Path) -> AsyncRequest:
+    @property
+    def has_copies(self) -> bool:
+        """Whether the planned write needs nothing of the state itself any more."""
+        return self._staging.has_copies
+
+    def plan(self, state: State, directory: Path, urgent: bool) -> AsyncRequest:
         """Plan to write ``state`` into an existing directory; a collective of the world.
+
+        Args:
+            urgent: it is waited for, and need not stand back behind the training.
 
         Returns:
             A request for Megatron's `AsyncCallsQueue`, which raises `OSError` or
@@ -78,7 +86,7 @@ class TensorWriter:
             CheckpointError: it cannot be planned, on every rank.
         """
         self._common.error = None
-        self._strategy.target = directory
+        self._strategy.target, self._strategy.urgent = directory, urgent
         # The strategy makes a writer for each plan.
         _Writer.staging = self._staging
         # Megatron would start a manager process for the writers' results, which imports the entry
@@ -115,6 +123,7 @@ class _Strategy(torch_strategy.TorchDistSaveShardedStrategy):
     """Megatron's strategy, which hands the last part of a write out."""
 
     target: Path
+    urgent: bool
     finish: Callable[[], Callable[[], None]]
 
     def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> AsyncRequest:
@@ -139,7 +148,9 @@ class _Strategy(torch_strategy.TorchDistSaveShardedStrategy):
         if request.async_fn is None:
             return request
         # The first argument of Megatron's function, for ways to write that nobody asked for.
-        return request._replace(async_fn=partial(_write_and_hash, request.async_fn.args[0]))
+        return request._replace(
+            async_fn=partial(_write_and_hash, self.urgent, request.async_fn.args[0])
+        )
 
 
 class _Writer(filesystem_async.FileSystemWriterAsync):
@@ -208,7 +219,7 @@ class _ResultsFile:
 
 
 def _write_and_hash(
-    transforms: list[Any], rank: int, buckets: list[Any], results: _ResultsFile
+    urgent: bool, transforms: list[Any], rank: int, buckets: list[Any], results: _ResultsFile
 ) -> None:
     """In the forked process: write this rank's files, then describe them for the manifest.
 
@@ -217,7 +228,8 @@ def _write_and_hash(
     """
     # OpenMP's threads are not there in a forked process, and it would wait for them.
     torch.set_num_threads(1)
-    stand_back()
+    if not urgent:
+        stand_back()
     written: dict[int, Any] = {}
     outcome: dict[int, Any] | Exception = written
     for number, bucket in enumerate(buckets):
@@ -243,7 +255,7 @@ def _first_failure(directory: Path, failures: dict[int, Any]) -> str:
 def write_now(state: State, directory: Path) -> None:
     """Write the state of a single process."""
     calls = AsyncCallsQueue()
-    calls.schedule_async_request(TensorWriter().plan(state, directory))
+    calls.schedule_async_request(TensorWriter().plan(state, directory, urgent=True))
     calls.maybe_finalize_async_calls(blocking=True)
 
 

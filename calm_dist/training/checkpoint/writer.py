@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
+from calm_dist.parallel.processes import hurry
 from calm_dist.parallel.rank_zero import on_rank_zero
 from calm_dist.parallel.topology import Topology
 from calm_dist.recipe import Recipe
@@ -37,15 +38,20 @@ class CheckpointWriter:
         self._committed: str | None = None
         self._attempts = Attempts()
 
-    def start(self, parts: Parts, state: RunState) -> None:
+    def start(self, parts: Parts, state: RunState, is_last: bool = False) -> None:
         """Begin to write a checkpoint; returns once the state is copied, or with
-        ``checkpoint.async: false`` once it is committed."""
+        ``checkpoint.async: false`` once it is committed.
+
+        Args:
+            is_last: the training does not go on beside it.
+        """
         self.wait()
         self._attempts.forget()
         self._started, self._waited = time.perf_counter(), 0.0
         run_dir = Path(self._recipe.run.dir)
         self._temporary = checkpoint.step_directory(run_dir, state.step).with_suffix(".tmp")
-        self._attempt(lambda: self._start(parts, state))
+        urgent = is_last or not self._recipe.checkpoint.asynchronous
+        self._attempt(lambda: self._start(parts, state, urgent))
         if not self._recipe.checkpoint.asynchronous:
             self.wait()
 
@@ -66,7 +72,7 @@ class CheckpointWriter:
         self.wait()
         self._attempts.finish()
 
-    def _start(self, parts: Parts, state: RunState) -> None:
+    def _start(self, parts: Parts, state: RunState, urgent: bool) -> None:
         run_dir = Path(self._recipe.run.dir)
 
         def begin() -> Path:
@@ -82,10 +88,10 @@ class CheckpointWriter:
         )
         # Planning takes the state apart.
         memory = list(model_state.memory(parts.chunks, tensors))
-        request = self._writer.plan(tensors, temporary / checkpoint.TENSORS)
+        request = self._writer.plan(tensors, temporary / checkpoint.TENSORS, urgent)
         request.add_finalize_fn(self._commit)
         try:
-            with not_forked(memory):
+            with not_forked(memory if self._writer.has_copies else ()):
                 self._calls.schedule_async_request(request)
         except OSError as error:
             # No memory or no process left on this rank, which the others cannot know. It takes
@@ -98,6 +104,10 @@ class CheckpointWriter:
     def _finalize(self, blocking: bool) -> None:
         if not self._calls.get_num_unfinalized_calls():
             return
+        if blocking:
+            for call in self._calls.async_calls:
+                if (process := call.async_caller.process) is not None and process.is_alive():
+                    hurry(process.pid)
         self._attempt(lambda: self._calls.maybe_finalize_async_calls(blocking))
         if self._committed is not None and self._topology.rank == 0:
             seconds = time.perf_counter() - self._started
