@@ -28,8 +28,9 @@ DrawFunction = Callable[[int], np.ndarray]
 DEFAULT_MAX_DRAWS = 100_000
 DEFAULT_POOL_SIZE = 200
 _DRAWS_AT_ONCE = 64
-# Groups of n draws of a pool that are looked at before more are drawn; doubled each time.
-_FIRST_GROUPS = 4
+# Groups of n draws of a pool that are looked at first, and how many times as many then: a few draws
+# cost hardly less than some more.
+_FIRST_GROUPS, _GROUPS_GROW = 4, 4
 
 
 def sample_exact(
@@ -166,7 +167,7 @@ def sample_from_pool(
         for group in looked_at:
             if len({drawn[member] for member in group}) == 1:
                 return drawn[group[0]]
-        count *= 2
+        count *= _GROUPS_GROW
     rest = draw(pool_size - len(drawn))
     pool = np.concatenate([np.array(list(drawn.values()), rest.dtype), rest]) if drawn else rest
     candidates = pool_candidates(pool, n)
