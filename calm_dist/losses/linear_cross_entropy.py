@@ -32,8 +32,9 @@ def linear_cross_entropy(
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    # Inside, gradients are always off.
-    return _LinearCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled())
+    with torch.autocast(device, enabled=False):
+        # Inside, gradients are always off.
+        return _LinearCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -45,50 +46,39 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         needs_gradient: bool,
     ) -> torch.Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            return _forward(ctx, hidden, weight, targets, needs_gradient)
+        compute = hidden.dtype
+        cast = weight.detach().to(compute)
+        parts = -(-len(hidden) // max(1, CHUNK_LOGITS // len(weight)))
+        rows = -(-len(hidden) // parts)
+        loss = torch.zeros((), device=hidden.device)
+        if needs_gradient:
+            of_hidden, of_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        chunk: torch.Tensor | None = None
+        for start in range(0, len(hidden), rows):
+            part, target = hidden[start : start + rows], targets[start : start + rows, None]
+            if chunk is None or len(chunk) != len(part):
+                chunk = part.new_empty(len(part), len(weight))
+            logits = torch.mm(part, cast.T, out=chunk).float()
+            largest = logits.amax(-1, keepdim=True)
+            chosen = logits.gather(1, target)
+            powers = logits.sub_(largest).exp_()
+            total = powers.sum(-1, keepdim=True)
+            loss += (largest + total.log() - chosen).sum()
+            if needs_gradient:
+                gradient = powers.div_(total * len(hidden))
+                gradient.scatter_add_(1, target, torch.full_like(chosen, -1 / len(hidden)))
+                gradient = gradient.to(compute)
+                torch.mm(gradient, cast, out=of_hidden[start : start + rows])
+                if compute == weight.dtype:
+                    of_weight.addmm_(gradient.T, part)
+                else:
+                    of_weight += gradient.T @ part
+        if needs_gradient:
+            ctx.save_for_backward(of_hidden, of_weight)
+        return loss / len(hidden)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # In place, since they are as large as the weight: autograd refuses a second pass over a
         # graph that was kept.
         return *(saved.mul_(grad_loss) for saved in ctx.saved_tensors), None, None
-
-
-def _forward(
-    ctx: Any,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    needs_gradient: bool,
-) -> torch.Tensor:
-    compute = hidden.dtype
-    cast = weight.detach().to(compute)
-    parts = -(-len(hidden) // max(1, CHUNK_LOGITS // len(weight)))
-    rows = -(-len(hidden) // parts)
-    loss = torch.zeros((), device=hidden.device)
-    if needs_gradient:
-        of_hidden, of_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-    chunk: torch.Tensor | None = None
-    for start in range(0, len(hidden), rows):
-        part, target = hidden[start : start + rows], targets[start : start + rows, None]
-        if chunk is None or len(chunk) != len(part):
-            chunk = part.new_empty(len(part), len(weight))
-        logits = torch.mm(part, cast.T, out=chunk).float()
-        largest = logits.amax(-1, keepdim=True)
-        chosen = logits.gather(1, target)
-        powers = logits.sub_(largest).exp_()
-        total = powers.sum(-1, keepdim=True)
-        loss += (largest + total.log() - chosen).sum()
-        if needs_gradient:
-            gradient = powers.div_(total * len(hidden))
-            gradient.scatter_add_(1, target, torch.full_like(chosen, -1 / len(hidden)))
-            gradient = gradient.to(compute)
-            torch.mm(gradient, cast, out=of_hidden[start : start + rows])
-            if compute == weight.dtype:
-                of_weight.addmm_(gradient.T, part)
-            else:
-                of_weight += gradient.T @ part
-    if needs_gradient:
-        ctx.save_for_backward(of_hidden, of_weight)
-    return loss / len(hidden)
