@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -35,3 +36,26 @@ def on_rank_zero(work: Callable[[], T]) -> T:
             result.reported = True  # type: ignore[attr-defined]
         raise result
     return result  # type: ignore[return-value]
+
+
+class RankZeroTask:
+    """Work that rank 0 does in a thread, beside what all ranks do meanwhile."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._future: Future[object] | None = None
+        if dist.get_rank() == 0:
+            thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rank zero")
+            self._future = thread.submit(work)
+            thread.shutdown(wait=False)
+
+    def ended(self, wait: bool) -> bool:
+        """Whether the work is done; a collective of the world, which raises as `on_rank_zero`."""
+
+        def look() -> bool:
+            assert self._future is not None
+            if not wait and not self._future.done():
+                return False
+            self._future.result()
+            return True
+
+        return on_rank_zero(look)

@@ -81,8 +81,11 @@ def test_killed_run_resumes_bit_for_bit_and_on_another_layout(
         assert record["loss"] == unbroken[step]["loss"], step
         assert record["grad_norm"] == unbroken[step]["grad_norm"], step
 
+    # Written beside the training: on a busy machine that of step 12 may have been lost, too.
+    newest = max(int(path.name[5:]) for path in run_dir.glob("checkpoints/step_????????"))
+    assert newest in (8, 12)
     output = finish(launch(1, tiny(run_dir, "calm", **common, **ALONE)))
-    assert "resumed from" in output and "at step 12" in output
+    assert "resumed from" in output and f"at step {newest}" in output
     resumed = training_records(run_dir)
     assert sorted(resumed) == sorted(unbroken)
     for step, expected in unbroken.items():

@@ -207,14 +207,19 @@ def full_disk_at_the_end(step: int) -> None:
 
     original = TensorWriter._finalize
 
-    def finalize(self: Any, finish: Any, directory: Any) -> None:
-        if f"{step:08d}" in str(directory):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-        try:
-            original(self, finish, directory)
-        finally:
-            unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    def finalize(self: Any, finish: Any, directory: Any, commit: Any) -> None:
+        write = finish()
+
+        def write_to_full_disk() -> None:
+            if f"{step:08d}" in str(directory):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+            try:
+                write()
+            finally:
+                unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+                resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+        original(self, lambda: write_to_full_disk, directory, commit)
 
     TensorWriter._finalize = finalize  # type: ignore[method-assign]
 

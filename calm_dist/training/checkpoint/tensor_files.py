@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 
 from calm_dist.errors import CheckpointError
 from calm_dist.parallel.processes import stand_back
-from calm_dist.parallel.rank_zero import on_rank_zero
+from calm_dist.parallel.rank_zero import RankZeroTask
 from calm_dist.training.checkpoint import describe_files
 from calm_dist.training.checkpoint.staging import Staging
 from calm_dist.training.checkpoint.trusted import DESCRIPTION, read_description
@@ -66,21 +66,25 @@ class TensorWriter:
         register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, self._common)
         self._staging = Staging()
         self._validated = False
+        self._end: RankZeroTask | None = None
 
     @property
     def has_copies(self) -> bool:
         """Whether the planned write needs nothing of the state itself any more."""
         return self._staging.has_copies
 
-    def plan(self, state: State, directory: Path, urgent: bool) -> AsyncRequest:
+    def plan(
+        self, state: State, directory: Path, urgent: bool, commit: Callable[[], object]
+    ) -> AsyncRequest:
         """Plan to write ``state`` into an existing directory; a collective of the world.
 
         Args:
             urgent: it is waited for, and need not stand back behind the training.
+            commit: what rank 0 does when everything is written, in a thread.
 
         Returns:
-            A request for Megatron's `AsyncCallsQueue`, which raises `OSError` or
-            `CheckpointError` on every rank when it is finalized after a failure of any.
+            A request for Megatron's `AsyncCallsQueue`. Once that has finalized it, `is_ending` is
+            true until `ended` says that the write is.
 
         Raises:
             CheckpointError: it cannot be planned, on every rank.
@@ -105,9 +109,34 @@ class TensorWriter:
             raise CheckpointError(_first_failure(directory, error.failures)) from error
         self._validated = True
         finish = self._strategy.finish
-        return request._replace(finalize_fns=[partial(self._finalize, finish, directory)])
+        return request._replace(finalize_fns=[partial(self._finalize, finish, directory, commit)])
 
-    def _finalize(self, finish: Callable[[], Callable[[], None]], directory: Path) -> None:
+    @property
+    def is_ending(self) -> bool:
+        """Whether all ranks have written their tensors, and rank 0 describes and commits them."""
+        return self._end is not None
+
+    def ended(self, wait: bool) -> bool:
+        """Whether a write `is_ending` no more; a collective of the world.
+
+        Raises:
+            CheckpointError, OSError: a rank could not write; on every rank.
+        """
+        assert self._end is not None
+        ended = True
+        try:
+            ended = self._end.ended(wait)
+        finally:
+            if ended:
+                self._end = None
+        return ended
+
+    def _finalize(
+        self,
+        finish: Callable[[], Callable[[], None]],
+        directory: Path,
+        commit: Callable[[], object],
+    ) -> None:
         write_description = finish()
 
         def write() -> None:
@@ -115,8 +144,9 @@ class TensorWriter:
                 raise self._common.error
             write_description()
             save_config(CheckpointingConfig("torch_dist", 1), str(directory))
+            commit()
 
-        on_rank_zero(write)
+        self._end = RankZeroTask(write)
 
 
 class _Strategy(torch_strategy.TorchDistSaveShardedStrategy):
@@ -254,9 +284,10 @@ def _first_failure(directory: Path, failures: dict[int, Any]) -> str:
 
 def write_now(state: State, directory: Path) -> None:
     """Write the state of a single process."""
-    calls = AsyncCallsQueue()
-    calls.schedule_async_request(TensorWriter().plan(state, directory, urgent=True))
+    calls, writer = AsyncCallsQueue(), TensorWriter()
+    calls.schedule_async_request(writer.plan(state, directory, urgent=True, commit=lambda: None))
     calls.maybe_finalize_async_calls(blocking=True)
+    writer.ended(wait=True)
 
 
 def read(state: State, directory: Path) -> State:

@@ -88,8 +88,13 @@ class CheckpointWriter:
         )
         # Planning takes the state apart.
         memory = list(model_state.memory(parts.chunks, tensors))
-        request = self._writer.plan(tensors, temporary / checkpoint.TENSORS, urgent)
-        request.add_finalize_fn(self._commit)
+        settings = self._recipe.checkpoint
+        request = self._writer.plan(
+            tensors,
+            temporary / checkpoint.TENSORS,
+            urgent,
+            lambda: checkpoint.commit(temporary, settings.keep, settings.keep_every),
+        )
         try:
             with not_forked(memory if self._writer.has_copies else ()):
                 self._calls.schedule_async_request(request)
@@ -102,13 +107,14 @@ class CheckpointWriter:
             self._calls.schedule_async_request(request._replace(async_fn=None))
 
     def _finalize(self, blocking: bool) -> None:
-        if not self._calls.get_num_unfinalized_calls():
+        calls = self._calls
+        if not calls.get_num_unfinalized_calls() and not self._writer.is_ending:
             return
         if blocking:
-            for call in self._calls.async_calls:
+            for call in calls.async_calls:
                 if (process := call.async_caller.process) is not None and process.is_alive():
                     hurry(process.pid)
-        self._attempt(lambda: self._calls.maybe_finalize_async_calls(blocking))
+        self._attempt(lambda: self._advance(blocking))
         if self._committed is not None and self._topology.rank == 0:
             seconds = time.perf_counter() - self._started
             print(
@@ -118,10 +124,12 @@ class CheckpointWriter:
             )
         self._committed = None
 
-    def _commit(self) -> None:
-        settings, temporary = self._recipe.checkpoint, self._temporary
-        on_rank_zero(lambda: checkpoint.commit(temporary, settings.keep, settings.keep_every))
-        self._committed = temporary.stem
+    def _advance(self, blocking: bool) -> None:
+        """From tensors that all ranks have written to what rank 0 does in the end."""
+        if self._calls.get_num_unfinalized_calls():
+            self._calls.maybe_finalize_async_calls(blocking)
+        if self._writer.is_ending and self._writer.ended(wait=blocking):
+            self._committed = self._temporary.stem
 
     def _attempt(self, work: Callable[[], object]) -> None:
         began = time.perf_counter()
