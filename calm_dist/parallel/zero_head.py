@@ -115,6 +115,7 @@ class ZeroHead:
             lr=training.learning_rate,
             betas=(training.adam_beta1, training.adam_beta2),
             eps=training.adam_eps,
+            fused=True,
         )
         self._engine, *_ = deepspeed.initialize(
             model=head,
@@ -254,7 +255,7 @@ class ZeroHead:
                     group.set_weights(wholes)
                 else:
                     group.moments[kind] = group.cut(wholes)
-            group.moments["step"] = torch.tensor(float(step))
+            group.moments["step"] = torch.tensor(float(step), device=group.partition.device)
         if self._stage == 3:
             # Whole on every rank between the steps, as after `step`.
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)

@@ -64,6 +64,8 @@ def build_body_optimizer(
     for group in optimizer.param_groups:
         # Only Megatron's own scheduler would apply the tag that spares norms and biases.
         group["weight_decay"] = training.weight_decay * group.get("wd_mult", 1.0)
+        # Where it is torch's: one pass over the memory instead of one for each operation.
+        group["fused"] = True
     return optimizer
 
 

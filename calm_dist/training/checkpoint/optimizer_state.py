@@ -70,9 +70,9 @@ def load_optimizer_state(
                     whole = loaded[f"{number}.{index}.{kind}"]
                     target.copy_(_own_part(single, parameter, whole))
         if _counts_by_parameter(single):
-            for moments in single.optimizer.state.values():
+            for master, moments in single.optimizer.state.items():
                 # One tensor each: a shared one would be counted up once per parameter.
-                moments["step"] = torch.tensor(float(step))
+                moments["step"] = torch.tensor(float(step), device=master.device)
         else:
             for group in single.optimizer.param_groups:
                 group["step"] = step
@@ -140,7 +140,7 @@ def _fill(single: Any) -> None:
             if kind not in moments:
                 moments[kind] = torch.zeros_like(master, requires_grad=False)
         if _counts_by_parameter(single):
-            moments.setdefault("step", torch.tensor(0.0))
+            moments.setdefault("step", torch.tensor(0.0, device=master.device))
 
 
 def _counts_by_parameter(single: Any) -> bool:
