@@ -167,6 +167,10 @@ def brier_pairs(device: torch.device) -> Iterator[Pair]:
         latents = draw_latents(calm, hidden, samples, generator)
         return decode_latents(calm, latents.flatten(0, 1)).view(samples, len(hidden), -1)
 
+    def plainly_drawn(hidden: Tensor, samples: int) -> Tensor:
+        assert calm.autoencoder is not None
+        return plain.decode(calm.autoencoder, draw_latents(calm, hidden, samples, generator))
+
     def ours_calm() -> None:
         known = int(patches[-1]) + 1
         cache = calm.new_cache(1, cache_size(known, 2))
@@ -181,7 +185,7 @@ def brier_pairs(device: torch.device) -> Iterator[Pair]:
         )
 
     def looped_calm() -> None:
-        plain.calm_brier(calm.hidden, drawn, text, patches, 2)
+        plain.calm_brier(calm.hidden, plainly_drawn, text, patches, 2)
 
     sizes = {"block": 512, "K": 2, "starts": len(patches), "vocabulary": SMALL_VOCAB}
     yield Pair("Brier, CALM K=2, all agree", ours_calm, looped_calm, len(patches), "starts", sizes)
@@ -196,8 +200,9 @@ def sampling_pairs(device: torch.device) -> Iterator[Pair]:
         generator = torch.Generator().manual_seed(0)
 
         def drawn(hidden: Tensor, samples: int, model: LoadedModel = model) -> Tensor:
+            assert model.autoencoder is not None
             latents = draw_latents(model, hidden, samples, generator)  # noqa: B023
-            return decode_latents(model, latents.flatten(0, 1)).view(samples, len(hidden), -1)
+            return plain.decode(model.autoencoder, latents)
 
         def grow(sampler: Any, model: LoadedModel = model) -> None:
             prompts = zipf_tokens(SMALL_VOCAB, 16 * rows, seed=3).view(rows, -1).tolist()

@@ -121,6 +121,12 @@ def calm_brier(
     return scores
 
 
+def decode(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
+    """Latents [N, S, l] -> their most likely tokens [N, S, K], from all logits."""
+    tokens = autoencoder.decode(latents).argmax(-1)
+    return tokens.view(*latents.shape[:2], -1)
+
+
 def patch_sampler(draw: Draw, pool_size: int) -> Callable[[Tensor, np.random.Generator], list[int]]:
     """Hidden state [d] -> the next patch at temperature 1/2, from all draws of the pool."""
 

@@ -14,6 +14,7 @@ import torch
 from calm_dist.data.store import read_meta
 from calm_dist.errors import CheckpointError, DataError, UserError
 from calm_dist.evaluation.contexts import Contexts
+from calm_dist.evaluation.decoding import LazyPatches
 from calm_dist.evaluation.load import LoadedModel, tokenizer_file
 from calm_dist.evaluation.sampling import (
     DEFAULT_MAX_DRAWS,
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
 Method = Literal["auto", "exact", "pool"]
 Sampler = Callable[[torch.Tensor, np.random.Generator], list[int]]
 """Hidden state or logits of a text, and the randomness of this step -> the next tokens."""
-
-_DECODED_AT_ONCE = 1 << 26
-"""Elements of the decoder's logits that one call may make (256 MiB in fp32)."""
 
 
 @dataclass(frozen=True)
@@ -218,10 +216,9 @@ def patch_sampler(
     def sample(hidden: torch.Tensor, rng: np.random.Generator) -> list[int]:
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
 
-        def draw(count: int) -> np.ndarray:
+        def draw(count: int) -> LazyPatches:
             noise = model.head.draw_noise(generator, count, 1).to(hidden)
-            latents = model.head.sample(hidden[None], noise)
-            return decode_latents(model, latents[:, 0]).cpu().numpy()
+            return LazyPatches(model.decoder, model.head.sample(hidden[None], noise)[:, 0])
 
         if exact:
             return list(sample_exact(draw, temperature, rng, max_draws=max_draws))
@@ -252,15 +249,9 @@ def calm_recipe(model: LoadedModel) -> CalmRecipe:
 
 
 def decode_latents(model: LoadedModel, latents: torch.Tensor) -> torch.Tensor:
-    """The most likely tokens ``[n, K]`` of latents ``[n, l]``, in chunks that bound the memory."""
-    recipe = calm_recipe(model)
-    assert model.autoencoder is not None and recipe.vocab_size is not None
-    at_once = max(1, _DECODED_AT_ONCE // (recipe.vocab_size * recipe.patch_size))
-    patches = [
-        model.autoencoder.decode(chunk[None])[0].argmax(-1).reshape(-1, recipe.patch_size)
-        for chunk in latents.float().split(at_once)
-    ]
-    return torch.cat(patches)
+    """The most likely tokens ``[n, K]`` of latents ``[n, l]``."""
+    hidden = model.decoder.hidden(latents)
+    return model.decoder.tokens(hidden.flatten(0, 1)).view(hidden.shape[:2])
 
 
 def check_tokenizer(model: LoadedModel, tokenizer: Tokenizer) -> None:

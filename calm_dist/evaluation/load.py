@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 
 from calm_dist.errors import CheckpointError
+from calm_dist.evaluation.decoding import GreedyDecoder
 from calm_dist.files import file_sha256
 from calm_dist.interop.autoencoder import load_autoencoder
 from calm_dist.interop.calm import read_calm, released_recipe
@@ -62,6 +64,12 @@ class LoadedModel:
         """The generative head of a CALM."""
         assert self._head is not None
         return self._head
+
+    @cached_property
+    def decoder(self) -> GreedyDecoder:
+        """From the latents of a CALM to tokens."""
+        assert self.autoencoder is not None
+        return GreedyDecoder(self.autoencoder)
 
     def new_cache(self, rows: int, steps: int) -> KeyValueCache:
         """An empty cache for ``rows`` texts of at most ``steps`` steps (patches or tokens) each."""

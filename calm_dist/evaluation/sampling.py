@@ -7,8 +7,9 @@ probability P(x)^n (arXiv 2510.27688, section 5). Two forms:
 * `sample_from_pool`: a pool of N draws, for T = 1/n. Cheap, and biased at a finite N. Of the pool,
   only what decides is drawn.
 
-Both take a ``draw`` function, ``draw(count) -> tokens [count, K]``, that returns independent
-samples of P, and a numpy generator for the choices of their own.
+Both take a ``draw`` function, ``draw(count)``, that returns independent samples of P: an array of
+tokens [count, K], or `Patches` whose tokens are worked out when they are asked for. A numpy
+generator is for the choices of their own.
 """
 
 from __future__ import annotations
@@ -17,13 +18,46 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import comb, floor, isinf
+from typing import Protocol
 
 import numpy as np
 
 from calm_dist.errors import UserError
 
 Patch = tuple[int, ...]
-DrawFunction = Callable[[int], np.ndarray]
+
+
+class Patches(Protocol):
+    """Independent draws of a patch."""
+
+    @property
+    def patch_size(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def tokens(self, rows: list[int], position: int) -> list[int]:
+        """The tokens at one position of some of the draws."""
+
+
+@dataclass(frozen=True)
+class KnownPatches:
+    """`Patches` as an array [n, K]."""
+
+    array: np.ndarray
+
+    @property
+    def patch_size(self) -> int:
+        return self.array.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def tokens(self, rows: list[int], position: int) -> list[int]:
+        """The tokens at one position of some of the draws."""
+        return self.array[rows, position].tolist()
+
+
+DrawFunction = Callable[[int], "np.ndarray | Patches"]
 
 DEFAULT_MAX_DRAWS = 100_000
 DEFAULT_POOL_SIZE = 200
@@ -87,8 +121,9 @@ def _one_by_one(draw: DrawFunction, temperature: float, max_draws: int) -> Itera
     while made < max_draws:
         count = min(1 if temperature == 1 else _DRAWS_AT_ONCE, max_draws - made)
         made += count
-        for patch in draw(count).tolist():
-            yield tuple(patch)
+        patches = _as_patches(draw(count))
+        columns = [patches.tokens(list(range(count)), k) for k in range(patches.patch_size)]
+        yield from zip(*columns, strict=True)
     raise UserError(
         f"temperature {temperature:g}: no patch was accepted in {max_draws} draws (max_draws); "
         "raise the limit, the temperature, or sample from a pool"
@@ -112,13 +147,86 @@ def pool_candidates(pool: np.ndarray, n: int) -> PoolCandidates:
     C(count, n) is the number of ways to pick n draws of the pool that agree on the patch. Where no
     patch was seen n times, n - 1 is tried, and so on; at 1 every draw counts.
     """
-    counts: dict[Patch, int] = {}
-    for row in pool.tolist():
-        counts[tuple(row)] = counts.get(tuple(row), 0) + 1
-    level = min(n, max(counts.values()))
-    frequent = {patch: count for patch, count in counts.items() if count >= level}
-    weights = [comb(count, level) for count in frequent.values()]
-    return PoolCandidates(list(frequent), weights, level)
+    everything = _Pool(lambda count: pool)
+    everything.add(list(range(len(pool))))
+    classes, level = everything.candidates(n)
+    patches = [everything.patch(members[0]) for members in classes]
+    return PoolCandidates(patches, [comb(len(members), level) for members in classes], level)
+
+
+class _Pool:
+    """Draws by their numbers in a pool, made when they are needed; equal ones are found token by
+    token, so that of most draws the first is worked out alone."""
+
+    def __init__(self, draw: DrawFunction) -> None:
+        self._draw = draw
+        self._places: dict[int, tuple[Patches, int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def missing(self, members: set[int]) -> list[int]:
+        return sorted(members - self._places.keys())
+
+    def add(self, members: list[int]) -> None:
+        """Make these draws."""
+        if members:
+            patches = _as_patches(self._draw(len(members)))
+            self._places.update((m, (patches, row)) for row, m in enumerate(members))
+
+    def patch(self, member: int) -> Patch:
+        """A draw, whole."""
+        patches, row = self._places[member]
+        return tuple(patches.tokens([row], k)[0] for k in range(patches.patch_size))
+
+    def first_agreeing(self, groups: list[tuple[int, ...]]) -> tuple[int, ...] | None:
+        """The first of these groups of draws whose members are all equal."""
+        for position in range(self._patch_size):
+            tokens = self._tokens({member for group in groups for member in group}, position)
+            groups = [group for group in groups if len({tokens[m] for m in group}) == 1]
+            if not groups:
+                return None
+        return groups[0]
+
+    def candidates(self, n: int) -> tuple[list[list[int]], int]:
+        """Classes of equal draws that have at least ``level`` members, in the order of their first
+        ones, and ``level``: n, or less where no class has as many."""
+        classes = [sorted(self._places)]
+        singles: list[list[int]] = []
+        for position in range(self._patch_size):
+            tokens = self._tokens({m for members in classes for m in members}, position)
+            split: dict[tuple[int, int], list[int]] = {}
+            for number, members in enumerate(classes):
+                for member in members:
+                    split.setdefault((number, tokens[member]), []).append(member)
+            classes = [members for members in split.values() if len(members) > 1]
+            singles += [members for members in split.values() if len(members) == 1]
+        level = min(n, max(map(len, classes), default=1))
+        return sorted(m for m in classes + singles if len(m) >= level), level
+
+    @property
+    def _patch_size(self) -> int:
+        return next(iter(self._places.values()))[0].patch_size
+
+    def _tokens(self, members: set[int], position: int) -> dict[int, int]:
+        """The tokens of these draws at one position."""
+        rows: dict[int, list[tuple[int, int]]] = {}
+        made: dict[int, Patches] = {}
+        for member in sorted(members):
+            patches, row = self._places[member]
+            made[id(patches)] = patches
+            rows.setdefault(id(patches), []).append((member, row))
+        return {
+            member: token
+            for key, pairs in rows.items()
+            for (member, _), token in zip(
+                pairs, made[key].tokens([row for _, row in pairs], position), strict=True
+            )
+        }
+
+
+def _as_patches(drawn: np.ndarray | Patches) -> Patches:
+    return KnownPatches(drawn) if isinstance(drawn, np.ndarray) else drawn
 
 
 def sample_from_pool(
@@ -153,27 +261,26 @@ def sample_from_pool(
         raise UserError(
             f"pool_size {pool_size}: temperature {temperature:g} needs at least {n} draws"
         )
+    pool = _Pool(draw)
     if n == 1:
-        return tuple(draw(1)[0].tolist())
-    drawn: dict[int, Patch] = {}
+        pool.add([0])
+        return pool.patch(0)
     groups, count = _random_groups(pool_size, n, rng), _FIRST_GROUPS
     while True:
         looked_at = list(itertools.islice(groups, count))
-        missing = sorted({member for group in looked_at for member in group} - drawn.keys())
-        if 2 * (len(drawn) + len(missing)) > pool_size:
+        missing = pool.missing({member for group in looked_at for member in group})
+        if 2 * (len(pool) + len(missing)) > pool_size:
             break
-        if missing:
-            drawn.update(zip(missing, map(tuple, draw(len(missing)).tolist()), strict=True))
-        for group in looked_at:
-            if len({drawn[member] for member in group}) == 1:
-                return drawn[group[0]]
+        pool.add(missing)
+        if looked_at and (found := pool.first_agreeing(looked_at)) is not None:
+            return pool.patch(found[0])
         count *= _GROUPS_GROW
-    rest = draw(pool_size - len(drawn))
-    pool = np.concatenate([np.array(list(drawn.values()), rest.dtype), rest]) if drawn else rest
-    candidates = pool_candidates(pool, n)
-    total = sum(candidates.weights)  # an exact integer: C(count, n) may not fit a float
-    chances = [weight / total for weight in candidates.weights]
-    return candidates.patches[int(rng.choice(len(chances), p=chances))]
+    pool.add(pool.missing(set(range(pool_size))))
+    classes, level = pool.candidates(n)
+    weights = [comb(len(members), level) for members in classes]
+    total = sum(weights)  # an exact integer: C(count, n) may not fit a float
+    chosen = int(rng.choice(len(classes), p=[weight / total for weight in weights]))
+    return pool.patch(classes[chosen][0])
 
 
 def _random_groups(size: int, n: int, rng: np.random.Generator) -> Iterator[tuple[int, ...]]:

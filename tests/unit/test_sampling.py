@@ -212,3 +212,44 @@ def test_pool_limits() -> None:
         sampling.sample_from_pool(sampler(0), 0.7, rng)
     with pytest.raises(UserError, match="at least 4"):
         sampling.sample_from_pool(sampler(0), 0.25, rng, pool_size=3)
+
+
+class Counted:
+    """Patches that count how many of their tokens were asked for."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.asked, self.patch_size = array, set[tuple[int, int]](), array.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def tokens(self, rows: list[int], position: int) -> list[int]:
+        self.asked |= {(row, position) for row in rows}
+        return self.array[rows, position].tolist()
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_tokens_worked_out_when_needed_change_nothing(n: int) -> None:
+    """The same seeds give the same patches as from arrays."""
+    for seed in range(50):
+        known, lazy = sampler(seed), sampler(seed)
+        draws = [known, lambda count, lazy=lazy: Counted(lazy(count))]
+        results = [
+            sampling.sample_from_pool(draw, 1 / n, np.random.default_rng(seed), pool_size=9)
+            for draw in draws
+        ]
+        assert results[0] == results[1]
+
+
+def test_draws_that_differ_at_once_are_not_worked_out_further() -> None:
+    """200 draws with other first tokens: those, and the rest of the one that is chosen."""
+    made: list[Counted] = []
+
+    def draw(count: int) -> Counted:
+        first = np.arange(count) + 1000 * len(made)
+        made.append(Counted(np.stack([first, first, first, first], axis=1)))
+        return made[-1]
+
+    sampling.sample_from_pool(draw, 0.5, np.random.default_rng(0), pool_size=200)
+    assert sum(map(len, made)) == 200
+    assert sum(len(patches.asked) for patches in made) == 200 + 3

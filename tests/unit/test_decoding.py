@@ -1,0 +1,82 @@
+"""Arg-max without all logits, against all logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from calm_dist.evaluation import decoding
+from calm_dist.evaluation.decoding import GreedyDecoder, LazyPatches
+from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
+
+COARSE = torch.cpu._is_avx512_bf16_supported()
+
+
+def decoder(vocab_size: int, scale: float = 1.0) -> GreedyDecoder:
+    torch.manual_seed(0)
+    config = AutoencoderConfig(vocab_size, 2, latent_size=8, hidden_size=64, intermediate_size=96)
+    model = Autoencoder(config).eval().requires_grad_(False)
+    model.output_weight.copy_(scale * torch.randn(vocab_size, 64))
+    return GreedyDecoder(model)
+
+
+def expected(greedy: GreedyDecoder, hidden: torch.Tensor) -> torch.Tensor:
+    return (hidden.double() @ greedy._weight.double().T).argmax(-1)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 100, 128, 1000, 5000])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_tokens_are_those_of_all_logits(vocab_size: int, scale: float) -> None:
+    greedy = decoder(vocab_size, scale)
+    hidden = torch.randn(300, 64)
+    assert torch.equal(greedy.tokens(hidden), expected(greedy, hidden))
+    assert greedy.tokens(hidden[:0]).shape == (0,)
+
+
+def test_words_that_bf16_cannot_tell_apart() -> None:
+    """Of rows that are equal in bf16 only fp32 knows the largest; of equal ones it is the first."""
+    greedy = decoder(1000)
+    weight = greedy._weight
+    weight[100:200] = weight[100] * (1 + 1e-4 * torch.randperm(100)[:, None] / 100)
+    assert len(weight[100:200].bfloat16().unique(dim=0)) < 10
+    weight[700] = weight[3]
+    hidden = torch.cat([weight[100:200] * 2, weight[[3]]])
+    tokens = greedy.tokens(hidden)
+    assert torch.equal(tokens, expected(greedy, hidden))
+    assert set(tokens[:100].tolist()) <= set(range(100, 200)) and tokens[-1] == 3
+
+
+@pytest.mark.skipif(not COARSE, reason="this CPU does not multiply in bf16")
+def test_the_bound_holds_and_few_words_are_looked_at_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    greedy = decoder(5000)
+    hidden = torch.randn(300, 64)
+    weight, norm = greedy._coarse_weight
+    coarse = (hidden.bfloat16() @ weight[:5000].T).double()
+    error = coarse - hidden.double() @ greedy._weight.double().T
+    bound = decoding._COARSE_ERROR * hidden.norm(dim=-1) * norm
+    assert (error.abs().amax(-1) <= bound).all()
+    # And with all logits out of reach.
+    monkeypatch.setattr(GreedyDecoder, "_all_logits", None)
+    assert torch.equal(greedy.tokens(hidden), expected(greedy, hidden))
+
+
+def test_logits_that_are_all_alike_or_not_finite_are_worked_out_in_full() -> None:
+    greedy = decoder(1000)
+    greedy._weight[:] = greedy._weight[0]
+    hidden = torch.randn(5, 64)
+    assert torch.equal(greedy.tokens(hidden), greedy._all_logits(hidden))
+    hidden = torch.full((2, 64), torch.nan)
+    assert torch.equal(greedy.tokens(hidden), (hidden @ greedy._weight.T).argmax(-1))
+
+
+def test_lazy_patches_are_the_decoders() -> None:
+    greedy = decoder(500)
+    latents = torch.randn(20, 8)
+    patches = LazyPatches(greedy, latents)
+    whole = greedy.tokens(greedy.hidden(latents).flatten(0, 1)).view(20, 2)
+    assert len(patches) == 20
+    assert patches.tokens([3, 4, 3], 1) == whole[[3, 4, 3], 1].tolist()
+    assert patches.tokens(list(range(20)), 1) == whole[:, 1].tolist()
+    assert patches.tokens([7], 0) == [int(whole[7, 0])]
