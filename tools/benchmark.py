@@ -27,6 +27,7 @@ PAIRS = {
     "step": "a whole training step of a small CALM",
     "brier": "Brier-1..4 of a block, Transformer and CALM with K=2",
     "sampling": "generation at temperature 0.5 from pools of 200 draws",
+    "data": "reading stored latents in training order",
 }
 
 
@@ -90,13 +91,14 @@ def _heads(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, An
 def _pairs(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], str]:
     import torch
 
-    from calm_dist.benchmark import pairs, step
+    from calm_dist.benchmark import pairs, reading, step
     from calm_dist.benchmark.compare import compare, table
     from calm_dist.benchmark.timing import environment
 
     if device.type == "cpu":
         torch.set_num_threads(args.threads)
-    made = getattr(step if args.part == "step" else pairs, f"{args.part}_pairs")(device)
+    modules = {"step": step, "data": reading}
+    made = getattr(modules.get(args.part, pairs), f"{args.part}_pairs")(device)
     rows = [compare(pair, args.repeats, device) for pair in made]
     return {"part": args.part, **environment(device), "rows": rows}, table(rows)
 
