@@ -5,6 +5,8 @@ python tools/benchmark.py energy
 python tools/benchmark.py brier --repeats 5 --json brier.json
 python tools/benchmark.py energy --device cuda
 python tools/benchmark.py heads --recipe recipes/calm_xl.yaml
+python tools/benchmark.py growth --plot growth.svg
+python tools/benchmark.py ranks
 
 The plain form is the paper's formula as its released code executes it: every tensor materialised,
 every position looped over. Peak memory is what a call adds to what was there before it.
@@ -42,6 +44,13 @@ def parse_arguments() -> argparse.Namespace:
             "--threads", type=at_least(1), default=2, help="of torch, on CPUs; default: 2"
         )
         _add_common(pair)
+    growth = parts.add_parser("growth", help="how time and memory grow with each size")
+    growth.add_argument("--threads", type=at_least(1), default=2, help="of torch; default: 2")
+    growth.add_argument("--plot", metavar="F", help="draw the series to F (.svg or .png)")
+    _add_common(growth)
+    ranks = parts.add_parser("ranks", help="one and two processes, pipelines and their bubbles")
+    ranks.add_argument("--repeats", type=at_least(1), default=3, help="default: %(default)s")
+    ranks.add_argument("--json", metavar="F", help="write JSON to F, or to stdout for -")
     heads = parts.add_parser("heads", help="one latent sample with each generative head")
     heads.add_argument("--recipe", default="recipes/calm_m.yaml", help="default: %(default)s")
     heads.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the recipe")
@@ -59,7 +68,21 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     args = parse_arguments()
+    result, text = _ranks(args) if args.part == "ranks" else _in_process(args)
+    if args.json:
+        write_json(result, args.json)
+    if args.json != "-":
+        print(text)
 
+
+def _ranks(args: argparse.Namespace) -> tuple[Any, str]:
+    from calm_dist.benchmark.ranks import measure_ranks, table
+
+    result = measure_ranks(args.repeats)
+    return result, table(result)
+
+
+def _in_process(args: argparse.Namespace) -> tuple[Any, str]:
     import torch
 
     from calm_dist.errors import UserError
@@ -67,11 +90,19 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here; use cpu, or a machine with one")
     device = torch.device(args.device)
-    result, text = _heads(args, device) if args.part == "heads" else _pairs(args, device)
-    if args.json:
-        write_json(result, args.json)
-    if args.json != "-":
-        print(text)
+    if device.type == "cpu" and args.part != "heads":
+        torch.set_num_threads(args.threads)
+    return {"heads": _heads, "growth": _growth}.get(args.part, _pairs)(args, device)
+
+
+def _growth(args: argparse.Namespace, device: torch.device) -> tuple[Any, str]:
+    from calm_dist.benchmark.growth import measure_growth, plot, table
+    from calm_dist.benchmark.timing import environment
+
+    series = measure_growth(device, args.repeats)
+    if args.plot:
+        plot(series, args.plot)
+    return {**environment(device), "series": series}, table(series)
 
 
 def _heads(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], str]:
@@ -89,14 +120,10 @@ def _heads(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, An
 
 
 def _pairs(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], str]:
-    import torch
-
     from calm_dist.benchmark import pairs, reading, step
     from calm_dist.benchmark.compare import compare, table
     from calm_dist.benchmark.timing import environment
 
-    if device.type == "cpu":
-        torch.set_num_threads(args.threads)
     modules = {"step": step, "data": reading}
     made = getattr(modules.get(args.part, pairs), f"{args.part}_pairs")(device)
     rows = [compare(pair, args.repeats, device) for pair in made]

@@ -32,8 +32,20 @@ SMALL_VOCAB = 32_000
 
 def energy_pairs(device: torch.device) -> Iterator[Pair]:
     """The energy score, forward and backward, with draws made inside and given."""
-    samples, draws, positions, size = 8, 100, 4096, 128
-    generator = torch.Generator(device).manual_seed(0)
+    yield energy_pair(device, given=False)
+    yield energy_pair(device, given=True)
+
+
+def energy_pair(
+    device: torch.device,
+    *,
+    given: bool = False,
+    samples: int = 8,
+    draws: int = 100,
+    positions: int = 4096,
+) -> Pair:
+    """The energy score of latents of size 128."""
+    size, generator = 128, torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device)
@@ -51,9 +63,10 @@ def energy_pairs(device: torch.device) -> Iterator[Pair]:
     def plain_drawn() -> None:
         gradient(plain.energy_score(x, mean, log_std, normal(draws, positions, size)))
 
-    yield Pair("energy score", ours_drawn, plain_drawn, positions, "positions", sizes)
+    if not given:
+        return Pair("energy score", ours_drawn, plain_drawn, positions, "positions", sizes)
     noise = normal(draws, positions, size)
-    yield Pair(
+    return Pair(
         "energy score, noise given",
         lambda: gradient(energy_score(x, mean, log_std, noise)),
         lambda: gradient(plain.energy_score(x, mean, log_std, noise)),
@@ -87,39 +100,8 @@ def head_pairs(device: torch.device) -> Iterator[Pair]:
 
 def autoencoder_pairs(device: torch.device) -> Iterator[Pair]:
     """A training step of the paper's autoencoder, AdamW included, and encoding with it."""
-    model = _autoencoder(PAPER_VOCAB).to(device)
-    generator = torch.Generator(device).manual_seed(0)
-    tokens = torch.randint(PAPER_VOCAB, (1, 1024), generator=generator, device=device)
-    noise = draw_training_noise(model, tokens, generator)
-    # Updates by nothing, so that both sides keep computing the same.
-    settings: dict[str, Any] = {"lr": 0.0, "weight_decay": 0.0}
-    fused = torch.optim.AdamW(model.parameters(), fused=True, **settings)
-    simple = torch.optim.AdamW(model.parameters(), foreach=False, **settings)
-
-    def step(loss_of: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Values:
-        optimizer.zero_grad()
-        loss = loss_of()
-        loss.backward()
-        optimizer.step()
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        return [loss.detach(), *gradients]
-
-    weight, hidden = model.output_weight.detach(), torch.randn(1024, 512, device=device)
-
-    def products() -> None:
-        logits = hidden @ weight.T
-        torch.mm(logits, weight)
-        torch.mm(logits.T, hidden)
-
-    yield Pair(
-        "autoencoder training step",
-        lambda: step(lambda: autoencoder_loss(model, tokens, noise).total, fused),
-        lambda: step(lambda: plain.autoencoder_loss(model, tokens, noise), simple),
-        tokens.numel(),
-        "tokens",
-        {"tokens": tokens.numel(), "vocabulary": PAPER_VOCAB, "hidden": 512, "K": 4, "l": 128},
-        floor=products,
-    )
+    yield autoencoder_pair(device)
+    model = random_autoencoder(PAPER_VOCAB).to(device)
     model.requires_grad_(False)
     text = zipf_tokens(PAPER_VOCAB, 8192, seed=0)[None].to(device)
     for name, block in (
@@ -134,6 +116,45 @@ def autoencoder_pairs(device: torch.device) -> Iterator[Pair]:
             "tokens",
             {"tokens": block.numel(), "distinct": len(block.unique()), "vocabulary": PAPER_VOCAB},
         )
+
+
+def autoencoder_pair(
+    device: torch.device, *, vocab_size: int = PAPER_VOCAB, length: int = 1024
+) -> Pair:
+    """A training step of the paper's autoencoder on ``length`` tokens, AdamW included."""
+    model = random_autoencoder(vocab_size).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    tokens = torch.randint(vocab_size, (1, length), generator=generator, device=device)
+    noise = draw_training_noise(model, tokens, generator)
+    # Updates by nothing, so that both sides keep computing the same.
+    settings: dict[str, Any] = {"lr": 0.0, "weight_decay": 0.0}
+    fused = torch.optim.AdamW(model.parameters(), fused=True, **settings)
+    simple = torch.optim.AdamW(model.parameters(), foreach=False, **settings)
+
+    def step(loss_of: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Values:
+        optimizer.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        return [loss.detach(), *gradients]
+
+    weight, hidden = model.output_weight.detach(), torch.randn(length, 512, device=device)
+
+    def products() -> None:
+        logits = hidden @ weight.T
+        torch.mm(logits, weight)
+        torch.mm(logits.T, hidden)
+
+    return Pair(
+        "autoencoder training step",
+        lambda: step(lambda: autoencoder_loss(model, tokens, noise).total, fused),
+        lambda: step(lambda: plain.autoencoder_loss(model, tokens, noise), simple),
+        length,
+        "tokens",
+        {"tokens": length, "vocabulary": vocab_size, "hidden": 512, "K": 4, "l": 128},
+        floor=products,
+    )
 
 
 def brier_pairs(device: torch.device) -> Iterator[Pair]:
@@ -230,7 +251,7 @@ def zipf_tokens(vocab_size: int, count: int, seed: int) -> Tensor:
     return torch.multinomial(weights, count, replacement=True, generator=generator)
 
 
-def _autoencoder(vocab_size: int, patch_size: int = 4) -> Autoencoder:
+def random_autoencoder(vocab_size: int, patch_size: int = 4) -> Autoencoder:
     """The paper's, with random weights."""
     config = AutoencoderConfig(vocab_size, patch_size, latent_size=32 * patch_size)
     model = Autoencoder(config)
@@ -270,7 +291,9 @@ def random_model(
         head = build_head(recipe.model, 0).to(device).eval().requires_grad_(False)
         if noise is not None:
             head.norm_noise.weight.fill_(noise)  # type: ignore[operator,union-attr]
-        autoencoder = _autoencoder(SMALL_VOCAB, patch_size).to(device).eval().requires_grad_(False)
+        autoencoder = (
+            random_autoencoder(SMALL_VOCAB, patch_size).to(device).eval().requires_grad_(False)
+        )
     return LoadedModel(
         recipe=recipe,
         checkpoint=Path("runs/benchmark"),

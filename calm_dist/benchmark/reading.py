@@ -60,13 +60,15 @@ def data_pairs(device: torch.device) -> Iterator[Pair]:
         )
 
 
-def write_random_store(out: Path, blocks: int, shard_bytes: int = SHARD_BYTES) -> StorePlan:
+def write_random_store(
+    out: Path, blocks: int, *, shard_bytes: int = SHARD_BYTES, block_size: int = 8192
+) -> StorePlan:
     """Write a store whose tokens and latents are random numbers, of K=4 and l=128."""
     texts = ["Reading is timed, not understood."]
     tokenizer = train_tokenizer(texts, 300, out / "tokenizer.json")
     plan = StorePlan(
         variant="fp16",
-        block_size=8192,
+        block_size=block_size,
         patch_size=4,
         latent_size=128,
         vocab_size=tokenizer.vocab_size,

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from calm_dist.benchmark import plain
 from calm_dist.benchmark.compare import Pair
+from calm_dist.benchmark.random_steps import RandomSteps
 from calm_dist.evaluation.load import single_process_topology
 from calm_dist.models.heads.energy import EnergyHead
-from calm_dist.parallel.pipeline import micro_batches
 from calm_dist.recipe import CalmRecipe, Recipe
-from calm_dist.training.build import build_head, build_parts
-from calm_dist.training.optimizer import JointOptimizer
+from calm_dist.training.build import build_head
 
-ROWS, BLOCK, PATCH, LATENT, VOCAB = 4, 1024, 4, 128, 32_000
+ROWS, BLOCK, PATCH, LATENT_PER_TOKEN, VOCAB = 4, 1024, 4, 32, 32_000
 HEADS, ROPE_BASE, DRAWS = 4, 10_000.0, 100
 
 
@@ -85,36 +82,10 @@ class PlainCalm(nn.Module):
 
 def step_pairs(device: torch.device) -> Iterator[Pair]:
     """Hidden 256, 4 layers, 32,000 words, 4 blocks of 1,024 tokens, K=4, latents given."""
-    recipe = _recipe()
+    recipe = calm_recipe()
     assert isinstance(recipe.model, CalmRecipe)
-    topology = single_process_topology(recipe, device)
-    # DeepSpeed asks for it, where there is no launcher too.
-    os.environ.setdefault("LOCAL_RANK", "0")
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(VOCAB, (ROWS, BLOCK), generator=generator)
-    mean = torch.randn(ROWS, BLOCK // PATCH, LATENT, generator=generator)
-    log_std = 0.3 * torch.randn(mean.shape, generator=generator) - 1
-    batch = {"tokens": tokens, "mean": mean, "log_std": log_std, "index": torch.arange(ROWS)}
-
-    parts = build_parts(recipe, topology)
-    joint = JointOptimizer(recipe, parts.optimizer, parts.head, topology)
-    schedule = get_forward_backward_func()
-
-    def ours() -> None:
-        for chunk in parts.chunks:
-            chunk.zero_grad_buffer()
-        parts.optimizer.zero_grad()
-        parts.forward_step.begin(0)
-        outputs = schedule(
-            forward_step_func=parts.forward_step,
-            data_iterator=[micro_batches(batch, ROWS)],
-            model=parts.chunks,
-            num_microbatches=1,
-            seq_length=recipe.padded_length,
-            micro_batch_size=ROWS,
-            forward_only=False,
-        )
-        joint.step(0, outputs[0]["loss"])
+    ours = RandomSteps(recipe, single_process_topology(recipe, device))
+    batch = ours.batch
 
     model = PlainCalm(recipe.model).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, foreach=False)
@@ -125,25 +96,31 @@ def step_pairs(device: torch.device) -> Iterator[Pair]:
         hidden = model(given["tokens"])[:, :-1].flatten(0, 1)
         noise = torch.rand(8, len(hidden), model.head.noise_size, device=device) - 0.5
         samples = plain.head_samples(model.head, hidden, noise)
-        eps = torch.randn(DRAWS, len(hidden), LATENT, device=device)
+        eps = torch.randn(DRAWS, len(hidden), PATCH * LATENT_PER_TOKEN, device=device)
         mean, log_std = (given[name][:, 1:].flatten(0, 1) for name in ("mean", "log_std"))
         (-plain.energy_score(samples, mean, log_std, eps).mean()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    sizes = {"tokens": tokens.numel(), "hidden": 256, "layers": 4, "vocabulary": VOCAB, "K": PATCH}
-    yield Pair("CALM training step", ours, plainly, tokens.numel(), "tokens", sizes)
+    tokens = batch["tokens"].numel()
+    sizes = {"tokens": tokens, "hidden": 256, "layers": 4, "vocabulary": VOCAB, "K": PATCH}
+
+    def step() -> None:
+        ours.step()
+
+    yield Pair("CALM training step", step, plainly, tokens, "tokens", sizes)
 
 
-def _recipe() -> Recipe:
+def calm_recipe(patch_size: int = PATCH) -> Recipe:
+    """Hidden 256, 4 layers, 4 blocks of 1,024 tokens, 32 numbers of a latent for each token."""
     return Recipe.from_dict(
         {
             "run": {"dir": "runs/benchmark"},
             "model": {
                 "kind": "calm",
                 "vocab_size": VOCAB,
-                "patch_size": PATCH,
-                "latent_size": LATENT,
+                "patch_size": patch_size,
+                "latent_size": LATENT_PER_TOKEN * patch_size,
                 "hidden_size": 256,
                 "intermediate_size": 688,
                 "num_hidden_layers": 4,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_models import VOCAB, tiny_model
 
-from calm_dist.benchmark import plain
+from calm_dist.benchmark import growth, plain, ranks, reading
 from calm_dist.benchmark.compare import Pair, compare, table
 from calm_dist.benchmark.pairs import zipf_tokens
+from calm_dist.data.stream import open_training_stream
 from calm_dist.evaluation.brier_tree import scores_from_softmax
 
 CPU = torch.device("cpu")
@@ -50,3 +54,47 @@ def test_zipf_tokens_fall_as_one_over_rank() -> None:
     counts = zipf_tokens(50, 200_000, seed=0).bincount(minlength=50).double()
     expected = 200_000 / torch.arange(1, 51) / (1 / torch.arange(1, 51)).sum()
     assert ((counts - expected).square() / expected).sum() < 100  # chi², 49 degrees: p < 1e-4
+
+
+def test_growth_is_tabled_and_drawn(tmp_path: Path) -> None:
+    points = [
+        {"size": n, "ours": {"seconds": n / 1e3, "peak_mib": n}, "plain": {"seconds": n / 1e2}}
+        for n in (10, 1000)
+    ]
+    for point in points:
+        point["plain"]["peak_mib"] = None
+    series = [{"what": "energy score", "over": "positions", "points": points}]
+    assert "| 1,000 | 1 (10) | 1e+03 (?) |" in growth.table(series)
+    growth.plot(series, tmp_path / "growth.svg")
+    assert "<svg" in (tmp_path / "growth.svg").read_text()
+
+
+def test_bubble_is_what_the_stages_do_not_work() -> None:
+    """Two stages, one micro-batch of 1 s each: one half waits; unequal stages wait longer."""
+    ranks_of = lambda busy: [{"busy": part, "schedule": 2.0} for part in busy]  # noqa: E731
+    equal = ranks._pipeline(
+        {"micro_batches": 1, "work_shares": [0.5, 0.5], "ranks": ranks_of([1.0, 1.0])}
+    )
+    assert equal["bubble"] == equal["predicted_bubble"] == 0.5
+    unequal = ranks._pipeline(
+        {"micro_batches": 3, "work_shares": [0.25, 0.75], "ranks": ranks_of([0.5, 1.5])}
+    )
+    assert unequal["stage_shares"] == unequal["predicted_stage_shares"] == [0.25, 0.75]
+    assert unequal["predicted_bubble"] == pytest.approx(1 - (2 / 3) * 3 / 4)
+
+
+@pytest.mark.full
+def test_processes_are_timed() -> None:
+    result = ranks.measure_ranks(repeats=1)
+    assert [row["micro_batches"] for row in result["pipeline"]] == list(ranks.MICRO_BATCHES)
+    assert all(0 < row["bubble"] < 1 for row in result["pipeline"])
+    assert len(result["scaling"]) == 5
+    assert "pipeline" not in ranks.table(result) and "| 16 |" in ranks.table(result)
+
+
+def test_a_random_store_is_read_in_training_order(tmp_path: Path) -> None:
+    reading.write_random_store(tmp_path, 6, shard_bytes=1, block_size=64)
+    stream = open_training_stream([tmp_path], batch_size=2)
+    batches = list(itertools.islice(stream, 3))
+    assert sorted(i for batch in batches for i in batch["index"].tolist()) == list(range(6))
+    assert batches[0]["mean"].shape == (2, 16, 128) and batches[0]["mean"].dtype == torch.float32

@@ -18,6 +18,7 @@ from calm_dist.data.store import StoreMeta
 from calm_dist.errors import DataError, UserError
 from calm_dist.evaluation import block_scores
 from calm_dist.evaluation import evaluate as evaluation
+from calm_dist.evaluation.decoding import GreedyDecoder
 from calm_dist.evaluation.evaluate import EvaluationSettings, evaluate
 from calm_dist.recipe import CalmRecipe, Recipe
 from calm_dist.training.build import build_head
@@ -98,6 +99,8 @@ def recipe(kind: str, **model: Any) -> Recipe:
 
 
 class OneHotAutoencoder:
+    output_weight = torch.eye(VOCAB)
+
     def __init__(self, patch_size: int) -> None:
         self.patch_size = patch_size
 
@@ -105,9 +108,9 @@ class OneHotAutoencoder:
         mean = tokens.reshape(len(tokens), -1, self.patch_size).float()
         return mean, torch.full_like(mean, -20)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decoder(self, latents: Tensor) -> Tensor:
         tokens = latents.round().long().clamp(0, VOCAB - 1)
-        return torch.nn.functional.one_hot(tokens.flatten(1), VOCAB).float()
+        return torch.nn.functional.one_hot(tokens, VOCAB).float()
 
 
 class MostlyRightHead:
@@ -135,6 +138,7 @@ def rule_calm(patch_size: int = K, head: Any = None) -> Any:
         last = tokens.unflatten(1, (-1, patch_size))[..., -1]
         return torch.stack([follower(last, step + 1) for step in range(patch_size)], -1).float()
 
+    autoencoder: Any = OneHotAutoencoder(patch_size)
     return SimpleNamespace(
         kind="calm",
         recipe=recipe("calm", patch_size=patch_size, latent_size=patch_size),
@@ -144,7 +148,8 @@ def rule_calm(patch_size: int = K, head: Any = None) -> Any:
         tokens_seen=4096,
         tokenizer_sha256=TOKENIZER,
         autoencoder_sha256=AUTOENCODER,
-        autoencoder=OneHotAutoencoder(patch_size),
+        autoencoder=autoencoder,
+        decoder=GreedyDecoder(autoencoder),
         head=head or MostlyRightHead(),
         hidden=hidden,
         new_cache=NoCache,

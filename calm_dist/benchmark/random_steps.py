@@ -1,0 +1,88 @@
+"""Training steps on random blocks: what a run does between two checkpoints, without its data."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from calm_dist.parallel.pipeline import micro_batches
+from calm_dist.parallel.topology import Topology
+from calm_dist.recipe import CalmRecipe, Recipe
+from calm_dist.training.build import build_parts
+from calm_dist.training.optimizer import JointOptimizer
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Of one step on one rank, in seconds."""
+
+    schedule: float
+    """Forward and backward passes of all micro-batches."""
+    busy: float
+    """Processor time in that, of all threads of this process."""
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return self.schedule + self.optimizer
+
+
+class RandomSteps:
+    """The training of a CALM on one rank, which takes the same random batch in every step."""
+
+    def __init__(self, recipe: Recipe, topology: Topology) -> None:
+        assert isinstance(recipe.model, CalmRecipe)
+        # DeepSpeed asks for it, where there is no launcher too.
+        os.environ.setdefault("LOCAL_RANK", "0")
+        self.recipe = recipe
+        self.batch = random_batch(recipe, topology)
+        self.parts = build_parts(recipe, topology)
+        self._joint = JointOptimizer(recipe, self.parts.optimizer, self.parts.head, topology)
+        self._schedule = get_forward_backward_func()
+
+    def step(self) -> StepTimes:
+        """One step; on a GPU the times are those of launching it."""
+        recipe, parts = self.recipe, self.parts
+        started, busy = time.perf_counter(), time.process_time()
+        for chunk in parts.chunks:
+            chunk.zero_grad_buffer()
+        parts.optimizer.zero_grad()
+        parts.forward_step.begin(0)
+        size = recipe.training.micro_batch_size
+        outputs = self._schedule(
+            forward_step_func=parts.forward_step,
+            data_iterator=[micro_batches(self.batch, size) for _ in parts.chunks],
+            model=parts.chunks,
+            num_microbatches=recipe.num_micro_batches,
+            seq_length=recipe.padded_length,
+            micro_batch_size=size,
+            forward_only=False,
+        )
+        scheduled, busy = time.perf_counter(), time.process_time() - busy
+        zero = torch.zeros(())
+        self._joint.step(0, sum((output["loss"] for output in outputs), zero))
+        return StepTimes(scheduled - started, busy, time.perf_counter() - scheduled)
+
+    def close(self) -> None:
+        """Take the head's engine down, before the process groups go."""
+        if self.parts.head is not None:
+            self.parts.head.close()
+
+
+def random_batch(recipe: Recipe, topology: Topology) -> dict[str, Any]:
+    """Blocks of one replica for one step, with latents of a plausible posterior."""
+    model = recipe.model
+    assert isinstance(model, CalmRecipe) and model.vocab_size and model.latent_size
+    rows = recipe.training.global_batch_size // topology.dp_size
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(
+        model.vocab_size, (rows, recipe.num_patches * model.patch_size), generator=generator
+    )
+    mean = torch.randn(rows, recipe.num_patches, model.latent_size, generator=generator)
+    log_std = 0.3 * torch.randn(mean.shape, generator=generator) - 1
+    return {"tokens": tokens, "mean": mean, "log_std": log_std, "index": torch.arange(rows)}
