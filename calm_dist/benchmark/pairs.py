@@ -32,8 +32,12 @@ SMALL_VOCAB = 32_000
 
 def energy_pairs(device: torch.device) -> Iterator[Pair]:
     """The energy score, forward and backward, with draws made inside and given."""
-    yield energy_pair(device, given=False)
-    yield energy_pair(device, given=True)
+    for given in (False, True):
+        yield energy_pair(device, given=given)
+        if device.type == "cuda":
+            from calm_dist.losses.energy_kernel import fused_energy_score
+
+            yield energy_pair(device, given=given, score=fused_energy_score, name="fused kernel")
 
 
 def energy_pair(
@@ -43,8 +47,10 @@ def energy_pair(
     samples: int = 8,
     draws: int = 100,
     positions: int = 4096,
+    score: Callable[..., Tensor] = energy_score,
+    name: str = "energy score",
 ) -> Pair:
-    """The energy score of latents of size 128."""
+    """The energy score of latents of size 128; ``score`` is the form that is compared."""
     size, generator = 128, torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -54,21 +60,21 @@ def energy_pair(
     mean, log_std = normal(positions, size), 0.3 * normal(positions, size) - 1
     sizes = {"N": samples, "M": draws, "positions": positions, "l": size}
 
-    def gradient(score: Tensor) -> Values:
-        return [score.detach(), *torch.autograd.grad(-score.mean(), x)]
+    def gradient(scores: Tensor) -> Values:
+        return [scores.detach(), *torch.autograd.grad(-scores.mean(), x)]
 
     def ours_drawn() -> None:
-        gradient(energy_score(x, mean, log_std, num_draws=draws, seed=0))
+        gradient(score(x, mean, log_std, num_draws=draws, seed=0))
 
     def plain_drawn() -> None:
         gradient(plain.energy_score(x, mean, log_std, normal(draws, positions, size)))
 
     if not given:
-        return Pair("energy score", ours_drawn, plain_drawn, positions, "positions", sizes)
+        return Pair(name, ours_drawn, plain_drawn, positions, "positions", sizes)
     noise = normal(draws, positions, size)
     return Pair(
-        "energy score, noise given",
-        lambda: gradient(energy_score(x, mean, log_std, noise)),
+        f"{name}, noise given",
+        lambda: gradient(score(x, mean, log_std, noise)),
         lambda: gradient(plain.energy_score(x, mean, log_std, noise)),
         positions,
         "positions",
