@@ -12,6 +12,7 @@ import hashlib
 import math
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from calm_dist.data.progress import progress
 from calm_dist.data.store import StoreMeta
 from calm_dist.data.stream import Batch, Store, open_store, open_training_stream
 from calm_dist.errors import CheckpointError, DataError, RecipeError, StoppedError
@@ -319,7 +321,10 @@ class AutoencoderTrainer:
         numbers = [i * len(store) // wanted for i in range(wanted)]
         config = self.model.config
         result = Reconstruction(config.latent_size, self.device)
-        for number in numbers[self.rank :: self.world_size]:
+        mine: Iterable[int] = numbers[self.rank :: self.world_size]
+        if self.rank == 0:
+            mine = progress(mine, -(-wanted // self.world_size), label="evaluate", unit="blocks")
+        for number in mine:
             self.phases.progress()
             tokens = torch.from_numpy(store[number]["tokens"].astype(np.int64)).to(self.device)
             generator = _generator(self.device, settings.seed, "evaluation", number)
@@ -337,13 +342,9 @@ class AutoencoderTrainer:
         if values is None or self._metrics is None:
             return
         self._metrics.evaluation(self.progress.step, values)
-        size, under_noise = list(values["token_accuracy_under_noise"].items())[-1]
         print(
-            f"step {self.progress.step} | held-out tokens right: "
-            f"{values['token_accuracy']:.3%} (from the mean {values['token_accuracy_mean']:.3%}, "
-            f"with noise of {size} {under_noise:.3%}) | "
-            f"{values['collapsed_dims']} of {values['latent_size']} dimensions collapsed | "
-            f"std {values['mean_std']:.2f}",
+            f"step {self.progress.step}  held-out tokens right {values['token_accuracy']:.3%}  "
+            f"{values['collapsed_dims']} of {values['latent_size']} dimensions collapsed",
             flush=True,
         )
 

@@ -84,6 +84,7 @@ class Trainer:
         last = self.recipe.training.steps
         if self.progress.step >= last:
             if self._metrics is not None:
+                self._metrics.close()
                 print(f"nothing to do: training.steps={last} are done", flush=True)
             return
         self.phases.enter("data", self.progress.step)

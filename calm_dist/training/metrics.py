@@ -7,15 +7,22 @@ import json
 import math
 import os
 import sys
+import time
 import uuid
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from calm_dist.data.progress import Meter, duration
 from calm_dist.files import replace_text
 from calm_dist.recipe import Recipe
 
 METRICS_FILE = "metrics.jsonl"
+
+_STEPS_TIMED = 100
+"""The time left is estimated from so many of the last steps, evaluations and checkpoints between
+them included."""
 
 Record = dict[str, Any]
 
@@ -45,7 +52,11 @@ class MetricsLog:
         self._file: IO[bytes] = self._path.open("ab", buffering=0)
         self._unwritten: list[bytes] = []
         self._skipped = 0
-        self._trackers = _open_trackers(recipe, run_dir)
+        self._ends: deque[float] = deque(maxlen=_STEPS_TIMED + 1)
+        self._trackers = _open_trackers(recipe, run_dir, resume_step)
+        self._meter = Meter(
+            self._total_steps, label="train", unit="steps", done=resume_step, lines=False
+        )
 
     def training_step(
         self, step: int, values: dict[str, float], skipped: bool, seconds: float
@@ -61,6 +72,8 @@ class MetricsLog:
         A number that is not finite is written as null: JSON has none.
         """
         self._skipped += skipped
+        self._ends.append(time.monotonic())
+        self._meter.advance()
         if step % self._every and step != self._total_steps:
             return
         record = {
@@ -88,6 +101,7 @@ class MetricsLog:
             tracker.log(step, finite)
 
     def close(self) -> None:
+        self._meter.close()
         if self._unwritten:
             print(
                 f"warning: {self._path}: {len(self._unwritten)} records could not be written",
@@ -121,21 +135,37 @@ class MetricsLog:
         self._unwritten.clear()
 
     def _console_line(self, record: Record) -> str:
-        remaining = (self._total_steps - record["step"]) * record["step_seconds"]
-        return (
-            f"step {record['step']}/{self._total_steps} | loss {record['loss']:.4f} | "
-            f"grad norm {record['grad_norm']:.3f} | lr {record['learning_rate']:.2e} | "
-            f"{record['tokens_per_second']:,.0f} tokens/s | {_duration(remaining)} left"
-            + self._skipped_text(record)
+        """What a step was, in less than 80 columns."""
+        losses = (
+            f"step {record['step']}/{self._total_steps}  loss {record['loss']:#.5g}  "
+            f"norm {record['grad_norm']:.3g}  "
         )
-
-    def _skipped_text(self, record: Record) -> str:
-        if not record["skipped"]:
-            return ""
         for name, words in (("loss", "loss"), ("grad_norm", "gradient")):
             if not math.isfinite(record[name]):
-                return f" | SKIPPED: {words} not finite"
-        return f" | {record['skipped']} steps before SKIPPED"
+                return f"{losses}SKIPPED: {words} not finite"
+        rate = f"{record['learning_rate']:.1e}".replace("e-0", "e-")
+        skipped = f"  {record['skipped']} SKIPPED" if record["skipped"] else ""
+        return (
+            f"{losses}lr {rate}  {_compact(record['tokens_per_second'])} tok/s  "
+            f"{duration(self._seconds_left(record))} left{skipped}"
+        )
+
+    def _seconds_left(self, record: Record) -> float:
+        steps = len(self._ends) - 1
+        a_step = (
+            (self._ends[-1] - self._ends[0]) / steps if steps else float(record["step_seconds"])
+        )
+        return a_step * (self._total_steps - record["step"])
+
+
+def _compact(number: float) -> str:
+    """A rate in at most six characters: 871, 8,952, 89.5k, 1.23M."""
+    if number < 9999.5:
+        return f"{number:,.0f}"
+    for unit, size in (("k", 1e3), ("M", 1e6), ("G", 1e9)):
+        if number < 999.5 * size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.1e}"
 
 
 def json_line(record: Mapping[str, Any]) -> str:
@@ -173,48 +203,49 @@ def _drop_records_after(path: Path, step: int) -> None:
     replace_text(path, "".join(json_line(record) for record in kept))
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"
-
-
-def _open_trackers(recipe: Recipe, run_dir: Path) -> list[Tracker]:
+def _open_trackers(recipe: Recipe, run_dir: Path, resume_step: int) -> list[Tracker]:
     trackers: list[Tracker] = []
     if recipe.logging.wandb != "off":
         trackers.append(WandbTracker(recipe, run_dir))
     if recipe.logging.tensorboard:
-        trackers.append(TensorBoardTracker(run_dir))
+        trackers.append(TensorBoardTracker(run_dir, resume_step))
     return trackers
 
 
 class WandbTracker:
-    """Weights & Biases; a resumed run goes on in the same wandb run."""
+    """Weights & Biases; a resumed run goes on in the same wandb run.
+
+    Offline, each start writes a directory of its own under ``wandb/``, all with the run's id, which
+    `wandb sync` joins in their order. wandb keeps the first record of a step: of steps that are
+    done again after a crash, the second, which says the same, is dropped.
+    """
 
     def __init__(self, recipe: Recipe, run_dir: Path) -> None:
         import wandb
 
         mode = recipe.logging.wandb
         if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-            print(
-                "logging.wandb=online, but no API key is set: logging offline; "
-                "`wandb login`, then `wandb sync` the run's wandb directory",
-                file=sys.stderr,
-            )
+            _say_offline("no API key is set; `wandb login` sets it", run_dir)
             mode = "offline"
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:8] + "\n", encoding="utf-8")
-        self._run = wandb.init(
-            project=recipe.logging.project,
-            name=recipe.run.display_name,
-            id=id_file.read_text(encoding="utf-8").strip(),
-            resume="allow",
-            mode=mode,  # type: ignore[arg-type]
-            dir=run_dir,
-            config=recipe.to_dict(),
-            settings=wandb.Settings(silent=True),
-        )
+            replace_text(id_file, uuid.uuid4().hex[:8] + "\n")
+        options: dict[str, Any] = {
+            "project": recipe.logging.project,
+            "name": recipe.run.display_name,
+            "id": id_file.read_text(encoding="utf-8").strip(),
+            "resume": "allow",
+            "dir": run_dir,
+            "config": recipe.to_dict(),
+            # The console is in logs of ours; wandb would take it over, and our bars with it.
+            "settings": wandb.Settings(silent=True, console="off"),
+        }
+        try:
+            self._run = wandb.init(mode=mode, **options)  # type: ignore[arg-type]
+        except wandb.Error as error:
+            # A tracker must not keep a training from its machines.
+            _say_offline(str(error), run_dir)
+            self._run = wandb.init(mode="offline", **options)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)
@@ -223,13 +254,25 @@ class WandbTracker:
         self._run.finish()
 
 
-class TensorBoardTracker:
-    """TensorBoard event files under ``logs/tensorboard``."""
+def _say_offline(reason: str, run_dir: Path) -> None:
+    print(
+        f"warning: logging.wandb=online: {reason}\n"
+        f"logging offline; later: wandb sync {run_dir}/wandb/offline-run-*",
+        file=sys.stderr,
+        flush=True,
+    )
 
-    def __init__(self, run_dir: Path) -> None:
+
+class TensorBoardTracker:
+    """TensorBoard event files under ``logs/tensorboard``; a resumed run hides what an earlier start
+    wrote of later steps."""
+
+    def __init__(self, run_dir: Path, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / "logs" / "tensorboard"))
+        self._writer = SummaryWriter(
+            str(run_dir / "logs" / "tensorboard"), purge_step=resume_step + 1
+        )
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import platform
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calm_dist.data.progress import duration
 from calm_dist.data.store import read_meta
-from calm_dist.errors import CheckpointError, LaunchError, UserError
+from calm_dist.errors import CheckpointError, UserError
 from calm_dist.files import replace_text
 from calm_dist.parallel.launch import World, join_world, read_world, select_device
 from calm_dist.parallel.processes import children_die_with_us
@@ -25,6 +24,7 @@ from calm_dist.training import checkpoint
 from calm_dist.training.checkpoint.run_state import RunState
 from calm_dist.training.phases import Phases
 from calm_dist.training.resolve import resolve
+from calm_dist.training.run_directory import end_recorded, hold, let_go, write_environment
 from calm_dist.training.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -64,11 +64,16 @@ def launched(recipe: Recipe) -> Iterator[Session]:
         PeerLostError: another process died inside the block.
         HungError: another process found out that a rank hangs.
     """
+    started = time.monotonic()
     children_die_with_us()
     world = read_world()
     world.export()
     recipe = resolve(recipe.with_world_size(world.size))
-    (Path(recipe.run.dir) / "logs").mkdir(parents=True, exist_ok=True)
+    run_dir = Path(recipe.run.dir)
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    if world.rank == 0:
+        # Before the libraries are loaded, which takes long.
+        print(_introduction(recipe, world), flush=True)
     if recipe.parallel.device == "cpu":
         # Before torch looks: Megatron-core and DeepSpeed use a GPU that they see.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -85,14 +90,33 @@ def launched(recipe: Recipe) -> Iterator[Session]:
         phases.enter("look at the run directory")
         lock = on_rank_zero(lambda: prepare_run_directory(recipe, world))
         try:
-            yield Session(recipe, device, stop, phases)
-            phases.enter("end")
-            dist.barrier()
+            with end_recorded(run_dir) if world.rank == 0 else nullcontext():
+                yield Session(recipe, device, stop, phases)
+                phases.enter("end")
+                dist.barrier()
         finally:
             if world.rank == 0:
-                unlock(lock)
+                let_go(lock)
     # Not after an error: it could wait for a peer that is gone.
     dist.destroy_process_group()
+    if world.rank == 0:
+        print(f"done in {duration(time.monotonic() - started)}: {run_dir}", flush=True)
+
+
+def _introduction(recipe: Recipe, world: World) -> str:
+    parallel = recipe.parallel
+    cuts = {
+        "TP": parallel.tensor_parallel_size,
+        "PP": parallel.pipeline_parallel_size,
+        "CP": parallel.context_parallel_size,
+        "DP": recipe.data_parallel_size,
+    }
+    layout = ", ".join(f"{name} {size}" for name, size in cuts.items() if size > 1)
+    processes = f"{world.size} processes ({layout})" if world.size > 1 else "1 process"
+    return (
+        f"{recipe.run.display_name}: {recipe.model.kind}, {processes}, {recipe.training.steps:,} "
+        f"steps of {recipe.tokens_per_step:,} tokens\nloading libraries, building the model ..."
+    )
 
 
 def prepare_run_directory(recipe: Recipe, world: World) -> int:
@@ -106,7 +130,7 @@ def prepare_run_directory(recipe: Recipe, world: World) -> int:
         LaunchError: another run is at work in the directory.
     """
     run_dir = Path(recipe.run.dir)
-    lock = _lock(run_dir)
+    lock = hold(run_dir)
     _check_changes(run_dir, recipe)
     replace_text(run_dir / "recipe.yaml", recipe.to_yaml())
     environment = {
@@ -119,54 +143,8 @@ def prepare_run_directory(recipe: Recipe, world: World) -> int:
         "cpu_count": os.cpu_count(),
         "libraries": {name: _version(name) for name in LIBRARIES},
     }
-    replace_text(run_dir / "environment.json", json.dumps(environment, indent=2) + "\n")
+    write_environment(run_dir, environment)
     return lock
-
-
-# Descriptors of the run directories that this process holds, and the files that they are of.
-_held: dict[int, tuple[int, int]] = {}
-
-
-def _let_go_in_child() -> None:
-    """A child that outlives its rank must not keep the run directory from the restart."""
-    for descriptor, file in _held.items():
-        with suppress(OSError):
-            if _file_of(descriptor) == file:
-                os.close(descriptor)
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_let_go_in_child)
-
-
-def _file_of(descriptor: int) -> tuple[int, int]:
-    status = os.fstat(descriptor)
-    return status.st_dev, status.st_ino
-
-
-def unlock(descriptor: int) -> None:
-    """Let go of the run directory that `prepare_run_directory` holds."""
-    _held.pop(descriptor, None)
-    os.close(descriptor)
-
-
-def _lock(run_dir: Path) -> int:
-    """Hold the run directory; the kernel lets go of it however this process ends."""
-    path = run_dir / ".lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.read(descriptor, 100).decode(errors="replace").strip()
-        os.close(descriptor)
-        raise LaunchError(
-            f"run.dir: another run is at work in {run_dir} ({holder}); wait for it or end it, or "
-            "use another run.dir"
-        ) from error
-    os.truncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
-    _held[descriptor] = _file_of(descriptor)
-    return descriptor
 
 
 def _check_changes(run_dir: Path, recipe: Recipe) -> None:

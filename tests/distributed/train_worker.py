@@ -34,7 +34,8 @@ def train(job: dict[str, Any], world: Any, device: Any) -> None:
     from calm_dist.recipe import load_recipe
     from calm_dist.training.loop import Trainer
     from calm_dist.training.resolve import resolve
-    from calm_dist.training.session import prepare_run_directory, unlock
+    from calm_dist.training.run_directory import let_go
+    from calm_dist.training.session import prepare_run_directory
 
     recipe = load_recipe(job["recipe"], job["overrides"]).with_world_size(world.size)
     recipe = resolve(recipe)
@@ -49,7 +50,7 @@ def train(job: dict[str, Any], world: Any, device: Any) -> None:
         trainer.parts.head.close()
     destroy_topology(topology)
     if world.rank == 0:
-        unlock(lock)
+        let_go(lock)
 
 
 def disturb(trainer: Any, job: dict[str, Any]) -> None:

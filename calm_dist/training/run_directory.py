@@ -1,0 +1,130 @@
+"""Who is at work in a run directory, and how its last start ended; needs no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from calm_dist.errors import LaunchError, StoppedError
+from calm_dist.files import replace_text
+
+LOCK_FILE = ".lock"
+ENVIRONMENT_FILE = "environment.json"
+ENDED = "ended"
+"""Key of environment.json, absent while a start is at work and where it was killed."""
+
+FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
+
+# Whoever only looks whether a run is at work (`is_held`) holds its lock for an instant.
+_TRIES, _BETWEEN_TRIES = 10, 0.05
+
+
+def hold(run_dir: Path) -> int:
+    """Hold the run directory; the kernel lets go of it however this process ends.
+
+    Returns:
+        The descriptor that holds it while it is open, for `let_go`.
+
+    Raises:
+        LaunchError: another run is at work in the directory.
+    """
+    descriptor = os.open(run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    for last in [False] * _TRIES + [True]:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as error:
+            if not last:
+                time.sleep(_BETWEEN_TRIES)
+                continue
+            holder = os.read(descriptor, 100).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise LaunchError(
+                f"run.dir: another run is at work in {run_dir} ({holder}); wait for it or end it, "
+                "or use another run.dir"
+            ) from error
+    os.truncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
+    _held[descriptor] = _file_of(descriptor)
+    return descriptor
+
+
+def let_go(descriptor: int) -> None:
+    """Let go of the run directory that `hold` holds."""
+    _held.pop(descriptor, None)
+    os.close(descriptor)
+
+
+def is_held(run_dir: Path) -> bool:
+    """Whether a run is at work in the directory.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    try:
+        descriptor = os.open(run_dir / LOCK_FILE, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+# Descriptors of the run directories that this process holds, and the files that they are of.
+_held: dict[int, tuple[int, int]] = {}
+
+
+def _let_go_in_child() -> None:
+    """A child that outlives its rank must not keep the run directory from the restart."""
+    for descriptor, file in _held.items():
+        with contextlib.suppress(OSError):
+            if _file_of(descriptor) == file:
+                os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+def _file_of(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino
+
+
+def write_environment(run_dir: Path, environment: dict[str, Any]) -> None:
+    """Write ``environment.json``: where and how a start came about."""
+    text = json.dumps(environment, indent=2, ensure_ascii=False) + "\n"
+    replace_text(run_dir / ENVIRONMENT_FILE, text)
+
+
+@contextlib.contextmanager
+def end_recorded(run_dir: Path) -> Iterator[None]:
+    """Write into ``environment.json`` how the block ended: ``ended: {how, time, reason}``."""
+    how, reason = FINISHED, None
+    try:
+        yield
+    except (StoppedError, KeyboardInterrupt) as stopped:
+        how, reason = STOPPED, str(stopped) or "Ctrl-C"
+        raise
+    except BaseException as error:
+        how, reason = FAILED, f"{type(error).__name__}: {error}"[:500]
+        raise
+    finally:
+        # A full disk must not hide why the run ended; what is there may be damaged.
+        with contextlib.suppress(OSError, ValueError):
+            environment = json.loads((run_dir / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+            at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            write_environment(
+                run_dir, {**environment, ENDED: {"how": how, "time": at, "reason": reason}}
+            )
