@@ -66,9 +66,17 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def _silence_library_warnings() -> None:
-    """Megatron-core, DeepSpeed and torch warn dozens of times about their own deprecations and
-    about optional packages; none of it is for the user of a tool. Errors are not touched."""
-    warnings.filterwarnings("ignore", module=r"(megatron|deepspeed|torch)\.")
+    """Libraries warn dozens of times about their own deprecations and about optional packages;
+    none of it is for the user of a tool. Errors, and warnings about our code, are not touched;
+    ``PYTHONWARNINGS=default`` or ``python -W`` shows all."""
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=r"(?!calm_dist\b|__main__$)")
+
+
+def announce(text: str) -> None:
+    """Say on a terminal what the seconds before the first result go into; logs do without."""
+    if sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
 
 
 def _report(error: UserError) -> None:

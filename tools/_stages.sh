@@ -15,6 +15,8 @@ open_output() {
     echo "another quickstart is still at work in $OUT; waiting for it to end"
     flock 9
   fi
+  # Where tools draw their bars, although their output goes into a log.
+  if [ -t 1 ]; then CALM_TERMINAL=$(tty <&1) && export CALM_TERMINAL; fi
   trap 'stop 130' INT
   trap 'stop 143' TERM HUP
 }
@@ -89,16 +91,19 @@ set_aside() {
 }
 
 # What a person wants to see of a log: of a training the last step and one every ten seconds, and
-# none of the libraries' warnings (a second, indented line quotes their code).
+# none of the libraries' warnings (a second, indented line quotes their code). On a terminal the
+# tools draw their bars themselves; each line takes the place of the bar.
 show() {
-  local line step shown=-10 after_warning=''
+  local line step shown=-10 after_warning='' over=''
+  [ -z "${CALM_TERMINAL:-}" ] || over=$'\r\e[K'
   while IFS= read -r line; do
     case $line in
       *Warning:* | *WARNING* | *'] [INFO] '* | [WI][0-9][0-9][0-9][0-9]' '*)
         after_warning=1
         continue
         ;;
-      'step '[0-9]*/*' | '*)
+      *SKIPPED*) ;;
+      'step '[0-9]*/*'  loss '*)
         step=${line#step } step=${step%% *}
         if [ "${step%/*}" != "${step#*/}" ] && [ $((SECONDS - shown)) -lt 10 ]; then continue; fi
         shown=$SECONDS
@@ -106,12 +111,12 @@ show() {
       ' '*) [ -z "$after_warning" ] || continue ;;
       '') continue ;;
       'error: '*)
-        printf '%s\n' "$line" >&2
+        printf '%s%s\n' "$over" "$line" >&2
         continue
         ;;
     esac
     after_warning=''
-    printf '    %s\n' "$line"
+    printf '%s    %s\n' "$over" "$line"
   done
 }
 

@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calm_dist.cli import add_device, at_least, run
+from calm_dist.cli import add_device, announce, at_least, run
 
 if TYPE_CHECKING:
     from calm_dist.models.autoencoder import Autoencoder
@@ -104,6 +104,7 @@ def load_encoder(directory: Path, device: str) -> Autoencoder:
 
 def main() -> None:
     args = parse_arguments()
+    announce("loading libraries ...")
 
     from calm_dist.data.latents import (
         check_worker,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from calm_dist.cli import add_device, at_least, run, write_json
+from calm_dist.cli import add_device, announce, at_least, run, write_json
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -42,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    announce(f"loading {args.checkpoint} ...")
 
     import sys
 

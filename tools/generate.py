@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from fractions import Fraction
 
-from calm_dist.cli import at_least, run, write_json
+from calm_dist.cli import announce, at_least, run, write_json
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -89,6 +89,7 @@ def temperature(text: str) -> float:
 
 def main() -> None:
     args = parse_arguments()
+    announce(f"loading {args.checkpoint} ...")
 
     from calm_dist.data.tokenizer import load_tokenizer
     from calm_dist.evaluation.generate import find_tokenizer, generate
@@ -106,6 +107,7 @@ def main() -> None:
         method=args.method,
         pool_size=args.pool_size,
         max_draws=args.max_draws,
+        show_progress=True,
     )
     if args.json != "-":
         # A terminal that cannot show a character gets its escape.

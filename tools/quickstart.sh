@@ -114,7 +114,7 @@ train() {
   local port
   port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
   # More processes than cores: each of them with one thread.
-  OMP_NUM_THREADS=1 logged deepspeed --num_accelerators "$PROCESSES" --master_port "$port" \
+  OMP_NUM_THREADS=1 logged deepspeed --quiet --num_accelerators "$PROCESSES" --master_port "$port" \
     "$ROOT/tools/train.py" "$@" data.path="$OUT/latents/train" model.vocab_size="$VOCABULARY" \
     "${LAYOUT[@]}"
 }

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from calm_dist.data.progress import Meter
 from calm_dist.errors import DataError
 from calm_dist.files import file_sha256
 
@@ -158,10 +159,15 @@ class ShuffledDocuments:
         scratch = Path(self._scratch.name)
         self._plain = [_unpacked(file, scratch / str(i)) for i, file in enumerate(self._files)]
         places = []
+        reading = Meter(None, label="read the corpus", unit="documents")
         for i, (file, path) in enumerate(zip(self._files, self._plain, strict=True)):
+            offsets = []
             with path.open("rb") as stream:
-                offsets = [offset for offset, _ in _documents_in(file, stream)]
+                for offset, _ in _documents_in(file, stream):
+                    offsets.append(offset)
+                    reading.advance()
             places.append(np.stack([np.full(len(offsets), i), np.array(offsets, np.int64)], 1))
+        reading.close()
         in_order = np.concatenate(places)
         if not len(in_order):
             raise _no_text(self._files)

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from calm_dist.data.corpus import (
     split_documents,
     standard_library_documents,
 )
+from calm_dist.data.progress import progress
 from calm_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from calm_dist.errors import DataError
 from calm_dist.files import file_sha256, replace_text
@@ -64,7 +65,7 @@ def prepare_corpus(
     documents = _document_source(paths)
     manifest_path.parent.mkdir(parents=True, exist_ok=True)
     splits = _write_splits(out / "corpus", documents, seed)
-    tokenizer_file = _make_tokenizer(out, tokenizer, vocab_size)
+    tokenizer_file = _make_tokenizer(out, tokenizer, vocab_size, splits["train"]["documents"])
     manifest = {
         "made_from": made_from,
         "splits": splits,
@@ -132,7 +133,9 @@ def _document_source(paths: Sequence[str | Path]) -> Callable[[], Iterable[Docum
 def _write_splits(
     folder: Path, documents: Callable[[], Iterable[Document]], seed: int
 ) -> dict[str, dict[str, Any]]:
-    positions = split_documents([document.id for document in documents()], seed)
+    read = progress(documents(), None, label="read the corpus", unit="documents")
+    ids = [document.id for document in read]
+    positions = split_documents(ids, seed)
     split_at = {position: split for split, held in positions.items() for position in held}
     counts = {split: {"documents": 0, "characters": 0} for split in SPLITS}
     streams = {
@@ -140,7 +143,8 @@ def _write_splits(
         for split in SPLITS
     }
     try:
-        for position, document in enumerate(documents()):
+        read = progress(documents(), len(ids), label="split", unit="documents")
+        for position, document in enumerate(read):
             split = split_at[position]
             record = {"id": document.id, "text": document.text}
             streams[split].write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -155,14 +159,29 @@ def _write_splits(
     }
 
 
-def _make_tokenizer(out: Path, given: str | Path | None, vocab_size: int) -> Path:
+def _make_tokenizer(
+    out: Path, given: str | Path | None, vocab_size: int, train_documents: int
+) -> Path:
     if given is None:
-        train_split = [out / "corpus" / "train.jsonl"]
-        texts: Iterator[str] = (document.text for document in iter_documents(train_split))
-        return train_tokenizer(texts, vocab_size, out / "tokenizer.json").path
+        return _train(out, vocab_size, train_documents)
     source = load_tokenizer(given).path
     # The kind of a tokenizer file is told by its suffix, which is therefore kept.
     target = out / f"tokenizer{'.json' if source.suffix == '.json' else '.model'}"
     if not (target.exists() and target.samefile(source)):
         shutil.copyfile(source, target)
     return target
+
+
+def _train(out: Path, vocab_size: int, num_documents: int) -> Path:
+    """A BPE of the train split. Merging comes after the last document, and has bars on terminals
+    only."""
+    print(
+        f"training a tokenizer of {vocab_size} entries on {num_documents} documents",
+        file=sys.stderr,
+        flush=True,
+    )
+    texts = (document.text for document in iter_documents([out / "corpus" / "train.jsonl"]))
+    bars = sys.stderr.isatty()
+    if not bars:
+        texts = progress(texts, num_documents, label="read for the tokenizer", unit="documents")
+    return train_tokenizer(texts, vocab_size, out / "tokenizer.json", show_progress=bars).path

@@ -12,6 +12,7 @@ from pathlib import Path
 from streaming.base.storage import CloudDownloader, CloudUploader
 
 from calm_dist.data.layout import INDEX, META, is_remote
+from calm_dist.data.progress import progress
 from calm_dist.data.shared_names import scratch_directory
 from calm_dist.errors import DataError
 
@@ -90,7 +91,8 @@ def upload_store(directory: Path, files: Sequence[str], url: str) -> None:
     """
     try:
         uploader = CloudUploader.get((str(directory), url.rstrip("/")), True, exist_ok=True)
-        for name in (*files, INDEX, META):
+        names = (*files, INDEX, META)
+        for name in progress(names, len(names), label="upload", unit="files"):
             uploader.upload_file(name)
     except Exception as error:  # each cloud has exceptions of its own
         raise DataError(

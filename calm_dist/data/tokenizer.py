@@ -117,7 +117,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return _TiktokenTokenizer(path)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, path: str | Path, *, show_progress: bool = False
+) -> Tokenizer:
     """Train a byte-level BPE and save it as a Hugging Face ``tokenizer.json``.
 
     The same texts in the same order give the same file. Where they hold too few distinct pairs,
@@ -127,6 +129,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | Path) -> 
         texts: training text.
         vocab_size: entries, special tokens included; at least 259.
         path: file to write.
+        show_progress: bars of the library's own on a terminal.
 
     Raises:
         DataError: ``vocab_size`` is too small, or the file cannot be written.
@@ -146,7 +149,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | Path) -> 
         vocab_size=vocab_size,
         special_tokens=[BEGIN, END, PAD],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=show_progress,
     )
     bpe.train_from_iterator(texts, trainer)
     path = Path(path)

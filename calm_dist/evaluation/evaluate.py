@@ -122,7 +122,7 @@ def evaluate(
         )
     results = []
     numbers = _spaced(len(store), settings.blocks)
-    shown = progress(numbers, len(numbers), label="evaluate", unit="blocks")
+    shown = progress(numbers, len(numbers), label=f"evaluate step {model.step}", unit="blocks")
     for number in shown if show_progress else numbers:
         # A block's draws depend on nothing but the seed and its number in the store.
         seed = int(np.random.SeedSequence([settings.seed, number]).generate_state(1)[0])

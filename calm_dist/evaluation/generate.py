@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import numpy as np
 import torch
 
+from calm_dist.data.progress import progress
 from calm_dist.data.store import read_meta
 from calm_dist.errors import CheckpointError, DataError, UserError
 from calm_dist.evaluation.contexts import Contexts
@@ -58,6 +58,7 @@ def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str], too
     method: Method = ...,
     pool_size: int = ...,
     max_draws: int = ...,
+    show_progress: bool = ...,
 ) -> Generation: ...
 
 
@@ -73,6 +74,7 @@ def generate(
     method: Method = ...,
     pool_size: int = ...,
     max_draws: int = ...,
+    show_progress: bool = ...,
 ) -> list[Generation]: ...
 
 
@@ -88,6 +90,7 @@ def generate(
     method: Method = "auto",
     pool_size: int = DEFAULT_POOL_SIZE,
     max_draws: int = DEFAULT_MAX_DRAWS,
+    show_progress: bool = False,
 ) -> Generation | list[Generation]:
     """Continue prompts until the end token or exactly ``max_new_tokens`` new tokens.
 
@@ -108,6 +111,7 @@ def generate(
         method: CALM only. ``pool`` (T = 1/n), ``exact`` (any T), ``auto``: the pool where T = 1/n.
         pool_size: draws in a pool.
         max_draws: limit of the exact method for one patch.
+        show_progress: report the steps done on stderr.
 
     Returns:
         a `Generation`, or a list of them for a sequence of prompts.
@@ -129,7 +133,7 @@ def generate(
         GrowingText(tokenizer.encode(text), seed) for text, seed in zip(texts, seeds, strict=True)
     ]
     if rows:
-        continue_texts(model, rows, sampler, tokenizer, max_new_tokens)
+        continue_texts(model, rows, sampler, tokenizer, max_new_tokens, show_progress=show_progress)
     generations = [Generation(tokenizer.decode(row.new), row.new, row.stopped_by) for row in rows]
     return generations[0] if isinstance(prompts, str) else generations
 
@@ -179,13 +183,20 @@ def continue_texts(
     sampler: Sampler,
     tokenizer: Tokenizer,
     max_new_tokens: int,
+    *,
+    show_progress: bool = False,
 ) -> None:
     """Let all rows grow until each has stopped; those that have cost nothing more."""
     size = model.recipe.model.patch_size
     texts = [[tokenizer.begin_id] * (size - len(row.prompt) % size) + row.prompt for row in rows]
-    contexts = Contexts(model, texts, -(-max_new_tokens // size))
+    most_steps = -(-max_new_tokens // size)
+    contexts = Contexts(model, texts, most_steps)
     outputs = contexts.start()
-    for number in itertools.count():
+    numbers: Iterable[int] = range(most_steps)
+    if show_progress:
+        unit = "patches" if model.kind == "calm" else "tokens"
+        numbers = progress(numbers, most_steps, label="generate", unit=unit)
+    for number in numbers:
         steps = []
         for row, output in zip(rows, outputs, strict=True):
             stream = np.random.SeedSequence(row.seed, spawn_key=(number,))

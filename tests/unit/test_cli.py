@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,3 +77,35 @@ def test_numbers_out_of_range_are_refused(text: str) -> None:
     with pytest.raises((ValueError, argparse.ArgumentTypeError)):
         at_least(0)(text)
     assert at_least(0)("0") == 0
+
+
+LIBRARY = """
+import sys, warnings
+import calm_dist.cli
+
+library = {"__name__": "megatron.core.something"}
+exec("import warnings; warn = lambda: warnings.warn('will go away', FutureWarning)", library)
+exec("def fail(): raise RuntimeError('NCCL error')", library)
+
+def main():
+    library["warn"]()
+    warnings.warn("about our own code")
+    library["fail"]()
+
+calm_dist.cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("asked_for", [False, True])
+def test_libraries_may_not_warn_but_fail(asked_for: bool) -> None:
+    done = subprocess.run(
+        [sys.executable, *(["-W", "default"] if asked_for else []), "-c", LIBRARY],
+        env={name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "RuntimeError: NCCL error" in done.stderr
+    assert "UserWarning: about our own code" in done.stderr
+    assert ("will go away" in done.stderr) == asked_for
