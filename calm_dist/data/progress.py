@@ -97,11 +97,12 @@ class Meter:
         self._done += units
         if self._bar is not None:
             self._bar.update(units)
+        if self._bar is not None or not self._lines:
             return
         now = time.monotonic()
         # A job of hours needs no line every ten seconds.
         interval = min(max(_FIRST_LINE, (now - self._start) / 10), _LAST_INTERVAL)
-        if self._lines and now - self._shown >= interval:
+        if now - self._shown >= interval:
             self._shown = now
             print(self._line(now - self._start), file=sys.stderr, flush=True)
 

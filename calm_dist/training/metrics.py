@@ -136,14 +136,16 @@ class MetricsLog:
 
     def _console_line(self, record: Record) -> str:
         """What a step was, in less than 80 columns."""
+        loss = record["loss"]
+        shown = f"{loss:.4f}" if abs(loss) < 10 else f"{loss:#.5g}"
         losses = (
-            f"step {record['step']}/{self._total_steps}  loss {record['loss']:#.5g}  "
-            f"norm {record['grad_norm']:.3g}  "
+            f"step {record['step']}/{self._total_steps}  loss {shown}  "
+            f"norm {_short(record['grad_norm'], '.3g')}  "
         )
         for name, words in (("loss", "loss"), ("grad_norm", "gradient")):
             if not math.isfinite(record[name]):
                 return f"{losses}SKIPPED: {words} not finite"
-        rate = f"{record['learning_rate']:.1e}".replace("e-0", "e-")
+        rate = _short(record["learning_rate"], ".1e")
         skipped = f"  {record['skipped']} SKIPPED" if record["skipped"] else ""
         return (
             f"{losses}lr {rate}  {_compact(record['tokens_per_second'])} tok/s  "
@@ -156,6 +158,11 @@ class MetricsLog:
             (self._ends[-1] - self._ends[0]) / steps if steps else float(record["step_seconds"])
         )
         return a_step * (self._total_steps - record["step"])
+
+
+def _short(number: float, style: str) -> str:
+    """A number without the padding of its exponent: 3.0e-4."""
+    return format(number, style).replace("e-0", "e-").replace("e+0", "e")
 
 
 def _compact(number: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from calm_dist.recipe import Recipe, Training
+from calm_dist.training import metrics
 from calm_dist.training.metrics import METRICS_FILE, MetricsLog, read_records
 from calm_dist.training.schedule import learning_rate
 
@@ -86,23 +88,105 @@ def test_lost_steps_are_dropped_on_resume(tmp_path: Path, recipe: Recipe) -> Non
     assert all(json.loads(line) for line in lines)
 
 
-def test_trackers_are_fed_from_the_same_records(tmp_path: Path, recipe: Recipe) -> None:
-    """Real wandb (offline) and real TensorBoard event files."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+def two_starts(tmp_path: Path, recipe: Recipe) -> None:
+    """Five steps, a crash after the checkpoint of the third, then the rest of eight steps."""
     values = recipe.to_dict()
     values["logging"] |= {"wandb": "offline", "tensorboard": True}
     tracked = Recipe.from_dict(values)
-    log = MetricsLog(tracked, tmp_path, resume_step=0)
-    for step in (1, 2):
-        log.training_step(step, VALUES, False, 1.0)
-    log.close()
+    for resumed, last in ((0, 5), (3, 8)):
+        log = MetricsLog(tracked, tmp_path, resume_step=resumed)
+        for step in range(resumed + 1, last + 1):
+            log.training_step(step, VALUES | {"loss": float(last)}, False, 1.0)
+        log.evaluation(last, {"brierlm": 1.5, "kind": "calm"})
+        log.close()
+
+
+def test_a_resumed_run_goes_on_in_its_trackers(tmp_path: Path, recipe: Recipe) -> None:
+    """Real wandb (offline) and real TensorBoard event files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    two_starts(tmp_path, recipe)
     events = EventAccumulator(str(tmp_path / "logs" / "tensorboard"))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 1.0)]
-    (offline,) = (tmp_path / "wandb").glob("offline-run-*")
+    # What the crash has lost is hidden, the steps done again are there once.
+    expected = [(step, 5.0) for step in (1, 2, 3)] + [(step, 8.0) for step in range(4, 9)]
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == expected
+    assert [(e.step, e.value) for e in events.Scalars("eval/brierlm")] == [(8, 1.5)]
+
     run_id = (tmp_path / "wandb_id").read_text(encoding="utf-8").strip()
-    assert (offline / f"run-{run_id}.wandb").stat().st_size > 0
+    # Named by the second at which they began.
+    starts = [read_wandb(file) for file in (tmp_path / "wandb").glob("offline-run-*/*.wandb")]
+    starts.sort(key=lambda start: start[1][0]["_step"])
+    assert [ids for ids, _ in starts] == [{run_id}, {run_id}]
+    first, second = ([(r["_step"], r["loss"]) for r in history] for _, history in starts)
+    assert first == [(step, 5.0) for step in range(1, 6)]
+    assert second == [(step, 8.0) for step in range(4, 9)]
+    assert starts[1][1][-1]["eval/brierlm"] == 1.5
+
+
+def read_wandb(file: Path) -> tuple[set[str], list[dict[str, float]]]:
+    """The ids of the runs in a .wandb file, and its history: records of protobuf in LevelDB's log
+    format, in blocks of 32 KiB that begin after wandb's own header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, part = file.read_bytes(), 7, b""
+    ids: set[str] = set()
+    history: list[dict[str, float]] = []
+    while position + 7 <= len(data):
+        if (room := -position % 32768) < 7:
+            position += room or 7
+            continue
+        size, kind = struct.unpack_from("<HB", data, position + 4)
+        part += data[position + 7 : position + 7 + size]
+        position += 7 + size
+        # 1: a whole record, 4: the last part of one.
+        if kind not in (1, 4):
+            continue
+        record, part = Record.FromString(part), b""
+        if record.WhichOneof("record_type") == "run":
+            ids.add(record.run.run_id)
+        elif record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            history.append(
+                {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
+            )
+    return ids, history
+
+
+@pytest.mark.parametrize("steps", [9, 900, 250_000])
+def test_a_step_is_one_line_of_a_terminal(
+    tmp_path: Path, recipe: Recipe, steps: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = recipe.to_dict()
+    values["training"] |= {"steps": steps, "global_batch_size": 262_144}
+    values["logging"]["every"] = steps
+    log = MetricsLog(Recipe.from_dict(values), tmp_path, resume_step=0)
+    for loss, norm, seconds in ((15.79689, 12.3456, 0.7), (0.00012345, 1234.5, 3600.0)):
+        log.training_step(steps, {"loss": loss, "grad_norm": norm, "learning_rate": 3e-4}, False,
+                          seconds)  # fmt: skip
+    log.training_step(steps, VALUES | {"grad_norm": math.nan}, True, 1.0)
+    log.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and max(map(len, lines)) < 80
+    assert lines[0] == (
+        f"step {steps}/{steps}  loss 15.797  norm 12.3  lr 3.0e-4  3M tok/s  0s left"
+    )
+    assert lines[2].endswith("norm nan  SKIPPED: gradient not finite")
+
+
+def test_the_time_left_is_that_of_the_last_steps(
+    tmp_path: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Evaluations between steps included, which the seconds of a step do not hold."""
+    clock = iter([0, 100, 160, 220, 280])
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: float(next(clock)))
+    log = MetricsLog(recipe, tmp_path, resume_step=0)
+    for step in range(1, 5):
+        log.training_step(step, VALUES, False, 2.0)
+    log.close()
+    left = [line.split("  ")[-1] for line in capsys.readouterr().out.splitlines()]
+    assert left == ["18s left", "8m00s left", "7m00s left", "6m00s left"]
 
 
 def test_record_has_every_documented_field(tmp_path: Path, recipe: Recipe) -> None:
