@@ -1,6 +1,11 @@
 #!/usr/bin/env python3
 """Encode a text corpus into a data store: blocks of tokens and their latents.
 
+    python tools/encode_latents.py --autoencoder runs/autoencoder --tokenizer data/tokenizer.json \\
+        --corpus data/corpus/train.jsonl --block-size 8192 --out data/latents/train
+    python tools/encode_latents.py --variant tokens --patch-size 4 --block-size 2048 \\
+        --tokenizer data/tokenizer.json --corpus data/corpus/train.jsonl --out data/tokens/train
+
 The same command goes on where a killed one stopped, and does nothing where all is done.
 
 Many processes share the work: each gets the same options, --parts N and its own --worker I/W, as

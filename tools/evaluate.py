@@ -1,4 +1,11 @@
-"""Score a checkpoint on held-out text: BrierLM with its standard error, and the training losses."""
+"""Score a checkpoint on held-out text: BrierLM with its standard error, and the training losses.
+
+    python tools/evaluate.py --checkpoint runs/calm_m --data data/latents/test
+    python tools/evaluate.py --checkpoint runs/calm_m --data data/latents/test --all-checkpoints \\
+        --blocks 200 --json scores.json
+
+The scores are also added to the run's metrics.jsonl, from which reports are made.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +15,9 @@ from calm_dist.cli import add_device, announce, at_least, run, write_json
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--checkpoint", required=True, help="run directory (its newest checkpoint) or checkpoint"
     )

@@ -1,4 +1,9 @@
-"""Continue prompts with a trained CALM or Transformer."""
+"""Continue prompts with a trained CALM or Transformer.
+
+    python tools/generate.py --checkpoint runs/calm_m --prompt "The sea" --temperature 0.5
+    python tools/generate.py --checkpoint runs/calm_m --prompt "The sea" --prompt "A house" \\
+        --seed 1 --seed 2 --method exact --temperature 0.7 --json texts.json
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,9 @@ from calm_dist.cli import announce, at_least, run, write_json
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", required=True, help="run directory or checkpoint")
     parser.add_argument(
         "--prompt",

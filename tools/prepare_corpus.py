@@ -1,5 +1,12 @@
 #!/usr/bin/env python3
-"""Split a text corpus into train, valid and test, and train or copy its tokenizer."""
+"""Split a text corpus into train, valid and test, and train or copy its tokenizer.
+
+    python tools/prepare_corpus.py --corpus ~/books 'notes/*.jsonl' --vocab-size 4096 --out data
+    python tools/prepare_corpus.py --corpus /data/books --tokenizer tokenizer.model --out data
+
+A .txt file is a document, or several where it is long; of a .jsonl file each line is one, an object
+with the key "text". The same command again does nothing where all is there and intact.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +17,9 @@ from calm_dist.cli import at_least, run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--corpus",
         nargs="+",

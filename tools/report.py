@@ -1,4 +1,8 @@
-"""Write the report of an experiment: index.html for people, report.json for programs."""
+"""Write the report of an experiment: index.html for people, report.json for programs.
+
+    python tools/report.py --autoencoder runs/autoencoder --run runs/calm_m runs/transformer_m \\
+        --out report
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,9 @@ from calm_dist.cli import run, write_json
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--autoencoder", metavar="RUN", help="run directory of the autoencoder")
     parser.add_argument(
         "--run",

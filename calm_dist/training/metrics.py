@@ -12,11 +12,13 @@ import uuid
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from calm_dist.data.progress import Meter, duration
 from calm_dist.files import replace_text
-from calm_dist.recipe import Recipe
+
+if TYPE_CHECKING:
+    from calm_dist.recipe import Recipe
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -148,7 +150,7 @@ class MetricsLog:
         rate = _short(record["learning_rate"], ".1e")
         skipped = f"  {record['skipped']} SKIPPED" if record["skipped"] else ""
         return (
-            f"{losses}lr {rate}  {_compact(record['tokens_per_second'])} tok/s  "
+            f"{losses}lr {rate}  {compact(record['tokens_per_second'])} tok/s  "
             f"{duration(self._seconds_left(record))} left{skipped}"
         )
 
@@ -165,7 +167,7 @@ def _short(number: float, style: str) -> str:
     return format(number, style).replace("e-0", "e-").replace("e+0", "e")
 
 
-def _compact(number: float) -> str:
+def compact(number: float) -> str:
     """A rate in at most six characters: 871, 8,952, 89.5k, 1.23M."""
     if number < 9999.5:
         return f"{number:,.0f}"

@@ -25,6 +25,7 @@ from launches import (
 )
 
 from calm_dist.parallel.peers import Status
+from calm_dist.run_list import describe
 from calm_dist.training.watchdog import BACKWARD, WAITING, WORKING, find_culprits
 
 WORKER = Path(__file__).with_name("fault_worker.py")
@@ -193,6 +194,8 @@ def test_run_under_torchrun(tmp_path: Path, tiny: Callable[..., list[str]]) -> N
     while any(map(is_running, ranks)):
         assert time.monotonic() - started < 5.0, "ranks outlive their launcher"
         time.sleep(0.02)
+    row = describe(run_dir)
+    assert row["state"] == "failed" and "without a word" in row["reason"]
 
     # Neither port nor run directory are held by what was left.
     launcher = torchrun_at_work(overrides, run_dir)

@@ -18,6 +18,8 @@ from launches import (
     training_records,
 )
 
+from calm_dist.run_list import describe
+
 STOPPED = 75
 
 
@@ -47,6 +49,7 @@ def test_one_rank_is_told_and_all_stop(
     ]
     ranks = [start_rank(rank, 2, port, overrides) for rank in (0, 1)]
     wait_for_steps(run_dir, 3, ranks)
+    assert describe(run_dir)["state"] == "running"
     ranks[1].send_signal(number)
     outputs = [rank.communicate(timeout=TIMEOUT_SECONDS)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [STOPPED, STOPPED], outputs
@@ -54,6 +57,9 @@ def test_one_rank_is_told_and_all_stop(
     last = max(training_records(run_dir))
     assert f"stopped after step {last} (asked by another rank)" in outputs[0]
     assert (run_dir / "checkpoints" / f"step_{last:08d}" / "manifest.json").is_file()
+    row = describe(run_dir)
+    assert (row["state"], row["step"], row["checkpoint"]) == ("stopped", last, last)
+    assert row["reason"].startswith(f"stopped after step {last}")
 
     # The stopped run and one that was never stopped end in the same numbers.
     steps = last + 2

@@ -24,7 +24,7 @@ LAYERS = (
     {"evaluation"},
     {"reports"},
     {"benchmark"},
-    {"command", "preflight"},
+    {"command", "preflight", "run_list"},
 )
 # What these need lies above their part: whole models, of which the data knows only autoencoders.
 # The first imports it when it is called.
@@ -43,6 +43,7 @@ WITHOUT_TORCH = (
     "calm_dist.flops",
     "calm_dist.reports.plan",
     "calm_dist.reports.report",
+    "calm_dist.run_list",
 )
 HEAVY = ("torch", "megatron", "deepspeed", "streaming")
 
@@ -108,7 +109,8 @@ def test_imports_without_torch(module: str) -> None:
 
 @pytest.mark.parametrize("tool", sorted(PACKAGE.parent.glob("tools/*.py")), ids=lambda t: t.name)
 def test_tools_explain_themselves(tool: Path) -> None:
-    """``--help`` names what the tool does, and loads nothing that takes seconds."""
+    """``--help`` names what the tool does, with an example, and loads nothing that takes
+    seconds."""
     code = (
         "import runpy, sys\n"
         f"sys.argv = [{tool.name!r}, '--help']\n"
@@ -124,3 +126,5 @@ def test_tools_explain_themselves(tool: Path) -> None:
     assert summary is not None
     # argparse wraps lines, so only the first words are looked for.
     assert " ".join(summary.split()[:4]) in " ".join(done.stdout.split())
+    assert f"tools/{tool.name} " in done.stdout.split("\n\n", 1)[1], "no example"
+    assert max(map(len, done.stdout.splitlines())) <= 100

@@ -1,0 +1,200 @@
+"""What run directories there are, and the state of each; needs no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from calm_dist.data.progress import duration
+from calm_dist.errors import UserError
+from calm_dist.training import checkpoint
+from calm_dist.training.metrics import METRICS_FILE, compact
+from calm_dist.training.run_directory import ENDED, ENVIRONMENT_FILE, FAILED, is_held
+
+RUNNING, DAMAGED, NEW = "running", "damaged", "not started"
+_RATE_OF = 20
+"""Records over which the rate is the median."""
+# The C one is ten times as fast, where PyYAML was built with it.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+Row = dict[str, Any]
+
+
+def list_runs(directories: Sequence[str | Path]) -> list[Row]:
+    """The run directories at and below ``directories``, by path.
+
+    Returns:
+        A JSON-able dict for each: path, name, kind, state (running, finished, stopped, failed, not
+        started, damaged), reason (why it ended, or what is damaged), step, steps, loss,
+        tokens_per_second, checkpoint (step of the newest), idle_seconds (since the last record),
+        brierlm, token_accuracy (of an autoencoder). What is not known is None.
+
+    Raises:
+        UserError: a directory is not there.
+    """
+    found: dict[Path, Row] = {}
+    for directory in map(Path, directories):
+        if not directory.is_dir():
+            raise UserError(f"{directory}: no such directory; give one that holds runs")
+        found |= {path: describe(path) for path in _run_directories(directory)}
+    return [found[path] for path in sorted(found)]
+
+
+def _run_directories(directory: Path) -> Iterator[Path]:
+    for path, folders, files in os.walk(directory):
+        if METRICS_FILE in files or (
+            checkpoint.RECIPE_FILE in files and checkpoint.MANIFEST not in files
+        ):
+            yield Path(path)
+            folders.clear()
+        elif checkpoint.MANIFEST in files or "index.json" in files:
+            # A checkpoint, a corpus or a store, which may hold very many files.
+            folders.clear()
+
+
+def describe(run_dir: Path) -> Row:
+    """One row of `list_runs`."""
+    row: Row = dict.fromkeys(
+        ("path", "name", "kind", "state", "reason", "step", "steps", "loss", "tokens_per_second",
+         "checkpoint", "idle_seconds", "brierlm", "token_accuracy")
+    )  # fmt: skip
+    row |= {"path": str(run_dir), "name": run_dir.name, "state": DAMAGED}
+    try:
+        row |= _recipe_facts(run_dir)
+        row |= _metrics_facts(run_dir / METRICS_FILE)
+        row["checkpoint"] = _newest_checkpoint(run_dir)
+        if row["step"] is None:
+            row["step"] = row["checkpoint"]
+        row["state"], row["reason"] = _state(run_dir, row)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
+            yaml.YAMLError) as error:  # fmt: skip
+        row["reason"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return row
+
+
+def _recipe_facts(run_dir: Path) -> Row:
+    """Read without the types, so that recipes of other versions are listed, too."""
+    with (run_dir / checkpoint.RECIPE_FILE).open(encoding="utf-8") as file:
+        recipe = yaml.load(file, _LOADER)
+    try:
+        kind, steps = recipe["model"]["kind"], int(recipe["training"]["steps"])
+        name = recipe["run"].get("name") or run_dir.name
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{checkpoint.RECIPE_FILE} is no recipe ({error})") from error
+    return {"name": str(name), "kind": str(kind), "steps": steps}
+
+
+def _metrics_facts(path: Path) -> Row:
+    try:
+        data = path.read_bytes()
+        idle = time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return {}
+    facts: Row = {"idle_seconds": max(0.0, idle)}
+    # From the end: the last ones count, and a long run has very many.
+    training: list[Row] = []
+    for line in reversed(data.splitlines()):
+        is_evaluation = b'"eval"' in line
+        if len(training) == _RATE_OF and (not is_evaluation or "scored" in facts):
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            # Cut short by a crash.
+            continue
+        if not isinstance(record, dict):
+            continue
+        if is_evaluation and isinstance(record.get("eval"), dict):
+            for name in ("brierlm", "token_accuracy"):
+                value = _number(record["eval"].get(name))
+                if value is not None and facts.get(name) is None:
+                    facts |= {name: value, "scored": True}
+        elif "loss" in record and len(training) < _RATE_OF:
+            training.append(record)
+    facts.pop("scored", None)
+    if training:
+        rates = [rate for r in training if (rate := _number(r.get("tokens_per_second")))]
+        facts |= {
+            "step": int(training[0]["step"]),
+            "loss": _number(training[0]["loss"]),
+            "tokens_per_second": median(rates) if rates else None,
+        }
+    return facts
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) else None
+
+
+def _newest_checkpoint(run_dir: Path) -> int | None:
+    for directory in checkpoint.step_directories(run_dir):
+        if (directory / checkpoint.MANIFEST).is_file():
+            return int(directory.name.removeprefix("step_"))
+    return None
+
+
+def _state(run_dir: Path, row: Row) -> tuple[str, str | None]:
+    if is_held(run_dir):
+        return RUNNING, None
+    try:
+        text = (run_dir / ENVIRONMENT_FILE).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return NEW, None
+    ended = json.loads(text).get(ENDED)
+    if ended is not None:
+        return str(ended["how"]), ended.get("reason")
+    # Killed, or trained by a version that did not write it down.
+    if row["checkpoint"] is not None and row["checkpoint"] >= row["steps"]:
+        return "finished", None
+    return FAILED, "ended without a word: killed, or the machine went away"
+
+
+_COLUMNS = ("run", "kind", "state", "step", "loss", "tok/s", "saved", "idle", "score")
+_LEFT = 3
+"""Columns of words; the others are numbers."""
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as lines for the console."""
+    cells = [list(_COLUMNS), *(_cells(row) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            text.ljust(width) if i < _LEFT else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    ]
+    for number, row in reversed(list(enumerate(rows, start=1))):
+        if row["reason"]:
+            lines.insert(number + 1, f"    {row['reason']}")
+    return "\n".join(lines)
+
+
+def _cells(row: Row) -> list[str]:
+    name = row["path"]
+    if row["name"] != Path(row["path"]).name:
+        name += f" ({row['name']})"
+    score = "-"
+    if row["brierlm"] is not None:
+        score = f"{row['brierlm']:.2f}"
+    elif row["token_accuracy"] is not None:
+        score = f"{row['token_accuracy']:.2%}"
+    return [
+        name,
+        row["kind"] or "-",
+        row["state"],
+        "-" if row["steps"] is None else f"{row['step'] or 0}/{row['steps']}",
+        "-" if row["loss"] is None else f"{row['loss']:.5g}",
+        "-" if row["tokens_per_second"] is None else compact(row["tokens_per_second"]),
+        "-" if row["checkpoint"] is None else str(row["checkpoint"]),
+        "-" if row["idle_seconds"] is None else duration(row["idle_seconds"]),
+        score,
+    ]

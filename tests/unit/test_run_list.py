@@ -1,0 +1,204 @@
+"""Lists of run directories: what is there, what is no run, and what is damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from calm_dist.errors import LaunchError, StoppedError
+from calm_dist.recipe import load_recipe
+from calm_dist.run_list import describe, list_runs, table
+from calm_dist.training.metrics import MetricsLog
+from calm_dist.training.run_directory import end_recorded, hold, is_held, let_go, write_environment
+
+ROOT = Path(__file__).parents[2]
+VALUES = {"loss": 1.5, "grad_norm": 1.0, "learning_rate": 0.1}
+
+
+def make_run(run_dir: Path, *overrides: str, steps: int = 3, kind: str = "transformer") -> Path:
+    """What a training of so many steps leaves, but for its checkpoints."""
+    run_dir.mkdir(parents=True)
+    recipe = load_recipe(
+        ROOT / "recipes" / f"{kind}_tiny.yaml", [f"run.dir={run_dir}", "logging.wandb=off",
+                                                 "training.steps=10", *overrides]
+    )  # fmt: skip
+    (run_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    write_environment(run_dir, {"world_size": 1})
+    log = MetricsLog(recipe, run_dir, resume_step=0)
+    for step in range(1, steps + 1):
+        log.training_step(step, VALUES | {"loss": 1.0 / step}, False, 0.5 * step)
+    log.close()
+    return run_dir
+
+
+def add_checkpoint(run_dir: Path, step: int) -> None:
+    directory = run_dir / "checkpoints" / f"step_{step:08d}"
+    directory.mkdir(parents=True)
+    (directory / "manifest.json").write_text("{}")
+    (directory / "recipe.yaml").write_text((run_dir / "recipe.yaml").read_text())
+
+
+def append(run_dir: Path, text: str) -> None:
+    with (run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def end(run_dir: Path, error: BaseException | None) -> None:
+    """End a start of a run, as the training's session does."""
+    try:
+        with end_recorded(run_dir):
+            if error is not None:
+                raise error
+    except BaseException as raised:
+        assert raised is error
+
+
+def test_the_facts_of_a_run(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "a", "run.name=first try")
+    add_checkpoint(run_dir, 2)
+    (run_dir / "checkpoints" / "step_00000003.tmp").mkdir()
+    append(
+        run_dir, '{"step": 2, "eval": {"brierlm": 4.5}}\n{"step": 3, "eval": {"brierlm": 5.5}}\n'
+    )
+    append(run_dir, '{"step": 4, "lo')
+    row = describe(run_dir)
+    idle = row.pop("idle_seconds")
+    assert 0 <= idle < 3600
+    # 8 blocks of 512 tokens in 0.5, 1.0 and 1.5 seconds: the median.
+    assert row == {
+        "path": str(run_dir), "name": "first try", "kind": "transformer", "state": "failed",
+        "reason": "ended without a word: killed, or the machine went away", "step": 3, "steps": 10,
+        "loss": pytest.approx(1 / 3), "tokens_per_second": 4096.0, "checkpoint": 2,
+        "brierlm": 5.5, "token_accuracy": None,
+    }  # fmt: skip
+    # What a program reads.
+    assert json.loads(json.dumps(row))
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "reason"),
+    [
+        (None, "finished", None),
+        (StoppedError("stopped after step 3"), "stopped", "stopped after step 3"),
+        (KeyboardInterrupt(), "stopped", "Ctrl-C"),
+        (RuntimeError("NCCL gave up"), "failed", "RuntimeError: NCCL gave up"),
+    ],
+)
+def test_how_a_run_ended(
+    tmp_path: Path, error: BaseException | None, state: str, reason: str | None
+) -> None:
+    run_dir = make_run(tmp_path / "run")
+    end(run_dir, error)
+    row = describe(run_dir)
+    assert (row["state"], row["reason"]) == (state, reason)
+    assert json.loads((run_dir / "environment.json").read_text())["world_size"] == 1
+
+
+def test_a_run_at_work_is_seen_and_not_disturbed(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run")
+    assert not is_held(run_dir)
+    lock = hold(run_dir)
+    assert describe(run_dir)["state"] == "running"
+    with pytest.raises(LaunchError, match="another run is at work"):
+        hold(run_dir)
+    let_go(lock)
+    assert describe(run_dir)["state"] == "failed"
+    # Whoever looks at the very moment of a start must not keep it from starting.
+    code = (
+        "import fcntl, sys, time\n"
+        f"lock = open({str(run_dir / '.lock')!r})\n"
+        "fcntl.flock(lock, fcntl.LOCK_SH)\n"
+        "print('held', flush=True)\n"
+        "time.sleep(0.2)\n"
+    )
+    looking = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert looking.stdout is not None and looking.stdout.readline() == b"held\n"
+    let_go(hold(run_dir))
+    looking.communicate()
+
+
+def test_runs_are_found_below_directories(tmp_path: Path) -> None:
+    for name in ("runs/b", "runs/deep/er/a", "elsewhere/c"):
+        add_checkpoint(make_run(tmp_path / name), 3)
+    store = tmp_path / "runs" / "store"
+    (store / "inside").mkdir(parents=True)
+    (store / "index.json").touch()
+    (store / "inside" / "metrics.jsonl").touch()
+    os.symlink(tmp_path, tmp_path / "runs" / "loop")
+    rows = list_runs([tmp_path / "runs", tmp_path / "runs" / "b", tmp_path / "elsewhere"])
+    found = [Path(row["path"]).relative_to(tmp_path).as_posix() for row in rows]
+    assert found == ["elsewhere/c", "runs/b", "runs/deep/er/a"]
+
+
+def test_imported_and_older_runs(tmp_path: Path) -> None:
+    imported = make_run(tmp_path / "imported", steps=0)
+    (imported / "environment.json").unlink()
+    add_checkpoint(imported, 0)
+    row = describe(imported)
+    assert (row["state"], row["step"], row["loss"]) == ("not started", 0, None)
+    # Of a version that did not write how a run ended.
+    older = make_run(tmp_path / "older", steps=10)
+    add_checkpoint(older, 10)
+    assert describe(older)["state"] == "finished"
+
+
+DAMAGE = {
+    "no recipe": lambda run: (run / "recipe.yaml").unlink(),
+    "half a recipe": lambda run: (run / "recipe.yaml").write_text("run: {dir: [1,"),
+    "another file": lambda run: (run / "recipe.yaml").write_text("model: 3\n"),
+    "a recipe that is a directory": lambda run: (
+        (run / "recipe.yaml").unlink(), (run / "recipe.yaml").mkdir()
+    ),
+    "metrics that are a directory": lambda run: (
+        (run / "metrics.jsonl").unlink(), (run / "metrics.jsonl").mkdir()
+    ),
+    "a step that is none": lambda run: append(run, '{"step": "x", "loss": 1}\n'),
+    "a damaged environment": lambda run: (run / "environment.json").write_text("[]"),
+    "half an environment": lambda run: (run / "environment.json").write_text('{"ended": {}}'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_shown_and_nothing_fails(tmp_path: Path, damage: str) -> None:
+    make_run(tmp_path / "whole")
+    DAMAGE[damage](make_run(tmp_path / "broken"))
+    broken, whole = list_runs([tmp_path])
+    assert broken["state"] == "damaged" and broken["reason"]
+    assert whole["state"] == "failed"
+    text = table([broken, whole])
+    assert broken["reason"] in text and len(text.splitlines()) == 5
+
+
+def test_binary_and_odd_records_are_passed_over(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run")
+    with (run_dir / "metrics.jsonl").open("ab") as file:
+        file.write(b"\x00\xff\n[1]\n" + b'{"step": 3, "eval": {"brierlm": "high"}}\n"eval"\n')
+        file.write(b'{"step": 4, "loss": null, "tokens_per_second": null}\n')
+    row = describe(run_dir)
+    assert (row["step"], row["loss"], row["brierlm"]) == (4, None, None)
+    assert "4/10" in table([row])
+
+
+def test_the_command(tmp_path: Path) -> None:
+    autoencoder = make_run(tmp_path / "ae", kind="autoencoder")
+    append(autoencoder, '{"step": 3, "eval": {"token_accuracy": 0.9876}}\n')
+    end(autoencoder, None)
+    tool = [sys.executable, str(ROOT / "tools" / "runs.py")]
+    done = subprocess.run([*tool, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    header, line = done.stdout.splitlines()
+    assert done.returncode == 0 and header.startswith("run ")
+    assert line.split()[1:5] == ["autoencoder", "finished", "3/10", "0.33333"]
+    assert line.endswith("98.76%")
+    options = ["--json", "-"]
+    done = subprocess.run([*tool, *options, str(tmp_path)], capture_output=True, text=True)
+    assert [row["token_accuracy"] for row in json.loads(done.stdout)] == [0.9876]
+    done = subprocess.run([*tool, str(tmp_path / "absent")], capture_output=True, text=True)
+    assert done.returncode == 2 and "no such directory" in done.stderr
+    (tmp_path / "empty").mkdir()
+    done = subprocess.run([*tool, str(tmp_path / "empty")], capture_output=True, text=True)
+    assert done.stdout.startswith("no run directories") and done.returncode == 0

@@ -1,0 +1,46 @@
+#!/usr/bin/env python
+"""List run directories and their state.
+
+    python tools/runs.py
+    python tools/runs.py runs/quickstart /scratch/me
+    python tools/runs.py --json - | jq '.[] | select(.state == "failed")'
+
+state  running, finished, stopped (asked to end), failed (with the reason), not started, damaged
+saved  step of the newest checkpoint, from which the same training command goes on
+idle   time since the last record
+score  BrierLM of the last evaluation; of an autoencoder the held-out tokens that come back
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from calm_dist.cli import run, write_json
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "directories",
+        nargs="*",
+        default=["runs"],
+        metavar="DIR",
+        help="where to look, at and below it (default: runs)",
+    )
+    parser.add_argument("--json", metavar="F", help="write JSON to F, or to stdout for -")
+    arguments = parser.parse_args()
+
+    from calm_dist.run_list import list_runs, table
+
+    rows = list_runs(arguments.directories)
+    if arguments.json:
+        write_json(rows, arguments.json)
+    if arguments.json != "-":
+        places = ", ".join(arguments.directories)
+        print(table(rows) if rows else f"no run directories at or below {places}")
+
+
+if __name__ == "__main__":
+    run(main)
