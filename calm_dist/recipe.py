@@ -75,6 +75,8 @@ class Recipe(Section):
     parallel: Parallel = Parallel()
     training: Training
     precision: Literal["fp32", "bf16"] = "fp32"
+    """``bf16``: matrix products in bfloat16, the optimizer's weights in fp32; autoencoders on GPUs
+    only. A run cannot change it."""
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
     health: Health = Health()

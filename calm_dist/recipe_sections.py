@@ -51,6 +51,7 @@ class HeadRecipe(Section):
     """
 
     kind: Literal["energy", "diffusion", "flow"] = "energy"
+    """``energy`` is the paper's own; what each costs is in heads.md."""
     num_mlp_layers: Positive = 4
     """Residual blocks."""
     noise_size: Positive = 64
@@ -81,11 +82,13 @@ class AutoencoderSize(Section):
     """Shape of an autoencoder's token-wise and patch-wise MLP blocks."""
 
     hidden_size: Positive = 512
+    """Width of the blocks, and of the token embedding."""
     intermediate_size: Positive = 1280
+    """Inner width of the blocks' SwiGLU."""
     num_encoder_layers: Positive = 2
-    """Half of them work on tokens, half on patches."""
+    """An even number: half of them work on tokens, half on patches."""
     num_decoder_layers: Positive = 2
-    """Half of them work on patches, half on tokens."""
+    """An even number: half of them work on patches, half on tokens."""
 
 
 class Initialization(Section):
@@ -94,21 +97,28 @@ class Initialization(Section):
     init: Literal["fan_in", "released"] = "fan_in"
     """``fan_in``: std 1/sqrt(fan in); ``released``: ``initializer_range`` everywhere."""
     initializer_range: PositiveFloat = 0.02
+    """Standard deviation of the weights with ``init: released``."""
 
 
 class BackboneRecipe(Initialization):
     """Shape of the Llama-like Transformer that both language models share."""
 
     vocab_size: Positive | None = None
-    """Taken from the data store where absent."""
+    """Entries of the tokenizer; taken from the data store where absent."""
     hidden_size: Positive
+    """Width of the hidden states; a multiple of twice the attention heads."""
     intermediate_size: Positive
+    """Inner width of the SwiGLU."""
     num_hidden_layers: Positive
+    """Transformer layers, over all pipeline stages."""
     num_attention_heads: Positive
+    """Attention heads of a layer; a multiple of the tensor-parallel size."""
     num_key_value_heads: Positive | None = None
     """Fewer than attention heads: grouped-query attention; as many where absent."""
     rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary position embedding; a position is a step: a patch, or a token."""
     rms_norm_eps: PositiveFloat = 1e-6
+    """Added to the mean square in RMSNorm."""
 
     @property
     def key_value_heads(self) -> int:
@@ -123,13 +133,14 @@ class CalmRecipe(BackboneRecipe):
     patch_size: Positive = 4
     """Tokens per patch, K."""
     latent_size: Positive | None = None
-    """Taken from the data store where absent."""
+    """Components of a latent, l; taken from the data store where absent."""
     autoencoder: str | None = None
     """Autoencoder checkpoint directory; taken from the data store where absent."""
     autoencoder_size: AutoencoderSize = AutoencoderSize()
     """Shape of that autoencoder, from which its FLOPs and memory are counted; the paper's where
     absent, replaced by the checkpoint's own (`Recipe.with_autoencoder`) once there is one."""
     head: HeadRecipe = HeadRecipe()
+    """The generative head, see below."""
 
 
 class TransformerRecipe(BackboneRecipe):
@@ -148,15 +159,20 @@ class AutoencoderRecipe(AutoencoderSize, Initialization):
 
     kind: Literal["autoencoder"]
     vocab_size: Positive | None = None
-    """Taken from the data store where absent."""
+    """Entries of the tokenizer; taken from the data store where absent."""
     patch_size: Positive = 4
+    """Tokens per patch, K; divides the block."""
     latent_size: Positive = 128
+    """Components of a latent, l; the paper has 32 for each token."""
     latent_dropout: Probability = 0.15
+    """Probability with which a component of the sampled latent is dropped; the others are scaled
+    up."""
     token_dropout: Probability = 0.15
     """Probability with which an input token is replaced by ``replaced_token_id``."""
     replaced_token_id: NonNegative | None = None
     """The tokenizer's padding token where absent."""
     kl_weight: NonNegativeFloat = 1e-3
+    """Weight of the KL term beside K times the cross entropy."""
     kl_clamp: NonNegativeFloat = 0.5
     """Floor of the KL term of each dimension of each latent."""
 
@@ -168,6 +184,7 @@ class DataSource(Section):
     """One store of a mixture."""
 
     path: Text
+    """Directory or URL of the store."""
     weight: PositiveFloat = 1.0
     """Share of the blocks drawn from it, relative to the other weights."""
 
@@ -188,12 +205,15 @@ class Data(Section):
     """Where blocks of tokens and latents come from."""
 
     path: DataPath
-    """A store, or a list of ``{path, weight}``."""
+    """A store, as ``tools/encode_latents.py`` makes it: a directory, ``s3://…`` or another URL that
+    Streaming knows; or a list of ``{path, weight}``, from which blocks are drawn by weight."""
     tokenizer: str | None = None
     """Tokenizer file; the store's own copy where absent."""
     block_size: Positive | None = None
-    """Tokens per block; taken from the data store where absent."""
+    """Tokens per block, a multiple of the patch size; taken from the data store where absent."""
     latents: Literal["stored", "on_the_fly"] = "stored"
+    """``on_the_fly``: the frozen autoencoder encodes each batch, so that a store of tokens alone is
+    enough."""
     seed: Seed = 0
     """Seed of the order in which blocks are read."""
     num_workers: NonNegative = 0
@@ -211,7 +231,9 @@ class Parallel(Section):
     """How the model is cut over processes."""
 
     tensor_parallel_size: Positive = 1
+    """Processes that share every matrix of the backbone (TP); a power of two."""
     pipeline_parallel_size: Positive = 1
+    """Stages of consecutive layers (PP); the head lives on the last."""
     virtual_pipeline_size: Annotated[int, Field(ge=2)] | None = None
     """Model chunks per pipeline stage for the interleaved schedule; plain 1F1B where absent."""
     stage_layers: Annotated[tuple[Positive, ...], Field(strict=False)] | None = None
@@ -222,8 +244,8 @@ class Parallel(Section):
     context_parallel_size: Positive = 1
     """Processes that share a block: each holds one piece of consecutive steps."""
     zero_stage: int = 2
-    """ZeRO stage of the head's engine, over all ranks of the last pipeline stage; 3 only without
-    pipeline stages."""
+    """ZeRO stage (1, 2, 3) of the head's engine, over all ranks of the last pipeline stage; 3 only
+    without pipeline stages."""
     distributed_optimizer: bool = False
     """Shard the backbone's optimizer state over its data- and context-parallel replicas."""
     overlap_grad_reduce: bool = False
@@ -235,6 +257,7 @@ class Parallel(Section):
     world_size: Positive | None = None
     """Processes planned for; the launch decides. Where absent: one model replica."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    """``auto``: GPUs where there are some. A node whose GPUs torch does not find ends the run."""
     recompute: bool = False
     """Recompute each layer's activations in the backward pass instead of keeping them."""
 
@@ -258,11 +281,14 @@ class Training(Section):
     """Length, batch and optimizer (AdamW) of a run."""
 
     steps: Positive
+    """Optimizer steps of the whole run, those before a restart included."""
     micro_batch_size: Positive
-    """Blocks per forward pass and rank."""
+    """Blocks per forward pass and rank; what to lower first when memory is short."""
     global_batch_size: Positive
-    """Blocks per optimizer step, over all ranks."""
+    """Blocks per optimizer step, over all ranks; a multiple of ``micro_batch_size`` times the
+    replicas."""
     learning_rate: PositiveFloat = 3e-4
+    """After the warm-up."""
     warmup_steps: NonNegative = 2000
     """Steps of linear warm-up; may exceed ``steps``."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
@@ -270,8 +296,11 @@ class Training(Section):
     weight_decay: NonNegativeFloat = 0.1
     """Not applied to biases and norms."""
     adam_beta1: Probability = 0.9
+    """Decay of the first moment."""
     adam_beta2: Probability = 0.95
+    """Decay of the second moment."""
     adam_eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
     clip_grad_norm: PositiveFloat = 1.0
     """Limit of the joint gradient norm of backbone and head."""
 
@@ -286,18 +315,22 @@ class Checkpoint(Section):
     keep_every: Positive | None = None
     """Checkpoints of steps that are multiples of this stay, too."""
     asynchronous: Annotated[bool, Field(alias="async")] = True
-    """``checkpoint.async``: write beside the training, which waits only while its state is copied.
-    Autoencoders, which are small, are always written at once."""
+    """Write beside the training, which waits only while its state is copied. Autoencoders, which
+    are small, are always written at once."""
 
 
 class Logging(Section):
     """What is reported while training."""
 
     every: Positive = 10
-    """Steps between records."""
+    """Steps between records in metrics.jsonl and lines on the console; the last step always has
+    one."""
     wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases; ``offline`` writes into the run directory, for ``wandb sync``."""
     tensorboard: bool = False
+    """Event files under ``logs/tensorboard`` of the run directory."""
     project: str = "calm_dist"
+    """Project of wandb."""
 
 
 class Health(Section):
@@ -324,3 +357,4 @@ class Evaluation(Section):
     alignment: Literal["patch", "all"] = "patch"
     """Where scored n-grams begin: at the beginnings of patches, or at every position."""
     seed: NonNegative = 0
+    """Seed of the draws."""
