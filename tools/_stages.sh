@@ -16,7 +16,9 @@ open_output() {
     flock 9
   fi
   # Where tools draw their bars, although their output goes into a log.
-  if [ -t 1 ]; then CALM_TERMINAL=$(tty <&1) && export CALM_TERMINAL; fi
+  if [ -t 1 ]; then
+    { CALM_TERMINAL=$(tty <&4) && export CALM_TERMINAL || CALM_TERMINAL=''; } 4>&1
+  fi
   trap 'stop 130' INT
   trap 'stop 143' TERM HUP
 }

@@ -113,8 +113,9 @@ def _introduction(recipe: Recipe, world: World) -> str:
     }
     layout = ", ".join(f"{name} {size}" for name, size in cuts.items() if size > 1)
     processes = f"{world.size} processes ({layout})" if world.size > 1 else "1 process"
+    name, kind = recipe.run.display_name, recipe.model.kind
     return (
-        f"{recipe.run.display_name}: {recipe.model.kind}, {processes}, {recipe.training.steps:,} "
+        f"{name if name == kind else f'{name} ({kind})'}: {processes}, {recipe.training.steps:,} "
         f"steps of {recipe.tokens_per_step:,} tokens\nloading libraries, building the model ..."
     )
 
