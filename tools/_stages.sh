@@ -93,8 +93,9 @@ set_aside() {
 }
 
 # What a person wants to see of a log: of a training the last step and one every ten seconds, and
-# none of the libraries' warnings (a second, indented line quotes their code). On a terminal the
-# tools draw their bars themselves; each line takes the place of the bar.
+# none of the libraries' warnings (a second, indented line quotes their code). Places under OUT are
+# named from there. On a terminal the tools draw their bars themselves; each line takes the place of
+# the bar.
 show() {
   local line step shown=-10 after_warning='' over=''
   [ -z "${CALM_TERMINAL:-}" ] || over=$'\r\e[K'
@@ -118,7 +119,7 @@ show() {
         ;;
     esac
     after_warning=''
-    printf '%s    %s\n' "$over" "$line"
+    printf '%s    %s\n' "$over" "${line//"$OUT/"/}"
   done
 }
 

@@ -295,7 +295,9 @@ def _write_part(
     blocks_per_shard: int,
     encode: Encoder,
 ) -> None:
-    label = str(out) if plan.parts == 1 else f"{out} part {part} of {plan.parts}"
+    label = f"encode {'/'.join(out.parts[-2:])}"
+    if plan.parts > 1:
+        label += f" part {part} of {plan.parts}"
     positions = documents.part(part, plan.parts)
     shown = progress(documents.read(positions), len(positions), label=label, unit="documents")
     blocks = pack_blocks(shown, tokenizer, plan.block_size, plan.patch_size, plan.seed)

@@ -1,0 +1,238 @@
+"""Every command in README.md and docs/*.md is run, or stands in a list with the reason why not.
+
+They run in the order of the pages, in one directory, as a user would type them: on a small corpus,
+with the tiny recipes under the large ones' names (`SMALLER`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from launches import free_port
+
+ROOT = Path(__file__).parents[2]
+# The README comes first: it makes what the other pages' commands use.
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = ("bash", "deepspeed", "for", "pip", "python", "sbatch", "srun", "tensorboard",
+            "torchrun", "wandb")  # fmt: skip
+
+# The first that matches the whole command decides.
+RUN = [
+    r"python tools/(prepare_corpus|runs|evaluate|generate|report|flops_report|plan)\.py\b.*",
+    r"for split in .*encode_latents.*done",
+    r"torchrun --nproc_per_node 8 tools/train_autoencoder\.py recipes/autoencoder\.yaml",
+    r"deepspeed --quiet tools/train\.py recipes/calm_m\.yaml",
+    r"python tools/train\.py recipes/.* --dry-run",
+    r"bash slurm/study\.sh --dry-run",
+    r"wandb sync runs/calm_m/wandb/offline-run-\*",
+]
+# With --full only: more launches of several processes, and what goes on from the others' results.
+FULL = [
+    r"deepspeed --quiet --num_accelerators [24] tools/train\.py recipes/calm_tiny\.yaml .*",
+    r"python tools/train_autoencoder\.py recipes/autoencoder_tiny\.yaml .* SWITCHES",
+    r"python tools/convert_checkpoint\.py (import|export)-hf .*",
+    r"deepspeed tools/train\.py runs/calm_m/recipe\.yaml .*",
+]
+NOT_RUN = {
+    r"bash tools/quickstart\.sh.*": "minutes: tests/quickstart does, with --full",
+    r"bash tools/run_tests\.sh.*": "it runs this test",
+    r"python3\.11 -m venv .*|pip install .*": "tools/_venv.sh has installed what runs this test",
+    r"(RECIPE=\S+ )?sbatch .*": "tests/slurm submits every script to a real Slurm",
+    r"python tools/benchmark\.py .*": "minutes, and 5 GB: tests/unit/test_benchmark.py, smaller",
+    r"tensorboard .*": "a server; tests/unit/test_schedule_metrics.py reads the event files",
+}
+SMALLER = [
+    (r"/data/books", "text"),
+    (r"tokenizer\.model", "tokenizer.json"),
+    (r"--block-size [0-9]+", "--block-size 64"),
+    (r"torchrun --nproc_per_node 8", "torchrun --standalone --nproc_per_node 2"),
+    (r"^deepspeed", "deepspeed --master_port PORT"),
+    (r"^(?!.*--dry-run)(.*)recipes/", r"\1small/"),
+    (r"training\.steps=20", "training.steps=2"),
+    (r"NAME SWITCHES", "plain model.kl_weight=0"),
+    (r"^wandb sync", "wandb sync --dry-run"),
+    # paper.md: what the README's commands have trained takes the place of the released models.
+    (r"runs/calm_m(?= --autoencoder CALM| exported|/recipe)", "runs/imported"),
+    (r"--autoencoder CALM-Autoencoder", "--autoencoder runs/autoencoder"),
+]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command as it stands on a page."""
+
+    page: str
+    text: str
+
+    def small(self) -> str:
+        """What is run in its place."""
+        text = self.text
+        for pattern, replacement in SMALLER:
+            text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
+        return text.replace("PORT", str(free_port()))
+
+
+def commands_of(page: Path) -> Iterator[Command]:
+    """The commands of a page's code blocks: without comments, with continued lines joined."""
+    for block in re.findall(r"```(?:bash)?\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        text = re.sub(r"\s+#\s.*$", "", block.replace("\\\n", " "), flags=re.MULTILINE)
+        loop: list[str] = []
+        for line in map(str.strip, text.splitlines()):
+            line = re.sub(r"\s+", " ", line)
+            if loop or line.startswith("for "):
+                loop.append(line)
+                if line == "done":
+                    yield Command(page.name, "\n".join(loop))
+                    loop = []
+            elif re.match(rf"([A-Z]+=\S+ )?({'|'.join(PROGRAMS)})[0-9.]* ", line):
+                yield Command(page.name, line)
+
+
+COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
+
+
+def matches(patterns: list[str], command: Command) -> bool:
+    return any(re.fullmatch(pattern, command.text, re.DOTALL) for pattern in patterns)
+
+
+def test_no_command_is_overlooked() -> None:
+    known = [*RUN, *FULL, *NOT_RUN]
+    unknown = [f"{command.page}: {command.text}" for command in COMMANDS
+               if not matches(known, command)]  # fmt: skip
+    assert not unknown, f"add them to RUN, FULL or NOT_RUN in {Path(__file__).name}"
+    assert len([command for command in COMMANDS if matches(RUN, command)]) >= 15
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout with a small corpus and a tokenizer, and ``small/`` beside ``recipes/``. In it
+    ``login/``, one without any data, where dry runs of the large recipes work, too."""
+    from calm_dist.data.tokenizer import train_tokenizer
+
+    place = tmp_path_factory.mktemp("docs")
+    (place / "login").mkdir()
+    for name in ("tools", "recipes", "slurm"):
+        (place / name).symlink_to(ROOT / name)
+        (place / "login" / name).symlink_to(ROOT / name)
+    (place / "text").mkdir()
+    library = Path(json.__file__).parents[1]
+    texts = sorted((*library.glob("json/*.py"), *library.glob("email/*.py")))
+    for file in texts:
+        shutil.copy(file, place / "text" / f"{file.stem}.{file.parent.name}.txt")
+    read = (file.read_text(encoding="utf-8") for file in texts)
+    train_tokenizer(read, 300, place / "tokenizer.json")
+    (place / "small").mkdir()
+    for kind, names in (("autoencoder", ("autoencoder", "autoencoder_tiny")),
+                        ("calm", ("calm_m", "calm_tiny"))):  # fmt: skip
+        for name in names:
+            (place / "small" / f"{name}.yaml").write_text(small_recipe(kind, name))
+    # What the quickstart would have made.
+    (place / "runs" / "quickstart").mkdir(parents=True)
+    (place / "runs" / "quickstart" / "latents").symlink_to(place / "data" / "latents")
+    (place / "runs" / "quickstart" / "tokens").symlink_to(place / "data" / "tokens")
+    (place / "runs" / "quickstart" / "autoencoder").symlink_to(place / "runs" / "autoencoder")
+    return place
+
+
+def small_recipe(kind: str, name: str) -> str:
+    """The tiny recipe of a kind, smaller, with the places of recipe ``name``."""
+    values, large = (
+        yaml.safe_load((ROOT / "recipes" / f"{file}.yaml").read_text(encoding="utf-8"))
+        for file in (f"{kind}_tiny", name)
+    )
+    values["run"], values["data"]["path"] = large["run"], large["data"]["path"]
+    if name == "autoencoder_tiny":
+        values["run"] = {"dir": "runs/never"}
+    values["data"]["block_size"] = 64
+    values["model"] |= {"vocab_size": None, "hidden_size": 32, "intermediate_size": 64}
+    if kind == "calm":
+        values["model"] |= {"latent_size": 16, "autoencoder_size": None}
+        del values["model"]["autoencoder_size"]
+    else:
+        values["model"] |= {"latent_size": 16}
+    if not name.endswith("_tiny"):
+        values.pop("parallel", None)
+    values["training"] |= {"steps": 2, "global_batch_size": 8, "micro_batch_size": 4}
+    values["evaluation"] = {"blocks": 4, "samples": 2}
+    return yaml.safe_dump(values)
+
+
+def run(command: str, place: Path) -> str:
+    """Run a command as in a shell; returns what it printed.
+
+    Fails where it fails, warns, or prints lines of steps that no terminal of 80 columns holds.
+    """
+    done = subprocess.run(
+        ["bash", "-euc", command],
+        cwd=place / "login" if "train.py" in command and "--dry-run" in command else place,
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "CALM_PYTHON": sys.executable,
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    shown = f"$ {command}\n{done.stdout[-3000:]}"
+    assert done.returncode == 0, shown
+    assert not re.search(r"warning|Traceback|\[INFO\]", done.stdout, re.IGNORECASE), shown
+    steps = [line for line in done.stdout.splitlines() if line.startswith("step ")]
+    assert max(map(len, steps), default=0) < 80, shown
+    return done.stdout
+
+
+def test_commands(place: Path) -> None:
+    """One test, since each goes on from what those before it have made."""
+    printed: dict[str, str] = {}
+    for command in COMMANDS:
+        if matches(RUN, command) and command.text not in printed:
+            printed[command.text] = run(command.small(), place)
+    assert "step 2/2  loss " in printed["deepspeed --quiet tools/train.py recipes/calm_m.yaml"]
+    states = [line.split()[:4] for line in printed["python tools/runs.py"].splitlines()]
+    assert ["runs/autoencoder", "autoencoder", "finished", "2/2"] in states
+    assert ["runs/calm_m", "calm", "finished", "2/2"] in states
+    assert (place / "runs" / "report" / "index.html").is_file()
+
+
+@pytest.mark.full
+def test_commands_that_go_on(place: Path) -> None:
+    """Those of FULL, after those of `test_commands`."""
+    if not (place / "runs" / "calm_m").is_dir():
+        test_commands(place)
+    run("python tools/convert_checkpoint.py export-hf runs/calm_m CALM-M", place)
+    for command in COMMANDS:
+        if matches(FULL, command):
+            run(command.small(), place)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_what_a_page_points_to_is_there(page: Path) -> None:
+    """Links, and files that inline code or a command names."""
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", text):
+        target, _, anchor = "".join(link).partition("#")
+        if "://" in target:
+            continue
+        file = page.parent / target if target else page
+        assert file.exists(), f"{page.name}: {target}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles]
+    for file in re.findall(r"\b(?:tools|recipes|slurm|tests|calm_dist)/[\w/]+\.\w+", text):
+        assert (ROOT / file).exists(), f"{page.name}: {file}"
