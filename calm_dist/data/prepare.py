@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +180,9 @@ def _train(out: Path, vocab_size: int, num_documents: int) -> Path:
         file=sys.stderr,
         flush=True,
     )
-    texts = (document.text for document in iter_documents([out / "corpus" / "train.jsonl"]))
+    texts: Iterator[str] = (
+        document.text for document in iter_documents([out / "corpus" / "train.jsonl"])
+    )
     bars = sys.stderr.isatty()
     if not bars:
         texts = progress(texts, num_documents, label="read for the tokenizer", unit="documents")

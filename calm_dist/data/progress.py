@@ -80,8 +80,8 @@ class Meter:
             return sys.stderr.screen
         if sys.stderr.isatty():
             screen, self._replaced = sys.stderr, (sys.stdout, sys.stderr)
-            sys.stdout = _AboveBars(sys.stdout, screen)  # type: ignore[assignment]
-            sys.stderr = _AboveBars(sys.stderr, screen)  # type: ignore[assignment]
+            sys.stdout = _AboveBars(sys.stdout, screen)
+            sys.stderr = _AboveBars(sys.stderr, screen)
             return screen
         path = os.environ.get(TERMINAL)
         if not path:

@@ -17,6 +17,9 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 from calm_dist.data.progress import Meter, duration
 from calm_dist.files import replace_text
 
+_WANDB_SECONDS = 60
+"""How long a start waits for wandb's server."""
+
 if TYPE_CHECKING:
     from calm_dist.recipe import Recipe
 
@@ -233,7 +236,7 @@ class WandbTracker:
         import wandb
 
         mode = recipe.logging.wandb
-        if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+        if mode == "online" and not (os.environ.get("WANDB_API_KEY") or _is_logged_in()):
             _say_offline("no API key is set; `wandb login` sets it", run_dir)
             mode = "offline"
         id_file = run_dir / "wandb_id"
@@ -247,13 +250,15 @@ class WandbTracker:
             "dir": run_dir,
             "config": recipe.to_dict(),
             # The console is in logs of ours; wandb would take it over, and our bars with it.
-            "settings": wandb.Settings(silent=True, console="off"),
+            "settings": wandb.Settings(silent=True, console="off", init_timeout=_WANDB_SECONDS),
         }
         try:
             self._run = wandb.init(mode=mode, **options)  # type: ignore[arg-type]
         except wandb.Error as error:
             # A tracker must not keep a training from its machines.
             _say_offline(str(error), run_dir)
+            # What failed still holds the run's id.
+            wandb.teardown()
             self._run = wandb.init(mode="offline", **options)
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -261,6 +266,16 @@ class WandbTracker:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _is_logged_in() -> bool:
+    import wandb
+
+    try:
+        return bool(wandb.login(prompt=False))
+    except TypeError:
+        # Older versions ask by another way.
+        return bool(wandb.api.api_key)
 
 
 def _say_offline(reason: str, run_dir: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import wandb
 
 from calm_dist.recipe import Recipe, Training
 from calm_dist.training import metrics
@@ -122,6 +124,30 @@ def test_a_resumed_run_goes_on_in_its_trackers(tmp_path: Path, recipe: Recipe) -
     assert first == [(step, 5.0) for step in range(1, 6)]
     assert second == [(step, 8.0) for step in range(4, 9)]
     assert starts[1][1][-1]["eval/brierlm"] == 1.5
+
+
+@pytest.mark.parametrize("key", ["", "a" * 40])
+def test_a_tracker_that_is_not_reached_keeps_no_run_from_training(
+    tmp_path: Path, recipe: Recipe, key: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """No key, and a server that does not answer: the run goes on offline."""
+    # It reads the environment once.
+    wandb.teardown()
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", key)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setattr(metrics, "_WANDB_SECONDS", 2)
+        values = recipe.to_dict()
+        values["logging"]["wandb"] = "online"
+        log = MetricsLog(Recipe.from_dict(values), tmp_path, resume_step=0)
+        log.training_step(1, VALUES, False, 1.0)
+        log.close()
+    assert f"wandb sync {tmp_path}/wandb/offline-run-*" in capsys.readouterr().err
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert [record["_step"] for record in read_wandb(file)[1]] == [1]
 
 
 def read_wandb(file: Path) -> tuple[set[str], list[dict[str, float]]]:
