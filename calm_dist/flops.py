@@ -2,16 +2,20 @@
 
 Conventions:
 
-- A multiply-add is 2 FLOPs. Only matrix multiplications count: no norms, activations, softmax,
-  rotary positions, energy score or optimizer. Recomputed activations do not count either.
-- Attention is counted as full, over all steps of a block (T/K patches, or T tokens), in training
-  and in inference, although it is causal: that is what the paper's Table 1 agrees with.
-- Training is three times the forward pass.
-- Inference generates one token at a time from a full context with a KV cache: one head sample, and
-  the autoencoder's decoder for CALM. For an autoencoder it is one reconstruction.
+- A multiply-add is 2 FLOPs. Only matrix multiplications count: no embedding look-ups, norms,
+  activations, softmax, rotary positions, energy score or optimizer.
+- Attention is counted as full, over all P steps of a block (T/K patches, or T tokens), although it
+  is causal: that is what the paper's Table 1 agrees with. ``causal=True`` counts what a kernel that
+  skips masked positions computes: (P + 1) / 2 visible steps on average.
+- Training is three times the forward pass. The exact backward pass is a little less than twice, as
+  the head's inputs from outside take no gradient (`head_backward_flops`). Recomputed activations
+  are counted apart (`Part.recomputed_flops_per_token`).
+- Inference generates the token after a full context: with a key-value cache the last step alone
+  goes through the body, and sees all P steps by either convention; without one, all P steps do. One
+  head sample, and the autoencoder's decoder for CALM. For an autoencoder it is one reconstruction.
 - The last patch of a block, which predicts nothing inside it, and padding are not told apart.
-- The frozen autoencoder's pass over the corpus is not part of CALM's training (see
-  `encoder_flops`); its parameters are not CALM's.
+- The frozen autoencoder's training and its pass over the corpus are not part of CALM's training:
+  `count_autoencoder` counts them; its parameters are not CALM's.
 - Parameters exclude rows that only pad the vocabulary to equal shards.
 
 ``train_flops`` is what the authors' released code executes; ``train_flops_ours`` is less, since our
@@ -22,7 +26,8 @@ Symbols: d hidden, f intermediate, l latent, V vocabulary, K tokens per patch, P
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 from calm_dist.errors import RecipeError
 from calm_dist.recipe import (
@@ -36,6 +41,31 @@ from calm_dist.recipe_checks import TIME_FEATURES
 
 BACKWARD_AND_FORWARD = 3
 
+PEAK_FLOPS = (
+    ("A100", 312e12, 19.5e12),
+    ("H100 PCIe", 756e12, 51e12),
+    ("H100 NVL", 835e12, 60e12),
+    ("H100", 989e12, 67e12),
+    ("H200 NVL", 835e12, 60e12),
+    ("H200", 989e12, 67e12),
+    ("B200", 2250e12, 75e12),
+)
+"""Words of a GPU's name, and its FLOP/s in bf16 (tensor cores, dense) and fp32 (NVIDIA's data
+sheets). The first that fits counts; the SXM form is called by the bare name."""
+
+
+def peak_flops(gpu: str, precision: str) -> float | None:
+    """FLOP/s that a GPU of this name can reach in ``fp32`` or ``bf16``; None where not known.
+
+    fp32 is without TF32, which torch leaves off by default.
+    """
+    if "MIG" in gpu:  # a part of a GPU
+        return None
+    for name, bf16, fp32 in PEAK_FLOPS:
+        if re.search(rf"\b{name}\b", gpu):
+            return fp32 if precision == "fp32" else bf16
+    return None
+
 
 @dataclass(frozen=True)
 class Part:
@@ -46,6 +76,20 @@ class Part:
     train_flops_per_token: float = 0.0
     train_flops_per_token_ours: float = 0.0
     inference_flops_per_token: float = 0.0
+    """With a key-value cache."""
+    inference_flops_per_token_without_cache: float = 0.0
+    recomputed_flops_per_token: float = 0.0
+    """Forward pass that the backward pass repeats where the recipe has ``parallel.recompute``."""
+
+    @property
+    def forward_flops_per_token(self) -> float:
+        """One forward pass of training, as the released code executes it."""
+        return self.train_flops_per_token / BACKWARD_AND_FORWARD
+
+    @property
+    def forward_flops_per_token_ours(self) -> float:
+        """One forward pass of training, as this package executes it."""
+        return self.train_flops_per_token_ours / BACKWARD_AND_FORWARD
 
 
 @dataclass(frozen=True)
@@ -71,7 +115,17 @@ class Counts:
 
     @property
     def inference_flops_per_token(self) -> float:
+        """With a key-value cache."""
         return sum(part.inference_flops_per_token for part in self.parts)
+
+    @property
+    def inference_flops_per_token_without_cache(self) -> float:
+        return sum(part.inference_flops_per_token_without_cache for part in self.parts)
+
+    @property
+    def recomputed_flops_per_token(self) -> float:
+        """What recomputation adds to training; 0 where the recipe has none."""
+        return sum(part.recomputed_flops_per_token for part in self.parts)
 
     @property
     def train_flops(self) -> float:
@@ -91,8 +145,11 @@ class Counts:
         raise KeyError(name)
 
 
-def count(recipe: Recipe, tokens: int | None = None) -> Counts:
+def count(recipe: Recipe, tokens: int | None = None, *, causal: bool = False) -> Counts:
     """Count a recipe's model over ``tokens`` training tokens (default: steps x global batch).
+
+    Args:
+        causal: count attention over visible steps only, instead of over all.
 
     Raises:
         RecipeError: the recipe leaves a size to its data store; `Recipe.with_store` fills it in.
@@ -101,12 +158,30 @@ def count(recipe: Recipe, tokens: int | None = None) -> Counts:
         tokens = recipe.training.steps * recipe.tokens_per_step
     model = recipe.model
     if model.kind == "calm":
-        parts = _calm_parts(model, recipe.num_patches)
+        parts = _calm_parts(model, recipe, causal)
     elif model.kind == "transformer":
-        parts = _transformer_parts(model, recipe.num_patches)
+        parts = _transformer_parts(model, recipe, causal)
     else:
         parts = _autoencoder_parts(model)
     return Counts(tuple(parts), tokens)
+
+
+def count_autoencoder(model: CalmRecipe, tokens: int) -> Counts:
+    """Count the autoencoder of a CALM, trained on ``tokens`` tokens.
+
+    One pass of its encoder over a corpus costs ``part("encoder").forward_flops_per_token`` a token.
+
+    Raises:
+        RecipeError: the recipe leaves a size to its data store or to the autoencoder's checkpoint.
+    """
+    autoencoder = AutoencoderRecipe(
+        kind="autoencoder",
+        vocab_size=known_size(model, "vocab_size"),
+        patch_size=model.patch_size,
+        latent_size=known_size(model, "latent_size"),
+        **model.autoencoder_size.model_dump(),
+    )
+    return Counts(tuple(_autoencoder_parts(autoencoder)), tokens)
 
 
 def linear_flops(inputs: int, outputs: int) -> int:
@@ -114,8 +189,9 @@ def linear_flops(inputs: int, outputs: int) -> int:
     return 2 * inputs * outputs
 
 
-def attention_flops(hidden_size: int, steps: int, key_value_size: int | None = None) -> int:
-    """FLOPs of one step through one attention layer: projections, then scores and their use.
+def attention_flops(hidden_size: int, steps: float, key_value_size: int | None = None) -> float:
+    """FLOPs of one step through one attention layer that sees ``steps`` steps: projections, then
+    scores and their use.
 
     ``key_value_size`` is smaller than ``hidden_size`` with grouped-query attention.
     """
@@ -165,6 +241,17 @@ def head_flops(
     return passes * of_noise + (1 if share_condition else passes) * of_condition
 
 
+def head_backward_flops(model: CalmRecipe, samples: int) -> int:
+    """FLOPs of one patch's backward pass through our head: twice the forward pass, without the
+    gradients of noise, times and latents, which nobody needs."""
+    if model.head.kind == "energy":
+        inputs = linear_flops(model.head.noise_size, model.hidden_size)
+    else:
+        inputs = linear_flops(TIME_FEATURES, model.hidden_size)
+        inputs += linear_flops(known_size(model, "latent_size"), model.hidden_size)
+    return 2 * head_flops(model, samples, share_condition=True) - samples * inputs
+
+
 def _head_outputs(model: CalmRecipe) -> int:
     """Outputs of an iterative head's network; diffusion predicts a variance, too."""
     return known_size(model, "latent_size") * (2 if model.head.kind == "diffusion" else 1)
@@ -207,10 +294,13 @@ def head_parameters(model: CalmRecipe) -> int:
     return embeddings + blocks * block + final
 
 
-def _calm_parts(model: CalmRecipe, steps: int) -> list[Part]:
+def _calm_parts(model: CalmRecipe, recipe: Recipe, causal: bool) -> list[Part]:
     d, patch_size, latent = model.hidden_size, model.patch_size, known_size(model, "latent_size")
     vocab_size, autoencoder = known_size(model, "vocab_size"), model.autoencoder_size
-    compressor = _affine(patch_size * d, 2 * d) + _affine(2 * d, d) + _layer_norm(d)
+    parameters = _affine(patch_size * d, 2 * d) + _affine(2 * d, d) + _layer_norm(d)
+    compressor = _trained(
+        "patch_compressor", parameters, compressor_flops(d, patch_size) / patch_size
+    )
     decoder = decoder_flops(autoencoder, patch_size, latent) / patch_size
     samples = model.head.num_samples
     natural, ours = (
@@ -218,46 +308,61 @@ def _calm_parts(model: CalmRecipe, steps: int) -> list[Part]:
     )
     evaluations = model.head.evaluations_per_sample
     one = head_flops(model, 1, share_condition=True, evaluations=evaluations) / patch_size
+    head = Part(
+        "head",
+        head_parameters(model),
+        BACKWARD_AND_FORWARD * natural,
+        BACKWARD_AND_FORWARD * ours,
+        one,
+        one,
+    )
     return [
         Part("embedding", vocab_size * d),
-        _trained("patch_compressor", compressor, compressor_flops(d, patch_size) / patch_size),
-        *_body_parts(model, steps),
-        Part(
-            "head",
-            head_parameters(model),
-            BACKWARD_AND_FORWARD * natural,
-            BACKWARD_AND_FORWARD * ours,
-            one,
-        ),
-        Part("autoencoder_decoder", 0, inference_flops_per_token=decoder),
-        Part(
-            "autoencoder_output_layer",
-            0,
-            inference_flops_per_token=linear_flops(autoencoder.hidden_size, vocab_size),
+        _repeated(compressor, recipe.num_patches),
+        *_body_parts(model, recipe, causal),
+        head,
+        _inference_only("autoencoder_decoder", decoder),
+        _inference_only(
+            "autoencoder_output_layer", linear_flops(autoencoder.hidden_size, vocab_size)
         ),
     ]
 
 
-def _transformer_parts(model: TransformerRecipe, steps: int) -> list[Part]:
+def _transformer_parts(model: TransformerRecipe, recipe: Recipe, causal: bool) -> list[Part]:
     d, vocab_size = model.hidden_size, known_size(model, "vocab_size")
     return [
         Part("embedding", vocab_size * d),
-        *_body_parts(model, steps),
+        *_body_parts(model, recipe, causal),
         _trained("output_layer", vocab_size * d, linear_flops(d, vocab_size)),
     ]
 
 
-def _body_parts(model: CalmRecipe | TransformerRecipe, steps: int) -> list[Part]:
+def _body_parts(model: CalmRecipe | TransformerRecipe, recipe: Recipe, causal: bool) -> list[Part]:
     """The Transformer layers, with their norms, and the final norm."""
-    d, f, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
+    d, f, layers, steps = (
+        model.hidden_size,
+        model.intermediate_size,
+        model.num_hidden_layers,
+        recipe.num_patches,
+    )
     key_value_size = d * model.key_value_heads // model.num_attention_heads
-    attention = layers * attention_flops(d, steps, key_value_size) / model.patch_size
-    mlp = layers * mlp_flops(d, f) / model.patch_size
-    return [
-        _trained("attention", layers * (2 * d * (d + key_value_size) + d), attention),
-        _trained("mlp", layers * (3 * d * f + d), mlp),
-        Part("final_norm", d),
+    # Of one step that sees all steps, and of the average step in training.
+    last, average = (
+        layers * attention_flops(d, visible, key_value_size) / model.patch_size
+        for visible in (steps, (steps + 1) / 2 if causal else steps)
+    )
+    attention = _trained("attention", layers * (2 * d * (d + key_value_size) + d), average)
+    mlp = _trained("mlp", layers * (3 * d * f + d), layers * mlp_flops(d, f) / model.patch_size)
+    parts = [
+        replace(_repeated(attention, steps), inference_flops_per_token=last),
+        _repeated(mlp, steps),
     ]
+    if recipe.parallel.recompute:
+        parts = [
+            replace(part, recomputed_flops_per_token=part.forward_flops_per_token_ours)
+            for part in parts
+        ]
+    return [*parts, Part("final_norm", d)]
 
 
 def _autoencoder_parts(model: AutoencoderRecipe) -> list[Part]:
@@ -282,9 +387,26 @@ def _autoencoder_parts(model: AutoencoderRecipe) -> list[Part]:
 
 
 def _trained(name: str, parameters: int, forward: float) -> Part:
-    """A part that training runs once per step of text, in the released code as in ours."""
+    """A part that training runs once per step of text, in the released code as in ours, and
+    inference for the last step alone."""
     training = BACKWARD_AND_FORWARD * forward
-    return Part(name, parameters, training, training, forward)
+    return Part(name, parameters, training, training, forward, forward)
+
+
+def _repeated(part: Part, steps: int) -> Part:
+    """A part that inference without a cache runs for all steps again."""
+    repeated = steps * part.forward_flops_per_token
+    return replace(part, inference_flops_per_token_without_cache=repeated)
+
+
+def _inference_only(name: str, forward: float) -> Part:
+    """A part of the frozen autoencoder."""
+    return Part(
+        name,
+        0,
+        inference_flops_per_token=forward,
+        inference_flops_per_token_without_cache=forward,
+    )
 
 
 def _affine(inputs: int, outputs: int) -> int:

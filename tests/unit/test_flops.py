@@ -205,6 +205,67 @@ def test_sums_and_tokens() -> None:
         counts.part("output_layer")
 
 
+def test_a_hand_count() -> None:
+    """Of the tests' small CALM: d 128, f 352, 4 layers, K 4, l 32, noise 32, N 4, 2 blocks,
+    P 128 patches, V 512, autoencoder d 128, f 320, 2 + 2 layers. All per patch."""
+    counts = flops.count(load_recipe(TINY))
+    forward = {part.name: 4 * part.forward_flops_per_token_ours for part in counts.parts}
+    assert forward["embedding"] == 0
+    assert forward["patch_compressor"] == 327_680  # 2 (512 * 256 + 256 * 128)
+    # q, k, v and output: 8 * 128^2 = 131,072; scores and their use: 4 * 128 * 128 = 65,536.
+    assert forward["attention"] == 786_432  # 4 layers
+    assert forward["mlp"] == 1_081_344  # 4 layers * 6 * 128 * 352
+    # Once: 3 squares of 32,768. Four times: noise 8,192, 11 squares, output 8,192.
+    assert forward["head"] == 98_304 + 4 * (8_192 + 360_448 + 8_192)
+    released = 4 * counts.part("head").forward_flops_per_token
+    assert released - forward["head"] == 3 * 98_304
+    with_cache, without = (
+        {part.name: 4 * getattr(part, f"inference_flops_per_token{form}") for part in counts.parts}
+        for form in ("", "_without_cache")
+    )
+    for name in ("patch_compressor", "attention", "mlp"):
+        assert without[name] == 128 * with_cache[name] == 128 * forward[name]
+    # One sample; latent to hidden 8,192, expansion 131,072, 5 rows of an MLP of 245,760.
+    assert with_cache["head"] == without["head"] == 98_304 + 376_832
+    assert with_cache["autoencoder_decoder"] == 8_192 + 131_072 + 1_228_800
+    assert with_cache["autoencoder_output_layer"] == 4 * 131_072
+    # Causal: (128 + 1) / 2 of 128 steps are seen; the last step sees all of them.
+    causal = flops.count(load_recipe(TINY), causal=True).part("attention")
+    assert 4 * causal.forward_flops_per_token == 4 * (131_072 + 4 * 128 * 64.5)
+    assert causal.inference_flops_per_token == counts.part("attention").inference_flops_per_token
+
+
+def test_causal_attention_is_the_sum_over_what_each_step_sees() -> None:
+    recipe = load_recipe(RECIPES / "transformer_s.yaml")
+    part = flops.count(recipe, causal=True).part("attention")
+    seen = sum(12 * flops.attention_flops(768, 1 + step) for step in range(2048))
+    assert part.forward_flops_per_token * 2048 == seen
+    assert part.inference_flops_per_token_without_cache == seen
+
+
+GPUS = [
+    # Streaming multiprocessors, MHz and FLOPs a clock of the tensor cores; the same of fp32.
+    ("NVIDIA A100-SXM4-80GB", 108 * 1410e6 * 2048, 108 * 1410e6 * 128),
+    ("NVIDIA H100 80GB HBM3", 132 * 1830e6 * 4096, 132 * 1980e6 * 256),
+    ("NVIDIA H100 PCIe", 114 * 1620e6 * 4096, 114 * 1755e6 * 256),
+    ("NVIDIA H200", 132 * 1830e6 * 4096, 132 * 1980e6 * 256),
+    # As published, with sparsity (twice the dense); B200 as a board of 8.
+    ("NVIDIA H100 NVL", 1671e12 / 2, 60e12),
+    ("NVIDIA B200", 36e15 / 2 / 8, 600e12 / 8),
+]
+
+
+@pytest.mark.parametrize(("name", "bf16", "fp32"), GPUS)
+def test_peaks_are_what_the_chips_can_do(name: str, bf16: float, fp32: float) -> None:
+    assert flops.peak_flops(name, "bf16") == pytest.approx(bf16, rel=0.01)
+    assert flops.peak_flops(name, "fp32") == pytest.approx(fp32, rel=0.02)
+
+
+def test_unknown_hardware_has_no_peak() -> None:
+    for name in ("NVIDIA GeForce GTX 1080", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA GB200"):
+        assert flops.peak_flops(name, "bf16") is None
+
+
 def test_sizes_left_to_the_store_are_asked_for() -> None:
     for name in ("vocab_size", "latent_size"):
         with pytest.raises(RecipeError, match=f"model.{name}: absent"):

@@ -1,0 +1,222 @@
+"""Every recipe's closed form against torch's FLOP counter on the trainer's own modules.
+
+The modules live on the meta device: nothing is computed, every matrix product is counted. The
+counter counts attention in full, whatever the mask, as `calm_dist.flops` does by default.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from calm_dist import flops
+from calm_dist.evaluation.load import single_process_topology
+from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig, Encoder
+from calm_dist.models.backbone import Backbone, transformer_config
+from calm_dist.models.heads import HEADS, DiffusionHead, FlowHead
+from calm_dist.models.transformer import Transformer
+from calm_dist.recipe import AutoencoderRecipe, AutoencoderSize, CalmRecipe, Recipe, load_recipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+AUTOENCODERS = [path for path in RECIPES if path.stem.startswith("autoencoder")]
+CALMS = [path for path in RECIPES if path.stem.startswith("calm")]
+LANGUAGE_MODELS = [path for path in RECIPES if path not in AUTOENCODERS]
+# One process holds the whole model.
+ALONE = (
+    "parallel.tensor_parallel_size=1",
+    "parallel.pipeline_parallel_size=1",
+    "parallel.sequence_parallel=false",
+    "parallel.world_size=1",
+    "precision=fp32",
+)
+POSITIONS = 6
+
+
+def name(path: Path) -> str:
+    return path.stem
+
+
+def meta(*shape: int) -> torch.Tensor:
+    return torch.empty(*shape, device="meta")
+
+
+def forward_and_all(output: torch.Tensor, counter: FlopCounterMode) -> tuple[int, int]:
+    """FLOPs up to here, and with the backward pass."""
+    forward = counter.get_total_flops()
+    output.sum().backward()
+    return forward, counter.get_total_flops()
+
+
+def run_body(recipe: Recipe, steps: int) -> tuple[int, int]:
+    """One block of ``steps`` steps through the body: (forward, forward and backward)."""
+    topology = single_process_topology(recipe, torch.device("cpu"))
+    kind = Backbone if recipe.model.kind == "calm" else Transformer
+    with torch.device("meta"):
+        body = kind(recipe, transformer_config(recipe, torch.float32), topology.groups)
+        # Megatron puts it on the CPU, whatever the default.
+        body.rotary.inv_freq = meta(*body.rotary.inv_freq.shape)
+        tokens = torch.zeros(1, steps * recipe.model.patch_size, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            return forward_and_all(body(tokens, steps), counter)
+
+
+@pytest.mark.parametrize("path", LANGUAGE_MODELS, ids=name)
+def test_body_of_every_recipe(path: Path) -> None:
+    recipe = load_recipe(path, ALONE)
+    forward, both = run_body(recipe, recipe.num_patches)
+    parts = [part for part in flops.count(recipe).parts if part.name != "head"]
+    tokens = recipe.block_size
+    assert forward == sum(part.forward_flops_per_token_ours for part in parts) * tokens
+    assert both == sum(part.train_flops_per_token_ours for part in parts) * tokens
+
+
+def test_inference_without_a_cache_runs_the_body_over_the_whole_context() -> None:
+    recipe = load_recipe(RECIPES[0].with_name("transformer_tiny.yaml"), ALONE)
+    forward, _ = run_body(recipe, recipe.num_patches)
+    # Logits are needed for the last step alone.
+    output = flops.count(recipe).part("output_layer").inference_flops_per_token
+    expected = forward - (recipe.num_patches - 1) * output
+    assert flops.count(recipe).inference_flops_per_token_without_cache == expected
+
+
+def test_recomputation_repeats_the_layers_forward_pass() -> None:
+    recipe = load_recipe(CALMS[0].with_name("calm_tiny.yaml"), ALONE)
+    repeating = load_recipe(
+        CALMS[0].with_name("calm_tiny.yaml"), [*ALONE, "parallel.recompute=true"]
+    )
+    assert flops.count(recipe).recomputed_flops_per_token == 0
+    plain, repeated = (run_body(r, r.num_patches)[1] for r in (recipe, repeating))
+    expected = flops.count(repeating).recomputed_flops_per_token * recipe.block_size
+    assert repeated - plain == expected > 0
+
+
+def test_grouped_query_attention() -> None:
+    recipe = load_recipe(CALMS[0], [*ALONE, "model.num_key_value_heads=2"])
+    assert recipe.model.kind == "calm" and recipe.model.key_value_heads == 2
+    forward, _ = run_body(recipe, recipe.num_patches)
+    parts = [part for part in flops.count(recipe).parts if part.name != "head"]
+    assert forward == sum(p.forward_flops_per_token_ours for p in parts) * recipe.block_size
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("path", CALMS, ids=name)
+def test_every_head_of_every_recipe(path: Path, kind: str) -> None:
+    recipe = load_recipe(path, [f"model.head.kind={kind}"])
+    model = recipe.model
+    assert isinstance(model, CalmRecipe)
+    d, latent = model.hidden_size, flops.known_size(model, "latent_size")
+    samples = model.head.num_samples
+    with torch.device("meta"):
+        head = HEADS[kind](model.head, d, latent)
+        hidden = meta(POSITIONS, d).requires_grad_()
+        shape = (samples, POSITIONS)
+        with FlopCounterMode(display=False) as counter:
+            if isinstance(head, DiffusionHead):
+                levels = torch.zeros(shape, dtype=torch.long)
+                output = head.level_loss(hidden, meta(*shape, latent), meta(*shape, latent), levels)
+            elif isinstance(head, FlowHead):
+                output = head.path_loss(
+                    hidden, meta(*shape, latent), meta(*shape, latent), meta(*shape)
+                )
+            else:
+                # The distances of the energy score are no part of the convention.
+                output = head.sample(hidden, meta(*shape, model.head.noise_size))
+            forward, both = forward_and_all(output, counter)
+    expected = flops.head_flops(model, samples, share_condition=True)
+    assert forward == POSITIONS * expected
+    assert both == POSITIONS * (expected + flops.head_backward_flops(model, samples))
+    part = flops.count(recipe).part("head")
+    assert part.train_flops_per_token_ours * model.patch_size == 3 * expected
+    assert part.parameters == sum(p.numel() for p in head.parameters())
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_sampling_with_every_head(kind: str) -> None:
+    overrides = [f"model.head.kind={kind}"]
+    if kind != "energy":
+        overrides.append("model.head.sampling_steps=3")
+    recipe = load_recipe(CALMS[0].with_name("calm_tiny.yaml"), overrides)
+    model = recipe.model
+    assert isinstance(model, CalmRecipe) and model.latent_size is not None
+    head = HEADS[kind](model.head, model.hidden_size, model.latent_size)
+    noise = head.draw_noise(torch.Generator().manual_seed(0), 1, 1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        head.sample(torch.zeros(1, model.hidden_size), noise)
+    part = flops.count(recipe).part("head")
+    assert counter.get_total_flops() == part.inference_flops_per_token * model.patch_size
+
+
+def encode(encoder: Encoder, tokens: torch.Tensor) -> torch.Tensor:
+    """`Encoder.forward` for words that all differ: how many occur twice is not known on meta."""
+    half = len(encoder.encoder_layers) // 2
+    x = encoder.embed_tokens(tokens)
+    for layer in encoder.encoder_layers[:half]:
+        x = layer(x)
+    x = encoder.squeeze_layer(x.flatten(-2))
+    for layer in encoder.encoder_layers[half:]:
+        x = layer(x)
+    return encoder.hidden_to_latent(encoder.norm(x))
+
+
+def autoencoder_on_meta(size: AutoencoderSize, vocab: int, patch: int, latent: int) -> Autoencoder:
+    with torch.device("meta"):
+        return Autoencoder(
+            AutoencoderConfig(
+                vocab,
+                patch,
+                latent,
+                size.hidden_size,
+                size.intermediate_size,
+                size.num_encoder_layers,
+                size.num_decoder_layers,
+            )
+        )
+
+
+@pytest.mark.parametrize("path", AUTOENCODERS, ids=name)
+def test_training_of_every_autoencoder(path: Path) -> None:
+    recipe = load_recipe(path)
+    model = recipe.model
+    assert isinstance(model, AutoencoderRecipe) and model.vocab_size is not None
+    autoencoder = autoencoder_on_meta(model, model.vocab_size, model.patch_size, model.latent_size)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        tokens = torch.zeros(POSITIONS, model.patch_size, dtype=torch.long)
+        mean, log_std = encode(autoencoder.encoder, tokens).chunk(2, -1)
+        encoded = counter.get_total_flops()
+        hidden = autoencoder.decoder(mean + log_std)
+        decoded = counter.get_total_flops() - encoded
+        logits = F.linear(hidden.flatten(0, 1), autoencoder.output_weight)
+        forward, both = forward_and_all(logits, counter)
+    counts, rows = flops.count(recipe), POSITIONS * model.patch_size
+    for part, found in (("encoder", encoded), ("decoder", decoded)):
+        assert counts.part(part).forward_flops_per_token * rows == found
+    assert sum(p.forward_flops_per_token for p in counts.parts) * rows == forward
+    assert counts.train_flops_per_token * rows == both
+    assert counts.inference_flops_per_token * rows == forward
+    assert counts.parameters == sum(p.numel() for p in autoencoder.parameters())
+
+
+@pytest.mark.parametrize("path", CALMS, ids=name)
+def test_autoencoder_of_every_calm(path: Path) -> None:
+    """What generation and encoding use of it, from the language model's recipe alone."""
+    recipe = load_recipe(path)
+    model = recipe.model
+    assert isinstance(model, CalmRecipe)
+    assert model.vocab_size is not None and model.latent_size is not None
+    autoencoder = autoencoder_on_meta(
+        model.autoencoder_size, model.vocab_size, model.patch_size, model.latent_size
+    )
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        encode(autoencoder.encoder, torch.zeros(1, model.patch_size, dtype=torch.long))
+        encoded = counter.get_total_flops()
+        autoencoder.decode(meta(1, 1, model.latent_size))
+        decoded = counter.get_total_flops() - encoded
+    counts, costs = flops.count(recipe), flops.count_autoencoder(model, 1000)
+    inference = sum(p.inference_flops_per_token for p in counts.parts if "autoencoder" in p.name)
+    assert inference * model.patch_size == decoded
+    assert costs.part("encoder").forward_flops_per_token * model.patch_size == encoded
+    assert costs.train_flops * model.patch_size == 1000 * 3 * (encoded + decoded)
