@@ -1,22 +1,20 @@
-"""Write the report of an experiment: index.html for people, report.json for programs.
-
-    python tools/report.py --autoencoder runs/autoencoder --run runs/calm_m runs/transformer_m \\
-        --out report
-"""
+"""Write the report of runs: index.html and report.md for people, report.json for programs."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from calm_dist.cli import run, write_json
+from calm_dist.cli import run
 
 
 def parse_arguments() -> argparse.Namespace:
+    from calm_dist.reports.report import add_options
+
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog="example: python tools/report.py --autoencoder runs/autoencoder "
+        "--run runs/calm_m runs/transformer_s --out runs/report",
     )
-    parser.add_argument("--autoencoder", metavar="RUN", help="run directory of the autoencoder")
     parser.add_argument(
         "--run",
         dest="runs",
@@ -28,19 +26,16 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", metavar="DIR", required=True, help="where the report is written")
     parser.add_argument("--json", metavar="F", help="write report.json to F too, or stdout for -")
+    add_options(parser)
     return parser.parse_args()
 
 
 def main() -> None:
-    args = parse_arguments()
+    arguments = parse_arguments()
 
-    from calm_dist.reports.report import write_report
+    from calm_dist.reports.report import report_runs
 
-    summary = write_report(args.runs, args.out, autoencoder=args.autoencoder)
-    if args.json:
-        write_json(summary, args.json)
-    if args.json != "-":
-        print(Path(args.out) / "index.html")
+    report_runs(arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Plots as inline SVG that takes its colours from the page, so that it follows light and dark.
+"""The report's plots, by matplotlib: inline SVG for the page, PNG for everything else.
 
-Matplotlib draws with placeholder colours; each becomes a CSS variable of `reports.page`.
+In SVG, placeholder colours become CSS variables of `reports.page`, so that it follows light and
+dark.
 """
 
 from __future__ import annotations
@@ -8,25 +9,56 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calm_dist.flops import Part
+from calm_dist.reports.analysis import Point
 from calm_dist.reports.runs import Run
+from calm_dist.reports.tables import compact, power_of_ten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, MUTED, GRID = "#010101", "#010102", "#010103"
-SERIES = tuple(f"#0102{number:02d}" for number in range(1, 8))
-CSS_VARIABLES = {
-    INK: "var(--ink)",
-    MUTED: "var(--muted)",
-    GRID: "var(--line)",
-    **{color: f"var(--series-{number})" for number, color in enumerate(SERIES, 1)},
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours of a plot."""
+
+    paper: str
+    ink: str
+    muted: str
+    line: str
+    series: tuple[str, ...]
+
+
+LIGHT = Palette(
+    "#fdfdfc",
+    "#1d2126",
+    "#5b656e",
+    "#dcdfdd",
+    ("#2367c9", "#c4551a", "#2c8a57", "#8a4fbf", "#96710a", "#12808f", "#c23d75"),
+)
+DARK = Palette(
+    "#15181b",
+    "#e7e9ea",
+    "#9aa4ac",
+    "#343a40",
+    ("#74a9f5", "#f0935a", "#6cc796", "#c39af0", "#dfbb4a", "#5fcbd9", "#ef86b0"),
+)
+_PLACEHOLDERS = Palette(
+    "none", "#010101", "#010102", "#010103", tuple(f"#0102{number:02d}" for number in range(1, 8))
+)
+_CSS_VARIABLES = {
+    _PLACEHOLDERS.ink: "var(--ink)",
+    _PLACEHOLDERS.muted: "var(--muted)",
+    _PLACEHOLDERS.line: "var(--line)",
+    **{color: f"var(--series-{number})" for number, color in enumerate(_PLACEHOLDERS.series, 1)},
 }
 
 PART_NAMES = {
@@ -38,155 +70,275 @@ PART_NAMES = {
     "autoencoder_decoder": "autoencoder decoder",
     "autoencoder_output_layer": "autoencoder output layer",
 }
-"""Parts that cost FLOPs, in the order of data flow."""
+"""Parts of language models that cost FLOPs, in the order of data flow."""
 
+Draw = Callable[["Axes", Palette], None]
+
+_MARKERS = "osD^v"
 _SMOOTHED_SHARE = 50
-_DRAWN_POINTS = 2000
+_DRAWN_POINTS = 1000
+_LINE = 66
+"""Characters that fit side by side in a legend."""
+_LONGEST_NAME = 40
 _NARROW = 200
 """A logarithmic axis of a smaller range than this has marks between the powers of ten."""
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: it takes the page's font and can be selected
-    "font.size": 11,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 11,
-    "axes.titlecolor": INK,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "legend.frameon": False,
-}
+_WIDTH = 5.2
+_HEIGHT = 3.4
 
 
-def brierlm_against_flops(runs: Sequence[Run]) -> str:
-    """BrierLM of every evaluated checkpoint over its training FLOPs, with standard errors."""
-    from matplotlib.ticker import LogLocator
+@dataclass(frozen=True)
+class Plot:
+    """One plot: its file's name, what it shows, the same in words, and who draws it."""
 
-    with _figure(1, 1, 3.6) as (figure, axes):
-        axis = axes[0]
-        for run, color in zip(runs, _colors(runs), strict=True):
-            points = [
-                (run.counts(e["tokens_seen"]).train_flops, e["brierlm"], e.get("brierlm_stderr"))
-                for e in run.comparable_evaluations
-                if e.get("tokens_seen")
-            ]
-            if not points:
-                continue
-            flops, scores, errors = zip(*sorted(points), strict=True)
-            axis.plot(flops, scores, color=color, linewidth=1.5, marker="o", label=run.name)
-            known = [error if error is not None else 0.0 for error in errors]
-            axis.errorbar(flops, scores, known, color=color, fmt="none", capsize=3, linewidth=1)
+    name: str
+    title: str
+    alternative: str
+    draw: Draw
+    rows: int = 0
+    """Bars one below the other, which make it higher."""
+    legend: tuple[str, ...] = ()
+    """Entries of the legend below it."""
+
+    def svg(self) -> str:
+        """An ``<svg>`` element whose ids start with the plot's name; colours are the page's."""
+        with _figure(self, _PLACEHOLDERS) as figure:
+            return _as_svg(figure, self.name)
+
+    def png(self) -> bytes:
+        """An image in light colours."""
+        with _figure(self, LIGHT) as figure:
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
+            return buffer.getvalue()
+
+
+@contextmanager
+def _figure(plot: Plot, palette: Palette) -> Iterator[Figure]:
+    """The drawn figure, without a window system."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    columns = _legend_columns(plot)
+    legend_rows = math.ceil(len(plot.legend) / columns)
+    height = (0.75 + 0.36 * plot.rows if plot.rows else _HEIGHT) + 0.22 * legend_rows
+    with matplotlib.rc_context(_style(palette)):
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        axis = figure.subplots()
+        plot.draw(axis, palette)
+        if plot.legend:
+            handles, labels = axis.get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+        yield figure
+
+
+def _legend_columns(plot: Plot) -> int:
+    """As many as fit side by side."""
+    longest = max(map(len, map(shortened, plot.legend)), default=1)
+    return max(1, min(len(plot.legend), _LINE // (longest + 7), 3))
+
+
+def shortened(name: str) -> str:
+    """A name that fits a line of a plot: a long one loses its middle."""
+    half = _LONGEST_NAME // 2
+    return name if len(name) <= _LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
+
+
+def _style(palette: Palette) -> dict[Any, Any]:
+    return {
+        "svg.fonttype": "none",  # text stays text: it takes the page's font and can be selected
+        "font.size": 10,
+        "figure.facecolor": palette.paper,
+        "axes.facecolor": "none",
+        "axes.edgecolor": palette.muted,
+        "axes.labelcolor": palette.ink,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": palette.line,
+        "grid.linewidth": 0.8,
+        "text.color": palette.ink,
+        "xtick.color": palette.muted,
+        "ytick.color": palette.muted,
+        "legend.frameon": False,
+        "legend.fontsize": 9.5,
+        "lines.markersize": 5.5,
+    }
+
+
+def _look(number: int, palette: Palette) -> dict[str, Any]:
+    """Colour and marker of a run; markers change where colours come again."""
+    colors = palette.series
+    return {
+        "color": colors[number % len(colors)],
+        "marker": _MARKERS[number // len(colors) % len(_MARKERS)],
+    }
+
+
+def brierlm_against_flops(points: Sequence[Point], front: Sequence[Point]) -> Draw:
+    """BrierLM of every evaluated checkpoint over its training FLOPs, with standard errors.
+
+    The Pareto front is dashed; points that do not compare are hollow.
+    """
+
+    def draw(axis: Axes, palette: Palette) -> None:
+        from matplotlib.ticker import LogLocator
+
+        if len(front) > 1:
+            edge = [(p.train_flops or 0.0, p.brierlm) for p in front]
+            axis.plot(
+                *zip(*edge, strict=True),
+                color=palette.muted,
+                linestyle=(0, (4, 3)),
+                linewidth=1.2,
+                drawstyle="steps-post",
+                label="Pareto front",
+                zorder=1,
+            )
+        for number, name in _runs_of(points):
+            own = [p for p in points if p.run == number and p.train_flops]
+            flops, scores = [p.train_flops or 0.0 for p in own], [p.brierlm for p in own]
+            look = _look(number, palette) | {"label": shortened(name)}
+            if not all(p.comparable for p in own):
+                look |= {"markerfacecolor": "none", "linestyle": ":"}
+            # Not clipped: half of a point at 0 would be.
+            axis.plot(flops, scores, **look, linewidth=1.5, clip_on=False, zorder=3)
+            errors = [p.stderr or 0.0 for p in own]
+            axis.errorbar(
+                flops, scores, errors, color=look["color"], fmt="none", capsize=3, linewidth=1
+            )
         axis.set_xscale("log")
         low, high = axis.get_xlim()
         marks = (1.0, 2.0, 5.0) if high / low < _NARROW else (1.0,)
         axis.xaxis.set_major_locator(LogLocator(subs=marks))
-        axis.xaxis.set_major_formatter(_power_of_ten)
+        axis.xaxis.set_major_formatter(lambda value, _: power_of_ten(value))
         axis.xaxis.set_minor_formatter("")
         axis.set_xlabel("training FLOPs")
         axis.set_ylabel("BrierLM")
         axis.set_ylim(bottom=0)
-        axis.legend(loc="best")
-        return _svg(figure, "brier")
+
+    return draw
 
 
-def flops_by_part(runs: Sequence[Run]) -> str:
-    """Stacked bars: FLOPs per token of each part, in training and in inference."""
-    with _figure(1, 2, 1.5 + 0.5 * len(runs)) as (figure, axes):
-        measures = ("train_flops_per_token", "inference_flops_per_token")
-        for axis, measure, title in zip(axes, measures, ("Training", "Inference"), strict=True):
-            _part_bars(axis, runs, measure)
-            axis.set_title(title)
-            axis.set_xlabel("million FLOPs per token")
-            axis.grid(axis="y", visible=False)
-        axes[1].set_yticklabels([])
-        handles, labels = axes[1].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=10)
-        return _svg(figure, "parts")
+def _runs_of(points: Sequence[Point]) -> list[tuple[int, str]]:
+    return list(dict.fromkeys((p.run, p.name) for p in points if p.train_flops))
 
 
-def _part_bars(axis: Axes, runs: Sequence[Run], measure: str) -> None:
-    costs = [{part.name: getattr(part, measure) for part in run.counts().parts} for run in runs]
-    left = np.zeros(len(runs))
-    for (part, label), color in zip(PART_NAMES.items(), SERIES, strict=True):
-        widths = np.array([cost.get(part, 0.0) / 1e6 for cost in costs])
-        axis.barh([run.name for run in runs], widths, 0.6, left=left, color=color, label=label)
-        left += widths
-    axis.invert_yaxis()
+def cross_entropy_against_brierlm(points: Sequence[Point]) -> Draw:
+    """BrierLM over cross entropy of the evaluated checkpoints that have both."""
+
+    def draw(axis: Axes, palette: Palette) -> None:
+        for number, name in dict.fromkeys((p.run, p.name) for p in points):
+            own = [p for p in points if p.run == number]
+            look, scores = _look(number, palette), [p.brierlm for p in own]
+            entropies, errors = (
+                [p.cross_entropy or 0.0 for p in own],
+                [p.stderr or 0.0 for p in own],
+            )
+            label = shortened(name)
+            axis.plot(entropies, scores, **look, ls="none", clip_on=False, zorder=3, label=label)
+            axis.errorbar(
+                entropies, scores, errors, color=look["color"], fmt="none", capsize=3, linewidth=1
+            )
+        axis.set_xlabel("cross entropy, nats per token")
+        axis.set_ylabel("BrierLM")
+        axis.set_ylim(bottom=0)
+
+    return draw
 
 
-def loss_curves(runs: Sequence[Run]) -> str:
-    """One panel a run: the loss of logged steps, and its running mean."""
-    rows = math.ceil(len(runs) / 2)
-    with _figure(rows, min(2, len(runs)), 2.8 * rows) as (figure, axes):
-        for axis, run, color in zip(axes, runs, _colors(runs), strict=False):
-            steps = np.array([record["step"] for record in run.training])
-            losses = np.array([record["loss"] for record in run.training], dtype=float)
-            shown = slice(None, None, math.ceil(len(steps) / _DRAWN_POINTS))
-            axis.plot(steps[shown], losses[shown], color=color, linewidth=0.7, alpha=0.35)
-            axis.plot(steps[shown], _running_mean(losses)[shown], color=color, linewidth=1.8)
-            axis.set_title(run.name)
-            axis.set_xlabel("step")
-            axis.set_ylabel(loss_name(run))
-        for axis in axes[len(runs) :]:
-            axis.remove()
-        return _svg(figure, "loss")
+def flops_by_part(runs: Sequence[tuple[str, Sequence[Part]]], measure: str) -> Draw:
+    """Stacked bars, one a run: FLOPs per token of each part; ``measure`` is a field of `Part`."""
+
+    def draw(axis: Axes, palette: Palette) -> None:
+        left, positions = np.zeros(len(runs)), np.arange(len(runs))
+        for (part, label), color in zip(PART_NAMES.items(), palette.series, strict=True):
+            widths = np.array(
+                [sum(getattr(p, measure) for p in parts if p.name == part) for _, parts in runs]
+            )
+            if widths.any():
+                axis.barh(positions, widths / 1e6, 0.62, left=left, color=color, label=label)
+                left += widths / 1e6
+        axis.set_yticks(positions, [shortened(name) for name, _ in runs])
+        axis.tick_params(axis="y", length=0, labelcolor=palette.ink)
+        axis.invert_yaxis()
+        axis.set_xlabel("million FLOPs per token")
+        axis.grid(axis="y", visible=False)
+
+    return draw
 
 
-def loss_name(run: Run) -> str:
-    """What a run's loss is, with its unit."""
-    return {
-        "calm": "energy loss",
-        "transformer": "cross entropy (nats)",
-        "autoencoder": "autoencoder loss",
-    }[run.kind]
+def shown_parts(runs: Sequence[tuple[str, Sequence[Part]]], measure: str) -> tuple[str, ...]:
+    """The legend of `flops_by_part`."""
+    costly = {p.name for _, parts in runs for p in parts if getattr(p, measure)}
+    return tuple(label for name, label in PART_NAMES.items() if name in costly)
 
 
-def reconstruction(run: Run) -> str:
-    """Token error of the autoencoder over training, and KL of each latent dimension."""
-    with _figure(1, 2, 2.9) as (figure, axes):
+def curves(runs: Sequence[tuple[int, Run]], field: str, label: str, *, zero: bool) -> Draw:
+    """A number of the training records over the tokens seen: faint the logged steps, strong their
+    running mean. ``runs`` come with their position in the report."""
+
+    def draw(axis: Axes, palette: Palette) -> None:
+        for number, run in runs:
+            records = [r for r in run.training if field in r]
+            tokens = np.array([run.tokens_at(r) for r in records], dtype=float)
+            values = np.array([r[field] for r in records], dtype=float)
+            shown = slice(None, None, math.ceil(max(1, len(tokens)) / _DRAWN_POINTS))
+            color = _look(number, palette)["color"]
+            axis.plot(tokens[shown], values[shown], color=color, linewidth=0.7, alpha=0.3)
+            axis.plot(
+                tokens[shown],
+                running_mean(values)[shown],
+                color=color,
+                linewidth=1.8,
+                linestyle=("-", "--", ":")[number // len(palette.series) % 3],
+                label=shortened(run.name),
+            )
+        axis.xaxis.set_major_formatter(lambda value, _: compact(value))
+        axis.set_xlabel("training tokens")
+        axis.set_ylabel(label)
+        if zero:
+            axis.yaxis.set_major_formatter(lambda value, _: compact(value))
+            axis.set_ylim(bottom=0)
+
+    return draw
+
+
+def reconstruction_error(run: Run) -> Draw:
+    """Token error of the autoencoder over training."""
+
+    def draw(axis: Axes, palette: Palette) -> None:
         steps = [evaluation["step"] for evaluation in run.evaluations]
         for name, label, color in (
-            ("token_accuracy", "sampled latent", SERIES[0]),
-            ("token_accuracy_mean", "mean latent", SERIES[1]),
+            ("token_accuracy", "sampled latent", palette.series[0]),
+            ("token_accuracy_mean", "mean latent", palette.series[1]),
         ):
             errors = [100 * (1 - e[name]) if name in e else math.nan for e in run.evaluations]
-            axes[0].plot(steps, errors, color=color, marker="o", markersize=4, label=label)
-        axes[0].axhline(1.0, color=MUTED, linewidth=1, linestyle="--")
-        axes[0].set_yscale("symlog", linthresh=0.1)
-        axes[0].set_ylim(0, 110)
-        axes[0].yaxis.set_major_formatter("{x:g}")
-        axes[0].set_title("Tokens not reconstructed")
-        axes[0].set_xlabel("step")
-        axes[0].set_ylabel("% of held-out tokens")
-        axes[0].legend()
-        divergences = sorted(run.last_evaluation.get("kl_per_dim") or [], reverse=True)
-        axes[1].bar(range(1, len(divergences) + 1), divergences, 1.0, color=SERIES[0])
-        axes[1].set_title("Information in each latent dimension")
-        axes[1].set_xlabel("dimension, sorted")
-        axes[1].set_ylabel("KL, nats")
-        axes[1].grid(axis="x", visible=False)
-        return _svg(figure, "autoencoder")
+            axis.plot(steps, errors, color=color, marker="o", markersize=4, label=label)
+        axis.axhline(1.0, color=palette.muted, linewidth=1, linestyle="--", label="1%")
+        axis.set_yscale("symlog", linthresh=0.1)
+        axis.set_ylim(0, 110)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.set_xlabel("step")
+        axis.set_ylabel("% of held-out tokens")
+
+    return draw
 
 
-def _power_of_ten(value: float, _position: float) -> str:
-    """2e12 -> 2×10¹², in characters that take the page's font."""
-    digits, exponent = f"{value:.0e}".split("e")
-    power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return power if digits == "1" else f"{digits}×{power}"
+def information(divergences: Sequence[float]) -> Draw:
+    """KL of each latent dimension, sorted."""
+
+    def draw(axis: Axes, palette: Palette) -> None:
+        values = sorted(divergences, reverse=True)
+        axis.bar(range(1, len(values) + 1), values, 1.0, color=palette.series[0])
+        axis.set_xlabel("latent dimension, sorted")
+        axis.set_ylabel("KL, nats")
+        axis.grid(axis="x", visible=False)
+
+    return draw
 
 
-def _colors(runs: Sequence[Run]) -> list[str]:
-    return [SERIES[number % len(SERIES)] for number in range(len(runs))]
-
-
-def _running_mean(values: np.ndarray) -> np.ndarray:
+def running_mean(values: np.ndarray) -> np.ndarray:
     """Mean over a window around each point, shorter at the ends."""
     half = max(1, len(values) // _SMOOTHED_SHARE)
     sums = np.concatenate([[0.0], np.nancumsum(values)])
@@ -198,19 +350,7 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
     return np.where(number, (sums[stop] - sums[start]) / np.maximum(number, 1), np.nan)
 
 
-@contextmanager
-def _figure(rows: int, columns: int, height: float) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure without a window system, as wide as the page's column."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(8.6, height), layout="constrained")
-        yield figure, list(figure.subplots(rows, columns, squeeze=False).flat)
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """The figure as an ``<svg>`` element whose ids start with ``name``."""
+def _as_svg(figure: Figure, name: str) -> str:
     buffer = io.StringIO()
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
     figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
@@ -222,6 +362,6 @@ def _svg(figure: Figure, name: str) -> str:
     svg = svg.replace('href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
     svg = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    for color, variable in CSS_VARIABLES.items():
+    for color, variable in _CSS_VARIABLES.items():
         svg = svg.replace(color, variable)
     return svg

@@ -1,13 +1,26 @@
-"""The report of a whole experiment: report.json for programs, index.html for people."""
+"""The report of runs: report.json for programs; index.html, report.md and plots for people."""
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from calm_dist.cli import write_json
 from calm_dist.errors import UserError
+from calm_dist.reports import sections
+from calm_dist.reports.analysis import (
+    correlation,
+    efficiency,
+    evaluated_points,
+    pareto_front,
+)
+from calm_dist.reports.content import Content, headline, missing_and_incomparable
+from calm_dist.reports.markdown import render_markdown
 from calm_dist.reports.page import render_page
 from calm_dist.reports.runs import Run, first_of_kind, read_run
 
@@ -32,15 +45,53 @@ EVALUATION_FACTS = (
 )
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a report of runs, but for ``--run``, ``--out`` and ``--json``."""
+    parser.add_argument("--autoencoder", metavar="RUN", help="run directory of the autoencoder")
+    parser.add_argument(
+        "--peak-tflops",
+        type=float,
+        metavar="X",
+        help="TFLOP/s that one device can reach, for MFU; known for A100, H100, H200 and B200",
+    )
+
+
+def report_runs(arguments: argparse.Namespace) -> None:
+    """Do what the command line asks for: write files, print where, or print the report itself.
+
+    Raises:
+        UserError: see `write_report`.
+    """
+    peak = arguments.peak_tflops
+    if peak is not None and not 0 < peak < float("inf"):
+        raise UserError(f"--peak-tflops {peak}: give a positive number")
+    models, autoencoder = _read(arguments.runs, arguments.autoencoder)
+    summary = summarize(models, autoencoder, peak)
+    if arguments.out:
+        _write(summary, models, autoencoder, Path(arguments.out))
+    if arguments.json:
+        write_json(summary, arguments.json)
+    if arguments.json == "-":
+        return
+    if arguments.out:
+        print(Path(arguments.out) / "index.html")
+    elif not arguments.json:
+        print(render_markdown(_content(summary, models, autoencoder), images=False))
+
+
 def write_report(
-    runs: Sequence[str | Path], out: str | Path, autoencoder: str | Path | None = None
+    runs: Sequence[str | Path],
+    out: str | Path,
+    autoencoder: str | Path | None = None,
+    peak_tflops: float | None = None,
 ) -> dict[str, Any]:
-    """Read run directories and write ``out/report.json`` and ``out/index.html``.
+    """Read run directories and write ``out``: report.json, index.html, report.md, plots/*.png.
 
     Args:
         runs: run directories of CALMs and Transformers.
         out: where the report goes; made if absent.
         autoencoder: the autoencoder's run directory.
+        peak_tflops: of one device; by default from the GPU's name.
 
     Returns:
         What report.json holds (see `summarize`).
@@ -48,6 +99,15 @@ def write_report(
     Raises:
         UserError: a directory is no run, is of the wrong kind, or ``out`` cannot be written.
     """
+    models, autoencoder_run = _read(runs, autoencoder)
+    summary = summarize(models, autoencoder_run, peak_tflops)
+    _write(summary, models, autoencoder_run, Path(out))
+    return summary
+
+
+def _read(
+    runs: Sequence[str | Path], autoencoder: str | Path | None
+) -> tuple[list[Run], Run | None]:
     models = [read_run(path) for path in runs]
     for run in models:
         if run.kind == "autoencoder":
@@ -55,50 +115,117 @@ def write_report(
     autoencoder_run = read_run(autoencoder) if autoencoder is not None else None
     if autoencoder_run is not None and autoencoder_run.kind != "autoencoder":
         raise UserError(f"{autoencoder_run.path}: a {autoencoder_run.kind}; give it with --run")
-    summary = summarize(models, autoencoder_run)
-    page = render_page(summary, models, autoencoder_run)
-    out = Path(out)
+    often = Counter(run.name for run in models)
+    named = [
+        replace(run, label=f"{run.name} ({run.path})") if often[run.name] > 1 else run
+        for run in models
+    ]
+    return named, autoencoder_run
+
+
+def _write(
+    summary: dict[str, Any], models: Sequence[Run], autoencoder: Run | None, out: Path
+) -> None:
+    content = _content(summary, models, autoencoder)
+    page, words = render_page(content), render_markdown(content)
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        (out / "plots").mkdir(parents=True, exist_ok=True)
+        for section in content.sections:
+            for plot in section.plots:
+                (out / "plots" / f"{plot.name}.png").write_bytes(plot.png())
         (out / "report.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        (out / "report.md").write_text(words, encoding="utf-8")
         (out / "index.html").write_text(page, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out {out}: cannot write there ({error.strerror})") from error
-    return summary
 
 
-def summarize(models: Sequence[Run], autoencoder: Run | None) -> dict[str, Any]:
+def _content(summary: dict[str, Any], models: Sequence[Run], autoencoder: Run | None) -> Content:
+    title, lead, facts = headline(summary)
+    points = evaluated_points(models)
+    costs = [*summary["models"], *([summary["autoencoder"]] if autoencoder else [])]
+    return Content(
+        title,
+        lead,
+        facts,
+        missing_and_incomparable(summary, models, autoencoder),
+        (
+            sections.models_section(summary["models"]),
+            sections.brierlm_section(models, points, pareto_front(points)),
+            sections.correlation_section(points, summary["correlation"]),
+            sections.loss_section(models, autoencoder),
+            sections.cost_section(models, autoencoder, costs),
+            sections.flops_section(models, autoencoder),
+            sections.autoencoder_section(summary["autoencoder"], autoencoder),
+        ),
+        tuple(str(run.path) for run in (*models, *([autoencoder] if autoencoder else []))),
+    )
+
+
+def summarize(
+    models: Sequence[Run], autoencoder: Run | None, peak_tflops: float | None = None
+) -> dict[str, Any]:
     """The content of report.json. What a run lacks is null.
 
     ``autoencoder``: the last evaluation of its run. ``models``: one entry a run;
     ``train_flops`` = FLOPs per token of `calm_dist.flops` (as the released code executes them) x
-    measured tokens. ``comparison``: the first CALM over the first Transformer.
+    measured tokens. ``comparison``: the first CALM over the first Transformer. ``pareto_front``
+    and ``correlation``: see `reports.analysis`.
     """
-    entries = [_model_entry(run) for run in models]
+    points = evaluated_points(models)
+    entries = [
+        {
+            **_model_entry(run),
+            **efficiency(run, peak_tflops),
+            "evaluations": [_plain(p) for p in points if p.run == number],
+        }
+        for number, run in enumerate(models)
+    ]
     return {
-        "autoencoder": _autoencoder_entry(autoencoder),
+        "autoencoder": _autoencoder_entry(autoencoder, peak_tflops),
         "models": entries,
         "comparison": _comparison(entries),
+        "pareto_front": [_plain(point) for point in pareto_front(points)],
+        "correlation": correlation(points),
     }
 
 
-def _autoencoder_entry(run: Run | None) -> dict[str, Any]:
+def _plain(point: Any) -> dict[str, Any]:
+    values = asdict(point)
+    del values["run"]
+    return values
+
+
+def _autoencoder_entry(run: Run | None, peak_tflops: float | None) -> dict[str, Any]:
     evaluation = run.last_evaluation if run is not None else {}
     entry: dict[str, Any] = {name: evaluation.get(name) for name in AUTOENCODER_FACTS}
     entry["step"] = evaluation.get("step")
-    entry["parameters"] = run.counts().parameters if run is not None else None
+    counts = run.counts() if run is not None else None
+    entry["parameters"] = counts and counts.parameters
+    entry["train_flops"] = entry["encoding_flops_per_token"] = None
+    if run is not None and counts is not None:
+        entry["encoding_flops_per_token"] = counts.part("encoder").forward_flops_per_token
+        entry["train_flops"] = counts.train_flops if run.tokens_seen is not None else None
+        entry["tokens_per_second"] = run.tokens_per_second
+        entry |= efficiency(run, peak_tflops)
     return entry
 
 
 def _model_entry(run: Run) -> dict[str, Any]:
     counts, evaluation, recipe = run.counts(), run.last_evaluation, run.recipe
+    trained = run.tokens_seen is not None
     return {
         "name": run.name,
         "kind": run.kind,
+        "path": str(run.path),
         "patch_size": recipe.model.patch_size,
         "parameters": counts.parameters,
-        "train_flops": counts.train_flops if run.tokens_seen is not None else None,
+        "train_flops": counts.train_flops if trained else None,
+        "train_flops_ours": counts.train_flops_ours if trained else None,
+        "recomputed_flops_per_token": counts.recomputed_flops_per_token,
         "inference_flops_per_token": counts.inference_flops_per_token,
+        "inference_flops_per_token_without_cache": counts.inference_flops_per_token_without_cache,
+        "parts": [asdict(part) for part in counts.parts],
         "tokens_seen": run.tokens_seen,
         "brierlm": evaluation.get("brierlm"),
         "brierlm_stderr": evaluation.get("brierlm_stderr"),
@@ -110,7 +237,9 @@ def _model_entry(run: Run) -> dict[str, Any]:
             # The Transformer has no head, so no DeepSpeed engine: nothing is partitioned.
             "zero_stage": recipe.parallel.zero_stage if run.kind == "calm" else 0,
         },
+        "precision": recipe.precision,
         "tokens_per_second": run.tokens_per_second,
+        "loss": run.training[-1]["loss"] if run.training else None,
         "evaluation": {name: evaluation[name] for name in EVALUATION_FACTS if name in evaluation},
     }
 

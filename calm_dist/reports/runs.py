@@ -15,6 +15,8 @@ from calm_dist.recipe import Recipe, load_recipe
 
 Record = Mapping[str, Any]
 
+CPU = "cpu"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -25,11 +27,16 @@ class Run:
     training: list[Record] = field(default_factory=list)
     """Records with a loss, by step; of a step that was run again after a resume, the last."""
     evaluations: list[Record] = field(default_factory=list)
-    """The ``eval`` parts with their ``step``, by step; of one step the last."""
+    """The ``eval`` parts with their ``step``, by step; of one step those of unlike `conditions`, of
+    like ones the last."""
+    environment: Record = field(default_factory=dict)
+    """environment.json: where the run was started last."""
+    label: str | None = None
+    """A name of its own among runs that are called alike."""
 
     @property
     def name(self) -> str:
-        return self.recipe.run.display_name
+        return self.label or self.recipe.run.display_name
 
     @property
     def kind(self) -> str:
@@ -61,6 +68,34 @@ class Run:
         rates = [r["tokens_per_second"] for r in self.training if r.get("tokens_per_second")]
         return median(rates) if rates else None
 
+    def tokens_at(self, record: Record) -> int:
+        """Tokens seen up to a training record."""
+        return record.get("tokens", record["step"] * self.recipe.tokens_per_step)
+
+    @property
+    def ranks(self) -> int | None:
+        """Processes of the last start, one a device; None where nothing says so."""
+        return self.environment.get("world_size")
+
+    @property
+    def device(self) -> str | None:
+        """The GPU's name, ``cpu``, or None where nothing says which."""
+        if "gpu" in self.environment:
+            return self.environment["gpu"] or CPU
+        version = str(self.environment.get("libraries", {}).get("torch"))
+        return CPU if version.endswith("+cpu") else None
+
+    @property
+    def training_seconds(self) -> float | None:
+        """Duration of all steps: a logged step stands for those since the one before, too."""
+        seconds, before = 0.0, 0
+        for record in self.training:
+            if record.get("step_seconds") is None:
+                return None
+            seconds += (record["step"] - before) * record["step_seconds"]
+            before = record["step"]
+        return seconds if self.training else None
+
     def counts(self, tokens: int | None = None) -> Counts:
         """Parameters and FLOPs over ``tokens`` (default: those seen, 0 where unknown)."""
         return count(self.recipe, tokens=(self.tokens_seen or 0) if tokens is None else tokens)
@@ -77,24 +112,37 @@ def read_run(path: str | Path) -> Run:
     """Read a run directory. Metrics may be missing; the recipe may not.
 
     Raises:
-        UserError: the directory or its recipe.yaml is not there, or metrics.jsonl is unreadable.
+        UserError: the directory or its recipe.yaml is not there, or a file in it is unreadable.
     """
     path = Path(path)
     if not (path / "recipe.yaml").is_file():
         raise UserError(f"{path}: no recipe.yaml in it; give a run directory of tools/train.py")
     records = _read_records(path / "metrics.jsonl")
     training = {record["step"]: record for record in records if "loss" in record}
-    evaluations = {
-        record["step"]: {"step": record["step"], **record["eval"]}
-        for record in records
-        if "eval" in record
-    }
+    evaluations: dict[Any, Record] = {}
+    for record in records:
+        if "eval" in record:
+            key = (record["step"], conditions(record["eval"]))
+            # Taken out first: the last one of a step is the last in order.
+            evaluations.pop(key, None)
+            evaluations[key] = {**record["eval"], "step": record["step"]}
     return Run(
         path,
         load_recipe(path / "recipe.yaml"),
         [training[step] for step in sorted(training)],
-        [evaluations[step] for step in sorted(evaluations)],
+        sorted(evaluations.values(), key=lambda evaluation: evaluation["step"]),
+        _read_environment(path / "environment.json"),
     )
+
+
+def _read_environment(path: Path) -> Record:
+    if not path.exists():
+        return {}
+    try:
+        environment = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: no JSON ({error}); remove it, or restore it") from error
+    return environment if isinstance(environment, dict) else {}
 
 
 def _read_records(path: Path) -> list[Record]:

@@ -142,10 +142,20 @@ def prepare_run_directory(recipe: Recipe, world: World) -> int:
         "host": platform.node(),
         "python": platform.python_version(),
         "cpu_count": os.cpu_count(),
+        "gpu": _gpu(recipe),
         "libraries": {name: _version(name) for name in LIBRARIES},
     }
     write_environment(run_dir, environment)
     return lock
+
+
+def _gpu(recipe: Recipe) -> str | None:
+    """The GPU's name; None where the run computes on CPUs."""
+    import torch
+
+    if recipe.parallel.device == "cpu" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_name()
 
 
 def _check_changes(run_dir: Path, recipe: Recipe) -> None:

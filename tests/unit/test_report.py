@@ -13,6 +13,7 @@ import pytest
 from calm_dist.errors import UserError
 from calm_dist.flops import count
 from calm_dist.recipe import Recipe
+from calm_dist.reports.analysis import Point, correlation, pareto_front
 from calm_dist.reports.report import write_report
 from calm_dist.reports.runs import read_run
 
@@ -43,8 +44,16 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+H100 = {"world_size": 8, "gpu": "NVIDIA H100 80GB HBM3", "libraries": {"torch": "2.13.0"}}
+
+
 def make_run(
-    folder: Path, kind: str, records: list[dict[str, Any]], *, name: str | None = None
+    folder: Path,
+    kind: str,
+    records: list[dict[str, Any]],
+    *,
+    name: str | None = None,
+    environment: dict[str, Any] | None = None,
 ) -> Path:
     parallel = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "world_size": 8}
     recipe = Recipe.from_dict(
@@ -58,6 +67,8 @@ def make_run(
     )
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    if environment is not None:
+        (folder / "environment.json").write_text(json.dumps(environment))
     if records:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return folder
@@ -65,7 +76,8 @@ def make_run(
 
 def training(step: int, loss: float = 1.0, rate: float = 1000.0) -> dict[str, Any]:
     tokens = step * TOKENS_PER_STEP
-    return {"step": step, "loss": loss, "tokens": tokens, "tokens_per_second": rate, "skipped": 0}
+    record = {"step": step, "loss": loss, "tokens": tokens, "tokens_per_second": rate}
+    return record | {"step_seconds": TOKENS_PER_STEP / rate, "skipped": 0}
 
 
 def evaluation(step: int, brierlm: float, **changes: Any) -> dict[str, Any]:
@@ -164,7 +176,7 @@ def test_flops_follow_the_tokens_really_seen(experiment: dict[str, Path], tmp_pa
 class Outline(HTMLParser):
     """Collects what matters of a page: attributes, nesting, text."""
 
-    void = ("meta", "br", "path", "use", "image")
+    void = ("meta", "link", "br", "path", "use", "image")
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -192,13 +204,18 @@ class Outline(HTMLParser):
 def test_page_is_whole_and_needs_no_network(experiment: dict[str, Path], tmp_path: Path) -> None:
     _, page = report(experiment, tmp_path / "report")
     outline = Outline(page)
-    assert outline.stack == [] and page.count("<svg") == 4
+    plots = sorted(path.stem for path in (tmp_path / "report" / "plots").iterdir())
+    assert plots == [
+        *("brierlm", "flops_inference", "flops_training", "information"),
+        *("loss_autoencoder", "loss_calm", "loss_transformer", "reconstruction", "throughput"),
+    ]
+    assert outline.stack == [] and page.count("<svg") == len(plots)
     labels = [
         value for tag, name, value in outline.attributes if (tag, name) == ("svg", "aria-label")
     ]
-    assert len(labels) == 4 and page.count("<details>") == 4
+    assert len(labels) == len(plots) and page.count("<details>") == 5
     links = [value for _, name, value in outline.attributes if name in ("src", "href")]
-    assert links == ["report.json"]
+    assert links == ["data:,", "report.json", "report.md"]
     ids = [value for _, name, value in outline.attributes if name == "id"]
     assert len(ids) == len(set(ids))
     used = {value[1:] for _, name, value in outline.attributes if name == "xlink:href"}
@@ -208,6 +225,130 @@ def test_page_is_whole_and_needs_no_network(experiment: dict[str, Path], tmp_pat
     assert not re.search(r"#0[12]0[0-9]{3}", page)
     assert "Transformer &lt;tiny&gt;" in page and "<tiny>" not in page
     assert "2.00 ± 0.10" in outline.text and "There is no" not in outline.text
+
+
+def test_markdown_and_images_say_the_same(experiment: dict[str, Path], tmp_path: Path) -> None:
+    report(experiment, tmp_path / "report")
+    words = (tmp_path / "report" / "report.md").read_text()
+    images = re.findall(r"!\[([^]]+)\]\((plots/\w+\.png)\)", words)
+    assert len(images) == 9 and all(len(alternative) > 40 for alternative, _ in images)
+    for _, image in images:
+        assert (tmp_path / "report" / image).read_bytes().startswith(b"\x89PNG")
+    # Names are no markup, and a table's rows have as many cells as its head.
+    assert "Transformer \\<tiny\\>" in words
+    for block in re.findall(r"(?:^\|.*\n)+", words, re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
+
+
+def test_cost_and_mfu_of_known_hardware(tmp_path: Path) -> None:
+    records = [training(step, rate=50_000.0) for step in range(10, 401, 10)]
+    run = make_run(tmp_path / "calm", "calm", records, environment=H100)
+    (entry,) = write_report([run], tmp_path / "report")["models"]
+    executed = count(read_run(run).recipe, tokens=0).train_flops_per_token_ours
+    assert entry["device"] == "NVIDIA H100 80GB HBM3" and entry["ranks"] == 8
+    assert entry["flops_per_second_per_device"] == pytest.approx(50_000 * executed / 8)
+    # The recipe trains in fp32, so its peak counts: 67 TFLOP/s.
+    assert entry["mfu"] == pytest.approx(50_000 * executed / 8 / 67e12)
+    # Every tenth step is logged, and stands for ten: 400 steps of 2,048 tokens at 50,000 a second.
+    assert entry["training_seconds"] == pytest.approx(400 * TOKENS_PER_STEP / 50_000)
+    assert entry["gpu_hours"] == pytest.approx(8 * entry["training_seconds"] / 3600)
+    (given,) = write_report([run], tmp_path / "given", peak_tflops=0.5)["models"]
+    assert given["mfu"] == pytest.approx(50_000 * executed / 8 / 0.5e12)
+
+
+@pytest.mark.parametrize(
+    ("environment", "device", "shown"),
+    [
+        ({"world_size": 4, "gpu": None}, "cpu", "peak unknown"),
+        ({"world_size": 4, "libraries": {"torch": "2.13.0+cpu"}}, "cpu", "peak unknown"),
+        ({"world_size": 4, "gpu": "Some GPU"}, "Some GPU", "No peak FLOP/s is known of Some GPU"),
+        ({"world_size": 4, "libraries": {"torch": "2.13.0"}}, None, "on what device it ran"),
+        (None, None, "on how many processes"),
+    ],
+)
+def test_unknown_hardware_is_not_guessed(
+    environment: dict[str, Any] | None, device: str | None, shown: str, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "calm", "calm", [training(10)], environment=environment)
+    (entry,) = write_report([run], tmp_path / "report")["models"]
+    assert entry["device"] == device
+    assert entry["mfu"] is None and entry["peak_flops_per_second_per_device"] is None
+    assert (entry["device_hours"] is None) == (environment is None)
+    assert (entry["gpu_hours"] is None) == (device in (None, "cpu"))
+    assert shown in (tmp_path / "report" / "index.html").read_text()
+
+
+def point(flops: float | None, brierlm: float, **changes: Any) -> Point:
+    return Point(0, "run", 1, flops, brierlm, None, changes.get("entropy"),
+                 changes.get("comparable", True))  # fmt: skip
+
+
+def test_pareto_front() -> None:
+    points = [
+        point(1.0, 1.0),
+        point(2.0, 0.5),  # more FLOPs, lower score
+        point(2.0, 3.0),
+        point(2.0, 2.0),  # as many FLOPs, lower score
+        point(4.0, 3.0),  # more FLOPs, no higher score
+        point(5.0, 4.0),
+        point(0.1, 9.0, comparable=False),
+        point(None, 9.0),
+    ]
+    front = pareto_front(points)
+    assert [(p.train_flops, p.brierlm) for p in front] == [(1, 1), (2, 3), (5, 4)]
+    # By definition: no other point is at least as good in both, and better in one.
+    known = points[:6]
+    assert front == sorted(
+        (p for p in known if not any(
+            q.train_flops <= p.train_flops and q.brierlm >= p.brierlm
+            and (q.train_flops, q.brierlm) != (p.train_flops, p.brierlm) for q in known)),
+        key=lambda p: p.train_flops,
+    )  # fmt: skip
+
+
+def test_correlations_equal_scipys() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    entropies, scores = [4.0, 3.5, 3.5, 3.1, 2.9], [0.0, 0.3, 0.2, 1.0, 1.0]
+    points = [point(1.0, s, entropy=e) for e, s in zip(entropies, scores, strict=True)]
+    points += [point(1.0, 9.0), point(1.0, 9.0, entropy=9.0, comparable=False)]
+    found = correlation(points)
+    assert found["points"] == 5 and found["undefined"] is None
+    assert found["pearson"] == pytest.approx(stats.pearsonr(entropies, scores).statistic)
+    assert found["spearman"] == pytest.approx(stats.spearmanr(entropies, scores).statistic)
+    few = correlation(points[:2])
+    assert few["pearson"] is None and "3 are needed" in few["undefined"]
+    assert correlation([points[0]] * 3)["undefined"] == "all evaluations have the same value"
+
+
+def test_cross_entropy_is_correlated_over_several_evaluations(tmp_path: Path) -> None:
+    records = [training(step) for step in range(10, 401, 10)]
+    records += [
+        evaluation(step, step / 100, cross_entropy=5 - step / 100) for step in (100, 200, 300, 400)
+    ]
+    run = make_run(tmp_path / "transformer", "transformer", records)
+    summary = write_report([run], tmp_path / "report")
+    assert summary["correlation"]["pearson"] == pytest.approx(-1)
+    assert [p["step"] for p in summary["pareto_front"]] == [100, 200, 300, 400]
+    assert (tmp_path / "report" / "plots" / "correlation.png").is_file()
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "Over 4 evaluations: Pearson -1.000, Spearman -1.000" in page
+
+
+def test_many_runs_with_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [
+        make_run(
+            tmp_path / str(number) / "calm",
+            "calm",
+            [training(step) for step in (10, 20)] + [evaluation(20, 1 + number / 10)],
+        )
+        for number in range(9)
+    ]
+    summary = write_report(runs, tmp_path / "report")
+    names = [entry["name"] for entry in summary["models"]]
+    assert len(set(names)) == 9 and all(
+        str(run) in name for run, name in zip(runs, names, strict=True)
+    )
+    assert summary["pareto_front"][0]["name"] == names[-1] and len(summary["pareto_front"]) == 1
 
 
 def test_report_shows_what_is_lacking(tmp_path: Path) -> None:
@@ -263,6 +404,10 @@ def test_wrong_directories_are_refused(experiment: dict[str, Path], tmp_path: Pa
         write_report([tmp_path / "nothing"], out)
     with pytest.raises(UserError, match="give it with --autoencoder"):
         write_report([experiment["autoencoder"]], out)
+    (experiment["calm"] / "environment.json").write_text("{")
+    with pytest.raises(UserError, match=r"environment\.json: no JSON"):
+        write_report([experiment["calm"]], out)
+    (experiment["calm"] / "environment.json").unlink()
     with pytest.raises(UserError, match="give it with --run"):
         write_report([experiment["calm"]], out, autoencoder=experiment["calm"])
     out.touch()

@@ -1,0 +1,163 @@
+"""What several runs say together: points that compare, the Pareto front, correlations, MFU."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from calm_dist.flops import count_autoencoder, peak_flops
+from calm_dist.reports.runs import CPU, Record, Run, conditions
+
+MIN_CORRELATED = 3
+"""Points below which a correlation says nothing."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """An evaluated checkpoint."""
+
+    run: int
+    """Position of the run among those of the report."""
+    name: str
+    step: int
+    train_flops: float | None
+    """As the released code executes them, over the tokens seen; None where those are not known."""
+    brierlm: float
+    stderr: float | None
+    cross_entropy: float | None
+    comparable: bool
+    """Whether it was taken under the `common_conditions`."""
+
+
+def common_conditions(models: Sequence[Run]) -> tuple[Any, ...] | None:
+    """The conditions of evaluation that most runs share; the first run's where several do.
+
+    None where no run was evaluated.
+    """
+    shared = Counter(
+        condition
+        for run in models
+        for condition in dict.fromkeys(
+            conditions(e) for e in reversed(run.evaluations) if e.get("brierlm") is not None
+        )
+    )
+    return shared.most_common(1)[0][0] if shared else None
+
+
+def compared_evaluations(models: Sequence[Run]) -> list[tuple[list[Record], bool]]:
+    """Of each run the evaluations under the `common_conditions`, and True; of a run that has none,
+    those under the conditions of its last one, and False."""
+    wanted = common_conditions(models)
+    found = []
+    for run in models:
+        scored = [e for e in run.evaluations if e.get("brierlm") is not None]
+        alike = [e for e in scored if conditions(e) == wanted]
+        found.append((alike or run.comparable_evaluations, bool(alike)))
+    return found
+
+
+def evaluated_points(models: Sequence[Run]) -> list[Point]:
+    """The checkpoints of the `compared_evaluations`."""
+    return [
+        Point(
+            number,
+            run.name,
+            e["step"],
+            run.counts(e["tokens_seen"]).train_flops if e.get("tokens_seen") else None,
+            e["brierlm"],
+            e.get("brierlm_stderr"),
+            e.get("cross_entropy"),
+            comparable,
+        )
+        for number, (run, (evaluations, comparable)) in enumerate(
+            zip(models, compared_evaluations(models), strict=True)
+        )
+        for e in evaluations
+    ]
+
+
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+    """The comparable points that no other one beats with as many FLOPs or fewer, by FLOPs."""
+    front: list[Point] = []
+    known = [p for p in points if p.comparable and p.train_flops is not None]
+    for point in sorted(known, key=lambda p: (p.train_flops, -p.brierlm)):
+        if not front or point.brierlm > front[-1].brierlm:
+            front.append(point)
+    return front
+
+
+def correlation(points: Sequence[Point]) -> dict[str, Any]:
+    """Pearson's and Spearman's correlation of cross entropy with BrierLM over comparable points.
+
+    ``undefined`` says why there is none, and is None where there is.
+    """
+    pairs = [
+        (p.cross_entropy, p.brierlm) for p in points if p.comparable and p.cross_entropy is not None
+    ]
+    result: dict[str, Any] = {
+        "points": len(pairs),
+        "pearson": None,
+        "spearman": None,
+        "undefined": None,
+    }
+    if len(pairs) < MIN_CORRELATED:
+        result["undefined"] = (
+            f"{len(pairs)} evaluations have cross entropy and BrierLM; {MIN_CORRELATED} are needed"
+        )
+        return result
+    entropies, scores = np.array(pairs, dtype=float).T
+    if np.ptp(entropies) == 0 or np.ptp(scores) == 0:
+        result["undefined"] = "all evaluations have the same value"
+        return result
+    result["pearson"] = _pearson(entropies, scores)
+    result["spearman"] = _pearson(_ranks(entropies), _ranks(scores))
+    return result
+
+
+def _pearson(x: np.ndarray, y: np.ndarray) -> float:
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1; equal values share the mean of theirs."""
+    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(sizes) - (sizes - 1) / 2)[group]
+
+
+def executed_flops_per_token(run: Run) -> float:
+    """Training FLOPs that this package executes for a token, recomputation left out; with the
+    frozen encoder's, where latents are made on the fly."""
+    flops, model = run.counts().train_flops_per_token_ours, run.recipe.model
+    if model.kind == "calm" and run.recipe.data.latents == "on_the_fly":
+        flops += count_autoencoder(model, 0).part("encoder").forward_flops_per_token
+    return flops
+
+
+def efficiency(run: Run, peak_tflops: float | None) -> dict[str, Any]:
+    """Throughput against what the hardware can do, and what the run cost; None where not known.
+
+    Args:
+        peak_tflops: of one device; where absent, the table of `calm_dist.flops` by the GPU's name.
+    """
+    ranks, device, rate = run.ranks, run.device, run.tokens_per_second
+    peak = None if peak_tflops is None else peak_tflops * 1e12
+    if peak is None and device is not None:
+        peak = peak_flops(device, run.recipe.precision)
+    achieved = rate * executed_flops_per_token(run) / ranks if rate and ranks else None
+    seconds = run.training_seconds
+    hours = ranks * seconds / 3600 if ranks and seconds is not None else None
+    return {
+        "device": device,
+        "ranks": ranks,
+        "flops_per_second_per_device": achieved,
+        "peak_flops_per_second_per_device": peak,
+        "mfu": achieved / peak if achieved is not None and peak else None,
+        "training_seconds": seconds,
+        "device_hours": hours,
+        "gpu_hours": None if device in (CPU, None) else hours,
+        "logged_steps": len(run.training),
+    }

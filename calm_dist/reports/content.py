@@ -1,0 +1,144 @@
+"""What a report says, however it is written: headline, notes, and sections of text, plots, tables.
+
+Everything is plain text; `reports.page` and `reports.markdown` write it down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from calm_dist.reports.plots import Plot
+from calm_dist.reports.runs import CPU, Record, Run, conditions, first_of_kind
+from calm_dist.reports.tables import MISSING, Table, compact
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A number that stands out, and what is said beside it."""
+
+    label: str
+    value: str
+    addition: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report under a heading."""
+
+    title: str
+    text: tuple[str, ...] = ()
+    plots: tuple[Plot, ...] = ()
+    tables: tuple[Table, ...] = ()
+
+
+@dataclass(frozen=True)
+class Content:
+    """A whole report."""
+
+    title: str
+    lead: str
+    facts: tuple[Fact, ...]
+    notes: tuple[str, ...]
+    sections: tuple[Section, ...]
+    sources: tuple[str, ...]
+    """The run directories."""
+
+
+def headline(summary: dict[str, Any]) -> tuple[str, str, tuple[Fact, ...]]:
+    """Title, one sentence, and the numbers that it rests on."""
+    entries = summary["models"]
+    calm, transformer = (first_of_kind(entries, kind) for kind in ("calm", "transformer"))
+    if calm is None or transformer is None:
+        absent = "CALM" if calm is None else "Transformer"
+        lead = f"There is no {absent} among the runs to compare with."
+        return "Trained models", lead, tuple(_score(entry) for entry in entries[:4])
+    ratios = summary["comparison"]
+    training, inference = ratios["train_flops_ratio"], ratios["inference_flops_ratio"]
+    spent = f"{training:.2f} times" if training is not None else "an unknown share of"
+    lead = (
+        f"{calm['name']} predicts {calm['patch_size']} tokens in one step. It was trained "
+        f"with {spent} the FLOPs of {transformer['name']}, and needs {inference:.2f} times its "
+        "FLOPs to generate a token."
+    )
+    facts = (
+        _score(calm),
+        _score(transformer),
+        Fact("training FLOPs, CALM / Transformer", _times(training)),
+        Fact("inference FLOPs, CALM / Transformer", _times(inference)),
+    )
+    return "Next patch against next token", lead, facts
+
+
+def _score(entry: Record) -> Fact:
+    """BrierLM with its standard error, or why there is none."""
+    label = f"BrierLM, {entry['name']}"
+    if entry["brierlm"] is None:
+        return Fact(label, MISSING, "not evaluated")
+    error = entry["brierlm_stderr"]
+    return Fact(
+        label,
+        f"{entry['brierlm']:.2f}",
+        "no standard error" if error is None else f"± {error:.2f}",
+    )
+
+
+def _times(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.2f}×"
+
+
+def missing_and_incomparable(
+    summary: dict[str, Any], models: Sequence[Run], autoencoder: Run | None
+) -> tuple[str, ...]:
+    """What a reader must know before comparing: what runs lack, and what differs between them."""
+    notes = []
+    for run in (*models, *([autoencoder] if autoencoder else [])):
+        notes += [f"{run.name}: {lack}" for lack in _lacks(run)]
+    without_peak: dict[str, list[str]] = {}
+    for entry in summary["models"]:
+        if entry["flops_per_second_per_device"] and entry["mfu"] is None:
+            device = {None: "an unknown device", CPU: "CPUs"}.get(entry["device"], entry["device"])
+            without_peak.setdefault(device, []).append(entry["name"])
+    notes += [
+        f"No peak FLOP/s is known of {device}, hence no MFU of {', '.join(names)}; --peak-tflops "
+        "gives one."
+        for device, names in without_peak.items()
+    ]
+    if autoencoder is None:
+        notes.append("No autoencoder run was given.")
+    evaluated = [run for run in models if run.evaluations]
+    if len({conditions(run.last_evaluation) for run in evaluated}) > 1:
+        notes.append(
+            "The models were evaluated last on different data, block sizes or n-grams: these "
+            "BrierLM do not compare. The plot shows checkpoints that do; others are hollow."
+        )
+    tokens = {run.name: run.tokens_seen for run in models if run.tokens_seen}
+    if len(set(tokens.values())) > 1:
+        seen = ", ".join(f"{name} {compact(count)}" for name, count in tokens.items())
+        notes.append(f"The models saw different amounts of text: {seen} tokens.")
+    return tuple(notes)
+
+
+def _lacks(run: Run) -> list[str]:
+    """What a run's files do not say."""
+    lacks = []
+    if not run.training:
+        lacks.append("no training records in metrics.jsonl.")
+    elif not run.evaluations:
+        lacks.append("trained, but not evaluated.")
+    elif run.last_evaluation["step"] != run.training[-1]["step"]:
+        lacks.append(
+            f"evaluated at step {run.last_evaluation['step']}, but trained to step "
+            f"{run.training[-1]['step']}."
+        )
+    if run.ranks is None:
+        lacks.append("environment.json does not say on how many processes it ran: no cost.")
+    elif run.device is None:
+        lacks.append("environment.json does not say on what device it ran.")
+    if run.training and run.training_seconds is None:
+        lacks.append("not all training records have step_seconds: no cost.")
+    reason = run.last_evaluation.get("stderr_undefined")
+    if reason:
+        lacks.append(f"BrierLM has no standard error ({reason}).")
+    return lacks

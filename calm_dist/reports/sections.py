@@ -1,0 +1,408 @@
+"""The sections of a report of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from calm_dist.flops import Part
+from calm_dist.reports import plots
+from calm_dist.reports.analysis import Point, compared_evaluations
+from calm_dist.reports.content import Section
+from calm_dist.reports.plots import Plot
+from calm_dist.reports.runs import CPU, Record, Run
+from calm_dist.reports.tables import (
+    MISSING,
+    UNKNOWN,
+    Cell,
+    Table,
+    compact,
+    number,
+    power_of_ten,
+    scientific,
+    short,
+    text,
+    with_error,
+)
+
+NOTHING = "No run has records to show here."
+KINDS = {"calm": "CALM", "transformer": "Transformer", "autoencoder": "autoencoder"}
+LOSSES = {"calm": "energy loss", "transformer": "cross entropy, nats", "autoencoder": "loss"}
+_ALL_PARTS = {**plots.PART_NAMES, "encoder": "encoder", "decoder": "decoder"}
+_TABLE_ROWS = 12
+
+
+def models_section(entries: Sequence[dict[str, Any]]) -> Section:
+    """One row a model: what it is, and what came of it."""
+    rows = [
+        (
+            text(e["name"]),
+            text(KINDS[e["kind"]]),
+            number(e["patch_size"]),
+            short(e["parameters"]),
+            short(e["tokens_seen"]),
+            scientific(e["train_flops"]),
+            short(e["inference_flops_per_token"]),
+            with_error(e["brierlm"], e["brierlm_stderr"]),
+            number(e["evaluation"].get("cross_entropy"), "{:.3f}"),
+        )
+        for e in entries
+    ]
+    heads = (
+        "run",
+        "kind",
+        "K",
+        "parameters",
+        "tokens seen",
+        "training FLOPs",
+        "FLOPs per generated token",
+        "BrierLM",
+        "cross entropy",
+    )
+    explained = (
+        "BrierLM: 0 to 100, higher is better, ± one standard error. Cross entropy in nats per "
+        "held-out token. K: tokens per step. FLOPs: measured tokens times FLOPs per token as the "
+        "authors' code executes them."
+    )
+    tables = (Table("Models", heads, tuple(rows)), _scores(entries))
+    return Section("Models", (explained,), tables=tables)
+
+
+def _scores(entries: Sequence[dict[str, Any]]) -> Table:
+    """All that the last evaluations say."""
+    rows = tuple(
+        (
+            text(e["name"]),
+            number(e["evaluation"].get("step")),
+            number(e["brierlm"], "{:.3f}"),
+            number(e["brierlm_stderr"], "{:.3f}"),
+            *(number(100 * score, "{:.3f}") for score in e["brier"] or ()),
+            *(UNKNOWN for _ in range(4 - len(e["brier"] or ()))),
+            number(e["evaluation"].get("cross_entropy"), "{:.4f}"),
+            number(e["evaluation"].get("energy_loss"), "{:.4f}"),
+            number(e["evaluation"].get("reconstruction_accuracy"), "{:.3%}"),
+        )
+        for e in entries
+    )
+    brier = tuple(f"Brier-{n}, %" for n in (1, 2, 3, 4))
+    heads = ("run", "step", "BrierLM", "standard error", *brier)
+    others = ("cross entropy", "energy loss", "reconstruction")
+    return Table("Last evaluations", (*heads, *others), rows, folded=True)
+
+
+def brierlm_section(
+    models: Sequence[Run], points: Sequence[Point], front: Sequence[Point]
+) -> Section:
+    title = "BrierLM against training FLOPs"
+    drawn = [point for point in points if point.train_flops is not None]
+    if not points:
+        return Section(title, (NOTHING,))
+    rows = tuple(
+        (
+            text(p.name),
+            number(p.step),
+            scientific(p.train_flops),
+            number(p.brierlm, "{:.3f}"),
+            number(p.stderr, "{:.3f}"),
+            number(p.cross_entropy, "{:.3f}"),
+            text("yes" if p in front else "no" if p.comparable else "does not compare"),
+        )
+        for p in points
+    )
+    heads = ("run", "step", "training FLOPs", "BrierLM", "standard error", "cross entropy")
+    last = {p.name: f"{p.name} {p.brierlm:.2f} at {p.train_flops:.2e} FLOPs" for p in drawn}
+    edge = ", ".join(f"{p.name} at step {p.step}" for p in front)
+    plot = Plot(
+        "brierlm",
+        title,
+        f"BrierLM over training FLOPs. Last points: {'; '.join(last.values())}. "
+        f"Pareto front: {edge or 'none'}.",
+        plots.brierlm_against_flops(points, front),
+        legend=(*last, *(["Pareto front"] if len(front) > 1 else [])),
+    )
+    measured = "; ".join(
+        _protocol(run.name, evaluations[-1])
+        for run, (evaluations, _) in zip(models, compared_evaluations(models), strict=True)
+        if evaluations and evaluations[-1].get("protocol")
+    )
+    explained = (
+        "Every evaluated checkpoint on held-out text; bars are one standard error (bootstrap over "
+        "blocks). Dashed: the Pareto front, checkpoints that no other one beats with as few FLOPs.",
+        f"{measured}." if measured else "",
+    )
+    table = Table("Evaluated checkpoints", (*heads, "on the Pareto front"), rows, folded=True)
+    return Section(title, explained, (plot,) if drawn else (), (table,))
+
+
+def _protocol(name: str, evaluation: Record) -> str:
+    """How an evaluation was taken."""
+    protocol = evaluation["protocol"]
+    aligned = f"at the beginnings of patches of {protocol['patch_size']}"
+    where = aligned if protocol["alignment"] == "patch" else "at every token"
+    return (
+        f"{name}: {protocol['blocks']} blocks of {protocol['block_size']} tokens, "
+        f"{protocol['positions']} n-grams {where}, "
+        f"{protocol['samples']} draws each, data {evaluation['data_fingerprint'][:12]}"
+    )
+
+
+def correlation_section(points: Sequence[Point], correlation: Record) -> Section:
+    title = "Cross entropy against BrierLM"
+    if correlation["undefined"]:
+        return Section(title, (f"No correlation: {correlation['undefined']}.",))
+    both = [p for p in points if p.comparable and p.cross_entropy is not None]
+    found = (
+        f"Over {correlation['points']} evaluations: Pearson {correlation['pearson']:.3f}, Spearman "
+        f"{correlation['spearman']:.3f}."
+    )
+    plot = Plot(
+        "correlation",
+        title,
+        f"BrierLM over cross entropy. {found}",
+        plots.cross_entropy_against_brierlm(both),
+        legend=tuple(dict.fromkeys(p.name for p in both)),
+    )
+    explained = (
+        f"{found} Only models with a softmax have a cross entropy. The paper reports -0.966 and "
+        "-0.991 for its Transformers."
+    )
+    return Section(title, (explained,), (plot,))
+
+
+def loss_section(models: Sequence[Run], autoencoder: Run | None) -> Section:
+    """A plot for each kind of loss, since different ones do not compare."""
+    title = "Training loss"
+    runs = [*models, *([autoencoder] if autoencoder else [])]
+    trained = [(number, run) for number, run in enumerate(runs) if run.training]
+    if not trained:
+        return Section(title, (NOTHING,))
+    shown = []
+    for kind, label in LOSSES.items():
+        own = [(number, run) for number, run in trained if run.kind == kind]
+        if own:
+            ends = ", ".join(f"{run.name} {_last_loss(run)}" for _, run in own)
+            shown.append(
+                Plot(
+                    f"loss_{kind}",
+                    f"{KINDS[kind]}: {label}",
+                    f"Training loss of {KINDS[kind]} runs over tokens. Last values: {ends}.",
+                    plots.curves(own, "loss", label, zero=False),
+                    legend=tuple(run.name for _, run in own),
+                )
+            )
+    rows = tuple(
+        (
+            text(run.name),
+            number(record["step"]),
+            short(run.tokens_at(record)),
+            number(record["loss"], "{:.4f}"),
+            number(record.get("grad_norm"), "{:.3f}"),
+            number(record.get("skipped")),
+        )
+        for _, run in trained
+        for record in _thinned(run.training)
+    )
+    heads = ("run", "step", "tokens", "loss", "gradient norm", "skipped steps")
+    explained = (
+        "Faint: logged steps; strong: running mean. Losses of different kinds of model have "
+        "different units and do not compare."
+    )
+    return Section(title, (explained,), tuple(shown), (Table("Losses", heads, rows, folded=True),))
+
+
+def _last_loss(run: Run) -> str:
+    loss = run.training[-1]["loss"]
+    return "not finite" if loss is None else f"{loss:.3f}"
+
+
+def cost_section(
+    models: Sequence[Run], autoencoder: Run | None, costs: Sequence[dict[str, Any]]
+) -> Section:
+    """``costs``: `analysis.efficiency` of each model, and of the autoencoder where there is one."""
+    runs = [*models, *([autoencoder] if autoencoder else [])]
+    fast = [(number, run) for number, run in enumerate(models) if run.tokens_per_second]
+    rates = ", ".join(f"{run.name} {compact(run.tokens_per_second or 0)}" for _, run in fast)
+    plot = Plot(
+        "throughput",
+        "Throughput",
+        f"Tokens per second over training tokens. Medians: {rates}.",
+        plots.curves(fast, "tokens_per_second", "tokens per second", zero=True),
+        legend=tuple(run.name for _, run in fast),
+    )
+    rows = tuple(_cost_row(run, cost) for run, cost in zip(runs, costs, strict=True))
+    heads = (
+        "run",
+        "device",
+        "ranks",
+        "layout",
+        "precision",
+        "tokens/s",
+        "FLOP/s per device",
+        "peak",
+        "MFU",
+        "hours",
+        "GPU-hours",
+    )
+    if all(cost["device"] == CPU for cost in costs):
+        heads = (*heads[:-1], "device-hours")
+    explained = (
+        "Medians over the logged steps. FLOP/s: what this package executes for a token, times "
+        "tokens per second, over the ranks of the last start; MFU: that over the device's peak in "
+        "the run's precision. Hours: durations of all steps, where a logged step stands for those "
+        "since the one before; without start, checkpoints and evaluation. GPU-hours, on CPUs "
+        "device-hours: hours times ranks. Layout: tensor × pipeline × data parallel, and the ZeRO "
+        "stage of the head's engine."
+    )
+    table = Table("Throughput and cost", heads, rows)
+    return Section("Throughput and cost", (explained,), (plot,) if fast else (), (table,))
+
+
+def _cost_row(run: Run, cost: Record) -> tuple[Cell, ...]:
+    parallel = run.recipe.parallel
+    layout = (
+        f"{parallel.tensor_parallel_size} × {parallel.pipeline_parallel_size} × "
+        f"{run.recipe.data_parallel_size}"
+    )
+    if run.kind == "calm":
+        layout += f", ZeRO-{parallel.zero_stage}"
+    seconds, peak = cost["training_seconds"], cost["peak_flops_per_second_per_device"]
+    return (
+        text(run.name),
+        text(cost["device"]),
+        number(cost["ranks"]),
+        text(layout),
+        text(run.recipe.precision),
+        short(run.tokens_per_second),
+        short(cost["flops_per_second_per_device"]),
+        Cell("peak unknown", None) if peak is None else short(peak),
+        number(cost["mfu"], "{:.1%}"),
+        number(None if seconds is None else seconds / 3600, "{:,.3g}"),
+        number(cost["device_hours"], "{:,.3g}"),
+    )
+
+
+def flops_section(models: Sequence[Run], autoencoder: Run | None) -> Section:
+    title = "FLOPs by part"
+    named = [(run.name, run.counts().parts) for run in models]
+    shown = tuple(
+        Plot(
+            f"flops_{name}",
+            f"{name.capitalize()}, per token",
+            f"Stacked bars of FLOPs per token in {name}. {_largest(named, measure)}",
+            plots.flops_by_part(named, measure),
+            rows=len(named),
+            legend=plots.shown_parts(named, measure),
+        )
+        for name, measure in (
+            ("training", "train_flops_per_token"),
+            ("inference", "inference_flops_per_token"),
+        )
+    )
+    own = [(autoencoder.name, autoencoder.counts().parts)] if autoencoder is not None else []
+    rows = tuple(
+        (
+            text(name),
+            text(_ALL_PARTS[part.name]),
+            number(part.parameters),
+            short(part.train_flops_per_token),
+            short(part.train_flops_per_token_ours),
+            short(part.inference_flops_per_token),
+            short(part.inference_flops_per_token_without_cache),
+        )
+        for name, parts in [*named, *own]
+        for part in parts
+        if part.name in _ALL_PARTS
+    )
+    heads = (
+        "run",
+        "part",
+        "parameters",
+        "training",
+        "training, ours",
+        "inference",
+        "inference without cache",
+    )
+    explained = (
+        "Counted from the recipe: matrix multiplications, two FLOPs a multiply-add, full "
+        "attention; training is three times the forward pass, inference one token after a full "
+        "context. Training as the authors' code executes it; ours computes what does not depend on "
+        "the noise once for all samples of the head. Embeddings and norms cost no matrix "
+        "multiplication."
+    )
+    table = Table("FLOPs per token by part", heads, rows, folded=True)
+    return Section(title, (explained,), shown, (table,))
+
+
+def _largest(named: Sequence[tuple[str, Sequence[Part]]], measure: str) -> str:
+    """The part of each run that costs most, in words."""
+    words = []
+    for name, parts in named:
+        costs = {part.name: getattr(part, measure) for part in parts}
+        largest = max(costs, key=costs.__getitem__)
+        words.append(
+            f"{name}: {compact(sum(costs.values()))} in all, most in "
+            f"{plots.PART_NAMES[largest]} ({costs[largest] / sum(costs.values()):.0%})."
+        )
+    return " ".join(words)
+
+
+def autoencoder_section(entry: Record, run: Run | None) -> Section:
+    title = "Autoencoder"
+    if run is None or not run.evaluations:
+        return Section(title, ("There is no evaluation of an autoencoder to show.",))
+    explained = (
+        f"At step {entry['step']} the autoencoder rebuilds "
+        f"{_filled(entry['token_accuracy'], '{:.3%}')} of held-out tokens from sampled latents, "
+        f"{_filled(entry['token_accuracy_mean'], '{:.3%}')} from their means; "
+        f"{_filled(entry['collapsed_dims'], '{}')} of {_filled(entry['latent_size'], '{}')} latent "
+        "dimensions are collapsed; the mean posterior std is "
+        f"{_filled(entry['mean_std'], '{:.3f}')}.",
+        f"Its training took {_filled(entry['train_flops'], '{:.3g}')} FLOPs; to encode a token of "
+        f"the corpus takes {_filled(entry['encoding_flops_per_token'], '{:.3g}')}.",
+    )
+    divergences = run.last_evaluation.get("kl_per_dim") or []
+    shown = [
+        Plot(
+            "reconstruction",
+            "Tokens not reconstructed",
+            f"Share of held-out tokens that are not rebuilt, over training. {explained[0]}",
+            plots.reconstruction_error(run),
+            legend=("sampled latent", "mean latent", "1%"),
+        )
+    ]
+    if divergences:
+        shown.append(
+            Plot(
+                "information",
+                "Information in each latent dimension",
+                f"KL of {len(divergences)} latent dimensions, from {max(divergences):.3g} down to "
+                f"{min(divergences):.3g} nats.",
+                plots.information(divergences),
+            )
+        )
+    rows = tuple(
+        (
+            number(e["step"]),
+            number(e.get("token_accuracy"), "{:.3%}"),
+            number(e.get("token_accuracy_mean"), "{:.3%}"),
+            number(e.get("collapsed_dims")),
+        )
+        for e in _thinned(run.evaluations)
+    )
+    heads = ("step", "accuracy, sampled latent", "accuracy, mean latent", "collapsed dimensions")
+    table = Table("Reconstruction", heads, rows, folded=True)
+    return Section(title, explained, tuple(shown), (table,))
+
+
+def _filled(value: float | None, pattern: str) -> str:
+    if value is not None and pattern == "{:.3g}":
+        return power_of_ten(value, 2)
+    return MISSING if value is None else pattern.format(value)
+
+
+def _thinned(records: Sequence[Record]) -> list[Record]:
+    """At most a dozen records, evenly spaced, the last one among them."""
+    if len(records) <= _TABLE_ROWS:
+        return list(records)
+    last = len(records) - 1
+    return [records[number * last // (_TABLE_ROWS - 1)] for number in range(_TABLE_ROWS)]
