@@ -58,7 +58,7 @@ th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid var(-
   font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.words { text-align: left; }
 thead th { vertical-align: bottom; padding: 0; }
-tbody th { font-weight: 400; }
+tbody th { font-weight: 400; white-space: normal; min-width: 6.5rem; max-width: 15rem; }
 tr > :first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 td:first-child, tbody th { padding-left: 0; }
 thead button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0;
@@ -77,7 +77,8 @@ th[aria-sort="descending"] button::after { content: "\\2193"; color: var(--ink);
 footer { margin-top: 3.5rem; padding-top: 1rem; border-top: 1px solid var(--line); }
 a { color: var(--series-1); }
 code { font-size: .9em; overflow-wrap: anywhere; }
-@media (max-width: 40rem) { body { padding: 1.5rem 1rem 3rem; } h1 { font-size: 1.6rem; } }
+@media (max-width: 40rem) { body { padding: 1.5rem 1rem 3rem; } h1 { font-size: 1.6rem; }
+  tbody th { max-width: 8rem; overflow-wrap: anywhere; } }
 @media print { thead button::after { content: ""; } }
 """
 )

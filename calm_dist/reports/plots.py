@@ -79,7 +79,6 @@ _SMOOTHED_SHARE = 50
 _DRAWN_POINTS = 1000
 _LINE = 66
 """Characters that fit side by side in a legend."""
-_LONGEST_NAME = 40
 _NARROW = 200
 """A logarithmic axis of a smaller range than this has marks between the powers of ten."""
 _WIDTH = 5.2
@@ -137,10 +136,10 @@ def _legend_columns(plot: Plot) -> int:
     return max(1, min(len(plot.legend), _LINE // (longest + 7), 3))
 
 
-def shortened(name: str) -> str:
+def shortened(name: str, longest: int = 40) -> str:
     """A name that fits a line of a plot: a long one loses its middle."""
-    half = _LONGEST_NAME // 2
-    return name if len(name) <= _LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
+    half = longest // 2
+    return name if len(name) <= longest else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def _style(palette: Palette) -> dict[Any, Any]:
@@ -259,7 +258,7 @@ def flops_by_part(runs: Sequence[tuple[str, Sequence[Part]]], measure: str) -> D
             if widths.any():
                 axis.barh(positions, widths / 1e6, 0.62, left=left, color=color, label=label)
                 left += widths / 1e6
-        axis.set_yticks(positions, [shortened(name) for name, _ in runs])
+        axis.set_yticks(positions, [shortened(name, 22) for name, _ in runs])
         axis.tick_params(axis="y", length=0, labelcolor=palette.ink)
         axis.invert_yaxis()
         axis.set_xlabel("million FLOPs per token")

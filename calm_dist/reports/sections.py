@@ -120,11 +120,7 @@ def brierlm_section(
         plots.brierlm_against_flops(points, front),
         legend=(*last, *(["Pareto front"] if len(front) > 1 else [])),
     )
-    measured = "; ".join(
-        _protocol(run.name, evaluations[-1])
-        for run, (evaluations, _) in zip(models, compared_evaluations(models), strict=True)
-        if evaluations and evaluations[-1].get("protocol")
-    )
+    measured = _protocols(models)
     explained = (
         "Every evaluated checkpoint on held-out text; bars are one standard error (bootstrap over "
         "blocks). Dashed: the Pareto front, checkpoints that no other one beats with as few FLOPs.",
@@ -134,13 +130,21 @@ def brierlm_section(
     return Section(title, explained, (plot,) if drawn else (), (table,))
 
 
-def _protocol(name: str, evaluation: Record) -> str:
-    """How an evaluation was taken."""
+def _protocols(models: Sequence[Run]) -> str:
+    """How the evaluations were taken, with the runs that share each way."""
+    ways: dict[str, list[str]] = {}
+    for run, (evaluations, _) in zip(models, compared_evaluations(models), strict=True):
+        if evaluations and evaluations[-1].get("protocol"):
+            ways.setdefault(_protocol(evaluations[-1]), []).append(run.name)
+    return "; ".join(f"{', '.join(names)}: {way}" for way, names in ways.items())
+
+
+def _protocol(evaluation: Record) -> str:
     protocol = evaluation["protocol"]
     aligned = f"at the beginnings of patches of {protocol['patch_size']}"
     where = aligned if protocol["alignment"] == "patch" else "at every token"
     return (
-        f"{name}: {protocol['blocks']} blocks of {protocol['block_size']} tokens, "
+        f"{protocol['blocks']} blocks of {protocol['block_size']} tokens, "
         f"{protocol['positions']} n-grams {where}, "
         f"{protocol['samples']} draws each, data {evaluation['data_fingerprint'][:12]}"
     )
@@ -172,8 +176,10 @@ def correlation_section(points: Sequence[Point], correlation: Record) -> Section
 def loss_section(models: Sequence[Run], autoencoder: Run | None) -> Section:
     """A plot for each kind of loss, since different ones do not compare."""
     title = "Training loss"
-    runs = [*models, *([autoencoder] if autoencoder else [])]
-    trained = [(number, run) for number, run in enumerate(runs) if run.training]
+    trained = [(number, run) for number, run in enumerate(models) if run.training]
+    if autoencoder is not None and autoencoder.training:
+        # Alone in its plot.
+        trained.append((len(KINDS) - 1, autoencoder))
     if not trained:
         return Section(title, (NOTHING,))
     shown = []
@@ -275,7 +281,7 @@ def _cost_row(run: Run, cost: Record) -> tuple[Cell, ...]:
         short(run.tokens_per_second),
         short(cost["flops_per_second_per_device"]),
         Cell("peak unknown", None) if peak is None else short(peak),
-        number(cost["mfu"], "{:.1%}"),
+        number(None if cost["mfu"] is None else 100 * cost["mfu"], "{:.3g}%"),
         number(None if seconds is None else seconds / 3600, "{:,.3g}"),
         number(cost["device_hours"], "{:,.3g}"),
     )

@@ -156,7 +156,7 @@ class Browser:
                 **extra,
             )
 
-    def screenshot(self, *, whole: bool = True) -> bytes:
-        """The page as PNG; ``whole``: beyond the screen, too."""
-        data = self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
+    def screenshot(self) -> bytes:
+        """What the screen shows, as PNG."""
+        data = self.call("Page.captureScreenshot")["data"]
         return base64.b64decode(data)

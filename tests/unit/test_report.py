@@ -9,104 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_runs import (
+    H100,
+    TOKENS_PER_STEP,
+    autoencoder_evaluation,
+    evaluation,
+    make_run,
+    training,
+)
 
 from calm_dist.errors import UserError
 from calm_dist.flops import count
-from calm_dist.recipe import Recipe
-from calm_dist.reports.analysis import Point, correlation, pareto_front
-from calm_dist.reports.report import write_report
+from calm_dist.reports.analysis import (
+    Point,
+    correlation,
+    executed_flops_per_token,
+    pareto_front,
+)
+from calm_dist.reports.content import missing_and_incomparable
+from calm_dist.reports.report import summarize, write_report
 from calm_dist.reports.runs import read_run
-
-TOKENS_PER_STEP = 8 * 256
-BACKBONE = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-MODELS: dict[str, dict[str, Any]] = {
-    "calm": {
-        "kind": "calm",
-        "patch_size": 4,
-        "latent_size": 32,
-        "autoencoder_size": {"hidden_size": 64, "intermediate_size": 128},
-        **BACKBONE,
-    },
-    "transformer": {"kind": "transformer", **BACKBONE},
-    "autoencoder": {
-        "kind": "autoencoder",
-        "vocab_size": 512,
-        "latent_size": 32,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-    },
-}
-
-
-H100 = {"world_size": 8, "gpu": "NVIDIA H100 80GB HBM3", "libraries": {"torch": "2.13.0"}}
-
-
-def make_run(
-    folder: Path,
-    kind: str,
-    records: list[dict[str, Any]],
-    *,
-    name: str | None = None,
-    environment: dict[str, Any] | None = None,
-) -> Path:
-    parallel = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "world_size": 8}
-    recipe = Recipe.from_dict(
-        {
-            "run": {"dir": str(folder), "name": name},
-            "model": MODELS[kind],
-            "data": {"path": "latents/train", "block_size": 256},
-            "training": {"steps": 400, "micro_batch_size": 2, "global_batch_size": 8},
-            "parallel": parallel if kind != "autoencoder" else {},
-        }
-    )
-    folder.mkdir(parents=True)
-    (folder / "recipe.yaml").write_text(recipe.to_yaml())
-    if environment is not None:
-        (folder / "environment.json").write_text(json.dumps(environment))
-    if records:
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    return folder
-
-
-def training(step: int, loss: float = 1.0, rate: float = 1000.0) -> dict[str, Any]:
-    tokens = step * TOKENS_PER_STEP
-    record = {"step": step, "loss": loss, "tokens": tokens, "tokens_per_second": rate}
-    return record | {"step_seconds": TOKENS_PER_STEP / rate, "skipped": 0}
-
-
-def evaluation(step: int, brierlm: float, **changes: Any) -> dict[str, Any]:
-    result = {
-        "brierlm": brierlm,
-        "brierlm_stderr": 0.1,
-        "brier": [0.08, 0.02, 0.01, 0.005],
-        "tokens_seen": step * TOKENS_PER_STEP,
-        "data_fingerprint": "e" * 64,
-        "protocol": {
-            "block_size": 256,
-            "patch_size": 4,
-            "samples": 8,
-            "alignment": "patch",
-            "blocks": 32,
-            "positions": 2016,
-        },
-        "seed": 0,
-    }
-    return {"step": step, "eval": {**result, **changes}}
-
-
-def autoencoder_evaluation(step: int) -> dict[str, Any]:
-    facts = {"token_accuracy": 1 - 1 / step, "token_accuracy_mean": 1 - 0.5 / step}
-    kl = [3.0] * 29 + [0.01] * 3
-    return {
-        "step": step,
-        "eval": facts | {"collapsed_dims": 3, "latent_size": 32, "kl_per_dim": kl, "mean_std": 0.3},
-    }
 
 
 @pytest.fixture
@@ -242,9 +164,9 @@ def test_markdown_and_images_say_the_same(experiment: dict[str, Path], tmp_path:
 
 def test_cost_and_mfu_of_known_hardware(tmp_path: Path) -> None:
     records = [training(step, rate=50_000.0) for step in range(10, 401, 10)]
-    run = make_run(tmp_path / "calm", "calm", records, environment=H100)
-    (entry,) = write_report([run], tmp_path / "report")["models"]
-    executed = count(read_run(run).recipe, tokens=0).train_flops_per_token_ours
+    run = read_run(make_run(tmp_path / "calm", "calm", records, environment=H100))
+    (entry,) = summarize([run], None)["models"]
+    executed = count(run.recipe, tokens=0).train_flops_per_token_ours
     assert entry["device"] == "NVIDIA H100 80GB HBM3" and entry["ranks"] == 8
     assert entry["flops_per_second_per_device"] == pytest.approx(50_000 * executed / 8)
     # The recipe trains in fp32, so its peak counts: 67 TFLOP/s.
@@ -252,30 +174,46 @@ def test_cost_and_mfu_of_known_hardware(tmp_path: Path) -> None:
     # Every tenth step is logged, and stands for ten: 400 steps of 2,048 tokens at 50,000 a second.
     assert entry["training_seconds"] == pytest.approx(400 * TOKENS_PER_STEP / 50_000)
     assert entry["gpu_hours"] == pytest.approx(8 * entry["training_seconds"] / 3600)
-    (given,) = write_report([run], tmp_path / "given", peak_tflops=0.5)["models"]
+    (given,) = summarize([run], None, peak_tflops=0.5)["models"]
     assert given["mfu"] == pytest.approx(50_000 * executed / 8 / 0.5e12)
 
 
+def test_latents_made_on_the_fly_cost_the_encoder(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "calm", "calm", [training(10)], environment=H100)
+    stored = read_run(folder)
+    recipe = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(
+        recipe.replace("latents: stored", "latents: on_the_fly").replace(
+            "autoencoder: null", "autoencoder: runs/autoencoder"
+        )
+    )
+    # Encoder of d 64, f 128, K 4, l 32, a token: (5 rows of an MLP, 256 to 64, 64 to 64) / 4.
+    encoder = (5 * 6 * 64 * 128 + 2 * 256 * 64 + 2 * 64 * 64) / 4
+    added = executed_flops_per_token(read_run(folder)) - executed_flops_per_token(stored)
+    assert added == encoder
+
+
 @pytest.mark.parametrize(
-    ("environment", "device", "shown"),
+    ("environment", "device", "note"),
     [
-        ({"world_size": 4, "gpu": None}, "cpu", "peak unknown"),
-        ({"world_size": 4, "libraries": {"torch": "2.13.0+cpu"}}, "cpu", "peak unknown"),
+        ({"world_size": 4, "gpu": None}, "cpu", "No peak FLOP/s is known of CPUs"),
+        ({"world_size": 4, "libraries": {"torch": "2.13.0+cpu"}}, "cpu", "known of CPUs"),
         ({"world_size": 4, "gpu": "Some GPU"}, "Some GPU", "No peak FLOP/s is known of Some GPU"),
         ({"world_size": 4, "libraries": {"torch": "2.13.0"}}, None, "on what device it ran"),
         (None, None, "on how many processes"),
     ],
 )
 def test_unknown_hardware_is_not_guessed(
-    environment: dict[str, Any] | None, device: str | None, shown: str, tmp_path: Path
+    environment: dict[str, Any] | None, device: str | None, note: str, tmp_path: Path
 ) -> None:
-    run = make_run(tmp_path / "calm", "calm", [training(10)], environment=environment)
-    (entry,) = write_report([run], tmp_path / "report")["models"]
+    run = read_run(make_run(tmp_path / "calm", "calm", [training(10)], environment=environment))
+    summary = summarize([run], None)
+    (entry,) = summary["models"]
     assert entry["device"] == device
     assert entry["mfu"] is None and entry["peak_flops_per_second_per_device"] is None
     assert (entry["device_hours"] is None) == (environment is None)
     assert (entry["gpu_hours"] is None) == (device in (None, "cpu"))
-    assert shown in (tmp_path / "report" / "index.html").read_text()
+    assert note in " ".join(missing_and_incomparable(summary, [run], None))
 
 
 def point(flops: float | None, brierlm: float, **changes: Any) -> Point:
