@@ -59,7 +59,9 @@ th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid var(-
 td.words { text-align: left; }
 thead th { vertical-align: bottom; padding: 0; }
 tbody th { font-weight: 400; white-space: normal; min-width: 6.5rem; max-width: 15rem; }
-tr > :first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
+/* Above the other columns' buttons, which scroll beneath it. */
+tr > :first-child { text-align: left; position: sticky; left: 0; z-index: 1;
+  background: var(--paper); }
 td:first-child, tbody th { padding-left: 0; }
 thead button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0;
   padding: .4rem 1.1rem .4rem .6rem; width: 100%; text-align: inherit; cursor: pointer;

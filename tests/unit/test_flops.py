@@ -373,3 +373,8 @@ def test_what_is_unexplained_follows_from_the_errors() -> None:
     }
     assert [e["quantity"] for e in unexplained([small])] == ["inference_flops_per_token"]
     assert "Unexplained" not in format_comparison({**comparison, "unexplained": []})
+
+
+def test_the_docs_show_what_the_tool_prints() -> None:
+    docs = (RECIPES.parent / "docs" / "flops.md").read_text(encoding="utf-8")
+    assert f"```\n{format_comparison(compare_with_paper())}\n```" in docs

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,8 @@ from calm_dist.reports.analysis import (
 from calm_dist.reports.content import missing_and_incomparable
 from calm_dist.reports.report import summarize, write_report
 from calm_dist.reports.runs import read_run
+
+TOOLS = Path(__file__).parents[2] / "tools"
 
 
 @pytest.fixture
@@ -351,3 +356,49 @@ def test_wrong_directories_are_refused(experiment: dict[str, Path], tmp_path: Pa
     out.touch()
     with pytest.raises(UserError, match="--out"):
         write_report([experiment["calm"]], out)
+
+
+def call(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, TOOLS / tool, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": str(TOOLS.parent)},
+    )
+
+
+def test_both_tools_write_the_same_report(experiment: dict[str, Path], tmp_path: Path) -> None:
+    common = ["--run", experiment["calm"], experiment["transformer"]]
+    common += ["--autoencoder", experiment["autoencoder"], "--peak-tflops", "1"]
+    one = call("report.py", *common, "--out", tmp_path / "one")
+    other = call("flops_report.py", *common, "--out", tmp_path / "other", "--json", "-")
+    assert one.returncode == other.returncode == 0, one.stderr + other.stderr
+    assert one.stdout.strip() == str(tmp_path / "one" / "index.html")
+    written = (tmp_path / "one" / "report.json").read_text()
+    assert written == (tmp_path / "other" / "report.json").read_text() == other.stdout
+    # Without a place to write, the report is printed.
+    printed = call("flops_report.py", *common)
+    assert printed.returncode == 0 and printed.stdout.startswith("# Next patch against next token")
+    assert "plots/" not in printed.stdout and "Throughput and cost" in printed.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "x"], "--out: belongs to a report of runs"),
+        (["--peak-tflops", "9"], "--peak-tflops: belongs to a report of runs"),
+        (["--run", "nowhere"], "nowhere: no recipe.yaml in it"),
+        (["--run", "nowhere", "--peak-tflops", "0"], "--peak-tflops 0.0: give a positive number"),
+    ],
+)
+def test_wrong_options_are_refused(arguments: list[str], message: str) -> None:
+    done = call("flops_report.py", *arguments)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_without_runs_the_papers_models_are_compared(tmp_path: Path) -> None:
+    done = call("flops_report.py", "--json", tmp_path / "flops.json")
+    assert done.returncode == 0 and "CALM-XL" in done.stdout
+    values = json.loads((tmp_path / "flops.json").read_text())
+    assert {"models", "headline", "unexplained"} <= set(values)
