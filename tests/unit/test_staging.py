@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from calm_dist.parallel.processes import stand_back
+from calm_dist.parallel.processes import hurry, stand_back
 from calm_dist.training.checkpoint import staging as staging_module
 from calm_dist.training.checkpoint.staging import Staging, not_forked
 
@@ -83,3 +83,22 @@ def test_children_do_not_have_what_is_not_forked() -> None:
         assert read_in_a_child(small) == 0
         assert big.sum() == 1 << 20
     assert read_in_a_child(big) == read_in_a_child(view) == 0
+
+
+@pytest.mark.skipif(not AUTOGROUP, reason="this kernel does not group processes by session")
+def test_a_child_that_is_waited_for_stands_back_no_more() -> None:
+    ready, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        stand_back()
+        os.write(told, b"1")
+        signal.pause()
+    try:
+        assert os.read(ready, 1) == b"1"
+        group = Path(f"/proc/{child}/autogroup")
+        assert group.read_text().split()[-1] == "19"
+        hurry(child)
+        assert group.read_text().split()[-1] == "0"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

@@ -34,7 +34,7 @@ class CheckpointWriter:
         # Persistent writer processes hang on CPU (megatron-core 0.16.1).
         self._calls = AsyncCallsQueue(persistent=False)
         self._temporary = Path()
-        self._started, self._waited = 0.0, 0.0
+        self._started, self._waited, self._polls = 0.0, 0.0, 0
         self._committed: str | None = None
         self._attempts = Attempts()
 
@@ -47,7 +47,7 @@ class CheckpointWriter:
         """
         self.wait()
         self._attempts.forget()
-        self._started, self._waited = time.perf_counter(), 0.0
+        self._started, self._waited, self._polls = time.perf_counter(), 0.0, 0
         run_dir = Path(self._recipe.run.dir)
         self._temporary = checkpoint.step_directory(run_dir, state.step).with_suffix(".tmp")
         urgent = is_last or not self._recipe.checkpoint.asynchronous
@@ -56,7 +56,13 @@ class CheckpointWriter:
             self.wait()
 
     def poll(self) -> None:
-        """Commit the checkpoint that is being written, if all ranks have written their part."""
+        """After each step: commit the checkpoint that is being written, if all ranks have written
+        their part."""
+        self._polls += 1
+        # On a machine with no core to spare it would not be done when the next one is due, and
+        # that would wait for all of it.
+        if self._polls == -(-self._recipe.checkpoint.every // 2):
+            self._hurry()
         self._finalize(blocking=False)
 
     def wait(self) -> None:
@@ -111,9 +117,7 @@ class CheckpointWriter:
         if not calls.get_num_unfinalized_calls() and not self._writer.is_ending:
             return
         if blocking:
-            for call in calls.async_calls:
-                if (process := call.async_caller.process) is not None and process.is_alive():
-                    hurry(process.pid)
+            self._hurry()
         self._attempt(lambda: self._advance(blocking))
         if self._committed is not None and self._topology.rank == 0:
             seconds = time.perf_counter() - self._started
@@ -123,6 +127,11 @@ class CheckpointWriter:
                 flush=True,
             )
         self._committed = None
+
+    def _hurry(self) -> None:
+        for call in self._calls.async_calls:
+            if (process := call.async_caller.process) is not None and process.is_alive():
+                hurry(process.pid)
 
     def _advance(self, blocking: bool) -> None:
         """From tensors that all ranks have written to what rank 0 does in the end."""
