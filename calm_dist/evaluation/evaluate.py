@@ -262,7 +262,9 @@ def table(results: Iterable[Mapping[str, Any]]) -> str:
         error = f"± {stderr:.2f}" if stderr is not None else "± –"
         brier = " ".join(f"{100 * value:6.2f}" for value in result["brier"])
         further = ", ".join(
-            f"{name} {result[name]:.4f}" for name in FURTHER if result.get(name) is not None
+            f"{name.removesuffix('_accuracy')} {result[name]:.4f}"
+            for name in FURTHER
+            if result.get(name) is not None
         )
         lines.append(
             f"{result['step']:>9}  {result['brierlm']:7.2f} {error:>7}  {brier}  {further}"

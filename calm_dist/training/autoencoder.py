@@ -233,6 +233,8 @@ class AutoencoderTrainer:
         last = recipe.training.steps
         ends = self.progress.step >= last
         result: StepResult | None = None
+        if ends and self.rank == 0:
+            print(f"nothing to do: training.steps={last} are done", flush=True)
         if not ends:
             self.phases.enter("data", self.progress.step)
             self._batches.read()

@@ -145,7 +145,7 @@ class MetricsLog:
         shown = f"{loss:.4f}" if abs(loss) < 10 else f"{loss:#.5g}"
         losses = (
             f"step {record['step']}/{self._total_steps}  loss {shown}  "
-            f"norm {_short(record['grad_norm'], '.3g')}  "
+            f"norm {_short(record['grad_norm'], '#.3g')}  "
         )
         for name, words in (("loss", "loss"), ("grad_norm", "gradient")):
             if not math.isfinite(record[name]):
@@ -167,7 +167,7 @@ class MetricsLog:
 
 def _short(number: float, style: str) -> str:
     """A number without the padding of its exponent: 3.0e-4."""
-    return format(number, style).replace("e-0", "e-").replace("e+0", "e")
+    return format(number, style).rstrip(".").replace("e-0", "e-").replace("e+0", "e")
 
 
 def compact(number: float) -> str:
@@ -176,7 +176,7 @@ def compact(number: float) -> str:
         return f"{number:,.0f}"
     for unit, size in (("k", 1e3), ("M", 1e6), ("G", 1e9)):
         if number < 999.5 * size:
-            return f"{number / size:.3g}{unit}"
+            return f"{_short(number / size, '#.3g')}{unit}"
     return f"{number:.1e}"
 
 

@@ -198,7 +198,7 @@ def test_a_step_is_one_line_of_a_terminal(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and max(map(len, lines)) < 80
     assert lines[0] == (
-        f"step {steps}/{steps}  loss 15.797  norm 12.3  lr 3.0e-4  3M tok/s  0s left"
+        f"step {steps}/{steps}  loss 15.797  norm 12.3  lr 3.0e-4  3.00M tok/s  0s left"
     )
     assert lines[2].endswith("norm nan  SKIPPED: gradient not finite")
 
