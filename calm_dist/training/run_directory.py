@@ -23,7 +23,7 @@ ENDED = "ended"
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 
 # Whoever only looks whether a run is at work (`is_held`) holds its lock for an instant.
-_TRIES, _BETWEEN_TRIES = 10, 0.05
+_TRIES, _BETWEEN_TRIES = 5, 0.04
 
 
 def hold(run_dir: Path) -> int:

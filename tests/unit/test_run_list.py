@@ -114,7 +114,7 @@ def test_a_run_at_work_is_seen_and_not_disturbed(tmp_path: Path) -> None:
         f"lock = open({str(run_dir / '.lock')!r})\n"
         "fcntl.flock(lock, fcntl.LOCK_SH)\n"
         "print('held', flush=True)\n"
-        "time.sleep(0.2)\n"
+        "time.sleep(0.05)\n"
     )
     looking = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert looking.stdout is not None and looking.stdout.readline() == b"held\n"
