@@ -57,10 +57,10 @@ def measure(job: dict[str, Any], world: Any, device: Any) -> dict[str, Any]:
     saved = saved_for_backward(trainer)
     allocated = allocated_in_step(trainer)
     Path("/proc/self/clear_refs").write_text("5")
-    seconds = [timed(lambda: step_once(trainer)) for _ in range(job.get("steps", 0))]
+    seconds, rates = timed_steps(trainer, device, job.get("steps", 0))
     result = {
         "kept": kept, "saved": saved, "step_peak": allocated,
-        "rss": resident("VmHWM") - rss, "seconds": seconds,
+        "rss": resident("VmHWM") - rss, "seconds": seconds, "rates": rates,
         "parts": by_kind(trainer),
     }
     if trainer.parts.head is not None:
@@ -72,6 +72,24 @@ def measure(job: dict[str, Any], world: Any, device: Any) -> dict[str, Any]:
 def step_once(trainer: Any) -> None:
     trainer.train_step(trainer._batches.take())
     trainer.progress.step += 1
+
+
+def timed_steps(trainer: Any, device: Any, steps: int) -> tuple[list[float], list[Any]]:
+    """Seconds of each step, and the machine's rates just before it."""
+    import torch.distributed as dist
+    from dataclasses import asdict
+    from calm_dist.planner.local import measure_links, measure_rates
+
+    seconds, rates = [], []
+    for _ in range(steps):
+        dist.barrier()
+        rate = asdict(measure_rates(device))
+        dist.barrier()
+        rate["link"], rate["latency"] = measure_links(device)
+        rates.append(rate)
+        dist.barrier()
+        seconds.append(timed(lambda: step_once(trainer)))
+    return seconds, rates
 
 
 def timed(call: Callable[[], object]) -> float:

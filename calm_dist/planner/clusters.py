@@ -39,6 +39,8 @@ class Cluster:
     name: str
     peak_flops: float
     """FLOP/s of dense products in bf16."""
+    fp32_flops: float
+    """The same in fp32 without TF32, which torch does not use by default."""
     memory: float
     """Bytes."""
     memory_bandwidth: float
@@ -72,17 +74,17 @@ class Cluster:
 PRESETS = {
     cluster.name: cluster
     for cluster in (
-        # A100 80GB SXM data sheet: 312 TFLOPS, 2,039 GB/s, NVLink 600 GB/s both ways together.
+        # A100 80GB SXM data sheet: 312 TFLOPS (fp32 19.5), 2,039 GB/s, NVLink 600 GB/s both ways together.
         # DGX A100: 8 cards of 200 Gb/s.
-        Cluster("a100-sxm-80", 312e12, 80e9, 2.039e12, 300e9, 25e9),
-        # H100 SXM data sheet: 1,979 TFLOPS sparse, 3.35 TB/s, NVLink 900 GB/s both ways together.
+        Cluster("a100-sxm-80", 312e12, 19.5e12, 80e9, 2.039e12, 300e9, 25e9),
+        # H100 SXM data sheet: 1,979 TFLOPS sparse (fp32 67), 3.35 TB/s, NVLink 900 GB/s both ways together.
         # DGX H100: 8 cards of 400 Gb/s.
-        Cluster("h100-sxm", 989e12, 80e9, 3.35e12, 450e9, 50e9),
+        Cluster("h100-sxm", 989e12, 67e12, 80e9, 3.35e12, 450e9, 50e9),
         # H200 SXM data sheet: the H100's compute, 141 GB, 4.8 TB/s. DGX H200: 8 of 400 Gb/s.
-        Cluster("h200-sxm", 989e12, 141e9, 4.8e12, 450e9, 50e9),
-        # DGX B200 data sheet: 36 PFLOPS sparse bf16 of 8 GPUs, 1,440 GB, 64 TB/s; NVLink 5
+        Cluster("h200-sxm", 989e12, 67e12, 141e9, 4.8e12, 450e9, 50e9),
+        # DGX B200 data sheet: 36 PFLOPS sparse bf16 of 8 GPUs (fp32 0.6), 1,440 GB, 64 TB/s; NVLink 5
         # 1.8 TB/s both ways together; 8 cards of 400 Gb/s.
-        Cluster("b200", 2250e12, 180e9, 8e12, 900e9, 50e9),
+        Cluster("b200", 2250e12, 75e12, 180e9, 8e12, 900e9, 50e9),
     )
 }
 

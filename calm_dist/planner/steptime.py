@@ -1,0 +1,173 @@
+"""Seconds of one training step: work of the slowest stage, bubble, collectives, optimizer.
+
+Overlap is assumed only where the recipe asks for it (``overlap_grad_reduce``,
+``overlap_param_gather``, ``overlap_p2p``); collectives of tensor parallelism and of the head's ZeRO
+engine are waited for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from calm_dist import flops
+from calm_dist.planner.clusters import Cluster
+from calm_dist.planner.collectives import Group, Groups, groups, send
+from calm_dist.planner.memory import FP32_BYTES, body_parameters, element_bytes
+from calm_dist.planner.work import micro_batch_work, optimizer_work, positions
+from calm_dist.recipe import Recipe
+from calm_dist.stages import stage_layers
+
+# Of a micro-batch's time, in which gradients can be reduced meanwhile.
+BACKWARD_SHARE = 2 / 3
+# Small all-reduces of a step: the body's norm, loss and flags, the schedule's token counts.
+STEP_REDUCTIONS = 4
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One training step, by terms that add up to it; seconds."""
+
+    terms: dict[str, float]
+    """Of the slowest stage and of the whole step."""
+    stages: tuple[dict[str, float], ...]
+    """Of each stage for one micro-batch."""
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.terms.values())
+
+
+def step_time(recipe: Recipe, cluster: Cluster) -> StepTime:
+    """Predict a step of a language model's recipe."""
+    number, links = recipe.num_micro_batches, groups(recipe, cluster)
+    stages = [
+        _micro_batch(recipe, stage, cluster, links)
+        for stage in range(recipe.parallel.pipeline_parallel_size)
+    ]
+    sums = [sum(stage.values()) for stage in stages]
+    slowest = max(range(len(sums)), key=sums.__getitem__)
+    terms = {name: number * seconds for name, seconds in stages[slowest].items()}
+    # Filling and draining: each other stage works once while the slowest waits.
+    chunks = recipe.parallel.chunks_per_stage
+    terms["pipeline bubble"] = (sum(sums) - sums[slowest]) / chunks
+    # Stages reduce and update at the same time.
+    ends = [_step_end(recipe, stage, cluster, links, sums[stage]) for stage in range(len(sums))]
+    terms |= max(ends, key=lambda end: sum(end.values()))
+    return StepTime({name: value for name, value in terms.items() if value > 0}, tuple(stages))
+
+
+def peak_flops(recipe: Recipe, cluster: Cluster) -> float:
+    """Peak FLOP/s of the recipe's precision."""
+    return cluster.peak_flops if recipe.precision == "bf16" else cluster.fp32_flops
+
+
+def _micro_batch(
+    recipe: Recipe, stage: int, cluster: Cluster, links: Groups
+) -> dict[str, float]:
+    """Terms of one micro-batch on a stage."""
+    peak = peak_flops(recipe, cluster)
+    terms = {
+        name: work.seconds(cluster, peak)
+        for name, work in micro_batch_work(recipe, stage, cluster).items()
+    }
+    terms["tensor-parallel collectives"] = _tensor_collectives(recipe, stage, cluster, links)
+    terms["context-parallel collectives"] = _context_collectives(recipe, stage, cluster)
+    terms["pipeline sends"] = _sends(recipe, cluster)
+    model, parallel = recipe.model, recipe.parallel
+    if (
+        model.kind == "calm"
+        and stage == parallel.pipeline_parallel_size - 1
+        and parallel.zero_stage >= 2
+    ):
+        # DeepSpeed reduces the head's gradients after each micro-batch, in the weights' precision.
+        size = flops.head_parameters(model) * element_bytes(recipe)
+        seconds = links.head.all_reduce(size, cluster)
+        if parallel.zero_stage == 3:
+            # Weights are gathered for both passes; gradients are scattered.
+            seconds = 3 * links.head.half(size, cluster)
+        terms["head's gradient reduction"] = seconds
+    return terms
+
+
+def _tensor_collectives(recipe: Recipe, stage: int, cluster: Cluster, links: Groups) -> float:
+    """All-reduces of each layer's two outputs and, backward, two inputs; with sequence parallelism
+    the same in halves, and two more gathers backward."""
+    parallel, model = recipe.parallel, recipe.model
+    if parallel.tensor_parallel_size == 1:
+        return 0.0
+    assert model.kind != "autoencoder"
+    size = positions(recipe) * model.hidden_size * element_bytes(recipe)
+    half = links.tensor.half(size, cluster)
+    forward = 4 * half
+    backward = (6 if parallel.use_sequence_parallel else 4) * half
+    layers = len(stage_layers(recipe, stage))
+    seconds = layers * (forward + backward + (forward if parallel.recompute else 0))
+    if stage == 0:
+        # The embeddings of all tokens, and the compressor's result, forward; its input, backward.
+        whole = links.tensor.all_reduce(model.patch_size * size, cluster)
+        seconds += whole + (whole + 2 * half if model.kind == "calm" else 0)
+    if stage == parallel.pipeline_parallel_size - 1:
+        seconds += 2 * half
+    return seconds
+
+
+def _context_collectives(recipe: Recipe, stage: int, cluster: Cluster) -> float:
+    """Keys and values of a layer, gathered forward, their gradients scattered backward."""
+    parallel, model = recipe.parallel, recipe.model
+    pieces = parallel.context_parallel_size
+    if pieces == 1:
+        return 0.0
+    assert model.kind != "autoencoder"
+    kv = model.hidden_size * model.key_value_heads // model.num_attention_heads
+    size = positions(recipe) * pieces * 2 * kv * element_bytes(recipe)
+    size /= parallel.tensor_parallel_size
+    node = max(1, cluster.gpus_per_node // parallel.tensor_parallel_size)
+    half = Group(pieces, min(pieces, node)).half(size, cluster)
+    return len(stage_layers(recipe, stage)) * half * (3 if parallel.recompute else 2)
+
+
+def _sends(recipe: Recipe, cluster: Cluster) -> float:
+    """Between stages, forward and backward, for each chunk; none where computation hides them."""
+    parallel, model = recipe.parallel, recipe.model
+    stages = parallel.pipeline_parallel_size
+    if stages == 1 or parallel.overlap_p2p:
+        return 0.0
+    assert model.kind != "autoencoder"
+    size = positions(recipe) * model.hidden_size * element_bytes(recipe)
+    if parallel.use_sequence_parallel:
+        size //= parallel.tensor_parallel_size
+    # The interleaved schedule also sends from the last stage to the first.
+    senders = stages if parallel.chunks_per_stage > 1 else stages - 1
+    slowest = max(send(recipe, cluster, stage, size) for stage in range(senders))
+    return 2 * parallel.chunks_per_stage * slowest
+
+
+def _step_end(
+    recipe: Recipe, stage: int, cluster: Cluster, links: Groups, micro_batch: float
+) -> dict[str, float]:
+    """Terms after the last micro-batch on a stage."""
+    parallel, model = recipe.parallel, recipe.model
+    parameters, width = body_parameters(recipe, stage), element_bytes(recipe)
+    reduce = links.data.half(parameters * FP32_BYTES, cluster)
+    if not parallel.distributed_optimizer:
+        reduce *= 2
+    if parallel.overlap_grad_reduce:
+        reduce = max(0.0, reduce - BACKWARD_SHARE * micro_batch)
+    gather = links.data.half(parameters * width, cluster) if parallel.distributed_optimizer else 0.0
+    if parallel.overlap_param_gather:
+        gather = max(0.0, gather - (1 - BACKWARD_SHARE) * micro_batch)
+    head = 0.0
+    if model.kind == "calm" and stage == parallel.pipeline_parallel_size - 1:
+        size = flops.head_parameters(model) * width
+        if parallel.zero_stage == 1:
+            head += links.head.all_reduce(size, cluster)
+        if parallel.zero_stage < 3:
+            head += links.head.half(size, cluster)
+    world = STEP_REDUCTIONS * 2 * links.head.latency(cluster)
+    return {
+        "gradient reduction": reduce,
+        "weight gather": gather,
+        "head's weight gather": head,
+        "optimizer": optimizer_work(recipe, stage).seconds(cluster, peak_flops(recipe, cluster)),
+        "small reductions": world,
+    }
