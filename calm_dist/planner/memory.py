@@ -8,12 +8,12 @@ counted tensor by tensor, at the moment when that is most.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from calm_dist import flops
 from calm_dist.recipe import AutoencoderRecipe, CalmRecipe, Recipe, TransformerRecipe
 from calm_dist.recipe_checks import TIME_FEATURES, VOCAB_MULTIPLE
-from calm_dist.stages import stage_layers
+from calm_dist.stages import chunk_sizes
 
 ADAM_MOMENTS_BYTES = 8
 FP32_BYTES = 4
@@ -48,23 +48,31 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return sum(asdict(self).values())
+        return sum(vars(self).values())
 
     @property
     def largest(self) -> str:
         """Name of the largest part."""
-        parts = asdict(self)
+        parts = vars(self)
         return max(parts, key=parts.__getitem__)
 
     def __add__(self, other: Memory) -> Memory:
-        mine, theirs = asdict(self), asdict(other)
+        mine, theirs = vars(self), vars(other)
         return Memory(**{name: mine[name] + theirs[name] for name in mine})
 
 
-def stage_memory(recipe: Recipe, stage: int, *, on_cpu: bool | None = None) -> Memory:
+def layer_counts(recipe: Recipe) -> list[int]:
+    """Layers of each pipeline stage."""
+    return [sum(chunks) for chunks in chunk_sizes(recipe)]
+
+
+def stage_memory(
+    recipe: Recipe, stage: int, *, layers: int | None = None, on_cpu: bool | None = None
+) -> Memory:
     """Memory of a rank of pipeline stage ``stage``.
 
     Args:
+        layers: of the stage, where `layer_counts` is known already.
         on_cpu: whether norms are torch's composite form, as on CPUs, which keeps more; default:
             where ``parallel.device`` is cpu.
 
@@ -75,16 +83,17 @@ def stage_memory(recipe: Recipe, stage: int, *, on_cpu: bool | None = None) -> M
     on_cpu = recipe.parallel.device == "cpu" if on_cpu is None else on_cpu
     if model.kind == "autoencoder":
         return _autoencoder(recipe, model)
-    parameters = body_parameters(recipe, stage)
-    memory = _body_state(recipe, parameters)
-    body, layer = _body_activations(recipe, model, stage, on_cpu)
+    layers = layer_counts(recipe)[stage] if layers is None else layers
+    memory = _body_state(recipe, body_parameters(recipe, stage, layers))
+    body, last, layer, gradients = _body_activations(recipe, model, stage, layers, on_cpu)
     head = Memory()
     if model.kind == "calm" and stage == recipe.parallel.pipeline_parallel_size - 1:
         head = _head(recipe, model)
-    if recipe.parallel.recompute:
-        # A layer is computed again once the head's activations are gone.
-        body += max(0, layer - head.head_samples)
-    buffers = _gathered_sequence(recipe, model)
+    again = layer if recipe.parallel.recompute else 0
+    after = last + head.head_samples
+    # When the backward pass of the last layer begins, what follows the layers is gone.
+    body += max(last, again - head.head_samples)
+    buffers = _gathered_sequence(recipe, model) + max(0, again + gradients - max(after, again))
     if not on_cpu:
         # torch's AdamW works on all tensors at once, when activations are gone; on CPUs one by one.
         temporary = (memory.optimizer + head.optimizer) // ADAM_MOMENTS_BYTES * FP32_BYTES
@@ -93,15 +102,15 @@ def stage_memory(recipe: Recipe, stage: int, *, on_cpu: bool | None = None) -> M
     return memory + head + Memory(activations=body, buffers=buffers)
 
 
-def body_parameters(recipe: Recipe, stage: int) -> int:
-    """Parameters of embedding, layers, norms and output layer on a rank of a stage."""
+def body_parameters(recipe: Recipe, stage: int, layers: int) -> int:
+    """Parameters of embedding, ``layers`` layers, norms and output layer on a rank of a stage."""
     model = recipe.model
     assert model.kind != "autoencoder"
     tensor, last = (
         recipe.parallel.tensor_parallel_size,
         recipe.parallel.pipeline_parallel_size - 1,
     )
-    d, f, layers = model.hidden_size, model.intermediate_size, len(stage_layers(recipe, stage))
+    d, f = model.hidden_size, model.intermediate_size
     parameters = layers * ((2 * d * (d + key_value_size(model)) + 3 * d * f) // tensor + 2 * d)
     if stage == 0:
         parameters += table_parameters(recipe)
@@ -161,9 +170,10 @@ def _body_state(recipe: Recipe, parameters: int) -> Memory:
 
 
 def _body_activations(
-    recipe: Recipe, model: CalmRecipe | TransformerRecipe, stage: int, on_cpu: bool
-) -> tuple[int, int]:
-    """Bytes for all micro-batches in flight on a stage without the head, and of one whole layer."""
+    recipe: Recipe, model: CalmRecipe | TransformerRecipe, stage: int, layers: int, on_cpu: bool
+) -> tuple[int, int, int, int]:
+    """Bytes for all micro-batches in flight on a stage, of what follows the last layer (the head
+    aside), of one whole layer, and of the gradients that its backward pass makes."""
     parallel = recipe.parallel
     tensor, d = parallel.tensor_parallel_size, model.hidden_size
     width, pieces = element_bytes(recipe), parallel.context_parallel_size
@@ -186,27 +196,29 @@ def _body_activations(
         layer += block * 2 * kv * width / tensor
     kept = positions * d * width / along_sequence if parallel.recompute else layer
     in_flight = chunks_in_flight(recipe, stage)
-    total = in_flight * len(stage_layers(recipe, stage)) / parallel.chunks_per_stage * kept
+    total = in_flight * layers / parallel.chunks_per_stage * kept
     if stage == 0 and model.kind == "calm":
         # Concatenated embeddings, both sides of SiLU, the LayerNorm's input.
         total += in_flight * positions * (model.patch_size * d + 4 * d / tensor + d) * width
+    last = 0.0
     if stage == parallel.pipeline_parallel_size - 1:
-        total += positions * norm / along_sequence
+        last = positions * norm / along_sequence
         if model.kind == "transformer":
             # The softmax, in fp32; in bf16 the logits lie beside it.
             copies = FP32_BYTES + (width if width < FP32_BYTES else 0)
-            total += positions * (table_parameters(recipe) // d) * copies
-    return int(total), int(layer)
+            last += positions * (table_parameters(recipe) // d) * copies
+    # Of the hidden state in and out of the MLP, of the product, of SiLU, and of gate and up.
+    gradients = positions * width * (2 * d + 4 * model.intermediate_size / tensor)
+    return int(total), int(last), int(layer), int(gradients)
 
 
 def _gathered_sequence(recipe: Recipe, model: CalmRecipe | TransformerRecipe) -> int:
-    """The buffer in which sequence-parallel ranks gather a layer's input."""
+    """Where sequence-parallel ranks gather a layer's input, and its gradient before it is cut."""
     if not recipe.parallel.use_sequence_parallel:
         return 0
     positions = recipe.padded_length // recipe.parallel.context_parallel_size
-    return (
-        recipe.training.micro_batch_size * positions * model.hidden_size * element_bytes(recipe)
-    )
+    rows = recipe.training.micro_batch_size * positions
+    return 2 * rows * model.hidden_size * element_bytes(recipe)
 
 
 def _head(recipe: Recipe, model: CalmRecipe) -> Memory:

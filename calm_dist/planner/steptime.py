@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from calm_dist import flops
 from calm_dist.planner.clusters import Cluster
 from calm_dist.planner.collectives import Group, Groups, groups, send
-from calm_dist.planner.memory import FP32_BYTES, body_parameters, element_bytes
+from calm_dist.planner.memory import FP32_BYTES, body_parameters, element_bytes, layer_counts
 from calm_dist.planner.work import micro_batch_work, optimizer_work, positions
 from calm_dist.recipe import Recipe
-from calm_dist.stages import stage_layers
 
 # Of a micro-batch's time, in which gradients can be reduced meanwhile.
 BACKWARD_SHARE = 2 / 3
@@ -28,7 +27,8 @@ class StepTime:
     """One training step, by terms that add up to it; seconds."""
 
     terms: dict[str, float]
-    """Of the slowest stage and of the whole step."""
+    """Of all micro-batches, the mean over the stages; then what the slowest stage takes longer than
+    that, the pipeline's filling and draining, and what follows the last micro-batch."""
     stages: tuple[dict[str, float], ...]
     """Of each stage for one micro-batch."""
 
@@ -39,19 +39,28 @@ class StepTime:
 
 def step_time(recipe: Recipe, cluster: Cluster) -> StepTime:
     """Predict a step of a language model's recipe."""
-    number, links = recipe.num_micro_batches, groups(recipe, cluster)
-    stages = [
-        _micro_batch(recipe, stage, cluster, links)
-        for stage in range(recipe.parallel.pipeline_parallel_size)
-    ]
+    number, links, counts = recipe.num_micro_batches, groups(recipe, cluster), layer_counts(recipe)
+    last = len(counts) - 1
+    # Stages between the first and the last one are alike where they have as many layers.
+    kinds = [(layers, stage in (0, last) and stage) for stage, layers in enumerate(counts)]
+    first = {kind: kinds.index(kind) for kind in kinds}
+    known = {
+        kind: _micro_batch(recipe, stage, kind[0], cluster, links) for kind, stage in first.items()
+    }
+    stages = [known[kind] for kind in kinds]
     sums = [sum(stage.values()) for stage in stages]
-    slowest = max(range(len(sums)), key=sums.__getitem__)
-    terms = {name: number * seconds for name, seconds in stages[slowest].items()}
+    terms: dict[str, float] = {}
+    for stage in stages:
+        for name, seconds in stage.items():
+            terms[name] = terms.get(name, 0.0) + number * seconds / len(stages)
+    terms["stage imbalance"] = number * (max(sums) - sum(sums) / len(sums))
     # Filling and draining: each other stage works once while the slowest waits.
-    chunks = recipe.parallel.chunks_per_stage
-    terms["pipeline bubble"] = (sum(sums) - sums[slowest]) / chunks
+    terms["pipeline bubble"] = (sum(sums) - max(sums)) / recipe.parallel.chunks_per_stage
     # Stages reduce and update at the same time.
-    ends = [_step_end(recipe, stage, cluster, links, sums[stage]) for stage in range(len(sums))]
+    ends = [
+        _step_end(recipe, stage, kind[0], cluster, links, sums[stage])
+        for kind, stage in first.items()
+    ]
     terms |= max(ends, key=lambda end: sum(end.values()))
     return StepTime({name: value for name, value in terms.items() if value > 0}, tuple(stages))
 
@@ -62,16 +71,18 @@ def peak_flops(recipe: Recipe, cluster: Cluster) -> float:
 
 
 def _micro_batch(
-    recipe: Recipe, stage: int, cluster: Cluster, links: Groups
+    recipe: Recipe, stage: int, layers: int, cluster: Cluster, links: Groups
 ) -> dict[str, float]:
     """Terms of one micro-batch on a stage."""
     peak = peak_flops(recipe, cluster)
     terms = {
         name: work.seconds(cluster, peak)
-        for name, work in micro_batch_work(recipe, stage, cluster).items()
+        for name, work in micro_batch_work(recipe, stage, layers, cluster).items()
     }
-    terms["tensor-parallel collectives"] = _tensor_collectives(recipe, stage, cluster, links)
-    terms["context-parallel collectives"] = _context_collectives(recipe, stage, cluster)
+    terms["tensor-parallel collectives"] = _tensor_collectives(
+        recipe, stage, layers, cluster, links
+    )
+    terms["context-parallel collectives"] = _context_collectives(recipe, layers, cluster)
     terms["pipeline sends"] = _sends(recipe, cluster)
     model, parallel = recipe.model, recipe.parallel
     if (
@@ -89,7 +100,9 @@ def _micro_batch(
     return terms
 
 
-def _tensor_collectives(recipe: Recipe, stage: int, cluster: Cluster, links: Groups) -> float:
+def _tensor_collectives(
+    recipe: Recipe, stage: int, layers: int, cluster: Cluster, links: Groups
+) -> float:
     """All-reduces of each layer's two outputs and, backward, two inputs; with sequence parallelism
     the same in halves, and two more gathers backward."""
     parallel, model = recipe.parallel, recipe.model
@@ -100,7 +113,6 @@ def _tensor_collectives(recipe: Recipe, stage: int, cluster: Cluster, links: Gro
     half = links.tensor.half(size, cluster)
     forward = 4 * half
     backward = (6 if parallel.use_sequence_parallel else 4) * half
-    layers = len(stage_layers(recipe, stage))
     seconds = layers * (forward + backward + (forward if parallel.recompute else 0))
     if stage == 0:
         # The embeddings of all tokens, and the compressor's result, forward; its input, backward.
@@ -111,7 +123,7 @@ def _tensor_collectives(recipe: Recipe, stage: int, cluster: Cluster, links: Gro
     return seconds
 
 
-def _context_collectives(recipe: Recipe, stage: int, cluster: Cluster) -> float:
+def _context_collectives(recipe: Recipe, layers: int, cluster: Cluster) -> float:
     """Keys and values of a layer, gathered forward, their gradients scattered backward."""
     parallel, model = recipe.parallel, recipe.model
     pieces = parallel.context_parallel_size
@@ -123,7 +135,7 @@ def _context_collectives(recipe: Recipe, stage: int, cluster: Cluster) -> float:
     size /= parallel.tensor_parallel_size
     node = max(1, cluster.gpus_per_node // parallel.tensor_parallel_size)
     half = Group(pieces, min(pieces, node)).half(size, cluster)
-    return len(stage_layers(recipe, stage)) * half * (3 if parallel.recompute else 2)
+    return layers * half * (3 if parallel.recompute else 2)
 
 
 def _sends(recipe: Recipe, cluster: Cluster) -> float:
@@ -143,11 +155,11 @@ def _sends(recipe: Recipe, cluster: Cluster) -> float:
 
 
 def _step_end(
-    recipe: Recipe, stage: int, cluster: Cluster, links: Groups, micro_batch: float
+    recipe: Recipe, stage: int, layers: int, cluster: Cluster, links: Groups, micro_batch: float
 ) -> dict[str, float]:
     """Terms after the last micro-batch on a stage."""
     parallel, model = recipe.parallel, recipe.model
-    parameters, width = body_parameters(recipe, stage), element_bytes(recipe)
+    parameters, width = body_parameters(recipe, stage, layers), element_bytes(recipe)
     reduce = links.data.half(parameters * FP32_BYTES, cluster)
     if not parallel.distributed_optimizer:
         reduce *= 2
@@ -168,6 +180,6 @@ def _step_end(
         "gradient reduction": reduce,
         "weight gather": gather,
         "head's weight gather": head,
-        "optimizer": optimizer_work(recipe, stage).seconds(cluster, peak_flops(recipe, cluster)),
+        "optimizer": optimizer_work(recipe, stage, layers).seconds(cluster, peak_flops(recipe, cluster)),
         "small reductions": world,
     }

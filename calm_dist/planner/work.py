@@ -22,7 +22,6 @@ from calm_dist.planner.memory import (
     table_parameters,
 )
 from calm_dist.recipe import CalmRecipe, Recipe, TransformerRecipe
-from calm_dist.stages import stage_layers
 
 # One RMSNorm: torch's fused kernel; its composite form on CPUs.
 NORM_FUSED, NORM_COMPOSITE = 5, 31
@@ -78,15 +77,17 @@ class Work:
         return busy + launching if rates.synchronous else max(busy, launching)
 
 
-def micro_batch_work(recipe: Recipe, stage: int, cluster: Cluster) -> dict[str, Work]:
-    """Work of a rank of a stage for one micro-batch, by part; collectives not counted."""
+def micro_batch_work(
+    recipe: Recipe, stage: int, layers: int, cluster: Cluster
+) -> dict[str, Work]:
+    """Work of a rank of a stage with ``layers`` layers for one micro-batch, by part; collectives
+    not counted."""
     model, parallel = recipe.model, recipe.parallel
     assert model.kind != "autoencoder"
-    layers = len(stage_layers(recipe, stage))
     forward, both = _layer(recipe, model, cluster)
     parts = {
         "layers": _times(both, layers),
-        "gradient accumulation": _accumulation(recipe, stage),
+        "gradient accumulation": _accumulation(recipe, stage, layers),
     }
     if parallel.recompute:
         parts["recomputation"] = _times(forward, layers)
@@ -102,11 +103,11 @@ def micro_batch_work(recipe: Recipe, stage: int, cluster: Cluster) -> dict[str, 
     return parts
 
 
-def optimizer_work(recipe: Recipe, stage: int) -> Work:
+def optimizer_work(recipe: Recipe, stage: int, layers: int) -> Work:
     """AdamW and clearing of gradients on a rank of a stage, once a step."""
     model, parallel = recipe.model, recipe.parallel
     assert model.kind != "autoencoder"
-    parameters = float(body_parameters(recipe, stage))
+    parameters = float(body_parameters(recipe, stage, layers))
     copies = recipe.data_parallel_size * parallel.context_parallel_size
     updated = parameters / (copies if parallel.distributed_optimizer else 1)
     if model.kind == "calm" and stage == parallel.pipeline_parallel_size - 1:
@@ -211,13 +212,13 @@ def _output_layer(recipe: Recipe, model: TransformerRecipe) -> Work:
     )
 
 
-def _accumulation(recipe: Recipe, stage: int) -> Work:
+def _accumulation(recipe: Recipe, stage: int, layers: int) -> Work:
     """Gradients of a micro-batch, added in fp32; those of an embedding come as a whole table."""
     width, table = element_bytes(recipe), table_parameters(recipe) if stage == 0 else 0
-    parameters = body_parameters(recipe, stage)
+    parameters = body_parameters(recipe, stage, layers)
     return Work(
         traffic=parameters * (width + 2 * FP32_BYTES) + 2 * table * width,
-        kernels=12 * len(stage_layers(recipe, stage)),
+        kernels=12 * layers,
     )
 
 

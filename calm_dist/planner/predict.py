@@ -1,0 +1,133 @@
+"""A recipe on a cluster: whether it fits, how long it takes, what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from calm_dist import flops
+from calm_dist.errors import UserError
+from calm_dist.planner.clusters import Cluster
+from calm_dist.planner.memory import Memory, layer_counts, stage_memory
+from calm_dist.planner.steptime import StepTime, peak_flops, step_time
+from calm_dist.planner.storage import (
+    HOUR,
+    Goodput,
+    Reliability,
+    checkpoint_bytes,
+    goodput,
+    latent_bytes_per_token,
+)
+from calm_dist.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One layout of a recipe on a cluster."""
+
+    recipe: Recipe
+    cluster: Cluster
+    memory: tuple[Memory, ...]
+    """Of a rank of each stage."""
+    time: StepTime
+
+    @property
+    def largest_stage(self) -> int:
+        """The stage whose ranks need the most memory."""
+        return max(range(len(self.memory)), key=lambda stage: self.memory[stage].total)
+
+    @property
+    def peak_memory(self) -> int:
+        return self.memory[self.largest_stage].total
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_memory <= self.cluster.usable_memory
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.recipe.tokens_per_step / self.time.seconds
+
+    def mfu(self, *, causal: bool = False) -> float:
+        """Model FLOPs utilisation: of peak, what forward and backward need as `flops` counts them.
+
+        With full attention, as in the paper's tables and Megatron's papers, or only the half that a
+        causal mask leaves. Recomputation does not count.
+        """
+        recipe = self.recipe
+        per_token = flops.count(recipe, tokens=0).train_flops_per_token_ours
+        if causal:
+            per_token -= _masked_flops_per_token(recipe)
+        done = per_token * recipe.tokens_per_step / self.time.seconds
+        return done / recipe.world_size / peak_flops(recipe, self.cluster)
+
+
+def predict(recipe: Recipe, cluster: Cluster) -> Prediction:
+    """Predict memory and time of a recipe's own layout.
+
+    Raises:
+        UserError: the recipe's model is an autoencoder.
+        RecipeError: the recipe leaves a size to a data store that is not there.
+    """
+    if recipe.model.kind == "autoencoder":
+        raise UserError(
+            "model.kind: autoencoder; the planner knows language models; an autoencoder has one "
+            "layout, see tools/train_autoencoder.py --dry-run"
+        )
+    memory = tuple(
+        stage_memory(recipe, stage, layers=layers, on_cpu=cluster.on_cpu)
+        for stage, layers in enumerate(layer_counts(recipe))
+    )
+    return Prediction(recipe, cluster, memory, step_time(recipe, cluster))
+
+
+def training_cost(prediction: Prediction, reliability: Reliability) -> dict[str, Any]:
+    """Time and money of the whole run, its data and its checkpoints, as plain values."""
+    recipe, cluster = prediction.recipe, prediction.cluster
+    best = goodput(recipe, cluster, reliability, None)
+    step = prediction.time.seconds
+    own = goodput(recipe, cluster, reliability, recipe.checkpoint.every * step)
+    hours = recipe.training.steps * step / HOUR
+    gpu_hours = hours / best.goodput * recipe.world_size
+    per_token = latent_bytes_per_token(recipe)
+    return {
+        "hours_without_failures": hours,
+        "hours": hours / best.goodput,
+        "gpu_hours": gpu_hours,
+        "price": None if cluster.price is None else gpu_hours * cluster.price,
+        "data": {
+            "bytes_per_token": per_token,
+            "bytes_per_token_int8": latent_bytes_per_token(recipe, 1),
+            "bytes_of_all_tokens": per_token * recipe.tokens_per_step * recipe.training.steps,
+            "read_bytes_per_second": per_token * prediction.tokens_per_second,
+        },
+        "checkpoint": {
+            "bytes": checkpoint_bytes(recipe),
+            "write_seconds": best.write_seconds,
+            "stall_seconds": best.stall_seconds,
+        },
+        "failures": {
+            "mtbf_hours": best.mtbf_seconds / HOUR,
+            "best": _interval(best, step),
+            "recipe": _interval(own, step),
+        },
+        "reliability": asdict(reliability),
+    }
+
+
+def _interval(chosen: Goodput, step: float) -> dict[str, float]:
+    return {
+        "interval_seconds": chosen.interval_seconds,
+        "interval_steps": max(1, round(chosen.interval_seconds / step)),
+        "goodput": chosen.goodput,
+    }
+
+
+def _masked_flops_per_token(recipe: Recipe) -> float:
+    """Training FLOPs of full attention that a causal mask makes needless."""
+    model = recipe.model
+    assert model.kind != "autoencoder"
+    scores = flops.attention_flops(model.hidden_size, recipe.num_patches)
+    scores -= flops.attention_flops(model.hidden_size, 0)
+    layers = model.num_hidden_layers * scores / model.patch_size
+    return flops.BACKWARD_AND_FORWARD * layers / 2

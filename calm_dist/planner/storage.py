@@ -1,0 +1,103 @@
+"""What a training reads and writes, and how much of its time failures and checkpoints leave."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from calm_dist import flops
+from calm_dist.planner.clusters import Cluster
+from calm_dist.planner.memory import (
+    ADAM_MOMENTS_BYTES,
+    FP32_BYTES,
+    element_bytes,
+    layer_counts,
+    stage_memory,
+)
+from calm_dist.recipe import Recipe
+
+TOKEN_BYTES = 4
+FP16_BYTES = 2
+HOUR = 3600.0
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How often nodes fail, and what a failure costs; every number can be replaced."""
+
+    node_mtbf_hours: float = 6300.0
+    """Llama 3 (arXiv 2407.21783, section 3.3.4): 419 unexpected interruptions in 54 days on 2,048
+    nodes of 8 H100; 54 x 24 x 2,048 / 419 = 6,334 hours of a node for each."""
+    restart_seconds: float = 600.0
+    """To notice, requeue, start and load (assumption)."""
+    write_bandwidth: float = 1e9
+    """Bytes/s that each node writes to the file system (assumption)."""
+    write_bandwidth_limit: float = 1e11
+    """Bytes/s that the file system takes from all nodes (assumption)."""
+    copy_bandwidth: float = 1e10
+    """Bytes/s of a rank's copy from GPU to host memory, for which training waits (assumption)."""
+
+
+def latent_bytes_per_token(recipe: Recipe, latent_bytes: int = FP16_BYTES) -> float:
+    """Bytes of a token in the store: itself, and its part of mean and log_std of P + 1 patches."""
+    model = recipe.model
+    if model.kind != "calm" or recipe.data.latents != "stored":
+        return TOKEN_BYTES
+    latents = 2 * latent_bytes * flops.known_size(model, "latent_size") * (recipe.num_patches + 1)
+    return TOKEN_BYTES + latents / recipe.block_size
+
+
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """Weights and AdamW's state of body and head; fp32 master weights count once."""
+    counts = flops.count(recipe, tokens=0)
+    state = FP32_BYTES + ADAM_MOMENTS_BYTES
+    head = flops.head_parameters(recipe.model) if recipe.model.kind == "calm" else 0
+    working = element_bytes(recipe) if recipe.precision == "bf16" else 0
+    return (counts.parameters - head) * (state + working) + head * state
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """Share of time that training keeps, with a checkpoint every ``interval_seconds``.
+
+    A checkpoint makes training wait for ``stall_seconds`` and is usable ``write_seconds`` after its
+    beginning. A failure loses what was done since the beginning of the last usable one, half an
+    interval and the writing on average, and a restart:
+
+        goodput = interval / (interval + stall) x MTBF / (MTBF + interval / 2 + write + restart)
+
+    which is largest near interval = sqrt(2 x stall x MTBF) (Young 1974, Daly 2006, with what a
+    checkpoint costs the training in place of its whole writing time). A checkpoint begins when the
+    one before is written, hence interval >= write.
+    """
+
+    mtbf_seconds: float
+    write_seconds: float
+    stall_seconds: float
+    restart_seconds: float
+    interval_seconds: float
+
+    @property
+    def goodput(self) -> float:
+        lost = self.interval_seconds / 2 + self.write_seconds + self.restart_seconds
+        waits = self.interval_seconds / (self.interval_seconds + self.stall_seconds)
+        return waits * self.mtbf_seconds / (self.mtbf_seconds + lost)
+
+
+def goodput(
+    recipe: Recipe, cluster: Cluster, reliability: Reliability, interval_seconds: float | None
+) -> Goodput:
+    """Goodput of a recipe with a checkpoint every ``interval_seconds``, or the best interval."""
+    nodes = -(-recipe.world_size // cluster.gpus_per_node)
+    mtbf = reliability.node_mtbf_hours * HOUR / nodes
+    size = checkpoint_bytes(recipe)
+    bandwidth = min(nodes * reliability.write_bandwidth, reliability.write_bandwidth_limit)
+    write = size / bandwidth
+    stall = write
+    if recipe.checkpoint.asynchronous:
+        # Replicas share the copying: each rank copies its part of its stage's state.
+        counts = enumerate(layer_counts(recipe))
+        largest = max(stage_memory(recipe, stage, layers=layers).kept for stage, layers in counts)
+        stall = min(write, largest / reliability.copy_bandwidth)
+    best = max(math.sqrt(2 * stall * mtbf), write)
+    return Goodput(mtbf, write, stall, reliability.restart_seconds, interval_seconds or best)

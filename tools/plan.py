@@ -1,0 +1,147 @@
+#!/usr/bin/env python
+"""Predict memory, time and cost of a recipe on a cluster, and find its best layout.
+
+    python tools/plan.py recipes/calm_xl.yaml --gpu h100-sxm --nodes 16
+    python tools/plan.py recipes/calm_m.yaml training.global_batch_size=512 --price 2.5
+    python tools/plan.py recipes/calm_tiny.yaml --gpu local --gpus-per-node 2
+    python tools/plan.py --scaling docs/scaling.svg --json scaling.json
+    python tools/plan.py --published
+
+Nothing is started and no data is needed. Rates are assumptions (docs/planner.md); the options below
+replace them. A layout that does not fit is said; the exit code is 0 as long as a plan was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+
+from calm_dist.cli import at_least, run, write_json
+from calm_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from calm_dist.planner.clusters import Cluster
+    from calm_dist.planner.storage import Reliability
+    from calm_dist.recipe import Recipe
+
+
+def main() -> None:
+    parser = _parser()
+    arguments = parser.parse_intermixed_args()
+    if arguments.scaling or arguments.published:
+        if arguments.recipe is not None:
+            raise UserError(f"{arguments.recipe}: --scaling and --published take no recipe")
+        _without_recipe(arguments)
+        return
+    if arguments.recipe is None:
+        raise UserError("RECIPE: missing; give a recipe file, see recipes/")
+
+    from calm_dist.planner.report import format_full_plan, full_plan
+
+    recipe, cluster, gpus = _recipe_and_cluster(arguments)
+    values = full_plan(recipe, cluster, _reliability(arguments), gpus)
+    _output(arguments, values, format_full_plan(values))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("recipe", nargs="?", help="recipe file, see recipes/")
+    add("overrides", nargs="*", metavar="key=value", help="training.steps=20 …")
+    add("--gpu", default="h100-sxm", metavar="NAME",
+        help="a100-sxm-80, h100-sxm (default), h200-sxm, b200, or local: measure this machine")  # fmt: skip
+    add("--nodes", type=at_least(1), metavar="N", help="default: as many as the recipe plans for")
+    add("--gpus-per-node", type=at_least(1), metavar="N", help="default: 8; local: all processes")
+    add("--price", type=_positive, metavar="X", help="of one GPU for an hour, in any currency")
+    add("--json", metavar="F", help="write every term as JSON to F, or to stdout (no text) for -")
+    add("--scaling", metavar="F", help="plot 8 to 16,384 GPUs for two models into F (.svg, .png)")
+    add("--published", action="store_true", help="compare with published runs of other models")
+    rates = parser.add_argument_group("assumptions, see docs/planner.md")
+    for option, what in (
+        ("--matmul-fraction", "of peak, in matrix products"),
+        ("--attention-fraction", "of peak, in attention"),
+        ("--bandwidth-fraction", "of memory bandwidth, in element-wise kernels"),
+        ("--link-fraction", "of link bandwidth, in collectives"),
+        ("--node-mtbf-hours", "between failures of one node"),
+        ("--restart-seconds", "lost at each failure besides work"),
+        ("--write-bandwidth", "bytes/s to the file system, of each node"),
+        ("--write-bandwidth-limit", "bytes/s to the file system, of all nodes"),
+    ):
+        rates.add_argument(option, type=_positive, metavar="X", help=what)
+    return parser
+
+
+def _recipe_and_cluster(arguments: argparse.Namespace) -> tuple[Recipe, Cluster, int]:
+    """The recipe as it is, the cluster, and its number of GPUs."""
+    from calm_dist.planner.clusters import preset
+    from calm_dist.recipe import load_recipe
+    from calm_dist.training.resolve import resolve
+
+    recipe = resolve(load_recipe(arguments.recipe, arguments.overrides), missing_stores=True)
+    per_node, nodes = arguments.gpus_per_node, arguments.nodes
+    if arguments.gpu == "local":
+        if nodes not in (None, 1):
+            raise UserError(f"--nodes {nodes}: --gpu local measures one machine; leave it out")
+        from calm_dist.planner.local import local_cluster
+
+        gpus = per_node or recipe.world_size
+        cluster = local_cluster(gpus)
+    else:
+        gpus = recipe.world_size if nodes is None else nodes * (per_node or 8)
+        cluster = replace(preset(arguments.gpu), gpus_per_node=per_node or 8)
+    given = _given(arguments, cluster.rates)
+    return recipe, replace(cluster.with_rates(**given), price=arguments.price), gpus
+
+
+def _reliability(arguments: argparse.Namespace) -> Reliability:
+    from calm_dist.planner.storage import Reliability
+
+    return replace(Reliability(), **_given(arguments, Reliability()))
+
+
+def _given(arguments: argparse.Namespace, settings: Any) -> dict[str, float]:
+    """The options that replace a field of ``settings``."""
+    names = [field.name for field in fields(settings)]
+    values = {name: getattr(arguments, name, None) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _without_recipe(arguments: argparse.Namespace) -> None:
+    if arguments.published:
+        from calm_dist.planner.published import compare_with_published, format_published
+
+        rows = compare_with_published()
+        _output(arguments, rows, format_published(rows))
+        return
+
+    from calm_dist.planner.clusters import preset
+    from calm_dist.planner.scaling import format_scaling, plot_scaling, scaling
+
+    cluster = preset(arguments.gpu)
+    cluster = replace(
+        cluster.with_rates(**_given(arguments, cluster.rates)), price=arguments.price
+    )
+    values = scaling(cluster, _reliability(arguments))
+    plot_scaling(values, arguments.scaling)
+    _output(arguments, values, format_scaling(values))
+
+
+def _output(arguments: argparse.Namespace, values: Any, text: str) -> None:
+    if arguments.json:
+        write_json(values, arguments.json)
+    if arguments.json != "-":
+        print(text)
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: give a number above 0")
+    return value
+
+
+if __name__ == "__main__":
+    run(main)
