@@ -51,8 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("recipe", nargs="?", help="recipe file, see recipes/")
     add("overrides", nargs="*", metavar="key=value", help="training.steps=20 …")
-    add("--gpu", default="h100-sxm", metavar="NAME",
-        help="a100-sxm-80, h100-sxm (default), h200-sxm, b200, or local: measure this machine")  # fmt: skip
+    add(
+        "--gpu",
+        default="h100-sxm",
+        metavar="NAME",
+        help="a100-sxm-80, h100-sxm (default), h200-sxm, b200, or local: measure this machine",
+    )
     add("--nodes", type=at_least(1), metavar="N", help="default: as many as the recipe plans for")
     add("--gpus-per-node", type=at_least(1), metavar="N", help="default: 8; local: all processes")
     add("--price", type=_positive, metavar="X", help="of one GPU for an hour, in any currency")
@@ -120,10 +124,10 @@ def _without_recipe(arguments: argparse.Namespace) -> None:
     from calm_dist.planner.clusters import preset
     from calm_dist.planner.scaling import format_scaling, plot_scaling, scaling
 
+    if not arguments.scaling.endswith((".svg", ".png")):
+        raise UserError(f"--scaling {arguments.scaling}: give a file that ends in .svg or .png")
     cluster = preset(arguments.gpu)
-    cluster = replace(
-        cluster.with_rates(**_given(arguments, cluster.rates)), price=arguments.price
-    )
+    cluster = replace(cluster.with_rates(**_given(arguments, cluster.rates)), price=arguments.price)
     values = scaling(cluster, _reliability(arguments))
     plot_scaling(values, arguments.scaling)
     _output(arguments, values, format_scaling(values))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from calm_dist.errors import UserError
 
@@ -64,7 +65,7 @@ class Cluster:
     def usable_memory(self) -> float:
         return self.memory - self.reserved
 
-    def with_rates(self, **values: float) -> Cluster:
+    def with_rates(self, **values: Any) -> Cluster:
         """The cluster with other `Rates`."""
         return replace(self, rates=replace(self.rates, **values))
 
@@ -74,16 +75,16 @@ class Cluster:
 PRESETS = {
     cluster.name: cluster
     for cluster in (
-        # A100 80GB SXM data sheet: 312 TFLOPS (fp32 19.5), 2,039 GB/s, NVLink 600 GB/s both ways together.
-        # DGX A100: 8 cards of 200 Gb/s.
+        # A100 80GB SXM data sheet: 312 TFLOPS (fp32 19.5), 2,039 GB/s, NVLink 600 GB/s both ways
+        # together. DGX A100: 8 cards of 200 Gb/s.
         Cluster("a100-sxm-80", 312e12, 19.5e12, 80e9, 2.039e12, 300e9, 25e9),
-        # H100 SXM data sheet: 1,979 TFLOPS sparse (fp32 67), 3.35 TB/s, NVLink 900 GB/s both ways together.
-        # DGX H100: 8 cards of 400 Gb/s.
+        # H100 SXM data sheet: 1,979 TFLOPS sparse (fp32 67), 3.35 TB/s, NVLink 900 GB/s both ways
+        # together. DGX H100: 8 cards of 400 Gb/s.
         Cluster("h100-sxm", 989e12, 67e12, 80e9, 3.35e12, 450e9, 50e9),
         # H200 SXM data sheet: the H100's compute, 141 GB, 4.8 TB/s. DGX H200: 8 of 400 Gb/s.
         Cluster("h200-sxm", 989e12, 67e12, 141e9, 4.8e12, 450e9, 50e9),
-        # DGX B200 data sheet: 36 PFLOPS sparse bf16 of 8 GPUs (fp32 0.6), 1,440 GB, 64 TB/s; NVLink 5
-        # 1.8 TB/s both ways together; 8 cards of 400 Gb/s.
+        # DGX B200 data sheet: 36 PFLOPS sparse bf16 of 8 GPUs (fp32 0.6), 1,440 GB, 64 TB/s;
+        # NVLink 5 1.8 TB/s both ways together; 8 cards of 400 Gb/s.
         Cluster("b200", 2250e12, 75e12, 180e9, 8e12, 900e9, 50e9),
     )
 }

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -104,7 +105,7 @@ def measure_links(device: torch.device) -> tuple[float, float]:
     times = []
     for size in (LARGE_BYTES, SMALL_BYTES):
         values = torch.ones(size // 4, device=device)
-        times.append(_seconds(lambda values=values: dist.all_reduce(values), device))
+        times.append(_seconds(partial(dist.all_reduce, values), device))
     moved = 2 * (ranks - 1) / ranks * LARGE_BYTES
     return moved / max(times[0] - times[1], 1e-9), times[1] / 2
 
@@ -126,9 +127,7 @@ def local_cluster(processes: int) -> Cluster:
 
 def cluster_of(measured: list[Measured], processes: int) -> Cluster:
     """A cluster whose rates are the medians over the processes that measured them."""
-    values = {
-        name: median(asdict(one)[name] for one in measured) for name in asdict(measured[0])
-    }
+    values = {name: median(asdict(one)[name] for one in measured) for name in asdict(measured[0])}
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         memory = float(torch.cuda.get_device_properties(0).total_memory)

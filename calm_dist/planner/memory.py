@@ -223,7 +223,7 @@ def _gathered_sequence(recipe: Recipe, model: CalmRecipe | TransformerRecipe) ->
 
 def _head(recipe: Recipe, model: CalmRecipe) -> Memory:
     """The generative head in its ZeRO engine, on one rank of the last stage."""
-    parallel, head, d = recipe.parallel, model.head, model.hidden_size
+    parallel, head = recipe.parallel, model.head
     parameters = flops.head_parameters(model)
     ranks, stage = head_shards(recipe) * recipe.data_parallel_size, parallel.zero_stage
     width = element_bytes(recipe)

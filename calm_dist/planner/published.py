@@ -118,7 +118,17 @@ PUBLISHED = (
         "GPT 530B", _MEGATRON, "a100-sxm-80", 0.560, _gpt(20480, 105, 128), 2048, 280, 8, 35, 3, 280
     ),
     Published(
-        "GPT 1T", _MEGATRON, "a100-sxm-80", 0.563, _gpt(25600, 128, 160), 2048, 512, 8, 64, None, 512
+        "GPT 1T",
+        _MEGATRON,
+        "a100-sxm-80",
+        0.563,
+        _gpt(25600, 128, 160),
+        2048,
+        512,
+        8,
+        64,
+        None,
+        512,
     ),
     Published(
         "Llama 3 405B, 8k GPUs",

@@ -181,20 +181,22 @@ def _run_lines(run: dict[str, Any], steps: int) -> list[str]:
         f"Run: {steps:,} steps in {_duration(run['hours'] * 3600)}, {run['gpu_hours']:,.0f} "
         f"GPU-hours{price}",
         f"Failures: one in {_duration(failures['mtbf_hours'] * 3600)}; goodput "
-        f"{own['goodput']:.1%} with a checkpoint every {own['interval_steps']:,} steps, "
-        f"{best['goodput']:.1%} with every {best['interval_steps']:,}",
-        f"Checkpoint: {_gb(checkpoint['bytes'])}, written in {_duration(checkpoint['write_seconds'])}, "
-        f"training waits {_duration(checkpoint['stall_seconds'])}",
-        f"Data: {data['bytes_per_token']:.3g} bytes a token (int8 {data['bytes_per_token_int8']:.3g}), "
-        f"{data['bytes_of_all_tokens'] / 1e12:,.2f} TB for all steps, read at "
-        f"{data['read_bytes_per_second'] / 1e6:,.1f} MB/s",
+        f"{own['goodput']:.1%} with a checkpoint every {own['interval_steps']:,} steps",
+        f"  (best: every {best['interval_steps']:,} steps, {best['goodput']:.1%})",
+        f"Checkpoint: {_gb(checkpoint['bytes'])}, written in "
+        f"{_duration(checkpoint['write_seconds'])}, training waits "
+        f"{_duration(checkpoint['stall_seconds'])}",
+        f"Data: {data['bytes_per_token']:.3g} bytes a token (int8 "
+        f"{data['bytes_per_token_int8']:.3g}), {data['bytes_of_all_tokens'] / 1e12:,.2f} TB for "
+        f"all steps, read at {data['read_bytes_per_second'] / 1e6:,.1f} MB/s",
     ]
 
 
 def _best_lines(values: dict[str, Any]) -> list[str]:
     if not values["best"]:
         return [
-            "No layout fits. More GPUs, parallel.distributed_optimizer=true or a smaller model help."
+            "No layout fits. More GPUs, parallel.distributed_optimizer=true or a smaller model "
+            "help."
         ]
     lines = [
         f"{'Best layouts':<42}{'step':>9}{'MFU':>8}{'memory':>10}{'against this one':>19}",
@@ -243,7 +245,10 @@ def _layout_text(layout: dict[str, Any]) -> str:
         parts[-1] += f"x{layout['virtual']}"
     if layout["context"] > 1:
         parts.append(f"CP {layout['context']}")
-    parts += [f"DP {layout['data']}", f"{layout['num_micro_batches']} x {layout['micro_batch_size']}"]
+    parts += [
+        f"DP {layout['data']}",
+        f"{layout['num_micro_batches']} x {layout['micro_batch_size']}",
+    ]
     if layout["recompute"]:
         parts.append("recompute")
     return ", ".join(parts)

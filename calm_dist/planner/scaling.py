@@ -66,9 +66,7 @@ def scaling_recipe(name: str) -> Recipe:
 
 def scaling(cluster: Cluster, reliability: Reliability) -> dict[str, Any]:
     """The best layout of each model on each number of GPUs, as plain values."""
-    models = {
-        name: [_point(name, gpus, cluster, reliability) for gpus in GPUS] for name in MODELS
-    }
+    models = {name: [_point(name, gpus, cluster, reliability) for gpus in GPUS] for name in MODELS}
     return {"cluster": asdict(cluster), "reliability": asdict(reliability), "models": models}
 
 
@@ -146,7 +144,7 @@ def plot_scaling(values: dict[str, Any], target: str) -> None:
         ("gpu_hours", "GPU-hours to train", "log"),
     )
     # Ids and dates that change with each run would change a committed file.
-    style = {"svg.fonttype": "none", "svg.hashsalt": "scaling", "font.size": 10}
+    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "scaling", "font.size": 10}
     with plt.rc_context(style):
         figure, axes = plt.subplots(2, 2, figsize=(9, 6.5), sharex=True, layout="constrained")
         for axis, (key, label, scale) in zip(axes.flat, panels, strict=True):

@@ -61,7 +61,8 @@ def step_time(recipe: Recipe, cluster: Cluster) -> StepTime:
         _step_end(recipe, stage, kind[0], cluster, links, sums[stage])
         for kind, stage in first.items()
     ]
-    terms |= max(ends, key=lambda end: sum(end.values()))
+    longest = max(range(len(ends)), key=lambda number: sum(ends[number].values()))
+    terms |= ends[longest]
     return StepTime({name: value for name, value in terms.items() if value > 0}, tuple(stages))
 
 
@@ -132,7 +133,7 @@ def _context_collectives(recipe: Recipe, layers: int, cluster: Cluster) -> float
     assert model.kind != "autoencoder"
     kv = model.hidden_size * model.key_value_heads // model.num_attention_heads
     size = positions(recipe) * pieces * 2 * kv * element_bytes(recipe)
-    size /= parallel.tensor_parallel_size
+    size //= parallel.tensor_parallel_size
     node = max(1, cluster.gpus_per_node // parallel.tensor_parallel_size)
     half = Group(pieces, min(pieces, node)).half(size, cluster)
     return layers * half * (3 if parallel.recompute else 2)
@@ -175,11 +176,12 @@ def _step_end(
             head += links.head.all_reduce(size, cluster)
         if parallel.zero_stage < 3:
             head += links.head.half(size, cluster)
+    update = optimizer_work(recipe, stage, layers)
     world = STEP_REDUCTIONS * 2 * links.head.latency(cluster)
     return {
         "gradient reduction": reduce,
         "weight gather": gather,
         "head's weight gather": head,
-        "optimizer": optimizer_work(recipe, stage, layers).seconds(cluster, peak_flops(recipe, cluster)),
+        "optimizer": update.seconds(cluster, peak_flops(recipe, cluster)),
         "small reductions": world,
     }

@@ -77,9 +77,7 @@ class Work:
         return busy + launching if rates.synchronous else max(busy, launching)
 
 
-def micro_batch_work(
-    recipe: Recipe, stage: int, layers: int, cluster: Cluster
-) -> dict[str, Work]:
+def micro_batch_work(recipe: Recipe, stage: int, layers: int, cluster: Cluster) -> dict[str, Work]:
     """Work of a rank of a stage with ``layers`` layers for one micro-batch, by part; collectives
     not counted."""
     model, parallel = recipe.model, recipe.parallel
@@ -168,9 +166,7 @@ def _head(recipe: Recipe, model: CalmRecipe) -> Work:
     rows = positions(recipe) / recipe.parallel.tensor_parallel_size
     products = flops.head_flops(model, head.num_samples, share_condition=True) * rows
     energy = head.kind == "energy"
-    block, rest = (
-        (ENERGY_BLOCK, ENERGY_REST) if energy else (ITERATIVE_BLOCK, ITERATIVE_REST)
-    )
+    block, rest = (ENERGY_BLOCK, ENERGY_REST) if energy else (ITERATIVE_BLOCK, ITERATIVE_REST)
     per_sample = (block * head.num_mlp_layers + rest) * d
     per_sample += LATENT_TERMS[head.kind] * flops.known_size(model, "latent_size")
     width = element_bytes(recipe)

@@ -24,8 +24,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     counts = flops.count(recipe)
     shares = work_shares(recipe)
     stages = [
-        {**_stage(recipe, stage), "train_flops_share": share}
-        for stage, share in enumerate(shares)
+        {**_stage(recipe, stage), "train_flops_share": share} for stage, share in enumerate(shares)
     ]
     chunks = recipe.num_micro_batches * recipe.parallel.chunks_per_stage
     return {

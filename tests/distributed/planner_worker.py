@@ -144,9 +144,7 @@ class Traffic(TorchDispatchMode):
 
     size = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         if not any(name in str(func) for name in NO_TRAFFIC):
             tensors = (t for t in tree_iter((args, kwargs, output)) if isinstance(t, torch.Tensor))

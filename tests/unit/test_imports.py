@@ -22,6 +22,7 @@ LAYERS = (
     {"parallel"},
     {"training"},
     {"evaluation"},
+    {"planner"},
     {"reports"},
     {"benchmark"},
     {"command", "preflight", "run_list"},
@@ -30,7 +31,8 @@ LAYERS = (
 # The first imports it when it is called.
 HIGHER = {"interop/huggingface.py": "evaluation", "interop/convert.py": "evaluation"}
 # Plans and reports are made of recipes and metrics, where no training library need be.
-ONLY = {"reports": {"errors", "cli", "files", "recipe", "flops", "stages", "reports"}}
+PLAIN = {"errors", "cli", "files", "recipe", "flops", "stages", "planner"}
+ONLY = {"planner": PLAIN, "reports": PLAIN | {"reports"}}
 # Models get their process groups handed in.
 NOT_IN_MODELS = ("torch.distributed", "deepspeed", "megatron.core.parallel_state")
 # The package index's torchvision does not load beside CPU torch.
@@ -41,6 +43,8 @@ WITHOUT_TORCH = (
     "calm_dist.cli",
     "calm_dist.recipe",
     "calm_dist.flops",
+    "calm_dist.planner.report",
+    "calm_dist.planner.scaling",
     "calm_dist.reports.plan",
     "calm_dist.reports.report",
     "calm_dist.run_list",
