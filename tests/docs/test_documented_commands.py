@@ -63,6 +63,11 @@ SMALLER = [
     (r"^wandb sync", "wandb sync --dry-run"),
     # paper.md: what the README's commands have trained takes the place of the released models.
     (r"runs/calm_m(?= --autoencoder CALM| exported|/recipe)", "runs/imported"),
+    # An imported model trains as the paper's do, 250,000 steps, where nothing else is said.
+    (
+        r"(train\.py runs/imported/recipe\.yaml)",
+        r"\1 training.steps=2 training.global_batch_size=8 training.micro_batch_size=4",
+    ),
     (r"--autoencoder CALM-Autoencoder", "--autoencoder runs/autoencoder"),
 ]
 
