@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from calm_dist import flops
 from calm_dist.errors import UserError
 
 
@@ -70,22 +71,28 @@ class Cluster:
         return replace(self, rates=replace(self.rates, **values))
 
 
-# Peak is dense: NVIDIA's data sheets give the double, with 2:4 sparsity, from Hopper on. Networks
-# are those of NVIDIA's own DGX machines: one network card a GPU.
+def _gpu(
+    name: str, chip: str, memory: float, bandwidth: float, node: float, network: float
+) -> Cluster:
+    """A preset with the peaks that MFU is measured against."""
+    peaks = [flops.peak_flops(chip, precision) for precision in ("bf16", "fp32")]
+    assert peaks[0] is not None and peaks[1] is not None
+    return Cluster(name, peaks[0], peaks[1], memory, bandwidth, node, network)
+
+
+# Networks are those of NVIDIA's own DGX machines: one network card a GPU. NVLink is given there
+# both ways together.
 PRESETS = {
     cluster.name: cluster
     for cluster in (
-        # A100 80GB SXM data sheet: 312 TFLOPS (fp32 19.5), 2,039 GB/s, NVLink 600 GB/s both ways
-        # together. DGX A100: 8 cards of 200 Gb/s.
-        Cluster("a100-sxm-80", 312e12, 19.5e12, 80e9, 2.039e12, 300e9, 25e9),
-        # H100 SXM data sheet: 1,979 TFLOPS sparse (fp32 67), 3.35 TB/s, NVLink 900 GB/s both ways
-        # together. DGX H100: 8 cards of 400 Gb/s.
-        Cluster("h100-sxm", 989e12, 67e12, 80e9, 3.35e12, 450e9, 50e9),
-        # H200 SXM data sheet: the H100's compute, 141 GB, 4.8 TB/s. DGX H200: 8 of 400 Gb/s.
-        Cluster("h200-sxm", 989e12, 67e12, 141e9, 4.8e12, 450e9, 50e9),
-        # DGX B200 data sheet: 36 PFLOPS sparse bf16 of 8 GPUs (fp32 0.6), 1,440 GB, 64 TB/s;
-        # NVLink 5 1.8 TB/s both ways together; 8 cards of 400 Gb/s.
-        Cluster("b200", 2250e12, 75e12, 180e9, 8e12, 900e9, 50e9),
+        # A100 80GB SXM data sheet: 2,039 GB/s, NVLink 600 GB/s. DGX A100: 8 cards of 200 Gb/s.
+        _gpu("a100-sxm-80", "A100", 80e9, 2.039e12, 300e9, 25e9),
+        # H100 SXM data sheet: 3.35 TB/s, NVLink 900 GB/s. DGX H100: 8 cards of 400 Gb/s.
+        _gpu("h100-sxm", "H100", 80e9, 3.35e12, 450e9, 50e9),
+        # H200 SXM data sheet: 141 GB, 4.8 TB/s. DGX H200: 8 of 400 Gb/s.
+        _gpu("h200-sxm", "H200", 141e9, 4.8e12, 450e9, 50e9),
+        # DGX B200 data sheet: 1,440 GB, 64 TB/s of 8 GPUs; NVLink 5 1.8 TB/s; 8 of 400 Gb/s.
+        _gpu("b200", "B200", 180e9, 8e12, 900e9, 50e9),
     )
 }
 
