@@ -63,6 +63,9 @@ SMALLER = [
     (r"^wandb sync", "wandb sync --dry-run"),
     # paper.md: what the README's commands have trained takes the place of the released models.
     (r"runs/calm_m(?= --autoencoder CALM| exported|/recipe)", "runs/imported"),
+    # flops.md: the quickstart is not run here, but its models have been trained.
+    (r"runs/quickstart/calm runs/quickstart/transformer", "runs/calm_m"),
+    (r"runs/quickstart/autoencoder --out", "runs/autoencoder --out"),
     # An imported model trains as the paper's do, 250,000 steps, where nothing else is said.
     (
         r"(train\.py runs/imported/recipe\.yaml)",
