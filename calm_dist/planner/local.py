@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -191,6 +192,7 @@ def _measure_process(rank: int, processes: int, store: str, results: object) -> 
         init_method=f"file://{store}",
         rank=rank,
         world_size=processes,
+        timeout=timedelta(seconds=TIMEOUT_SECONDS),
     )
     dist.barrier()
     rates = measure_rates(device, torch.bfloat16 if on_gpu else torch.float32)

@@ -10,15 +10,17 @@ from calm_dist.planner.clusters import Cluster
 from calm_dist.planner.memory import (
     ADAM_MOMENTS_BYTES,
     FP32_BYTES,
+    body_parameters,
     element_bytes,
     layer_counts,
-    stage_memory,
 )
 from calm_dist.recipe import Recipe
 
 TOKEN_BYTES = 4
 FP16_BYTES = 2
 HOUR = 3600.0
+# Of a checkpoint's stall, what does not grow with the state: measured, docs/checkpoints.md.
+STALL_SECONDS = 0.08
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class Reliability:
     """Bytes/s that the file system takes from all nodes (assumption)."""
     copy_bandwidth: float = 1e10
     """Bytes/s of a rank's copy from GPU to host memory, for which training waits (assumption)."""
+    gather_bandwidth: float = 1e9
+    """Bytes/s at which the distributed optimizer's state comes to the first replica's host memory
+    over gloo, for which training waits (assumption)."""
 
 
 def latent_bytes_per_token(recipe: Recipe, latent_bytes: int = FP16_BYTES) -> float:
@@ -95,9 +100,19 @@ def goodput(
     write = size / bandwidth
     stall = write
     if recipe.checkpoint.asynchronous:
-        # Replicas share the copying: each rank copies its part of its stage's state.
-        counts = enumerate(layer_counts(recipe))
-        largest = max(stage_memory(recipe, stage, layers=layers).kept for stage, layers in counts)
-        stall = min(write, largest / reliability.copy_bandwidth)
+        # Replicas share the copying.
+        copying = size / recipe.world_size / reliability.copy_bandwidth
+        stall = min(write, STALL_SECONDS + copying)
+    stall += _gather_seconds(recipe, reliability)
     best = max(math.sqrt(2 * stall * mtbf), write)
     return Goodput(mtbf, write, stall, reliability.restart_seconds, interval_seconds or best)
+
+
+def _gather_seconds(recipe: Recipe, reliability: Reliability) -> float:
+    """Until the distributed optimizer's state of the largest stage is in one place."""
+    if not recipe.parallel.distributed_optimizer:
+        return 0.0
+    counts = enumerate(layer_counts(recipe))
+    largest = max(body_parameters(recipe, stage, layers) for stage, layers in counts)
+    state = largest * (ADAM_MOMENTS_BYTES + FP32_BYTES)
+    return state / reliability.gather_bandwidth

@@ -16,6 +16,7 @@ from calm_dist import flops
 from calm_dist.errors import RecipeError, UserError
 from calm_dist.planner.clusters import PRESETS, Rates, preset
 from calm_dist.planner.collectives import Group, groups
+from calm_dist.planner.memory import stage_memory
 from calm_dist.planner.predict import predict, training_cost
 from calm_dist.planner.published import PUBLISHED
 from calm_dist.planner.report import BEST, format_full_plan, full_plan, layout_overrides
@@ -161,6 +162,14 @@ def test_goodput_of_a_recipe() -> None:
     assert found.mtbf_seconds == 6300 * 3600 / 16
     assert found.write_seconds == pytest.approx(checkpoint_bytes(recipe) / 16e9)
     assert found.interval_seconds == math.sqrt(2 * found.stall_seconds * found.mtbf_seconds)
+    shared = checkpoint_bytes(recipe) / 128 / 1e10
+    assert found.stall_seconds == pytest.approx(0.08 + shared)
+    # A rank's whole state, 12 bytes a parameter, comes to the first replica.
+    sharded = load_recipe(XL, ["parallel.distributed_optimizer=true"])
+    plain, gathered = (stage_memory(one, 0).optimizer for one in (recipe, sharded))
+    assert plain == pytest.approx(32 * gathered, rel=1e-6)
+    stall = goodput(sharded, H100, reliability, None).stall_seconds
+    assert stall - found.stall_seconds == pytest.approx(plain / 1e9)
     waiting = load_recipe(XL, ["checkpoint.async=false"])
     assert goodput(waiting, H100, reliability, None).stall_seconds == found.write_seconds
     # A checkpoint begins when the one before is written.
@@ -253,7 +262,7 @@ def plan_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
 
 
@@ -284,3 +293,18 @@ def test_tool(tmp_path: Path) -> None:
 def test_tool_refuses(arguments: list[str], message: str) -> None:
     done = plan_tool(*arguments)
     assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+def test_this_machine_is_measured(tmp_path: Path) -> None:
+    """Two processes at a time; rates of any machine that runs the tests."""
+    file = tmp_path / "plan.json"
+    tiny = str(ROOT / "recipes" / "calm_tiny.yaml")
+    done = plan_tool(tiny, "--gpu", "local", "--gpus-per-node", "2", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    values = json.loads(file.read_text(encoding="utf-8"))
+    cluster = values["cluster"]
+    assert values["gpus"] == 2 and values["fits"] is False  # TP 2 x PP 2 needs four.
+    assert values["best"][0]["step_seconds"] > 0
+    assert 1e8 < cluster["peak_flops"] < 1e16 and 1e8 < cluster["memory_bandwidth"] < 1e14
+    assert 1e6 < cluster["node_bandwidth"] < 1e13 and 0 < cluster["node_latency"] < 1
+    assert 1e5 < cluster["rates"]["draws_per_second"] < 1e14
