@@ -39,7 +39,7 @@ class Memory:
     energy_score: int = 0
     """Draws of the posterior, a chunk of positions at a time."""
     buffers: int = 0
-    """Buckets and gathered sequences of the libraries, and AdamW's temporaries."""
+    """Buckets and gathered sequences of the libraries. The fused AdamW has no temporaries."""
 
     @property
     def kept(self) -> int:
@@ -94,11 +94,6 @@ def stage_memory(
     # When the backward pass of the last layer begins, what follows the layers is gone.
     body += max(last, again - head.head_samples)
     buffers = _gathered_sequence(recipe, model) + max(0, again + gradients - max(after, again))
-    if not on_cpu:
-        # torch's AdamW works on all tensors at once, when activations are gone; on CPUs one by one.
-        temporary = (memory.optimizer + head.optimizer) // ADAM_MOMENTS_BYTES * FP32_BYTES
-        held = body + head.head_samples + head.energy_score + head.buffers
-        buffers = max(buffers, temporary - held)
     return memory + head + Memory(activations=body, buffers=buffers)
 
 

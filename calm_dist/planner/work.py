@@ -41,8 +41,8 @@ HEAD_BLOCK_KERNELS, HEAD_KERNELS = 50, 120
 DRAW_ACCESSES, SCORE_KERNELS = 7, 35
 # Of the cross entropy, per logit, in fp32.
 LOGIT_ACCESSES, LOGIT_KERNELS = 10, 40
-# AdamW as torch computes it, per parameter, fp32, with clipping and the copy of the new weight.
-ADAM_ACCESSES = 26
+# torch's fused AdamW, per parameter, fp32, with clipping and the copy of the new weight.
+ADAM_ACCESSES = 15
 # DeepSpeed's copies of the head's gradient, per parameter.
 ZERO_ACCESSES = 13
 # FlashAttention computes the scores again: five products backward for two forward.

@@ -11,11 +11,13 @@ from launches import run_worker
 from planner_jobs import WORKER, compare_bytes, job, measured
 
 from calm_dist.planner.work import (
+    ADAM_ACCESSES,
     ENERGY_BLOCK,
     ENERGY_REST,
     LAYER_HIDDEN,
     LAYER_INTERMEDIATE,
     NORM_COMPOSITE,
+    ZERO_ACCESSES,
 )
 
 HIDDEN, INTERMEDIATE, POSITIONS, SAMPLES = 128, 320, 8 * 16, 8
@@ -81,7 +83,7 @@ def check_traffic(more: dict[str, float]) -> None:
 
     A new parameter is cleared, accumulated, and updated; see `work`.
     """
-    per_parameter = 2 + 3 + 26
+    per_parameter = 2 + 3 + ADAM_ACCESSES
     layer = (2 * NORM_COMPOSITE + LAYER_HIDDEN) * HIDDEN + LAYER_INTERMEDIATE * INTERMEDIATE
     parameters = 4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE
     expected = POSITIONS * layer + per_parameter * parameters
@@ -90,7 +92,8 @@ def check_traffic(more: dict[str, float]) -> None:
     wide += per_parameter * 3 * HIDDEN * INTERMEDIATE
     assert more["wide"] == pytest.approx(4 * wide, rel=0.1)
     # The head's parameters pass through DeepSpeed's buckets as well.
-    block = POSITIONS * SAMPLES * ENERGY_BLOCK * HIDDEN + (13 + 26) * 6 * HIDDEN**2
+    block = POSITIONS * SAMPLES * ENERGY_BLOCK * HIDDEN
+    block += (ZERO_ACCESSES + ADAM_ACCESSES) * 6 * HIDDEN**2
     assert more["block"] == pytest.approx(block, rel=0.15)
     samples = POSITIONS * SAMPLES * (2 * ENERGY_BLOCK + ENERGY_REST) * HIDDEN
     assert more["samples"] == pytest.approx(samples, rel=0.1)
