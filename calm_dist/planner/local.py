@@ -24,7 +24,7 @@ from calm_dist.planner.clusters import Cluster, Rates
 ROWS, HIDDEN, INTERMEDIATE, HEADS = 1024, 512, 1408, 4
 # What is reduced for bandwidth, and for latency.
 LARGE_BYTES, SMALL_BYTES = 16 << 20, 1 << 10
-REPEATS = 5
+REPEATS = 10
 TIMEOUT_SECONDS = 300.0
 
 
@@ -203,12 +203,17 @@ def _measure_process(rank: int, processes: int, store: str, results: object) -> 
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Median of some calls, after one that is not counted."""
-    times = []
-    for _ in range(REPEATS + 1):
-        started = time.perf_counter()
+    """Mean of some calls, after one that is not counted: other work on the machine, which slows
+    training down, shall count."""
+    call()
+    _wait(device)
+    started = time.perf_counter()
+    for _ in range(REPEATS):
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return median(times[1:])
+        _wait(device)
+    return (time.perf_counter() - started) / REPEATS
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
