@@ -193,6 +193,8 @@ def run(command: str, place: Path) -> str:
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        # A launcher that fails signals the group that it is in.
+        start_new_session=True,
         text=True,
         timeout=600,
         check=False,
