@@ -88,7 +88,13 @@ def launched(recipe: Recipe) -> Iterator[Session]:
     stop, phases = StopRequest(), Phases()
     with watched(store, world, phases, recipe.health.timeout_seconds), stop.listening():
         phases.enter("look at the run directory")
-        lock = on_rank_zero(lambda: prepare_run_directory(recipe, world))
+        try:
+            lock = on_rank_zero(lambda: prepare_run_directory(recipe, world))
+        except (UserError, OSError):
+            # All ranks have it, and end at the same time. One with its groups still there has been
+            # seen to abort on its way out.
+            dist.destroy_process_group()
+            raise
         try:
             with end_recorded(run_dir) if world.rank == 0 else nullcontext():
                 yield Session(recipe, device, stop, phases)
