@@ -28,7 +28,7 @@ PROGRAMS = ("bash", "deepspeed", "for", "pip", "python", "sbatch", "srun", "tens
 
 # The first that matches the whole command decides.
 RUN = [
-    r"python tools/(prepare_corpus|runs|evaluate|generate|report|flops_report|plan)\.py\b.*",
+    r"python tools/(prepare_corpus|runs|evaluate|generate|report|flops_report|plan)\.py\b(?!.*--gpu local).*",
     r"for split in .*encode_latents.*done",
     r"torchrun --nproc_per_node 8 tools/train_autoencoder\.py recipes/autoencoder\.yaml",
     r"deepspeed --quiet tools/train\.py recipes/calm_m\.yaml",
@@ -38,6 +38,7 @@ RUN = [
 ]
 # With --full only: more launches of several processes, and what goes on from the others' results.
 FULL = [
+    r"python tools/plan\.py .*--gpu local.*",
     r"deepspeed --quiet --num_accelerators [24] tools/train\.py recipes/calm_tiny\.yaml .*",
     r"python tools/train_autoencoder\.py recipes/autoencoder_tiny\.yaml .* SWITCHES",
     r"python tools/convert_checkpoint\.py (import|export)-hf .*",
@@ -49,6 +50,8 @@ NOT_RUN = {
     r"python3\.11 -m venv .*|pip install .*": "tools/_venv.sh has installed what runs this test",
     r"(RECIPE=\S+ )?sbatch .*": "tests/slurm submits every script to a real Slurm",
     r"python tools/benchmark\.py .*": "minutes, and 5 GB: tests/unit/test_benchmark.py, smaller",
+    r"PYTHONPATH=\. python tests/distributed/planner_validation\.py .*": "half an hour: "
+    "tests/distributed/test_planner_bytes.py compares the bytes of smaller trainings",
     r"tensorboard .*": "a server; tests/unit/test_schedule_metrics.py reads the event files",
 }
 SMALLER = [
@@ -57,7 +60,8 @@ SMALLER = [
     (r"--block-size [0-9]+", "--block-size 64"),
     (r"torchrun --nproc_per_node 8", "torchrun --standalone --nproc_per_node 2"),
     (r"^deepspeed", "deepspeed --master_port PORT"),
-    (r"^(?!.*--dry-run)(.*)recipes/", r"\1small/"),
+    (r"^(?!.*(?:--dry-run|tools/plan))(.*)recipes/", r"\1small/"),
+    (r"docs/scaling\.svg", "scaling.svg"),
     (r"training\.steps=20", "training.steps=2"),
     (r"NAME SWITCHES", "plain model.kl_weight=0"),
     (r"^wandb sync", "wandb sync --dry-run"),
@@ -183,7 +187,7 @@ def run(command: str, place: Path) -> str:
     """
     started = subprocess.Popen(
         ["bash", "-euc", command],
-        cwd=place / "login" if "train.py" in command and "--dry-run" in command else place,
+        cwd=place / "login" if re.search(r"train.py .*--dry-run|tools/plan", command) else place,
         env={
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
