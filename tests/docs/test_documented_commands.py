@@ -28,7 +28,8 @@ PROGRAMS = ("bash", "deepspeed", "for", "pip", "python", "sbatch", "srun", "tens
 
 # The first that matches the whole command decides.
 RUN = [
-    r"python tools/(prepare_corpus|runs|evaluate|generate|report|flops_report|plan)\.py\b(?!.*--gpu local).*",
+    r"python tools/(prepare_corpus|runs|evaluate|generate|report|flops_report)\.py\b.*",
+    r"python tools/plan\.py (?!.*--gpu local).*",
     r"for split in .*encode_latents.*done",
     r"torchrun --nproc_per_node 8 tools/train_autoencoder\.py recipes/autoencoder\.yaml",
     r"deepspeed --quiet tools/train\.py recipes/calm_m\.yaml",
