@@ -2,8 +2,9 @@
 attention, bytes of element-wise kernels, launches. Seconds follow from a cluster's rates.
 
 Bytes and launches of element-wise kernels were counted in this package's own steps with a
-TorchDispatchMode (every operator's inputs and outputs), `tests/unit/test_planner_work.py` counts
-them again. Units: accesses of one element, for each position, forward and backward together.
+TorchDispatchMode (every operator's inputs and outputs); tests/distributed/test_planner_bytes.py
+counts the bytes again. Units: accesses of one element, for each position, forward and backward
+together.
 """
 
 from __future__ import annotations

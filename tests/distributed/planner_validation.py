@@ -1,6 +1,6 @@
 """Measure trainings of several sizes and layouts on this machine and print them beside the plan.
 
-    PYTHONPATH=. python tests/distributed/planner_validation.py OUT [--steps 5] [--ranks 1 2]
+    PYTHONPATH=. python tests/distributed/planner_validation.py OUT [--ranks 1 2] [--layouts DP2]
 
 Makes a small store in OUT first, from the standard library's text. Every process has one thread.
 """
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--layouts", nargs="*", help="only these, such as DP2 TP2")
     arguments = parser.parse_args()
     out: Path = arguments.out.resolve()
     make_store(out)
@@ -51,6 +52,7 @@ def main() -> None:
                 steps=arguments.steps,
             )
             for kind, hidden, layout in CASES[ranks]
+            if layout in (arguments.layouts or [layout])
         ]
         run_worker(ranks, WORKER, jobs, out)
         for one in jobs:

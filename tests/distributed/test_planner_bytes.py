@@ -99,6 +99,7 @@ def check_traffic(more: dict[str, float]) -> None:
     assert more["samples"] == pytest.approx(samples, rel=0.1)
 
 
+@pytest.mark.full
 def test_bytes_of_two_processes(tiny: Tiny, tmp_path: Path) -> None:
     jobs = [
         job(kind, layout, sizes(tiny, tmp_path / "run", kind), tmp_path / f"{kind} {layout}.json")
