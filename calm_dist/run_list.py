@@ -86,7 +86,7 @@ def _recipe_facts(run_dir: Path) -> Row:
     try:
         kind, steps = recipe["model"]["kind"], int(recipe["training"]["steps"])
         name = recipe["run"].get("name") or run_dir.name
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{checkpoint.RECIPE_FILE} is no recipe ({error})") from error
     return {"name": str(name), "kind": str(kind), "steps": steps}
 

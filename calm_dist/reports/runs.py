@@ -146,18 +146,50 @@ def _read_environment(path: Path) -> Record:
 
 
 def _read_records(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl; a line that a killed run left unfinished is passed over."""
-    if not path.exists():
-        return []
+    """The records of a metrics.jsonl. What is no record is passed over: a line that a killed run
+    left unfinished, or damage; and of a record what is no number where one belongs."""
     records: list[Record] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and "step" in record:
-            records.append(record)
+        if not isinstance(record, dict) or not _is_count(record.get("step")):
+            continue
+        evaluation = record.pop("eval", None)
+        record = {name: value for name, value in record.items() if _is_number(value)}
+        if isinstance(evaluation, dict):
+            record["eval"] = {
+                name: value for name, value in evaluation.items() if _fits(name, value)
+            }
+        records.append(record)
     return records
+
+
+_NUMBERS = (
+    "brierlm",
+    "brierlm_stderr",
+    "cross_entropy",
+    "perplexity",
+    "energy_loss",
+    "tokens_seen",
+)
+_LARGEST = 1e300
+
+
+def _fits(name: str, value: Any) -> bool:
+    if name in _NUMBERS:
+        return _is_number(value)
+    return isinstance(value, dict) if name == "protocol" else True
+
+
+def _is_number(value: Any) -> bool:
+    """A number that can be computed with, or null."""
+    return value is None or (isinstance(value, int | float) and abs(value) < _LARGEST)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _LARGEST
 
 
 def first_of_kind(entries: Sequence[dict[str, Any]], kind: str) -> dict[str, Any] | None:
