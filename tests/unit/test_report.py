@@ -409,7 +409,8 @@ def test_damaged_records_are_passed_over(tmp_path: Path) -> None:
 
     good = '{"step": 3, "loss": 1.5, "tokens": "many", "eval": {"brierlm": "x", "protocol": 7}}'
     lines = [b"\xf6\xff", b"[" * 100_000, b'{"step": "4"}', b'{"step": 1e400}',
-             b'{"step": true}', b'{"step": 5, "loss": 1e400}', b'{"step": 6, "eval": null}', good.encode()]  # fmt: skip
+             b'{"step": true}', b'{"step": 5, "loss": 1e400}',
+             b'{"step": 6, "eval": null}', good.encode()]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
     assert _read_records(tmp_path / "metrics.jsonl") == [
         {"step": 5},
