@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -36,6 +37,9 @@ def run(main: Callable[[], int | None]) -> None:
     instead of a traceback.
     """
     _silence_library_warnings()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files may have bytes that are no text; stderr shows them like this anyway.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
     except UserError as error:

@@ -73,8 +73,8 @@ def describe(run_dir: Path) -> Row:
         if row["step"] is None:
             row["step"] = row["checkpoint"]
         row["state"], row["reason"] = _state(run_dir, row)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
-            yaml.YAMLError) as error:  # fmt: skip
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+            RecursionError, yaml.YAMLError) as error:  # fmt: skip
         row["reason"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return row
 
@@ -130,7 +130,10 @@ def _metrics_facts(path: Path) -> Row:
 
 
 def _number(value: Any) -> float | None:
-    return value if isinstance(value, int | float) else None
+    try:
+        return float(value) if isinstance(value, int | float) else None
+    except OverflowError:
+        return None
 
 
 def _newest_checkpoint(run_dir: Path) -> int | None:

@@ -75,11 +75,10 @@ def search(recipe: Recipe, cluster: Cluster, world_size: int) -> Search:
 def _layouts(recipe: Recipe, cluster: Cluster, world: int) -> Iterator[dict[str, Any]]:
     """Sizes that could divide the GPUs; the recipe's checks decide."""
     batch = recipe.training.global_batch_size
+    layers = recipe.model.num_hidden_layers  # type: ignore[union-attr]
     tensor = 1
     while tensor <= min(world, cluster.gpus_per_node):
-        for pipeline in _divisors(world // tensor):
-            if pipeline > recipe.model.num_hidden_layers:  # type: ignore[union-attr]
-                continue
+        for pipeline in _divisors(world // tensor, layers):
             for virtual in VIRTUAL_STAGES if pipeline > 1 else (None,):
                 replicas = world // (tensor * pipeline * recipe.parallel.context_parallel_size)
                 for micro_batch in _powers_of_two(max(1, batch // max(1, replicas))):
@@ -124,8 +123,8 @@ def _largest_difference(prediction: Prediction, best: Prediction) -> str:
     return max(terms, key=lambda name: terms[name] - others.get(name, 0.0))
 
 
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+def _divisors(number: int, limit: int) -> list[int]:
+    return [divisor for divisor in range(1, min(number, limit) + 1) if number % divisor == 0]
 
 
 def _powers_of_two(limit: int) -> Iterator[int]:

@@ -33,7 +33,7 @@ class Point:
     """Whether it was taken under the `common_conditions`."""
 
 
-def common_conditions(models: Sequence[Run]) -> tuple[Any, ...] | None:
+def common_conditions(models: Sequence[Run]) -> tuple[str, ...] | None:
     """The conditions of evaluation that most runs share; the first run's where several do.
 
     None where no run was evaluated.

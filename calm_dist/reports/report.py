@@ -134,8 +134,9 @@ def _write(
             for plot in section.plots:
                 (out / "plots" / f"{plot.name}.png").write_bytes(plot.png())
         (out / "report.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        (out / "report.md").write_text(words, encoding="utf-8")
-        (out / "index.html").write_text(page, encoding="utf-8")
+        for name, text in (("report.md", words), ("index.html", page)):
+            # Names of directories may be no UTF-8.
+            (out / name).write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"--out {out}: cannot write there ({error.strerror})") from error
 

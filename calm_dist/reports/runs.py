@@ -58,7 +58,7 @@ class Run:
     @property
     def tokens_seen(self) -> int | None:
         """Measured training tokens; None where nothing was recorded."""
-        trained = [record["tokens"] for record in self.training if "tokens" in record]
+        trained = [r["tokens"] for r in self.training if r.get("tokens") is not None]
         evaluated = [e["tokens_seen"] for e in self.evaluations if e.get("tokens_seen") is not None]
         return max(trained or evaluated, default=None)
 
@@ -70,7 +70,8 @@ class Run:
 
     def tokens_at(self, record: Record) -> int:
         """Tokens seen up to a training record."""
-        return record.get("tokens", record["step"] * self.recipe.tokens_per_step)
+        tokens = record.get("tokens")
+        return record["step"] * self.recipe.tokens_per_step if tokens is None else tokens
 
     @property
     def ranks(self) -> int | None:
@@ -101,11 +102,12 @@ class Run:
         return count(self.recipe, tokens=(self.tokens_seen or 0) if tokens is None else tokens)
 
 
-def conditions(evaluation: Record) -> tuple[Any, ...]:
+def conditions(evaluation: Record) -> tuple[str, ...]:
     """What two BrierLM must share to be compared: the data, the block size, the n-grams."""
     protocol = evaluation.get("protocol") or {}
     names = ("block_size", "patch_size", "alignment")
-    return (evaluation.get("data_fingerprint"), *(protocol.get(name) for name in names))
+    values = (evaluation.get("data_fingerprint"), *(protocol.get(name) for name in names))
+    return tuple(map(str, values))
 
 
 def read_run(path: str | Path) -> Run:
@@ -136,13 +138,24 @@ def read_run(path: str | Path) -> Run:
 
 
 def _read_environment(path: Path) -> Record:
+    """What of an environment.json is as it should be."""
     if not path.exists():
         return {}
     try:
-        environment = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        environment = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: no JSON ({error}); remove it, or restore it") from error
-    return environment if isinstance(environment, dict) else {}
+    if not isinstance(environment, dict):
+        return {}
+    return {name: value for name, value in environment.items() if _is_environment(name, value)}
+
+
+def _is_environment(name: str, value: Any) -> bool:
+    if name == "world_size":
+        return _is_count(value) and value > 0
+    if name == "gpu":
+        return value is None or isinstance(value, str)
+    return isinstance(value, dict) if name == "libraries" else True
 
 
 def _read_records(path: Path) -> list[Record]:
@@ -174,7 +187,8 @@ _NUMBERS = (
     "energy_loss",
     "tokens_seen",
 )
-_LARGEST = 1e300
+_LARGEST = 1e100
+"""Of numbers that FLOPs are made of, products must stay finite."""
 
 
 def _fits(name: str, value: Any) -> bool:
@@ -189,7 +203,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < _LARGEST
+    return type(value) is int and 0 <= value < 2**63
 
 
 def first_of_kind(entries: Sequence[dict[str, Any]], kind: str) -> dict[str, Any] | None:

@@ -208,6 +208,12 @@ def test_search_proposes_only_what_loads_and_fits() -> None:
     assert judged + sum(map(len, found.refused.values())) == found.tried
 
 
+def test_search_ends_on_any_number_of_gpus() -> None:
+    found = search(load_recipe(XL), H100, 800_000_000)
+    # No more stages than layers.
+    assert not found.fitting and 0 < found.tried < 200
+
+
 def test_plan_is_plain_and_fits_a_terminal() -> None:
     values = full_plan(load_recipe(XL), H100, Reliability(), 128)
     assert json.loads(json.dumps(values)) == values

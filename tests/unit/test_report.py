@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -417,3 +418,18 @@ def test_damaged_records_are_passed_over(tmp_path: Path) -> None:
         {"step": 6},
         {"step": 3, "loss": 1.5, "eval": {}},
     ]
+
+
+def test_damaged_environments_are_unknown(experiment: dict[str, Path], tmp_path: Path) -> None:
+    run_dir = Path(os.fsdecode(bytes(tmp_path) + b"/r\xf6n"))
+    shutil.copytree(experiment["calm"], run_dir)
+    environment = {"world_size": "4", "gpu": 7, "libraries": [1]}
+    (run_dir / "environment.json").write_text(json.dumps(environment))
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 90, "eval": {"brierlm": 1.0, "data_fingerprint": [1]}}\n')
+        file.write('{"step": 91, "loss": 1.0, "tokens": null}\n')
+    out = tmp_path / "report"
+    done = call("flops_report.py", "--run", run_dir, "--out", out)
+    assert done.returncode == 0, done.stderr
+    (entry,) = json.loads((out / "report.json").read_text())["models"]
+    assert (entry["ranks"], entry["device"], entry["mfu"]) == (None, None, None)

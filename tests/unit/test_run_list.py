@@ -158,6 +158,7 @@ DAMAGE = {
         (run / "metrics.jsonl").unlink(), (run / "metrics.jsonl").mkdir()
     ),
     "a step that is none": lambda run: append(run, '{"step": "x", "loss": 1}\n'),
+    "a step beyond all": lambda run: append(run, '{"step": 1e400, "loss": 1}\n'),
     "a damaged environment": lambda run: (run / "environment.json").write_text("[]"),
     "half an environment": lambda run: (run / "environment.json").write_text('{"ended": {}}'),
 }  # fmt: skip
@@ -178,7 +179,7 @@ def test_binary_and_odd_records_are_passed_over(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run")
     with (run_dir / "metrics.jsonl").open("ab") as file:
         file.write(b"\x00\xff\n[1]\n" + b'{"step": 3, "eval": {"brierlm": "high"}}\n"eval"\n')
-        file.write(b'{"step": 4, "loss": null, "tokens_per_second": null}\n')
+        file.write(b'{"step": 4, "loss": null, "tokens_per_second": 1' + b"0" * 400 + b"}\n")
     row = describe(run_dir)
     assert (row["step"], row["loss"], row["brierlm"]) == (4, None, None)
     assert "4/10" in table([row])
@@ -197,6 +198,10 @@ def test_the_command(tmp_path: Path) -> None:
     options = ["--json", "-"]
     done = subprocess.run([*tool, *options, str(tmp_path)], capture_output=True, text=True)
     assert [row["token_accuracy"] for row in json.loads(done.stdout)] == [0.9876]
+    odd = Path(os.fsdecode(bytes(tmp_path) + b"/n\xf6ne"))
+    autoencoder.rename(odd)
+    done = subprocess.run([*tool, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0 and "n\\udcf6ne" in done.stdout
     done = subprocess.run([*tool, str(tmp_path / "absent")], capture_output=True, text=True)
     assert done.returncode == 2 and "no such directory" in done.stderr
     (tmp_path / "empty").mkdir()
