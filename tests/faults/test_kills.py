@@ -42,6 +42,7 @@ STEP_POINTS: dict[str, tuple[int, str, int, str]] = {
     "between body and head": (0, "calm_dist.parallel.zero_head:ZeroHead.step", 5, ""),
 }
 QUEUE = "megatron.core.dist_checkpointing.strategies.async_utils:AsyncCallsQueue"
+LOAD_PLANNER = "megatron.core.dist_checkpointing.strategies.torch:MCoreLoadPlanner"
 SAVE_POINTS: dict[str, tuple[int, str, int, str]] = {
     "begin": (0, f"{CHECKPOINT}:begin", 2, ""),
     "plan": (1, f"{CHECKPOINT}.tensor_files:TensorWriter.plan", 2, ""),
@@ -55,6 +56,7 @@ SAVE_POINTS: dict[str, tuple[int, str, int, str]] = {
     "latest": (0, f"{FILES}:replace_text", 2, "latest"),
     "make room": (0, f"{FILES}:_make_room", 3, ""),
     "loading": (1, f"{CHECKPOINT}.model_state:load", 1, ""),
+    "reading": (1, f"{LOAD_PLANNER}.create_local_plan", 1, ""),
 }
 # In the process that a rank forks to write, for each tensor.
 WRITE_ITEM = "megatron.core.dist_checkpointing.strategies.filesystem_async:_write_item"
@@ -159,7 +161,7 @@ def test_killed_writers_and_killed_at_points_of_step_and_save(
     run = tmp_path / "run"
     points = {
         name: (STEP_POINTS | SAVE_POINTS)[name]
-        for name in ("forming groups", "optimizer", "writing")
+        for name in ("forming groups", "optimizer", "reading", "writing")
     }
     kill_writers(run, overrides(run))
     output = kill_at_points(run, overrides(run), points)["optimizer"]

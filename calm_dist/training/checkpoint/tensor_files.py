@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 
 from calm_dist.errors import CheckpointError
+from calm_dist.parallel.peers import is_lost_connection
 from calm_dist.parallel.processes import stand_back
 from calm_dist.parallel.rank_zero import RankZeroTask
 from calm_dist.training.checkpoint import describe_files
@@ -295,6 +296,7 @@ def read(state: State, directory: Path) -> State:
 
     Raises:
         CheckpointError: it is of another model, or holds more than tensors.
+        RuntimeError: another rank is lost.
     """
     read_description(directory / DESCRIPTION)
     try:
@@ -307,6 +309,8 @@ def read(state: State, directory: Path) -> State:
         # Of torch, and not even an Exception.
         raise CheckpointError(f"{directory}: cannot be read ({error.failures})") from error
     except (EOFError, OSError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, RuntimeError) and is_lost_connection(error):
+            raise
         raise CheckpointError(f"{directory}: cannot be read ({error})") from error
     except (CheckpointingException, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
