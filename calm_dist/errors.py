@@ -39,3 +39,13 @@ class TrainingDivergedError(RuntimeError):
 
 class StoppedError(RuntimeError):
     """A signal asked the run to stop; it wrote a checkpoint and can go on."""
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether a collective of torch failed, as it does when another process died.
+
+    Other errors of a call that reads and communicates are about what it read.
+    """
+    # gloo has no type of its own; and torch is not needed for errors.
+    types = {kind.__name__ for kind in type(error).__mro__}
+    return "DistError" in types or "gloo/transport" in str(error)

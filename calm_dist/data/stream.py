@@ -29,7 +29,7 @@ from calm_dist.data.layout import is_remote
 from calm_dist.data.remote import fetch_description
 from calm_dist.data.shared_names import RunNumber
 from calm_dist.data.store import StoreMeta
-from calm_dist.errors import DataError, LaunchError
+from calm_dist.errors import DataError, LaunchError, is_lost_connection
 
 Batch = dict[str, torch.Tensor]
 T = TypeVar("T")
@@ -137,6 +137,8 @@ class TrainingStream:
             message = str(error).rstrip().rpartition("DataError: ")[2]
             raise DataError(message) from error
         except (RuntimeError, OSError, EOFError) as error:
+            if is_lost_connection(error):
+                raise
             raise DataError(
                 f"data store: a reader process died or gave nothing in time ({error}); "
                 "data.num_workers=0 reads in the training process"

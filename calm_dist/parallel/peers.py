@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-
 from calm_dist.parallel.launch import World
 from calm_dist.parallel.processes import is_gone, kill_if_here
 
@@ -181,14 +179,6 @@ class Peers:
         """Who serves the store."""
         where = f"{self.world.address}:{self.world.port}"
         return f"torchrun's agent at {where}" if agent_serves_store() else f"rank 0 at {where}"
-
-
-def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether a collective failed, as it does when another process died; gloo has no type for it.
-
-    The other errors of a call that reads and communicates are about what it read.
-    """
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def agent_serves_store() -> bool:

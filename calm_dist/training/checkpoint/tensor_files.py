@@ -39,8 +39,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 
-from calm_dist.errors import CheckpointError
-from calm_dist.parallel.peers import is_lost_connection
+from calm_dist.errors import CheckpointError, is_lost_connection
 from calm_dist.parallel.processes import stand_back
 from calm_dist.parallel.rank_zero import RankZeroTask
 from calm_dist.training.checkpoint import describe_files
@@ -309,7 +308,7 @@ def read(state: State, directory: Path) -> State:
         # Of torch, and not even an Exception.
         raise CheckpointError(f"{directory}: cannot be read ({error.failures})") from error
     except (EOFError, OSError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, RuntimeError) and is_lost_connection(error):
+        if is_lost_connection(error):
             raise
         raise CheckpointError(f"{directory}: cannot be read ({error})") from error
     except (CheckpointingException, KeyError) as error:
