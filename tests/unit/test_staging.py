@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import faulthandler
 import os
+import resource
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,24 @@ def test_the_memory_is_used_again() -> None:
     assert len(addresses) == 1
     staging.reserve(8000, 1)
     assert torch.equal(staging.copy(torch.ones(2000)), torch.ones(2000))
+
+
+def test_memory_is_touched_beforehand() -> None:
+    faults = {}
+    for beforehand in (False, True):
+        staging, tensor = Staging(), torch.ones(2**24)
+        staging.reserve(tensor.nbytes, 1)
+        if beforehand:
+            staging.touch()
+            for thread in threading.enumerate():
+                if thread.name == "touch memory":
+                    thread.join()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        copy = staging.copy(tensor)
+        faults[beforehand] = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        assert torch.equal(copy, tensor)
+    # 16,384 pages.
+    assert faults[False] > 10_000 and faults[True] < 1_000
 
 
 def test_without_memory_there_are_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,9 @@ from megatron.core.dist_checkpointing.core import (
     CheckpointingException,
     save_config,
 )
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
@@ -73,6 +76,22 @@ class TensorWriter:
         """Whether the planned write needs nothing of the state itself any more."""
         return self._staging.has_copies
 
+    def prepare(self, state: State) -> None:
+        """Do before the first write what no later one has to: compare the shapes of all ranks,
+        share out the writing, and find memory for the copies; a collective of the world."""
+        tensors, _ = save_preprocess(state, validate_access_integrity=True)
+        self._shared.apply_saving_parallelization(tensors)
+        self._validated = True
+        mine = [
+            entry.data
+            for entry in nested_values(tensors)
+            if isinstance(entry, ShardedTensor)
+            and is_main_replica(entry.replica_id)
+            and entry.data.device.type == "cpu"
+        ]
+        self._staging.reserve(sum(tensor.nbytes for tensor in mine), len(mine))
+        self._staging.touch()
+
     def plan(
         self, state: State, directory: Path, urgent: bool, commit: Callable[[], object]
     ) -> AsyncRequest:
@@ -101,7 +120,7 @@ class TensorWriter:
                 state,
                 str(directory),
                 sharded_strategy=self._shared,
-                # Gathers the shapes of all ranks; they do not change during a run.
+                # Gathers the shapes of all ranks, which do not change.
                 validate_access_integrity=not self._validated,
                 async_sharded_save=True,
             )

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
@@ -37,6 +38,10 @@ class CheckpointWriter:
         self._started, self._waited, self._polls = 0.0, 0.0, 0
         self._committed: str | None = None
         self._attempts = Attempts()
+
+    def prepare(self, parts: Parts) -> None:
+        """Once the optimizers have states: make the first checkpoint as cheap as later ones."""
+        self._writer.prepare(self._state(parts))
 
     def start(self, parts: Parts, state: RunState, is_last: bool = False) -> None:
         """Begin to write a checkpoint; returns once the state is copied, or with
@@ -89,9 +94,7 @@ class CheckpointWriter:
             return temporary
 
         temporary = on_rank_zero(begin)
-        tensors = model_state.training_state(
-            parts.chunks, parts.optimizer, parts.head, self._topology
-        )
+        tensors = self._state(parts)
         # Planning takes the state apart.
         memory = list(model_state.memory(parts.chunks, tensors))
         settings = self._recipe.checkpoint
@@ -111,6 +114,9 @@ class CheckpointWriter:
             print(f"rank {rank}: no process can be forked ({error})", file=sys.stderr, flush=True)
             self._calls.call_idx -= 1
             self._calls.schedule_async_request(request._replace(async_fn=None))
+
+    def _state(self, parts: Parts) -> dict[str, Any]:
+        return model_state.training_state(parts.chunks, parts.optimizer, parts.head, self._topology)
 
     def _finalize(self, blocking: bool) -> None:
         calls = self._calls
