@@ -19,6 +19,9 @@ _EXACT_ELEMENTS = 1 << 26
 _GROUP = 128
 # Looking at more words of a row again is slower than all of its logits.
 _MOST_CANDIDATES = 256
+# Of few draws all tokens cost hardly more than one, and the vocabulary's weights stay in the cache
+# when they are used again.
+_DECODED_WHOLE = 16
 
 
 class GreedyDecoder:
@@ -34,6 +37,15 @@ class GreedyDecoder:
     def hidden(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [n, l] -> hidden states of their tokens [n, K, d], fp32."""
         return self._autoencoder.decoder(latents.float())
+
+    def patch_hidden(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [n, l] -> hidden states [n, d] of their patches, fp32."""
+        return self._autoencoder.decoder.patch_hidden(latents.float())
+
+    def token_hidden(self, patches: torch.Tensor, position: int | None = None) -> torch.Tensor:
+        """Hidden states of patches [n, d] -> those of their tokens [n, K, d], or at one position
+        [n, d]."""
+        return self._autoencoder.decoder.token_hidden(patches, position)
 
     def tokens(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [rows, d] -> the tokens of the largest logits [rows].
@@ -95,7 +107,10 @@ class LazyPatches:
 
     def __init__(self, decoder: GreedyDecoder, latents: torch.Tensor) -> None:
         self.patch_size = decoder.patch_size
-        self._decoder, self._hidden = decoder, decoder.hidden(latents)
+        self._decoder, self._patches = decoder, decoder.patch_hidden(latents)
+        self._hidden = None
+        if len(latents) <= _DECODED_WHOLE:
+            self._hidden = decoder.token_hidden(self._patches)
         self._known = np.full((len(latents), self.patch_size), -1)
 
     def __len__(self) -> int:
@@ -104,7 +119,31 @@ class LazyPatches:
     def tokens(self, rows: list[int], position: int) -> list[int]:
         """The tokens at one position of some of the draws."""
         unknown = [row for row in rows if self._known[row, position] < 0]
-        if unknown:
-            tokens = self._decoder.tokens(self._hidden[unknown, position])
-            self._known[unknown, position] = tokens.cpu().numpy()
+        if 0 < len(unknown) <= _DECODED_WHOLE and position > 0:
+            # They agreed on the first token, so that the others will be asked for, too.
+            self._work_out(unknown)
+        elif unknown:
+            if self._hidden is None:
+                hidden = self._decoder.token_hidden(self._patches[unknown], position)
+            else:
+                hidden = self._hidden[unknown, position]
+            self._known[unknown, position] = self._decoder.tokens(hidden).cpu().numpy()
         return self._known[rows, position].tolist()
+
+    def patch(self, row: int) -> tuple[int, ...]:
+        """A draw, whole."""
+        if (self._known[row] < 0).any():
+            self._work_out([row])
+        return tuple(self._known[row].tolist())
+
+    def _work_out(self, rows: list[int]) -> None:
+        """All unknown tokens of a few draws at once; reading the vocabulary's weights takes most of
+        the time."""
+        if self._hidden is None:
+            hidden = self._decoder.token_hidden(self._patches[rows])
+        else:
+            hidden = self._hidden[rows]
+        unknown = torch.from_numpy(self._known[rows] < 0)
+        known = torch.from_numpy(self._known[rows])
+        known[unknown] = self._decoder.tokens(hidden[unknown.to(hidden.device)]).cpu()
+        self._known[rows] = known.numpy()

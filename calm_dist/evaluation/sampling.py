@@ -38,6 +38,9 @@ class Patches(Protocol):
     def tokens(self, rows: list[int], position: int) -> list[int]:
         """The tokens at one position of some of the draws."""
 
+    def patch(self, row: int) -> Patch:
+        """A draw, whole."""
+
 
 @dataclass(frozen=True)
 class KnownPatches:
@@ -55,6 +58,10 @@ class KnownPatches:
     def tokens(self, rows: list[int], position: int) -> list[int]:
         """The tokens at one position of some of the draws."""
         return self.array[rows, position].tolist()
+
+    def patch(self, row: int) -> Patch:
+        """A draw, whole."""
+        return tuple(self.array[row].tolist())
 
 
 DrawFunction = Callable[[int], "np.ndarray | Patches"]
@@ -177,7 +184,7 @@ class _Pool:
     def patch(self, member: int) -> Patch:
         """A draw, whole."""
         patches, row = self._places[member]
-        return tuple(patches.tokens([row], k)[0] for k in range(patches.patch_size))
+        return patches.patch(row)
 
     def first_agreeing(self, groups: list[tuple[int, ...]]) -> tuple[int, ...] | None:
         """The first of these groups of draws whose members are all equal."""

@@ -112,12 +112,27 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(hidden, eps=config.rms_norm_eps)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        half = len(self.decoder_layers) // 2
+        return self.token_hidden(self.patch_hidden(latents))
+
+    def patch_hidden(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [..., l] -> hidden states of patches [..., d], which `token_hidden` expands."""
         x = self.latent_to_hidden(latents)
-        for layer in self.decoder_layers[:half]:
+        for layer in self.decoder_layers[: len(self.decoder_layers) // 2]:
             x = layer(x)
-        x = self.expand_layer(x).unflatten(-1, (self.patch_size, -1))
-        for layer in self.decoder_layers[half:]:
+        return x
+
+    def token_hidden(self, patches: torch.Tensor, position: int | None = None) -> torch.Tensor:
+        """Hidden states of patches [..., d] -> those of their tokens [..., K, d], or of the tokens
+        at one position alone [..., d]."""
+        expand = self.expand_layer
+        if position is None:
+            x = expand(patches).unflatten(-1, (self.patch_size, -1))
+        else:
+            weight, bias = (
+                part.chunk(self.patch_size)[position] for part in (expand.weight, expand.bias)
+            )
+            x = F.linear(patches, weight, bias)
+        for layer in self.decoder_layers[len(self.decoder_layers) // 2 :]:
             x = layer(x)
         return self.norm(x)
 

@@ -12,9 +12,11 @@ from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
 COARSE = torch.cpu._is_avx512_bf16_supported()
 
 
-def decoder(vocab_size: int, scale: float = 1.0) -> GreedyDecoder:
+def decoder(vocab_size: int, scale: float = 1.0, patch_size: int = 2) -> GreedyDecoder:
     torch.manual_seed(0)
-    config = AutoencoderConfig(vocab_size, 2, latent_size=8, hidden_size=64, intermediate_size=96)
+    config = AutoencoderConfig(
+        vocab_size, patch_size, latent_size=8, hidden_size=64, intermediate_size=96
+    )
     model = Autoencoder(config).eval().requires_grad_(False)
     model.output_weight.copy_(scale * torch.randn(vocab_size, 64))
     return GreedyDecoder(model)
@@ -71,12 +73,17 @@ def test_logits_that_are_all_alike_or_not_finite_are_worked_out_in_full() -> Non
     assert torch.equal(greedy.tokens(hidden), (hidden @ greedy._weight.T).argmax(-1))
 
 
-def test_lazy_patches_are_the_decoders() -> None:
-    greedy = decoder(500)
-    latents = torch.randn(20, 8)
+@pytest.mark.parametrize("count", [5, 40])
+def test_lazy_patches_are_the_decoders(count: int) -> None:
+    """A few, whose tokens are worked out together, and more."""
+    greedy = decoder(500, patch_size=4)
+    latents = torch.randn(count, 8)
+    whole = greedy.tokens(greedy.hidden(latents).flatten(0, 1)).view(count, 4)
     patches = LazyPatches(greedy, latents)
-    whole = greedy.tokens(greedy.hidden(latents).flatten(0, 1)).view(20, 2)
-    assert len(patches) == 20
+    assert len(patches) == count
     assert patches.tokens([3, 4, 3], 1) == whole[[3, 4, 3], 1].tolist()
-    assert patches.tokens(list(range(20)), 1) == whole[:, 1].tolist()
-    assert patches.tokens([7], 0) == [int(whole[7, 0])]
+    assert patches.tokens(list(range(count)), 0) == whole[:, 0].tolist()
+    for position in (1, 2, 3):
+        assert patches.tokens([1, 4], position) == whole[[1, 4], position].tolist()
+    assert patches.tokens(list(range(count)), 3) == whole[:, 3].tolist()
+    assert [patches.patch(row) for row in range(count)] == [tuple(row) for row in whole.tolist()]

@@ -227,6 +227,10 @@ class Counted:
         self.asked |= {(row, position) for row in rows}
         return self.array[rows, position].tolist()
 
+    def patch(self, row: int) -> tuple[int, ...]:
+        self.asked |= {(row, position) for position in range(self.patch_size)}
+        return tuple(self.array[row].tolist())
+
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_tokens_worked_out_when_needed_change_nothing(n: int) -> None:
