@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from torch.nn.utils import clip_grads_with_norm_
 
 from calm_dist.parallel.topology import Topology
 from calm_dist.parallel.zero_head import ZeroHead
@@ -129,6 +129,7 @@ class JointOptimizer:
         if factor >= 1.0:
             return
         for optimizer in getattr(self._body, "chained_optimizers", [self._body]):
-            clip_grad_by_total_norm_fp32(optimizer.get_parameters(), limit, norm)
+            # Megatron's own makes new tensors where neither Apex nor Transformer Engine is there.
+            clip_grads_with_norm_(optimizer.get_parameters(), limit, torch.tensor(norm))
         if self._head is not None:
             self._head.scale_gradients(factor)

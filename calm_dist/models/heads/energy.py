@@ -27,7 +27,7 @@ class ConditionedLinear(nn.Linear):
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """x [N, S, d], condition [S, d] -> [N, S, out]; the condition's half is computed once."""
         of_x, of_condition = self.weight.chunk(2, dim=1)
-        return F.linear(x, of_x) + F.linear(condition, of_condition, self.bias)
+        return F.linear(x, of_x).add_(F.linear(condition, of_condition, self.bias))
 
 
 class HeadBlock(nn.Module):
