@@ -42,8 +42,9 @@ HEAD_BLOCK_KERNELS, HEAD_KERNELS = 50, 120
 DRAW_ACCESSES, SCORE_KERNELS = 7, 35
 # Of the cross entropy, per logit, in fp32.
 LOGIT_ACCESSES, LOGIT_KERNELS = 10, 40
-# torch's fused AdamW, per parameter, fp32, with clipping and the copy of the new weight.
-ADAM_ACCESSES = 15
+# Norm, clipping and torch's fused AdamW, per parameter, fp32; of the head with a norm in fp64 and
+# the copy of the new weight.
+ADAM_ACCESSES, HEAD_ADAM_ACCESSES = 11, 15
 # DeepSpeed's copies of the head's gradient, per parameter.
 ZERO_ACCESSES = 13
 # FlashAttention computes the scores again: five products backward for two forward.
@@ -108,11 +109,11 @@ def optimizer_work(recipe: Recipe, stage: int, layers: int) -> Work:
     assert model.kind != "autoencoder"
     parameters = float(body_parameters(recipe, stage, layers))
     copies = recipe.data_parallel_size * parallel.context_parallel_size
-    updated = parameters / (copies if parallel.distributed_optimizer else 1)
+    accesses = parameters * ADAM_ACCESSES / (copies if parallel.distributed_optimizer else 1)
     if model.kind == "calm" and stage == parallel.pipeline_parallel_size - 1:
         shards = head_shards(recipe) * recipe.data_parallel_size
-        updated += flops.head_parameters(model) / shards
-    return Work(traffic=(updated * ADAM_ACCESSES + parameters) * FP32_BYTES)
+        accesses += flops.head_parameters(model) * HEAD_ADAM_ACCESSES / shards
+    return Work(traffic=(accesses + parameters) * FP32_BYTES)
 
 
 def positions(recipe: Recipe) -> int:

@@ -14,6 +14,7 @@ from calm_dist.planner.work import (
     ADAM_ACCESSES,
     ENERGY_BLOCK,
     ENERGY_REST,
+    HEAD_ADAM_ACCESSES,
     LAYER_HIDDEN,
     LAYER_INTERMEDIATE,
     NORM_COMPOSITE,
@@ -93,7 +94,7 @@ def check_traffic(more: dict[str, float]) -> None:
     assert more["wide"] == pytest.approx(4 * wide, rel=0.1)
     # The head's parameters pass through DeepSpeed's buckets as well.
     block = POSITIONS * SAMPLES * ENERGY_BLOCK * HIDDEN
-    block += (ZERO_ACCESSES + ADAM_ACCESSES) * 6 * HIDDEN**2
+    block += (ZERO_ACCESSES + HEAD_ADAM_ACCESSES) * 6 * HIDDEN**2
     assert more["block"] == pytest.approx(block, rel=0.15)
     samples = POSITIONS * SAMPLES * (2 * ENERGY_BLOCK + ENERGY_REST) * HIDDEN
     assert more["samples"] == pytest.approx(samples, rel=0.1)
