@@ -77,7 +77,6 @@ SMALLER = [
         r"\1 training.steps=2 training.global_batch_size=8 training.micro_batch_size=4",
     ),
     (r"--autoencoder CALM-Autoencoder", "--autoencoder runs/autoencoder"),
-    (r"(runs/imported/recipe\.yaml .*)", r"\1 training.steps=2 training.global_batch_size=2"),
 ]
 
 
