@@ -265,10 +265,10 @@ def _batch_problems(recipe: Recipe) -> list[str]:
             f"parallel.virtual_pipeline_size: {virtual} with pipeline_parallel_size 1 has nothing "
             "to interleave; leave it out"
         )
-    elif virtual is not None and recipe.num_micro_batches % pipeline:
+    elif virtual is not None and (micro_batches := training.global_batch_size // unit) % pipeline:
         problems.append(
             f"parallel.virtual_pipeline_size: {virtual} needs a number of micro-batches that is a "
-            f"multiple of pipeline_parallel_size {pipeline}, found {recipe.num_micro_batches}; "
+            f"multiple of pipeline_parallel_size {pipeline}, found {micro_batches}; "
             "change training.global_batch_size or micro_batch_size, or leave it out"
         )
     return problems

@@ -142,8 +142,9 @@ def _output(arguments: argparse.Namespace, values: Any, text: str) -> None:
 
 def _positive(text: str) -> float:
     value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: give a number above 0")
+    # Beyond, results would be infinite.
+    if not 1e-12 <= value <= 1e18:
+        raise argparse.ArgumentTypeError(f"{text}: give a number from 1e-12 to 1e18")
     return value
 
 

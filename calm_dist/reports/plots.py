@@ -137,9 +137,11 @@ def _legend_columns(plot: Plot) -> int:
 
 
 def shortened(name: str, longest: int = 40) -> str:
-    """A name that fits a line of a plot: a long one loses its middle."""
+    """A name that fits a line of a plot: a long one loses its middle. Dollars are no formula."""
     half = longest // 2
-    return name if len(name) <= longest else f"{name[: half - 1]}…{name[-half:]}"
+    if len(name) > longest:
+        name = f"{name[: half - 1]}…{name[-half:]}"
+    return name.replace("$", r"\$")
 
 
 def _style(palette: Palette) -> dict[Any, Any]:

@@ -214,6 +214,14 @@ def test_search_ends_on_any_number_of_gpus() -> None:
     assert not found.fitting and 0 < found.tried < 200
 
 
+def test_context_parallelism_leaves_no_room_for_some_layouts() -> None:
+    recipe = load_recipe(XL, ["parallel.context_parallel_size=2"])
+    found = search(recipe, H100, 16)
+    assert found.fitting
+    said = found.refused["parallel.world_size"]
+    assert any("16 processes cannot be cut into replicas of 32" in text for text in said)
+
+
 def test_plan_is_plain_and_fits_a_terminal() -> None:
     values = full_plan(load_recipe(XL), H100, Reliability(), 128)
     assert json.loads(json.dumps(values)) == values
@@ -289,7 +297,8 @@ def test_tool(tmp_path: Path) -> None:
         ([], "RECIPE: missing"),
         (["gone.yaml"], "gone.yaml"),
         ([str(XL), "--gpu", "v100"], "--gpu v100: unknown"),
-        ([str(XL), "--price", "0"], "give a number above 0"),
+        ([str(XL), "--price", "0"], "give a number from 1e-12 to 1e18"),
+        ([str(XL), "--write-bandwidth", "1e-300"], "give a number from 1e-12 to 1e18"),
         ([str(XL), "--published"], "take no recipe"),
         (["--scaling", "plot.xyz"], "ends in .svg or .png"),
         ([str(XL), "--gpu", "local", "--nodes", "2"], "measures one machine"),

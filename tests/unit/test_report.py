@@ -423,6 +423,8 @@ def test_damaged_records_are_passed_over(tmp_path: Path) -> None:
 def test_damaged_environments_are_unknown(experiment: dict[str, Path], tmp_path: Path) -> None:
     run_dir = Path(os.fsdecode(bytes(tmp_path) + b"/r\xf6n"))
     shutil.copytree(experiment["calm"], run_dir)
+    recipe = run_dir / "recipe.yaml"
+    recipe.write_text(re.sub(r"name: .*", r"name: a $\\frac{a}$ _{", recipe.read_text(), count=1))
     environment = {"world_size": "4", "gpu": 7, "libraries": [1]}
     (run_dir / "environment.json").write_text(json.dumps(environment))
     with (run_dir / "metrics.jsonl").open("a") as file:
