@@ -21,7 +21,7 @@ def parse_arguments() -> argparse.Namespace:
         epilog="examples:\n"
         "  python tools/flops_report.py --json flops.json\n"
         "  python tools/flops_report.py --run runs/calm_m runs/transformer_s --out runs/report\n"
-        "  python tools/flops_report.py --run runs/* --json - --peak-tflops 312",
+        "  python tools/flops_report.py --run runs/calm_* --json - --peak-tflops 312",
     )
     parser.add_argument(
         "--run",

@@ -194,6 +194,8 @@ def _run_lines(run: dict[str, Any], steps: int) -> list[str]:
 
 def _best_lines(values: dict[str, Any]) -> list[str]:
     if not values["best"]:
+        if not values["search"]["out_of_memory"]:
+            return ["No layout is possible on so many GPUs, see what is refused below."]
         return [
             "No layout fits. More GPUs, parallel.distributed_optimizer=true or a smaller model "
             "help."

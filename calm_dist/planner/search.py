@@ -81,7 +81,9 @@ def _layouts(recipe: Recipe, cluster: Cluster, world: int) -> Iterator[dict[str,
         for pipeline in _divisors(world // tensor, layers):
             for virtual in VIRTUAL_STAGES if pipeline > 1 else (None,):
                 replicas = world // (tensor * pipeline * recipe.parallel.context_parallel_size)
-                for micro_batch in _powers_of_two(max(1, batch // max(1, replicas))):
+                largest = max(1, batch // max(1, replicas))
+                own = recipe.training.micro_batch_size
+                for micro_batch in sorted({*_powers_of_two(largest), min(own, largest)}):
                     yield {
                         "world_size": world,
                         "tensor_parallel_size": tensor,

@@ -28,7 +28,7 @@ class Run:
     """Records with a loss, by step; of a step that was run again after a resume, the last."""
     evaluations: list[Record] = field(default_factory=list)
     """The ``eval`` parts with their ``step``, by step; of one step those of unlike `conditions`, of
-    like ones the last."""
+    like ones that of most blocks, or the last of several."""
     environment: Record = field(default_factory=dict)
     """environment.json: where the run was started last."""
     label: str | None = None
@@ -125,6 +125,9 @@ def read_run(path: str | Path) -> Run:
     for record in records:
         if "eval" in record:
             key = (record["step"], conditions(record["eval"]))
+            # A look at a few blocks does not take the place of a whole evaluation.
+            if key in evaluations and _blocks(record["eval"]) < _blocks(evaluations[key]):
+                continue
             # Taken out first: the last one of a step is the last in order.
             evaluations.pop(key, None)
             evaluations[key] = {**record["eval"], "step": record["step"]}
@@ -135,6 +138,11 @@ def read_run(path: str | Path) -> Run:
         sorted(evaluations.values(), key=lambda evaluation: evaluation["step"]),
         _read_environment(path / "environment.json"),
     )
+
+
+def _blocks(evaluation: Record) -> int:
+    blocks = (evaluation.get("protocol") or {}).get("blocks")
+    return blocks if isinstance(blocks, int) else 0
 
 
 def _read_environment(path: Path) -> Record:
@@ -170,7 +178,7 @@ def _read_records(path: Path) -> list[Record]:
         if not isinstance(record, dict) or not _is_count(record.get("step")):
             continue
         evaluation = record.pop("eval", None)
-        record = {name: value for name, value in record.items() if _is_number(value)}
+        record = {n: v for n, v in record.items() if _is_number(v) and _has_sign(n, v)}
         if isinstance(evaluation, dict):
             record["eval"] = {
                 name: value for name, value in evaluation.items() if _fits(name, value)
@@ -185,16 +193,31 @@ _NUMBERS = (
     "cross_entropy",
     "perplexity",
     "energy_loss",
+    "reconstruction_accuracy",
+    "token_accuracy",
+    "token_accuracy_mean",
+    "collapsed_dims",
     "tokens_seen",
 )
+_NOT_NEGATIVE = ("brierlm_stderr", "tokens_seen", "tokens", "tokens_per_second", "step_seconds")
+_LISTS = ("brier", "brier_stderr", "kl_per_dim")
+_PROTOCOL = {"block_size", "patch_size", "alignment", "blocks", "positions", "samples"}
 _LARGEST = 1e100
 """Of numbers that FLOPs are made of, products must stay finite."""
 
 
 def _fits(name: str, value: Any) -> bool:
     if name in _NUMBERS:
-        return _is_number(value)
-    return isinstance(value, dict) if name == "protocol" else True
+        return _is_number(value) and _has_sign(name, value)
+    if name in _LISTS:
+        return isinstance(value, list) and all(v is not None and _is_number(v) for v in value)
+    if name == "protocol":
+        return isinstance(value, dict) and value.keys() >= _PROTOCOL
+    return True
+
+
+def _has_sign(name: str, value: float | None) -> bool:
+    return value is None or value >= 0 or name not in _NOT_NEGATIVE
 
 
 def _is_number(value: Any) -> bool:

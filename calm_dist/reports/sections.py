@@ -62,7 +62,7 @@ def models_section(entries: Sequence[dict[str, Any]]) -> Section:
     explained = (
         "BrierLM: 0 to 100, higher is better, ± one standard error. Cross entropy in nats per "
         "held-out token. K: tokens per step. FLOPs: measured tokens times FLOPs per token as the "
-        "authors' code executes them."
+        "authors' code executes them, without autoencoder and encoding (further down)."
     )
     tables = (Table("Models", heads, tuple(rows)), _scores(entries))
     return Section("Models", (explained,), tables=tables)
@@ -146,7 +146,7 @@ def _protocol(evaluation: Record) -> str:
     return (
         f"{protocol['blocks']} blocks of {protocol['block_size']} tokens, "
         f"{protocol['positions']} n-grams {where}, "
-        f"{protocol['samples']} draws each, data {evaluation['data_fingerprint'][:12]}"
+        f"{protocol['samples']} draws each, data {str(evaluation.get('data_fingerprint'))[:12]}"
     )
 
 

@@ -435,3 +435,20 @@ def test_damaged_environments_are_unknown(experiment: dict[str, Path], tmp_path:
     assert done.returncode == 0, done.stderr
     (entry,) = json.loads((out / "report.json").read_text())["models"]
     assert (entry["ranks"], entry["device"], entry["mfu"]) == (None, None, None)
+
+
+def test_a_look_at_a_few_blocks_replaces_no_evaluation(tmp_path: Path) -> None:
+    run_dir = make_run(
+        tmp_path / "run", "calm", [training(10), evaluation(10, 0.6), evaluation(10, 0.7)]
+    )
+    (*_, last) = (run_dir / "metrics.jsonl").read_text().splitlines()
+    record = json.loads(last)
+    whole = record["eval"]["brierlm"]
+    record["eval"]["protocol"]["blocks"] -= 1
+    record["eval"]["brierlm"] = 0.1
+    odd = {"step": 10, "eval": {"brier": [1, "x"], "reconstruction_accuracy": "x", "protocol": {}}}
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n" + json.dumps(odd) + "\n")
+    run = read_run(run_dir)
+    assert [e.get("brierlm") for e in run.evaluations] == [whole, None]
+    write_report([run_dir], tmp_path / "report")
