@@ -104,6 +104,19 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return number
 
 
+def between(smallest: float, largest: float) -> Callable[[str], float]:
+    """A type for argparse: a number from ``smallest`` to ``largest``."""
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not smallest <= value <= largest:
+            limits = f"{smallest:g} to {largest:g}".replace("e+", "e")
+            raise argparse.ArgumentTypeError(f"{text}: give a number from {limits}")
+        return value
+
+    return number
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add the option ``--device`` of a tool that computes in one process."""
     parser.add_argument(

@@ -5,6 +5,7 @@ python -m calm_dist.recipe_reference > docs/recipes.md
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import types
@@ -171,4 +172,5 @@ def _limits(metadata: Iterable[Any], whole: bool) -> list[str]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     print(reference(), end="")

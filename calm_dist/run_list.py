@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -16,7 +17,14 @@ from calm_dist.data.progress import duration
 from calm_dist.errors import UserError
 from calm_dist.training import checkpoint
 from calm_dist.training.metrics import METRICS_FILE, compact
-from calm_dist.training.run_directory import ENDED, ENVIRONMENT_FILE, FAILED, is_held
+from calm_dist.training.run_directory import (
+    ENDED,
+    ENVIRONMENT_FILE,
+    FAILED,
+    FINISHED,
+    STOPPED,
+    is_held,
+)
 
 RUNNING, DAMAGED, NEW = "running", "damaged", "not started"
 _RATE_OF = 20
@@ -39,24 +47,36 @@ def list_runs(directories: Sequence[str | Path]) -> list[Row]:
     Raises:
         UserError: a directory is not there.
     """
-    found: dict[Path, Row] = {}
+    found: set[Path] = set()
     for directory in map(Path, directories):
         if not directory.is_dir():
             raise UserError(f"{directory}: no such directory; give one that holds runs")
-        found |= {path: describe(path) for path in _run_directories(directory)}
-    return [found[path] for path in sorted(found)]
+        found.update(_run_directories(directory))
+    # A run is listed once, by its own name rather than by those that link to it.
+    known = sorted(found, key=lambda path: (os.path.realpath(path) != os.path.abspath(path), path))
+    once = {os.path.realpath(path): path for path in reversed(known)}
+    return [describe(path) for path in sorted(once.values())]
 
 
 def _run_directories(directory: Path) -> Iterator[Path]:
     for path, folders, files in os.walk(directory):
-        if METRICS_FILE in files or (
-            checkpoint.RECIPE_FILE in files and checkpoint.MANIFEST not in files
-        ):
+        if _is_run(files):
             yield Path(path)
             folders.clear()
         elif checkpoint.MANIFEST in files or "index.json" in files:
             # A checkpoint, a corpus or a store, which may hold very many files.
             folders.clear()
+        for link in filter(os.path.islink, (os.path.join(path, name) for name in folders)):
+            # To runs only: other links may lead to anything.
+            with contextlib.suppress(OSError):
+                if _is_run(os.listdir(link)):
+                    yield Path(link)
+
+
+def _is_run(files: Sequence[str]) -> bool:
+    return METRICS_FILE in files or (
+        checkpoint.RECIPE_FILE in files and checkpoint.MANIFEST not in files
+    )
 
 
 def describe(run_dir: Path) -> Row:
@@ -73,21 +93,31 @@ def describe(run_dir: Path) -> Row:
         if row["step"] is None:
             row["step"] = row["checkpoint"]
         row["state"], row["reason"] = _state(run_dir, row)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
-            RecursionError, yaml.YAMLError) as error:  # fmt: skip
-        row["reason"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    except _DamagedError as error:
+        row["reason"] = str(error)
+    except OSError as error:
+        name = Path(error.filename).name if error.filename else run_dir
+        row["reason"] = f"{name}: cannot be read ({error.strerror})"
     return row
+
+
+class _DamagedError(Exception):
+    """A file of a run is not what it should be; the message says which, and what to do."""
 
 
 def _recipe_facts(run_dir: Path) -> Row:
     """Read without the types, so that recipes of other versions are listed, too."""
-    with (run_dir / checkpoint.RECIPE_FILE).open(encoding="utf-8") as file:
-        recipe = yaml.load(file, _LOADER)
     try:
+        with (run_dir / checkpoint.RECIPE_FILE).open(encoding="utf-8") as file:
+            recipe = yaml.load(file, _LOADER)
         kind, steps = recipe["model"]["kind"], int(recipe["training"]["steps"])
         name = recipe["run"].get("name") or run_dir.name
-    except (KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{checkpoint.RECIPE_FILE} is no recipe ({error})") from error
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError,
+            yaml.YAMLError) as error:  # fmt: skip
+        raise _DamagedError(
+            f"{checkpoint.RECIPE_FILE}: is no recipe; copy that of a checkpoint here, or start the "
+            "training again, which writes it"
+        ) from error
     return {"name": str(name), "kind": str(kind), "steps": steps}
 
 
@@ -100,33 +130,59 @@ def _metrics_facts(path: Path) -> Row:
     facts: Row = {"idle_seconds": max(0.0, idle)}
     # From the end: the last ones count, and a long run has very many.
     training: list[Row] = []
+    scored: Row | None = None
     for line in reversed(data.splitlines()):
         is_evaluation = b'"eval"' in line
-        if len(training) == _RATE_OF and (not is_evaluation or "scored" in facts):
+        if len(training) == _RATE_OF and not is_evaluation:
             continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            # Cut short by a crash.
-            continue
-        if not isinstance(record, dict):
-            continue
-        if is_evaluation and isinstance(record.get("eval"), dict):
-            for name in ("brierlm", "token_accuracy"):
-                value = _number(record["eval"].get(name))
-                if value is not None and facts.get(name) is None:
-                    facts |= {name: value, "scored": True}
+        record = _record(line)
+        if is_evaluation and _is_better(record, scored):
+            scored = record
         elif "loss" in record and len(training) < _RATE_OF:
             training.append(record)
-    facts.pop("scored", None)
+    if scored is not None:
+        facts |= {name: _number(scored["eval"].get(name)) for name in _SCORES}
     if training:
         rates = [rate for r in training if (rate := _number(r.get("tokens_per_second")))]
         facts |= {
-            "step": int(training[0]["step"]),
+            "step": training[0]["step"],
             "loss": _number(training[0]["loss"]),
             "tokens_per_second": median(rates) if rates else None,
         }
     return facts
+
+
+def _record(line: bytes) -> Row:
+    """A record of metrics.jsonl; empty for what is none, such as a line cut short by a crash."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    is_record = isinstance(record, dict) and type(record.get("step")) is int
+    return record if is_record else {}
+
+
+_SCORES = ("brierlm", "token_accuracy")
+
+
+def _is_better(record: Row, scored: Row | None) -> bool:
+    """Whether an evaluation counts instead of a later record: it has a score, and of one step that
+    of most blocks counts."""
+    evaluation = record.get("eval")
+    if not isinstance(evaluation, dict):
+        return False
+    if all(_number(evaluation.get(name)) is None for name in _SCORES):
+        return False
+    if scored is None:
+        return True
+    same = record["step"] == scored["step"]
+    return same and _blocks(evaluation) > _blocks(scored["eval"])
+
+
+def _blocks(evaluation: Row) -> int:
+    protocol = evaluation.get("protocol")
+    blocks = protocol.get("blocks") if isinstance(protocol, dict) else None
+    return blocks if isinstance(blocks, int) else 0
 
 
 def _number(value: Any) -> float | None:
@@ -150,12 +206,23 @@ def _state(run_dir: Path, row: Row) -> tuple[str, str | None]:
         text = (run_dir / ENVIRONMENT_FILE).read_text(encoding="utf-8")
     except FileNotFoundError:
         return NEW, None
-    ended = json.loads(text).get(ENDED)
+    except UnicodeDecodeError:
+        text = ""
+    try:
+        ended = json.loads(text).get(ENDED)
+        if ended is not None and ended["how"] not in (FINISHED, STOPPED, FAILED):
+            raise ValueError(ended["how"])
+        reason = None if ended is None else ended.get("reason")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise _DamagedError(
+            f"{ENVIRONMENT_FILE}: does not say how the run ended; start the training again, which "
+            "goes on from the newest checkpoint and writes it"
+        ) from error
     if ended is not None:
-        return str(ended["how"]), ended.get("reason")
+        return ended["how"], None if reason is None else str(reason)
     # Killed, or trained by a version that did not write it down.
     if row["checkpoint"] is not None and row["checkpoint"] >= row["steps"]:
-        return "finished", None
+        return FINISHED, None
     return FAILED, "ended without a word: killed, or the machine went away"
 
 

@@ -17,21 +17,21 @@ import argparse
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from calm_dist.cli import at_least, run, write_json
-from calm_dist.errors import UserError
+from calm_dist.cli import at_least, between, run, write_json
+from calm_dist.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
     from calm_dist.planner.clusters import Cluster
     from calm_dist.planner.storage import Reliability
     from calm_dist.recipe import Recipe
 
+DEFAULT_GPU = "h100-sxm"
+
 
 def main() -> None:
-    parser = _parser()
-    arguments = parser.parse_intermixed_args()
-    if arguments.scaling or arguments.published:
-        if arguments.recipe is not None:
-            raise UserError(f"{arguments.recipe}: --scaling and --published take no recipe")
+    arguments = _parser().parse_intermixed_args()
+    if arguments.scaling is not None or arguments.published:
+        _refuse_ignored(arguments)
         _without_recipe(arguments)
         return
     if arguments.recipe is None:
@@ -53,13 +53,14 @@ def _parser() -> argparse.ArgumentParser:
     add("overrides", nargs="*", metavar="key=value", help="training.steps=20 …")
     add(
         "--gpu",
-        default="h100-sxm",
         metavar="NAME",
         help="a100-sxm-80, h100-sxm (default), h200-sxm, b200, or local: measure this machine",
     )
     add("--nodes", type=at_least(1), metavar="N", help="default: as many as the recipe plans for")
     add("--gpus-per-node", type=at_least(1), metavar="N", help="default: 8; local: all processes")
-    add("--price", type=_positive, metavar="X", help="of one GPU for an hour, in any currency")
+    # Beyond these limits, results would be infinite.
+    positive = between(1e-12, 1e18)
+    add("--price", type=positive, metavar="X", help="of one GPU for an hour, in any currency")
     add("--json", metavar="F", help="write every term as JSON to F, or to stdout (no text) for -")
     add("--scaling", metavar="F", help="plot 8 to 16,384 GPUs for two models into F (.svg, .png)")
     add("--published", action="store_true", help="compare with published runs of other models")
@@ -69,35 +70,73 @@ def _parser() -> argparse.ArgumentParser:
         ("--attention-fraction", "of peak, in attention"),
         ("--bandwidth-fraction", "of memory bandwidth, in element-wise kernels"),
         ("--link-fraction", "of link bandwidth, in collectives"),
+    ):
+        rates.add_argument(option, type=between(1e-6, 1), metavar="X", help=what)
+    for option, what in (
         ("--node-mtbf-hours", "between failures of one node"),
         ("--restart-seconds", "lost at each failure besides work"),
         ("--write-bandwidth", "bytes/s to the file system, of each node"),
         ("--write-bandwidth-limit", "bytes/s to the file system, of all nodes"),
     ):
-        rates.add_argument(option, type=_positive, metavar="X", help=what)
+        rates.add_argument(option, type=positive, metavar="X", help=what)
     return parser
+
+
+def _refuse_ignored(arguments: argparse.Namespace) -> None:
+    """What a comparison or a simulation would not look at is a mistake."""
+    mode = "published" if arguments.published else "scaling"
+    ignored = {"recipe", "overrides", "nodes", "gpus_per_node"}
+    if mode == "published":
+        ignored = vars(arguments).keys() - {"published", "json"}
+    for name, value in vars(arguments).items():
+        if name in ignored and value not in (None, []):
+            option = value if name == "recipe" else f"--{name.replace('_', '-')}"
+            raise UserError(f"{option}: --{mode} does not use it; leave it out")
 
 
 def _recipe_and_cluster(arguments: argparse.Namespace) -> tuple[Recipe, Cluster, int]:
     """The recipe as it is, the cluster, and its number of GPUs."""
     from calm_dist.planner.clusters import preset
-    from calm_dist.recipe import load_recipe
-    from calm_dist.training.resolve import resolve
 
-    recipe = resolve(load_recipe(arguments.recipe, arguments.overrides), missing_stores=True)
     per_node, nodes = arguments.gpus_per_node, arguments.nodes
     if arguments.gpu == "local":
         if nodes not in (None, 1):
             raise UserError(f"--nodes {nodes}: --gpu local measures one machine; leave it out")
         from calm_dist.planner.local import local_cluster
 
-        gpus = per_node or recipe.world_size
+        recipe, gpus = _recipe_and_gpus(arguments, per_node)
         cluster = local_cluster(gpus)
     else:
-        gpus = recipe.world_size if nodes is None else nodes * (per_node or 8)
-        cluster = replace(preset(arguments.gpu), gpus_per_node=per_node or 8)
+        cluster = replace(preset(arguments.gpu or DEFAULT_GPU), gpus_per_node=per_node or 8)
+        recipe, gpus = _recipe_and_gpus(arguments, nodes and nodes * (per_node or 8))
     given = _given(arguments, cluster.rates)
     return recipe, replace(cluster.with_rates(**given), price=arguments.price), gpus
+
+
+def _recipe_and_gpus(arguments: argparse.Namespace, gpus: int | None) -> tuple[Recipe, int]:
+    """The recipe, and the number of GPUs: that of the options, or what the recipe plans for."""
+    from calm_dist.recipe import load_recipe
+    from calm_dist.training.resolve import resolve
+
+    def load(*more: str) -> Recipe:
+        recipe = load_recipe(arguments.recipe, [*arguments.overrides, *more])
+        return resolve(recipe, missing_stores=True)
+
+    if gpus is None:
+        recipe = load()
+        return recipe, recipe.world_size
+    size = "parallel.world_size="
+    for override in arguments.overrides:
+        if override.startswith(size) and override != f"{size}{gpus}":
+            raise UserError(f"{override}: but the options say {gpus} GPUs; leave one of them out")
+    try:
+        return load(f"{size}{gpus}"), gpus
+    except RecipeError as error:
+        try:
+            # A layout that does not divide so many GPUs is said in the plan, beside those that do.
+            return load(), gpus
+        except RecipeError:
+            raise error from None
 
 
 def _reliability(arguments: argparse.Namespace) -> Reliability:
@@ -126,7 +165,9 @@ def _without_recipe(arguments: argparse.Namespace) -> None:
 
     if not arguments.scaling.endswith((".svg", ".png")):
         raise UserError(f"--scaling {arguments.scaling}: give a file that ends in .svg or .png")
-    cluster = preset(arguments.gpu)
+    if arguments.gpu == "local":
+        raise UserError("--gpu local: --scaling needs a kind of GPU, see --help")
+    cluster = preset(arguments.gpu or DEFAULT_GPU)
     cluster = replace(cluster.with_rates(**_given(arguments, cluster.rates)), price=arguments.price)
     values = scaling(cluster, _reliability(arguments))
     plot_scaling(values, arguments.scaling)
@@ -138,14 +179,6 @@ def _output(arguments: argparse.Namespace, values: Any, text: str) -> None:
         write_json(values, arguments.json)
     if arguments.json != "-":
         print(text)
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    # Beyond, results would be infinite.
-    if not 1e-12 <= value <= 1e18:
-        raise argparse.ArgumentTypeError(f"{text}: give a number from 1e-12 to 1e18")
-    return value
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ def full_plan(
         "parameters": flops.count(recipe, tokens=0).parameters,
         "steps": recipe.training.steps,
         "tokens_per_step": recipe.tokens_per_step,
+        "stored_latents": recipe.model.kind == "calm" and recipe.data.latents == "stored",
         "gpus": world_size,
         "cluster": {**asdict(cluster), "usable_memory": cluster.usable_memory},
         "fits": own is not None and own.fits,
@@ -115,7 +116,8 @@ def format_full_plan(values: dict[str, Any]) -> str:
     nodes = -(-values["gpus"] // cluster["gpus_per_node"])
     lines = [
         f"{values['name']}: {values['parameters']:,} parameters on {values['gpus']:,} x "
-        f"{cluster['name']} ({nodes:,} nodes), {values['tokens_per_step']:,} tokens a step",
+        f"{cluster['name']} ({nodes:,} {'node' if nodes == 1 else 'nodes'}), "
+        f"{values['tokens_per_step']:,} tokens a step",
         "",
         *_own_lines(values),
         "",
@@ -139,7 +141,7 @@ def _own_lines(values: dict[str, Any]) -> list[str]:
     if run is None:
         return lines
     title = [] if values["fits"] else ["With the best layout below:"]
-    return [*lines, "", *title, *_run_lines(run, values["steps"])]
+    return [*lines, "", *title, *_run_lines(run, values["steps"], values["stored_latents"])]
 
 
 def _memory_lines(own: dict[str, Any], cluster: dict[str, Any]) -> list[str]:
@@ -173,12 +175,13 @@ def _time_lines(own: dict[str, Any]) -> list[str]:
     )
 
 
-def _run_lines(run: dict[str, Any], steps: int) -> list[str]:
+def _run_lines(run: dict[str, Any], steps: int, stored_latents: bool) -> list[str]:
     failures, checkpoint, data = run["failures"], run["checkpoint"], run["data"]
     best, own = failures["best"], failures["recipe"]
-    price = "" if run["price"] is None else f", cost {run['price']:,.0f}"
+    price = "" if run["price"] is None else f", cost {_amount(run['price'])}"
+    as_int8 = f" (int8 {data['bytes_per_token_int8']:.3g})" if stored_latents else ""
     return [
-        f"Run: {steps:,} steps in {_duration(run['hours'] * 3600)}, {run['gpu_hours']:,.0f} "
+        f"Run: {steps:,} steps in {_duration(run['hours'] * 3600)}, {_amount(run['gpu_hours'])} "
         f"GPU-hours{price}",
         f"Failures: one in {_duration(failures['mtbf_hours'] * 3600)}; goodput "
         f"{own['goodput']:.1%} with a checkpoint every {own['interval_steps']:,} steps",
@@ -186,9 +189,9 @@ def _run_lines(run: dict[str, Any], steps: int) -> list[str]:
         f"Checkpoint: {_gb(checkpoint['bytes'])}, written in "
         f"{_duration(checkpoint['write_seconds'])}, training waits "
         f"{_duration(checkpoint['stall_seconds'])}",
-        f"Data: {data['bytes_per_token']:.3g} bytes a token (int8 "
-        f"{data['bytes_per_token_int8']:.3g}), {data['bytes_of_all_tokens'] / 1e12:,.2f} TB for "
-        f"all steps, read at {data['read_bytes_per_second'] / 1e6:,.1f} MB/s",
+        f"Data: {data['bytes_per_token']:.3g} bytes a token{as_int8}, "
+        f"{data['bytes_of_all_tokens'] / 1e12:,.2f} TB for all steps, read at "
+        f"{data['read_bytes_per_second'] / 1e6:,.1f} MB/s",
     ]
 
 
@@ -268,6 +271,11 @@ def _wrapped(items: Iterable[str], indent: int = 2, separator: str = ", ") -> li
     return [*lines, " " * indent + line] if line else lines
 
 
+def _amount(value: float) -> str:
+    """Hours or money: whole ones, or two digits of less than ten."""
+    return f"{value:,.0f}" if value >= 10 or value == 0 else f"{value:.2g}"
+
+
 def _gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
@@ -275,5 +283,5 @@ def _gb(size: float) -> str:
 def _duration(seconds: float) -> str:
     for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
         if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
+            return f"{seconds / size:,.1f} {unit}"
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"

@@ -137,6 +137,41 @@ def executed_flops_per_token(run: Run) -> float:
     return flops
 
 
+def training_totals(run: Run, autoencoder_train_flops: float | None) -> dict[str, float | None]:
+    """What a training cost with all that belongs to it; None where a part of it is not known.
+
+    ``encoding_flops`` are those of the frozen encoder over every token seen: exact on the fly and
+    for latents that were read once, too many for stored latents that were read more often.
+
+    Args:
+        autoencoder_train_flops: of the autoencoder's own training, where its run is known.
+    """
+    names = (
+        "train_flops",
+        "train_flops_ours",
+        "head_flops_saved",
+        "autoencoder_train_flops",
+        "encoding_flops",
+        "train_flops_with_autoencoder",
+        "train_flops_with_autoencoder_ours",
+    )
+    counts, model, tokens = run.counts(), run.recipe.model, run.tokens_seen
+    if tokens is None:
+        return dict.fromkeys(names)
+    autoencoder, encoding = None, 0.0
+    if model.kind == "transformer":
+        autoencoder = 0.0
+    elif model.kind == "calm":
+        autoencoder = autoencoder_train_flops
+        per_token = count_autoencoder(model, 0).part("encoder").forward_flops_per_token
+        encoding = tokens * per_token
+    released, ours = counts.train_flops, counts.train_flops_ours
+    further = None if autoencoder is None else autoencoder + encoding
+    totals = (None, None) if further is None else (released + further, ours + further)
+    values = (released, ours, released - ours, autoencoder, encoding, *totals)
+    return dict(zip(names, values, strict=True))
+
+
 def efficiency(run: Run, peak_tflops: float | None) -> dict[str, Any]:
     """Throughput against what the hardware can do, and what the run cost; None where not known.
 

@@ -62,6 +62,14 @@ def headline(summary: dict[str, Any]) -> tuple[str, str, tuple[Fact, ...]]:
         f"with {spent} the FLOPs of {transformer['name']}, and needs {inference:.2f} times its "
         "FLOPs to generate a token."
     )
+    total = ratios["train_flops_with_autoencoder_ratio"]
+    if total is not None:
+        lead += (
+            f" With the autoencoder's training and its pass over the text, it took {total:.2f} "
+            "times the training FLOPs."
+        )
+    if ratios["brierlm_compares"] is False:
+        lead += " Their last BrierLM were taken in different ways and do not compare."
     facts = (
         _score(calm),
         _score(transformer),
@@ -122,7 +130,7 @@ def missing_and_incomparable(
 
 def _lacks(run: Run) -> list[str]:
     """What a run's files do not say."""
-    lacks = []
+    lacks = list(run.damage)
     if not run.training:
         lacks.append("no training records in metrics.jsonl.")
     elif not run.evaluations:
@@ -136,6 +144,9 @@ def _lacks(run: Run) -> list[str]:
         lacks.append("environment.json does not say on how many processes it ran: no cost.")
     elif run.device is None:
         lacks.append("environment.json does not say on what device it ran.")
+    infinite = sum(record["loss"] is None for record in run.training)
+    if infinite:
+        lacks.append(f"{infinite} of {len(run.training)} records have a loss that is not finite.")
     if run.training and run.training_seconds is None:
         lacks.append("not all training records have step_seconds: no cost.")
     reason = run.last_evaluation.get("stderr_undefined")

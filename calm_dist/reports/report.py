@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from calm_dist.cli import write_json
+from calm_dist.cli import between, write_json
 from calm_dist.errors import UserError
 from calm_dist.reports import sections
 from calm_dist.reports.analysis import (
@@ -18,11 +19,12 @@ from calm_dist.reports.analysis import (
     efficiency,
     evaluated_points,
     pareto_front,
+    training_totals,
 )
 from calm_dist.reports.content import Content, headline, missing_and_incomparable
 from calm_dist.reports.markdown import render_markdown
 from calm_dist.reports.page import render_page
-from calm_dist.reports.runs import Run, first_of_kind, read_run
+from calm_dist.reports.runs import Run, conditions, first_of_kind, read_run
 
 AUTOENCODER_FACTS = (
     "token_accuracy",
@@ -50,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--autoencoder", metavar="RUN", help="run directory of the autoencoder")
     parser.add_argument(
         "--peak-tflops",
-        type=float,
+        type=between(1e-3, 1e6),
         metavar="X",
         help="TFLOP/s that one device can reach, for MFU; known for A100, H100, H200 and B200",
     )
@@ -62,11 +64,10 @@ def report_runs(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: see `write_report`.
     """
-    peak = arguments.peak_tflops
-    if peak is not None and not 0 < peak < float("inf"):
-        raise UserError(f"--peak-tflops {peak}: give a positive number")
+    if arguments.out == "":
+        raise UserError("--out: is empty; give a directory")
     models, autoencoder = _read(arguments.runs, arguments.autoencoder)
-    summary = summarize(models, autoencoder, peak)
+    summary = summarize(models, autoencoder, arguments.peak_tflops)
     if arguments.out:
         _write(summary, models, autoencoder, Path(arguments.out))
     if arguments.json:
@@ -108,7 +109,9 @@ def write_report(
 def _read(
     runs: Sequence[str | Path], autoencoder: str | Path | None
 ) -> tuple[list[Run], Run | None]:
-    models = [read_run(path) for path in runs]
+    # Patterns of a shell may give one directory twice.
+    once = {os.path.realpath(path): path for path in reversed(runs)}
+    models = [read_run(path) for path in reversed(once.values())]
     for run in models:
         if run.kind == "autoencoder":
             raise UserError(f"{run.path}: an autoencoder's run; give it with --autoencoder")
@@ -156,7 +159,7 @@ def _content(summary: dict[str, Any], models: Sequence[Run], autoencoder: Run | 
             sections.correlation_section(points, summary["correlation"]),
             sections.loss_section(models, autoencoder),
             sections.cost_section(models, autoencoder, costs),
-            sections.flops_section(models, autoencoder),
+            sections.flops_section(models, autoencoder, summary["models"]),
             sections.autoencoder_section(summary["autoencoder"], autoencoder),
         ),
         tuple(str(run.path) for run in (*models, *([autoencoder] if autoencoder else []))),
@@ -170,22 +173,24 @@ def summarize(
 
     ``autoencoder``: the last evaluation of its run. ``models``: one entry a run;
     ``train_flops`` = FLOPs per token of `calm_dist.flops` (as the released code executes them) x
-    measured tokens. ``comparison``: the first CALM over the first Transformer. ``pareto_front``
-    and ``correlation``: see `reports.analysis`.
+    measured tokens. ``comparison``: the first CALM over the first Transformer. ``pareto_front``,
+    ``correlation`` and totals: see `reports.analysis`.
     """
     points = evaluated_points(models)
+    autoencoder_entry = _autoencoder_entry(autoencoder, peak_tflops)
     entries = [
         {
             **_model_entry(run),
+            **training_totals(run, autoencoder_entry["train_flops"]),
             **efficiency(run, peak_tflops),
             "evaluations": [_plain(p) for p in points if p.run == number],
         }
         for number, run in enumerate(models)
     ]
     return {
-        "autoencoder": _autoencoder_entry(autoencoder, peak_tflops),
+        "autoencoder": autoencoder_entry,
         "models": entries,
-        "comparison": _comparison(entries),
+        "comparison": _comparison(entries, models),
         "pareto_front": [_plain(point) for point in pareto_front(points)],
         "correlation": correlation(points),
     }
@@ -214,15 +219,12 @@ def _autoencoder_entry(run: Run | None, peak_tflops: float | None) -> dict[str, 
 
 def _model_entry(run: Run) -> dict[str, Any]:
     counts, evaluation, recipe = run.counts(), run.last_evaluation, run.recipe
-    trained = run.tokens_seen is not None
     return {
         "name": run.name,
         "kind": run.kind,
         "path": str(run.path),
         "patch_size": recipe.model.patch_size,
         "parameters": counts.parameters,
-        "train_flops": counts.train_flops if trained else None,
-        "train_flops_ours": counts.train_flops_ours if trained else None,
         "recomputed_flops_per_token": counts.recomputed_flops_per_token,
         "inference_flops_per_token": counts.inference_flops_per_token,
         "inference_flops_per_token_without_cache": counts.inference_flops_per_token_without_cache,
@@ -245,12 +247,30 @@ def _model_entry(run: Run) -> dict[str, Any]:
     }
 
 
-def _comparison(entries: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """FLOPs of the first CALM over those of the first Transformer."""
+def _comparison(
+    entries: Sequence[dict[str, Any]], models: Sequence[Run]
+) -> dict[str, float | bool | None]:
+    """FLOPs of the first CALM over those of the first Transformer, and whether their last BrierLM
+    were taken alike (None where one has none)."""
     calm, transformer = (first_of_kind(entries, kind) for kind in ("calm", "transformer"))
+    ways = {
+        conditions(run.last_evaluation)
+        for entry, run in zip(entries, models, strict=True)
+        if entry is calm or entry is transformer
+    }
+    scored = all(entry and entry["brierlm"] is not None for entry in (calm, transformer))
     return {
-        "train_flops_ratio": _ratio(calm, transformer, "train_flops"),
+        **{
+            f"{name}_ratio": _ratio(calm, transformer, name)
+            for name in (
+                "train_flops",
+                "train_flops_ours",
+                "train_flops_with_autoencoder",
+                "train_flops_with_autoencoder_ours",
+            )
+        },
         "inference_flops_ratio": _ratio(calm, transformer, "inference_flops_per_token"),
+        "brierlm_compares": len(ways) == 1 if scored else None,
     }
 
 

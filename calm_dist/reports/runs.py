@@ -31,6 +31,8 @@ class Run:
     like ones that of most blocks, or the last of several."""
     environment: Record = field(default_factory=dict)
     """environment.json: where the run was started last."""
+    damage: tuple[str, ...] = ()
+    """What of its files could not be read, in words."""
     label: str | None = None
     """A name of its own among runs that are called alike."""
 
@@ -111,15 +113,19 @@ def conditions(evaluation: Record) -> tuple[str, ...]:
 
 
 def read_run(path: str | Path) -> Run:
-    """Read a run directory. Metrics may be missing; the recipe may not.
+    """Read a run directory. Metrics may be missing or damaged; the recipe may not.
 
     Raises:
-        UserError: the directory or its recipe.yaml is not there, or a file in it is unreadable.
+        UserError: the directory or its recipe.yaml is not there or damaged.
     """
     path = Path(path)
     if not (path / "recipe.yaml").is_file():
         raise UserError(f"{path}: no recipe.yaml in it; give a run directory of tools/train.py")
-    records = _read_records(path / "metrics.jsonl")
+    records, lost = _read_records(path / "metrics.jsonl")
+    environment, fault = _read_environment(path / "environment.json")
+    damage = [fault] if fault else []
+    if lost:
+        damage.append(f"{lost} of the lines of metrics.jsonl are damaged and left out.")
     training = {record["step"]: record for record in records if "loss" in record}
     evaluations: dict[Any, Record] = {}
     for record in records:
@@ -136,7 +142,8 @@ def read_run(path: str | Path) -> Run:
         load_recipe(path / "recipe.yaml"),
         [training[step] for step in sorted(training)],
         sorted(evaluations.values(), key=lambda evaluation: evaluation["step"]),
-        _read_environment(path / "environment.json"),
+        environment,
+        tuple(damage),
     )
 
 
@@ -145,17 +152,19 @@ def _blocks(evaluation: Record) -> int:
     return blocks if isinstance(blocks, int) else 0
 
 
-def _read_environment(path: Path) -> Record:
-    """What of an environment.json is as it should be."""
+def _read_environment(path: Path) -> tuple[Record, str | None]:
+    """What of an environment.json is as it should be, and what is wrong with the rest."""
     if not path.exists():
-        return {}
+        return {}, None
     try:
         environment = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: no JSON ({error}); remove it, or restore it") from error
+    except (ValueError, RecursionError):
+        environment = None
     if not isinstance(environment, dict):
-        return {}
-    return {name: value for name, value in environment.items() if _is_environment(name, value)}
+        return {}, "environment.json is damaged."
+    kept = {name: value for name, value in environment.items() if _is_environment(name, value)}
+    wrong = ", ".join(name for name in environment if name not in kept)
+    return kept, f"environment.json: the value of {wrong} is damaged." if wrong else None
 
 
 def _is_environment(name: str, value: Any) -> bool:
@@ -166,25 +175,35 @@ def _is_environment(name: str, value: Any) -> bool:
     return isinstance(value, dict) if name == "libraries" else True
 
 
-def _read_records(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl. What is no record is passed over: a line that a killed run
-    left unfinished, or damage; and of a record what is no number where one belongs."""
+def _read_records(path: Path) -> tuple[list[Record], int]:
+    """The records of a metrics.jsonl, and the number of damaged lines.
+
+    What is no record is passed over: a line that a killed run left unfinished, or damage; and of
+    a record what is no number where one belongs.
+    """
     records: list[Record] = []
+    damaged = 0
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
-            record = json.loads(line)
+            found = json.loads(line)
         except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict) or not _is_count(found.get("step")):
+            damaged += 1
             continue
-        if not isinstance(record, dict) or not _is_count(record.get("step")):
-            continue
-        evaluation = record.pop("eval", None)
-        record = {n: v for n, v in record.items() if _is_number(v) and _has_sign(n, v)}
+        record = {
+            name: value
+            for name, value in found.items()
+            if name != "eval" and _is_number(value) and _has_sign(name, value)
+        }
+        evaluation = found.get("eval")
         if isinstance(evaluation, dict):
             record["eval"] = {
                 name: value for name, value in evaluation.items() if _fits(name, value)
             }
+        damaged += record.keys() != found.keys() or record.get("eval") != evaluation
         records.append(record)
-    return records
+    return records, damaged
 
 
 _NUMBERS = (

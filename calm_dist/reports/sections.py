@@ -287,7 +287,10 @@ def _cost_row(run: Run, cost: Record) -> tuple[Cell, ...]:
     )
 
 
-def flops_section(models: Sequence[Run], autoencoder: Run | None) -> Section:
+def flops_section(
+    models: Sequence[Run], autoencoder: Run | None, entries: Sequence[dict[str, Any]]
+) -> Section:
+    """``entries``: with the `analysis.training_totals` of each model."""
     title = "FLOPs by part"
     named = [(run.name, run.counts().parts) for run in models]
     shown = tuple(
@@ -335,8 +338,29 @@ def flops_section(models: Sequence[Run], autoencoder: Run | None) -> Section:
         "the noise once for all samples of the head. Embeddings and norms cost no matrix "
         "multiplication."
     )
+    totals_explained = (
+        "Training in all: what the authors' code executes, the autoencoder's training and its "
+        "encoding of every token seen (once each; stored latents that are read again cost less), "
+        "and the same without what our head saves. One autoencoder serves any number of models; "
+        "each bears its cost here."
+    )
     table = Table("FLOPs per token by part", heads, rows, folded=True)
-    return Section(title, (explained,), shown, (table,))
+    return Section(title, (explained, totals_explained), shown, (_totals(entries), table))
+
+
+def _totals(entries: Sequence[dict[str, Any]]) -> Table:
+    columns = {
+        "authors' code": "train_flops",
+        "+ autoencoder": "autoencoder_train_flops",
+        "+ encoding": "encoding_flops",
+        "= total": "train_flops_with_autoencoder",
+        "− cheaper head": "head_flops_saved",
+        "= total, ours": "train_flops_with_autoencoder_ours",
+    }
+    rows = tuple(
+        (text(e["name"]), *(scientific(e[key]) for key in columns.values())) for e in entries
+    )
+    return Table("Training FLOPs in all", ("run", *columns), rows)
 
 
 def _largest(named: Sequence[tuple[str, Sequence[Part]]], measure: str) -> str:

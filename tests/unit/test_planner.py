@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -299,7 +300,14 @@ def test_tool(tmp_path: Path) -> None:
         ([str(XL), "--gpu", "v100"], "--gpu v100: unknown"),
         ([str(XL), "--price", "0"], "give a number from 1e-12 to 1e18"),
         ([str(XL), "--write-bandwidth", "1e-300"], "give a number from 1e-12 to 1e18"),
-        ([str(XL), "--published"], "take no recipe"),
+        ([str(XL), "--price", "abc"], "invalid number value: 'abc'"),
+        ([str(XL), "--link-fraction", "1.5"], "give a number from 1e-06 to 1"),
+        ([str(XL), "--nodes", "2", "parallel.world_size=32"], "the options say 16 GPUs"),
+        ([str(XL), "--nodes", "2", "model.hidden_size=x"], "model.hidden_size"),
+        ([str(XL), "--published"], f"{XL}: --published does not use it"),
+        (["--published", "--price", "2"], "--price: --published does not use it"),
+        (["--scaling", "a.svg", "--nodes", "2"], "--nodes: --scaling does not use it"),
+        (["--scaling", "a.svg", "--gpu", "local"], "--scaling needs a kind of GPU"),
         (["--scaling", "plot.xyz"], "ends in .svg or .png"),
         ([str(XL), "--gpu", "local", "--nodes", "2"], "measures one machine"),
         ([str(ROOT / "recipes" / "autoencoder.yaml")], "the planner knows language models"),
@@ -308,6 +316,25 @@ def test_tool(tmp_path: Path) -> None:
 def test_tool_refuses(arguments: list[str], message: str) -> None:
     done = plan_tool(*arguments)
     assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+def test_the_recipe_is_checked_with_the_nodes_given() -> None:
+    """TP 8 does not divide the 4 processes that the recipe plans for by default."""
+    done = plan_tool(str(XL), "--nodes", "2", "parallel.tensor_parallel_size=8", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout)
+    assert (values["gpus"], values["recipe"]["tensor"], values["recipe"]["data"]) == (16, 8, 1)
+    # What does not divide them is said beside what does.
+    done = plan_tool(str(XL), "--nodes", "3", "parallel.tensor_parallel_size=8")
+    assert done.returncode == 0 and "24 processes cannot be cut" in done.stdout, done.stderr
+
+
+def test_words_of_a_plan() -> None:
+    small = load_recipe(ROOT / "recipes" / "transformer_s.yaml", ["training.steps=1"])
+    cluster = replace(H100, price=0.01)
+    text = format_full_plan(full_plan(small, cluster, Reliability(), 8))
+    assert "(1 node)" in text and "int8" not in text
+    assert re.search(r"0\.00\d+ GPU-hours, cost \d", text), text
 
 
 def test_this_machine_is_measured(tmp_path: Path) -> None:

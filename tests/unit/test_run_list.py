@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -130,9 +131,13 @@ def test_runs_are_found_below_directories(tmp_path: Path) -> None:
     (store / "index.json").touch()
     (store / "inside" / "metrics.jsonl").touch()
     os.symlink(tmp_path, tmp_path / "runs" / "loop")
+    os.symlink(tmp_path / "gone", tmp_path / "runs" / "dangling")
+    # Runs elsewhere are found by their links, and by their own name where both are looked at.
+    os.symlink(tmp_path / "elsewhere" / "c", tmp_path / "runs" / "a_link")
+    os.symlink(make_run(tmp_path / "scratch"), tmp_path / "runs" / "z_link")
     rows = list_runs([tmp_path / "runs", tmp_path / "runs" / "b", tmp_path / "elsewhere"])
     found = [Path(row["path"]).relative_to(tmp_path).as_posix() for row in rows]
-    assert found == ["elsewhere/c", "runs/b", "runs/deep/er/a"]
+    assert found == ["elsewhere/c", "runs/b", "runs/deep/er/a", "runs/z_link"]
 
 
 def test_imported_and_older_runs(tmp_path: Path) -> None:
@@ -157,10 +162,12 @@ DAMAGE = {
     "metrics that are a directory": lambda run: (
         (run / "metrics.jsonl").unlink(), (run / "metrics.jsonl").mkdir()
     ),
-    "a step that is none": lambda run: append(run, '{"step": "x", "loss": 1}\n'),
-    "a step beyond all": lambda run: append(run, '{"step": 1e400, "loss": 1}\n'),
     "a damaged environment": lambda run: (run / "environment.json").write_text("[]"),
     "half an environment": lambda run: (run / "environment.json").write_text('{"ended": {}}'),
+    "an end of another kind": lambda run: (run / "environment.json").write_text(
+        '{"ended": {"how": "vanished"}}'
+    ),
+    "an environment that is no text": lambda run: (run / "environment.json").write_bytes(b"\xff"),
 }  # fmt: skip
 
 
@@ -169,7 +176,10 @@ def test_damage_is_shown_and_nothing_fails(tmp_path: Path, damage: str) -> None:
     make_run(tmp_path / "whole")
     DAMAGE[damage](make_run(tmp_path / "broken"))
     broken, whole = list_runs([tmp_path])
-    assert broken["state"] == "damaged" and broken["reason"]
+    assert broken["state"] == "damaged"
+    # The file, and nothing of Python.
+    assert re.match(r"(recipe\.yaml|metrics\.jsonl|environment\.json): ", broken["reason"])
+    assert "Error" not in broken["reason"]
     assert whole["state"] == "failed"
     text = table([broken, whole])
     assert broken["reason"] in text and len(text.splitlines()) == 5
@@ -179,10 +189,19 @@ def test_binary_and_odd_records_are_passed_over(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run")
     with (run_dir / "metrics.jsonl").open("ab") as file:
         file.write(b"\x00\xff\n[1]\n" + b'{"step": 3, "eval": {"brierlm": "high"}}\n"eval"\n')
+        file.write(b'{"step": "x", "loss": 1}\n{"step": 1e400, "loss": 1}\n')
         file.write(b'{"step": 4, "loss": null, "tokens_per_second": 1' + b"0" * 400 + b"}\n")
     row = describe(run_dir)
     assert (row["step"], row["loss"], row["brierlm"]) == (4, None, None)
     assert "4/10" in table([row])
+
+
+def test_of_one_step_the_larger_evaluation_counts(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run")
+    for step, blocks, score in ((2, 99, 1.0), (3, 64, 2.0), (3, 4, 3.0)):
+        record = {"step": step, "eval": {"brierlm": score, "protocol": {"blocks": blocks}}}
+        append(run_dir, json.dumps(record) + "\n")
+    assert describe(run_dir)["brierlm"] == 2.0
 
 
 def test_the_command(tmp_path: Path) -> None:
