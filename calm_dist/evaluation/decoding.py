@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -10,18 +11,48 @@ import torch.nn.functional as F
 
 from calm_dist.models.autoencoder import Autoencoder
 
-# bf16 rounds to 8 binary digits: both factors of a product, and the logit itself. Their third-order
-# parts and the sum, which is in fp32, take less than a tenth of one rounding more.
-_COARSE_ERROR = 3.1 * 2.0**-8
+_INT8_LARGEST = 127
+_INT32_LOWEST = -(2**31)
+# The bound of the error is itself computed in fp32.
+_BOUND_ROUNDING = 1.001
 # Logits that are there at once: larger pieces leave the cache, and take 3 times as long.
-_COARSE_ELEMENTS = 1 << 23
+_COARSE_ELEMENTS = 1 << 22
 _EXACT_ELEMENTS = 1 << 26
+# Numbers of words' weights that are there at once, to stay in the cache.
+_FINE_ELEMENTS = 1 << 18
 _GROUP = 128
 # Looking at more words of a row again is slower than all of its logits.
 _MOST_CANDIDATES = 256
-# Of few draws all tokens cost hardly more than one, and the vocabulary's weights stay in the cache
-# when they are used again.
+# Of few draws all tokens cost hardly more than one.
 _DECODED_WHOLE = 16
+
+
+@dataclass(frozen=True)
+class _CoarseWeight:
+    """The vocabulary's weights as int8 times one step, filled up to whole groups of words."""
+
+    words: torch.Tensor
+    step: torch.Tensor
+    largest_norm: torch.Tensor
+    """Of a word's weights as they are."""
+    largest_error: torch.Tensor
+    """Norm of what rounding takes from a word's weights, of the word that loses most."""
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> _CoarseWeight:
+        rounded, step = _rounded(weight, weight.abs().amax())
+        return cls(
+            F.pad(rounded.to(torch.int8), (0, 0, 0, -len(weight) % _GROUP)),
+            step,
+            weight.norm(dim=-1).max(),
+            (weight - rounded * step).norm(dim=-1).max(),
+        )
+
+
+def _rounded(values: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values in steps, rounded to what int8 can hold, and the step."""
+    step = (largest / _INT8_LARGEST).clamp_min(torch.finfo(values.dtype).tiny)
+    return (values / step).round_(), step
 
 
 class GreedyDecoder:
@@ -50,10 +81,10 @@ class GreedyDecoder:
     def tokens(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [rows, d] -> the tokens of the largest logits [rows].
 
-        Where a CPU multiplies in bf16, first so, with a bound of the error; then in fp32 the words
-        that may still be the largest. The result is that of fp32, up to its own rounding.
+        Where a CPU multiplies int8 fast, first so, with a bound of the error; then in fp32 the
+        words that may still be the largest. The result is that of fp32, up to its own rounding.
         """
-        if hidden.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        if hidden.device.type == "cpu" and torch.cpu._is_vnni_supported():
             rows = max(1, _COARSE_ELEMENTS // len(self._weight))
             return torch.cat([self._coarse_to_fine(piece) for piece in hidden.split(rows)])
         return self._all_logits(hidden)
@@ -63,35 +94,58 @@ class GreedyDecoder:
         return self._autoencoder.output_weight.detach()
 
     @cached_property
-    def _coarse_weight(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """In bf16, filled up to whole groups of words; and the largest norm of a row."""
-        weight = self._weight
-        return (
-            F.pad(weight.bfloat16(), (0, 0, 0, -len(weight) % _GROUP)),
-            weight.norm(dim=-1).max(),
-        )
+    def _coarse_weight(self) -> _CoarseWeight:
+        return _CoarseWeight.of(self._weight)
+
+    def _coarse_logits(
+        self, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits of whole groups of words as whole numbers [rows, words], exact as such; what one
+        is worth [rows], and by how much such a logit is wrong at most [rows], in fp64."""
+        coarse = self._coarse_weight
+        rounded, step = _rounded(hidden, hidden.abs().amax(-1, keepdim=True))
+        # h w - h' w' = (h - h') w + h' (w - w'), and by the inequality of Cauchy and Schwarz.
+        lost = (hidden - rounded * step).norm(dim=-1).double() * coarse.largest_norm
+        error = lost + (rounded * step).norm(dim=-1).double() * coarse.largest_error
+        logits = torch._int_mm(rounded.to(torch.int8), coarse.words.T)
+        logits[:, len(self._weight) :] = _INT32_LOWEST
+        return logits, step[:, 0].double() * coarse.step, _BOUND_ROUNDING * error
 
     def _coarse_to_fine(self, hidden: torch.Tensor) -> torch.Tensor:
-        weight, largest_norm = self._coarse_weight
-        logits = hidden.bfloat16() @ weight.T
-        logits[:, len(self._weight) :] = -torch.inf
-        # The largest of each group first, since to compare all logits takes as long as they did.
+        logits, worth, error = self._coarse_logits(hidden)
+        if not bool(error.isfinite().all()):
+            return self._all_logits(hidden)
+        # The largest of each group first, since to compare all logits takes longer.
         groups = logits.unflatten(-1, (-1, _GROUP))
-        tops = groups.amax(-1).float()
-        top = tops.amax(-1)
-        # By the inequality of Cauchy and Schwarz; for the largest logit, and for each other.
-        threshold = top - 2 * _COARSE_ERROR * hidden.norm(dim=-1) * largest_norm
+        tops = groups.amax(-1)
+        # What is less than some exact logit by more than its own error is not the largest.
+        rows, best = torch.arange(len(hidden)), tops.argmax(-1)
+        likely = best * _GROUP + groups[rows, best].argmax(-1)
+        reached = self._logits_of(hidden, rows, likely).double() - error
+        threshold = (reached / worth).floor().clamp(_INT32_LOWEST + 1, -_INT32_LOWEST - 1).int()
         row, group = (tops >= threshold[:, None]).nonzero(as_tuple=True)
         number, place = (groups[row, group] >= threshold[row, None]).nonzero(as_tuple=True)
         row, word = row[number], group[number] * _GROUP + place
-        if not bool(top.isfinite().all()) or len(row) > _MOST_CANDIDATES * len(hidden):
+        if len(row) > _MOST_CANDIDATES * len(hidden):
             return self._all_logits(hidden)
-        exact = (hidden[row] * self._weight[word]).sum(-1)
+        exact = self._logits_of(hidden, row, word)
         best = exact.new_full((len(hidden),), -torch.inf).scatter_reduce(0, row, exact, "amax")
         # Of equal ones the first, as arg-max takes.
         is_best = exact == best[row]
         first = word.new_full((len(hidden),), len(self._weight))
         return first.scatter_reduce(0, row[is_best], word[is_best], "amin")
+
+    def _logits_of(
+        self, hidden: torch.Tensor, row: torch.Tensor, word: torch.Tensor
+    ) -> torch.Tensor:
+        """The logits of pairs of a row and a word."""
+        pairs = max(1, _FINE_ELEMENTS // hidden.shape[-1])
+        return torch.cat(
+            [
+                hidden.index_select(0, rows).mul_(self._weight.index_select(0, words)).sum(-1)
+                for rows, words in zip(row.split(pairs), word.split(pairs), strict=True)
+            ]
+        )
 
     def _all_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         rows = max(1, _EXACT_ELEMENTS // len(self._weight))
@@ -108,9 +162,6 @@ class LazyPatches:
     def __init__(self, decoder: GreedyDecoder, latents: torch.Tensor) -> None:
         self.patch_size = decoder.patch_size
         self._decoder, self._patches = decoder, decoder.patch_hidden(latents)
-        self._hidden = None
-        if len(latents) <= _DECODED_WHOLE:
-            self._hidden = decoder.token_hidden(self._patches)
         self._known = np.full((len(latents), self.patch_size), -1)
 
     def __len__(self) -> int:
@@ -123,10 +174,7 @@ class LazyPatches:
             # They agreed on the first token, so that the others will be asked for, too.
             self._work_out(unknown)
         elif unknown:
-            if self._hidden is None:
-                hidden = self._decoder.token_hidden(self._patches[unknown], position)
-            else:
-                hidden = self._hidden[unknown, position]
+            hidden = self._decoder.token_hidden(self._patches[unknown], position)
             self._known[unknown, position] = self._decoder.tokens(hidden).cpu().numpy()
         return self._known[rows, position].tolist()
 
@@ -139,10 +187,7 @@ class LazyPatches:
     def _work_out(self, rows: list[int]) -> None:
         """All unknown tokens of a few draws at once; reading the vocabulary's weights takes most of
         the time."""
-        if self._hidden is None:
-            hidden = self._decoder.token_hidden(self._patches[rows])
-        else:
-            hidden = self._hidden[rows]
+        hidden = self._decoder.token_hidden(self._patches[rows])
         unknown = torch.from_numpy(self._known[rows] < 0)
         known = torch.from_numpy(self._known[rows])
         known[unknown] = self._decoder.tokens(hidden[unknown.to(hidden.device)]).cpu()

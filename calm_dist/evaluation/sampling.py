@@ -195,6 +195,10 @@ class _Pool:
                 return None
         return groups[0]
 
+    def begin_differently(self) -> bool:
+        """Whether no two draws have the same first token."""
+        return len(set(self._tokens(set(self._places), 0).values())) == len(self)
+
     def candidates(self, n: int) -> tuple[list[list[int]], int]:
         """Classes of equal draws that have at least ``level`` members, in the order of their first
         ones, and ``level``: n, or less where no class has as many."""
@@ -252,8 +256,9 @@ def sample_from_pool(
     the choice by weight is a uniform choice among all groups of the pool that agree. That is the
     first of them in a random order of all groups, whose draws are made as the order comes to
     them: at a collision rate of 0.1, about 20 instead of 200. Where half of the pool has decided
-    nothing, the rest is drawn; no group that was looked at agrees, so the choice by weight over
-    the whole pool is still the same.
+    nothing, or no two draws begin alike, the rest is drawn; no group that was looked at agrees, and
+    the order of the others is still random, so the choice by weight over the whole pool is the
+    same.
 
     Raises:
         UserError: the temperature is not 1/n, or the pool is smaller than n.
@@ -281,6 +286,8 @@ def sample_from_pool(
         pool.add(missing)
         if looked_at and (found := pool.first_agreeing(looked_at)) is not None:
             return pool.patch(found[0])
+        if pool.begin_differently():
+            break
         count *= _GROUPS_GROW
     pool.add(pool.missing(set(range(pool_size))))
     classes, level = pool.candidates(n)

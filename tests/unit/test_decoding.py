@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calm_dist.evaluation import decoding
 from calm_dist.evaluation.decoding import GreedyDecoder, LazyPatches
 from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
 
-COARSE = torch.cpu._is_avx512_bf16_supported()
+COARSE = torch.cpu._is_vnni_supported()
 
 
 def decoder(vocab_size: int, scale: float = 1.0, patch_size: int = 2) -> GreedyDecoder:
@@ -35,12 +34,13 @@ def test_tokens_are_those_of_all_logits(vocab_size: int, scale: float) -> None:
     assert greedy.tokens(hidden[:0]).shape == (0,)
 
 
-def test_words_that_bf16_cannot_tell_apart() -> None:
-    """Of rows that are equal in bf16 only fp32 knows the largest; of equal ones it is the first."""
+def test_words_that_int8_cannot_tell_apart() -> None:
+    """Of rows that are equal in int8 only fp32 knows the largest; of equal ones it is the first."""
     greedy = decoder(1000)
     weight = greedy._weight
     weight[100:200] = weight[100] * (1 + 1e-4 * torch.randperm(100)[:, None] / 100)
-    assert len(weight[100:200].bfloat16().unique(dim=0)) < 10
+    step = weight.abs().max() / 127
+    assert len((weight[100:200] / step).round().unique(dim=0)) < 10
     weight[700] = weight[3]
     hidden = torch.cat([weight[100:200] * 2, weight[[3]]])
     tokens = greedy.tokens(hidden)
@@ -48,19 +48,24 @@ def test_words_that_bf16_cannot_tell_apart() -> None:
     assert set(tokens[:100].tolist()) <= set(range(100, 200)) and tokens[-1] == 3
 
 
-@pytest.mark.skipif(not COARSE, reason="this CPU does not multiply in bf16")
+@pytest.mark.skipif(not COARSE, reason="this CPU does not multiply int8 fast")
+@pytest.mark.parametrize("outlier", [1.0, 30.0])
 def test_the_bound_holds_and_few_words_are_looked_at_again(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, outlier: float
 ) -> None:
+    """Also where one dimension is so large that int8 has few steps for the others."""
     greedy = decoder(5000)
+    greedy._weight[:, 3] *= outlier
     hidden = torch.randn(300, 64)
-    weight, norm = greedy._coarse_weight
-    coarse = (hidden.bfloat16() @ weight[:5000].T).double()
-    error = coarse - hidden.double() @ greedy._weight.double().T
-    bound = decoding._COARSE_ERROR * hidden.norm(dim=-1) * norm
+    hidden[:, 5] *= outlier
+    logits, worth, bound = greedy._coarse_logits(hidden)
+    error = logits[:, :5000] * worth[:, None] - hidden.double() @ greedy._weight.double().T
     assert (error.abs().amax(-1) <= bound).all()
-    # And with all logits out of reach.
-    monkeypatch.setattr(GreedyDecoder, "_all_logits", None)
+    # It is no larger than it must be to be of use.
+    assert (error.abs().amax(-1) > bound / 20).any()
+    if outlier == 1:
+        # And with all logits out of reach.
+        monkeypatch.setattr(GreedyDecoder, "_all_logits", None)
     assert torch.equal(greedy.tokens(hidden), expected(greedy, hidden))
 
 
