@@ -288,6 +288,12 @@ def _head_problems(recipe: Recipe) -> list[str]:
             f"parallel.zero_stage: 3 with pipeline_parallel_size {pipeline}; ZeRO-3 needs the head "
             "on every rank, but it lives on the last stage only; use 2"
         )
+    is_energy = model.kind == "calm" and model.head.kind == "energy"
+    if recipe.training.energy_kernel != "torch" and not is_energy:
+        problems.append(
+            f"training.energy_kernel: {recipe.training.energy_kernel}, but only a CALM with the "
+            "energy head has an energy score; leave it out"
+        )
     if model.kind != "calm":
         return problems
     head = model.head

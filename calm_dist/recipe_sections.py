@@ -303,6 +303,9 @@ class Training(Section):
     """Added to the root of the second moment."""
     clip_grad_norm: PositiveFloat = 1.0
     """Limit of the joint gradient norm of backbone and head."""
+    energy_kernel: Literal["torch", "triton"] = "torch"
+    """What computes the energy score of a CALM's energy head. ``triton``: one fused kernel, for
+    GPUs; not timed yet. Their draws differ, of one distribution."""
 
 
 class Checkpoint(Section):

@@ -35,9 +35,22 @@ def energy_pairs(device: torch.device) -> Iterator[Pair]:
     for given in (False, True):
         yield energy_pair(device, given=given)
         if device.type == "cuda":
-            from calm_dist.losses.energy_kernel import fused_energy_score
+            yield energy_pair(device, given=given, score=_fused_score, name="fused kernel")
 
-            yield energy_pair(device, given=given, score=fused_energy_score, name="fused kernel")
+
+def _fused_score(
+    samples: Tensor,
+    mean: Tensor,
+    log_std: Tensor,
+    noise: Tensor | None = None,
+    *,
+    num_draws: int = 100,
+    seed: int = 0,
+) -> Tensor:
+    from calm_dist.losses.energy_kernel import fused_energy_score
+
+    keys = None if noise is not None else seed + torch.arange(len(mean), device=mean.device)
+    return fused_energy_score(samples, mean, log_std, keys, num_draws=num_draws, noise=noise)
 
 
 def energy_pair(

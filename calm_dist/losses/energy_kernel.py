@@ -1,10 +1,10 @@
 """The energy score as one Triton kernel: draws, distances and gradient of a position in registers.
 
 Written for GPUs; correct in Triton's interpreter (``TRITON_INTERPRET=1``, on CPUs), not timed on a
-GPU yet, and so used by `tools/benchmark.py energy --device cuda` alone.
+GPU yet, and so used only where ``training.energy_kernel`` asks for it.
 
-The draws come from Triton's counter-based generator (Philox), keyed by a seed and the number of a
-position: they are the same for every split of the positions.
+The draws come from Triton's counter-based generator (Philox) with a key for each position: they are
+the same for every split of the positions.
 """
 
 from __future__ import annotations
@@ -24,27 +24,29 @@ def fused_energy_score(
     samples: torch.Tensor,
     mean: torch.Tensor,
     log_std: torch.Tensor,
-    noise: torch.Tensor | None = None,
-    beta: float = 1.0,
+    keys: torch.Tensor | None = None,
     *,
     num_draws: int = 100,
-    seed: int = 0,
-    first_position: int = 0,
+    noise: torch.Tensor | None = None,
+    beta: float = 1.0,
 ) -> torch.Tensor:
     """`losses.energy.energy_score`, which checks the arguments and says what they are; the
     posterior gets no gradient.
 
     Args:
-        seed: of the draws where ``noise`` is None, below 2^63. The next seed gives most positions
-            the draws of their neighbours: hash what seeds are made of.
-        first_position: number of the first of these positions in all that share the seed.
+        keys: int64 [S], one for the ``num_draws`` draws of each position; equal keys give equal
+            draws.
+        noise: [M, S, l], the draws in place of ``keys``.
 
     Returns:
         Scores [S] in fp32.
+
+    Raises:
+        ValueError: not one of ``keys`` and ``noise``.
     """
-    return _FusedEnergyScore.apply(
-        samples, mean, log_std, noise, beta, num_draws, seed, first_position
-    )
+    if (keys is None) == (noise is None):
+        raise ValueError("give keys of the draws, or noise")
+    return _FusedEnergyScore.apply(samples, mean, log_std, noise, beta, num_draws, keys)
 
 
 class _FusedEnergyScore(torch.autograd.Function):
@@ -59,8 +61,7 @@ class _FusedEnergyScore(torch.autograd.Function):
         noise: torch.Tensor | None,
         beta: float,
         num_draws: int,
-        seed: int,
-        first_position: int,
+        keys: torch.Tensor | None,
     ) -> torch.Tensor:
         num_samples, positions, size = samples.shape
         samples, mean, log_std = samples.contiguous(), mean.contiguous(), log_std.contiguous()
@@ -74,9 +75,8 @@ class _FusedEnergyScore(torch.autograd.Function):
                 score if noise is None else noise.contiguous(),
                 score,
                 gradient,
+                score if keys is None else keys,
                 positions,
-                first_position,
-                seed,
                 num_samples,
                 num_draws if noise is None else noise.shape[0],
                 size,
@@ -95,7 +95,7 @@ class _FusedEnergyScore(torch.autograd.Function):
     def backward(ctx: Any, grad_score: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         scaled = gradient * grad_score[:, None].to(gradient.dtype)
-        return scaled, None, None, None, None, None, None, None
+        return scaled, None, None, None, None, None, None
 
 
 @triton.jit
@@ -115,9 +115,8 @@ def _energy_kernel(  # type: ignore[no-untyped-def]
     noise,  # [M, S, l] unless IS_DRAWN
     score,  # [S]
     gradient,  # [N, S, l] if NEEDS_GRADIENT
+    keys,  # [S] if IS_DRAWN
     positions,
-    first_position,
-    seed,
     num_samples,
     num_draws,
     size,
@@ -157,7 +156,7 @@ def _energy_kernel(  # type: ignore[no-untyped-def]
         draws = start + tl.arange(0, DRAWS)
         if IS_DRAWN:
             # Each counter gives four numbers. It has 32 bits: a position has a key of its own.
-            key = seed + first_position + position
+            key = tl.load(keys + position)
             counters = draws[:, None] * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)[None, :]
             a, b, c, d = tl.randn4x(key, counters)
             eps = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (DRAWS, COLUMNS))

@@ -37,26 +37,41 @@ class KeyedNoise:
 
         A block is always drawn whole: what a position gets depends on no rank's part of it.
         """
+        for first, part, sample, block in self._blocks():
+            generator = partial(self._generator, sample, block, kind)
+            end = first + part.stop - part.start
+            yield first, end, partial(_part_of, draw, generator, part)
+
+    def keys(self, kind: str) -> torch.Tensor:
+        """A key of a counter-based generator for each of the flattened positions, int64."""
+        keys = [
+            self._seed_of(sample, block, kind) + torch.arange(part.start, part.stop)
+            for _, part, sample, block in self._blocks()
+        ]
+        return torch.cat(keys).to(self._device)
+
+    def _blocks(self) -> Iterator[tuple[int, slice, int, int]]:
+        """The first flattened position of each part of a block, the part, its sample and block."""
         length = self._stop - self._start
         for number, sample in enumerate(self._index):
-            offset = number * length - self._start
             first_block = self._start // BLOCK_POSITIONS
             for block in range(first_block, -(-self._stop // BLOCK_POSITIONS)):
                 base = block * BLOCK_POSITIONS
                 first, end = max(base, self._start), min(base + BLOCK_POSITIONS, self._stop)
-                part = slice(first - base, end - base)
-                generator = partial(self._generator, sample, block, kind)
-                yield first + offset, end + offset, partial(_part_of, draw, generator, part)
+                flattened = number * length + first - self._start
+                yield flattened, slice(first - base, end - base), sample, block
 
     def whole(self, kind: str, draw: Draw) -> torch.Tensor:
         """All chunks side by side: [n, positions, ...]."""
         return torch.cat([noise() for _, _, noise in self.chunks(kind, draw)], dim=1)
 
     def _generator(self, sample: int, block: int, kind: str) -> torch.Generator:
-        key = f"{self._seed}/{self._step}/{sample}/{block}/{kind}"
-        digest = hashlib.sha256(key.encode()).digest()
-        seed = int.from_bytes(digest[:7], "little")
+        seed = self._seed_of(sample, block, kind)
         return torch.Generator(self._device).manual_seed(seed)
+
+    def _seed_of(self, sample: int, block: int, kind: str) -> int:
+        key = f"{self._seed}/{self._step}/{sample}/{block}/{kind}"
+        return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "little")
 
 
 def _part_of(draw: Draw, generator: Callable[[], torch.Generator], part: slice) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +19,7 @@ from torch import nn
 from calm_dist.errors import RecipeError
 from calm_dist.interop.huggingface import load_autoencoder
 from calm_dist.models.backbone import Backbone, transformer_config
-from calm_dist.models.heads import HEADS, GenerativeHead
+from calm_dist.models.heads import HEADS, EnergyHead, GenerativeHead
 from calm_dist.models.initialize import initialize_backbone
 from calm_dist.models.transformer import Transformer
 from calm_dist.models.weights import head_init_std, init_std, initialize_module
@@ -109,6 +111,23 @@ def build_chunks(
     return chunks
 
 
+def check_energy_kernel(recipe: Recipe, device: torch.device) -> None:
+    """Refuse a kernel that cannot run here.
+
+    Raises:
+        RecipeError: see above.
+    """
+    if recipe.training.energy_kernel == "torch":
+        return
+    # Its interpreter runs on CPUs, for tests.
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RecipeError("training.energy_kernel: triton, but this is a CPU; use torch")
+    if importlib.util.find_spec("triton") is None:
+        raise RecipeError(
+            "training.energy_kernel: triton, but it is not installed; use torch, or install triton"
+        )
+
+
 def build_parts(recipe: Recipe, topology: Topology) -> Parts:
     """Body chunks, head in its ZeRO engine, optimizer and forward step.
 
@@ -128,6 +147,9 @@ def build_parts(recipe: Recipe, topology: Topology) -> Parts:
         autoencoder = None
         if topology.is_last_stage:
             module = build_head(model, recipe.run.seed).to(topology.device)
+            if isinstance(module, EnergyHead):
+                check_energy_kernel(recipe, topology.device)
+                module.kernel = recipe.training.energy_kernel
             head = ZeroHead(module, recipe, topology)
             if recipe.data.latents == "on_the_fly":
                 assert model.autoencoder is not None

@@ -314,8 +314,15 @@ def test_skipped_step_leaves_nothing_behind_in_further_layouts(long_runs: Runs, 
     assert_skips(long_runs, name)
 
 
-def test_overlap_that_gloo_gets_wrong_is_refused(
-    tmp_path: Path, tiny: Callable[..., list[str]]
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (layout(**PP2, **VPP2, overlap_p2p=True), "overlap_p2p: true on CPUs"),
+        (layout() | {"training__energy_kernel": "triton"}, "triton, but this is a CPU"),
+    ],
+)
+def test_what_cpus_cannot_do_is_refused(
+    tmp_path: Path, tiny: Callable[..., list[str]], settings: dict[str, Any], message: str
 ) -> None:
     """`parallel.device` is auto: only the run itself knows that it is a CPU."""
     import torch
@@ -326,10 +333,9 @@ def test_overlap_that_gloo_gets_wrong_is_refused(
     from calm_dist.training.build import build_parts
     from calm_dist.training.resolve import resolve
 
-    settings = layout(**PP2, **VPP2, overlap_p2p=True)
     given = resolve(load_recipe(recipe("calm"), tiny(tmp_path, "calm", **settings)))
     topology = single_process_topology(single_process_recipe(given), torch.device("cpu"))
-    with pytest.raises(RecipeError, match="overlap_p2p: true on CPUs"):
+    with pytest.raises(RecipeError, match=message):
         build_parts(given, topology)
 
 

@@ -14,8 +14,15 @@ pytest.importorskip("triton", reason="the energy kernel needs triton: pip instal
 
 from calm_dist.losses.energy import energy_score_reference  # noqa: E402
 from calm_dist.losses.energy_kernel import fused_energy_score  # noqa: E402
+from calm_dist.models.heads import EnergyHead  # noqa: E402
+from calm_dist.parallel.noise import KeyedNoise  # noqa: E402
+from calm_dist.recipe import HeadRecipe  # noqa: E402
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+
+
+def keys_of(positions: int, first: int) -> torch.Tensor:
+    return first + torch.arange(positions, device=DEVICE)
 
 
 def inputs(n: int, s: int, size: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -34,7 +41,7 @@ def test_given_noise_gives_the_formula(beta: float, n: int, m: int, s: int, size
     results = []
     for score_of in (fused_energy_score, energy_score_reference):
         leaf = x.clone().requires_grad_()
-        score = score_of(leaf, mean, log_std, noise, beta)
+        score = score_of(leaf, mean, log_std, noise=noise, beta=beta)
         weights = torch.arange(1.0, s + 1, device=DEVICE)
         results.append([score.detach(), *torch.autograd.grad((score * weights).sum(), leaf)])
     for ours, expected in zip(*results, strict=True):
@@ -48,7 +55,7 @@ def test_coinciding_samples_have_finite_gradients(beta: float) -> None:
     noise = torch.randn(20, 2, 16, device=DEVICE)
     noise[3] = (x[2] - mean) / log_std.exp()
     leaf = x.requires_grad_()
-    score = fused_energy_score(leaf, mean, log_std, noise, beta)
+    score = fused_energy_score(leaf, mean, log_std, noise=noise, beta=beta)
     (gradient,) = torch.autograd.grad(score.sum(), leaf)
     expected = energy_score_reference(x, mean, log_std, noise, beta)
     assert torch.allclose(score, expected, rtol=1e-5)
@@ -59,7 +66,10 @@ def test_draws_are_normal_and_differ() -> None:
     """Of a single sample pair far away, ‖z - x‖² - ‖x‖² has the mean of the draws' squares. The
     score of 20,000 draws is within 5 standard errors of that of torch's."""
     x, mean, log_std = inputs(2, 4, 8)
-    scores = [fused_energy_score(x, mean, log_std, num_draws=20_000, seed=seed) for seed in (0, 1)]
+    scores = [
+        fused_energy_score(x, mean, log_std, keys_of(4, first), num_draws=20_000)
+        for first in (0, 2**40)
+    ]
     assert (scores[0] != scores[1]).all()
     noise = torch.randn(20_000, 4, 8, device=DEVICE)
     single = (mean + noise * log_std.exp() - x[0]).norm(dim=-1)
@@ -71,21 +81,52 @@ def test_draws_are_normal_and_differ() -> None:
 
 def test_draws_do_not_depend_on_how_positions_are_split() -> None:
     x, mean, log_std = inputs(3, 6, 20)
-    whole = fused_energy_score(x, mean, log_std, num_draws=7, seed=5)
+    keys = keys_of(6, 5)
+    whole = fused_energy_score(x, mean, log_std, keys, num_draws=7)
     parts = [
-        fused_energy_score(
-            x[:, cut], mean[cut], log_std[cut], num_draws=7, seed=5, first_position=cut.start
-        )
+        fused_energy_score(x[:, cut], mean[cut], log_std[cut], keys[cut], num_draws=7)
         for cut in (slice(0, 2), slice(2, 6))
     ]
     assert torch.equal(whole, torch.cat(parts))
+
+
+def test_draws_or_their_keys_are_given() -> None:
+    x, mean, log_std = inputs(2, 2, 8)
+    with pytest.raises(ValueError, match="keys of the draws, or noise"):
+        fused_energy_score(x, mean, log_std)
+
+
+def test_the_head_trains_with_the_kernel() -> None:
+    """The same loss as with torch's score, but for the draws: the mean over positions agrees within
+    5 standard errors, the gradient points the same way; and a rank's part of the positions has the
+    losses of the whole."""
+    recipe = HeadRecipe(num_mlp_layers=1, num_samples=4, posterior_samples=50, noise_size=8)
+    torch.manual_seed(0)
+    head = EnergyHead(recipe, 32, 16).to(DEVICE)
+    _, mean, log_std = inputs(1, 200, 16)
+    hidden = torch.randn(200, 32, device=DEVICE)
+    noise = KeyedNoise(7, 3, [11, 4], 0, 100, DEVICE)
+    found = {}
+    for kernel in ("torch", "triton"):
+        head.kernel = kernel
+        losses = head.position_loss(hidden, mean, log_std, noise)
+        gradients = torch.autograd.grad(losses.mean(), list(head.parameters()))
+        found[kernel] = losses.detach(), torch.cat([g.flatten() for g in gradients])
+    difference = found["torch"][0] - found["triton"][0]
+    assert difference.abs().mean() > 0
+    assert difference.mean().abs() < 5 * difference.std() / 200**0.5
+    assert torch.cosine_similarity(found["torch"][1], found["triton"][1], dim=0) > 0.99
+    part = KeyedNoise(7, 3, [11, 4], 30, 90, DEVICE)
+    rows = torch.cat([torch.arange(30, 90), torch.arange(130, 190)])
+    losses = head.position_loss(hidden[rows], mean[rows], log_std[rows], part)
+    assert torch.allclose(losses, found["triton"][0][rows], rtol=1e-5)
 
 
 def test_bf16_samples_get_bf16_gradients() -> None:
     x, mean, log_std = inputs(4, 2, 16)
     noise = torch.randn(10, 2, 16, device=DEVICE)
     leaf = x.bfloat16().requires_grad_()
-    score = fused_energy_score(leaf, mean, log_std, noise)
+    score = fused_energy_score(leaf, mean, log_std, noise=noise)
     (gradient,) = torch.autograd.grad(score.sum(), leaf)
     assert score.dtype == torch.float32 and gradient.dtype == torch.bfloat16
     assert torch.allclose(score, energy_score_reference(leaf, mean, log_std, noise), rtol=1e-5)

@@ -43,6 +43,18 @@ def test_every_part_of_the_key_counts() -> None:
     assert not torch.equal(first[:, 0], other_kind)
 
 
+def test_keys_are_those_of_the_whole_and_differ() -> None:
+    whole = KeyedNoise(0, 0, [4, 9], 0, POSITIONS, CPU).keys("posterior").view(2, -1)
+    assert len(whole.unique()) == 2 * POSITIONS and (whole >= 0).all()
+    for start, stop in ((0, 100), (30, 31), (63, 129), (100, 200)):
+        part = KeyedNoise(0, 0, [4, 9], start, stop, CPU).keys("posterior").view(2, -1)
+        assert torch.equal(part, whole[:, start:stop])
+    others = [KeyedNoise(*key, [4, 9], 0, POSITIONS, CPU) for key in ((1, 0), (0, 1))]
+    for keys in (*(other.keys("posterior") for other in others),
+                 KeyedNoise(0, 0, [4, 9], 0, POSITIONS, CPU).keys("head")):  # fmt: skip
+        assert not torch.isin(keys, whole).any()
+
+
 def test_chunks_cover_all_positions_in_order() -> None:
     def normal(generator: torch.Generator, positions: int) -> torch.Tensor:
         return torch.randn(4, positions, 3, generator=generator)

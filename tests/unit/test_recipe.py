@@ -98,6 +98,7 @@ def test_calm_m_fits_other_world_sizes(world_size: int) -> None:
         ("model.head.beta=2.5", "beta: found 2.5"),
         ("model.head.beta=2", "beta: found 2"),
         ("model.head.num_samples=1", "num_samples: found 1"),
+        ("training.energy_kernel=cuda", "found 'cuda'"),
         ("model.kind=clam", "use calm or transformer or autoencoder"),
         ("data.path=[]", "data.path: an empty list"),
         ("data.path=[a, b]", "data.path.0: found 'a'"),
@@ -136,6 +137,14 @@ def test_refusals_that_need_several_fields() -> None:
         "model.hidden_size=132",
         "model.intermediate_size=384",
     )
+
+
+def test_an_energy_kernel_needs_an_energy_score() -> None:
+    kernel = "training.energy_kernel=triton"
+    assert load_recipe(RECIPES / "calm_m.yaml", [kernel]).training.energy_kernel == "triton"
+    for name, overrides in (("calm_m", ["model.head.kind=flow"]), ("transformer_m", [])):
+        with pytest.raises(RecipeError, match="only a CALM with the energy head"):
+            load_recipe(RECIPES / f"{name}.yaml", [kernel, *overrides])
 
 
 def test_autoencoder_refusals() -> None:

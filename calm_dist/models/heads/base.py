@@ -30,6 +30,9 @@ class NoiseSource(Protocol):
     def whole(self, kind: str, draw: Draw) -> torch.Tensor:
         """All chunks side by side, [n, S, ...]."""
 
+    def keys(self, kind: str) -> torch.Tensor:
+        """A key of a counter-based generator for each position, int64 [S]."""
+
 
 class GenerativeHead(nn.Module, ABC):
     """From a hidden state of the backbone to samples of the next latent.

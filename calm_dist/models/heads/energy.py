@@ -6,6 +6,7 @@ Names of parameters are those of the released code's ``mlp_generator``.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +76,8 @@ class EnergyHead(GenerativeHead):
         self.num_samples = head.num_samples
         self.num_draws = head.posterior_samples
         self.beta = head.beta
+        self.kernel: Literal["torch", "triton"] = "torch"
+        """What computes the score; with its own draws each, of one distribution."""
         self.noise_embd = nn.Linear(head.noise_size, hidden_size)
         self.hidden_embd = nn.Linear(hidden_size, hidden_size)
         self.norm_hidden = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPS)
@@ -117,5 +120,13 @@ class EnergyHead(GenerativeHead):
             return self.draw_noise(generator, self.num_samples, positions)
 
         samples = self.sample(hidden, noise.whole("head", head_noise))
+        if self.kernel == "triton":
+            # Only where it is asked for: triton comes with torch for GPUs.
+            from calm_dist.losses.energy_kernel import fused_energy_score
+
+            keys = noise.keys("posterior")
+            return -fused_energy_score(
+                samples, mean, log_std, keys, num_draws=self.num_draws, beta=self.beta
+            )
         chunks = noise.chunks("posterior", normal_noise(self.num_draws, mean.shape[-1]))
         return -energy_score_chunked(samples, mean, log_std, chunks, self.beta)
