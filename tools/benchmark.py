@@ -5,6 +5,7 @@ python tools/benchmark.py energy
 python tools/benchmark.py brier --repeats 5 --json brier.json
 python tools/benchmark.py energy --device cuda
 python tools/benchmark.py heads --recipe recipes/calm_xl.yaml
+python tools/benchmark.py model --device cuda --recipe recipes/calm_m.yaml precision=bf16
 python tools/benchmark.py growth --plot growth.svg
 python tools/benchmark.py ranks
 
@@ -17,7 +18,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from calm_dist.cli import at_least, run, write_json
+from calm_dist.cli import at_least, between, run, write_json
+from calm_dist.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +59,18 @@ def parse_arguments() -> argparse.Namespace:
     heads.add_argument("--positions", type=at_least(1), default=16, help="default: %(default)s")
     heads.add_argument("--samples", type=at_least(1), default=4, help="default: %(default)s")
     _add_common(heads)
+    model = parts.add_parser(
+        "model", help="training steps of a recipe on one device: tokens/s, MFU, memory, profile"
+    )
+    model.add_argument("--recipe", default="recipes/calm_m.yaml", help="default: %(default)s")
+    model.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the recipe")
+    model.add_argument(
+        "--micro-batches", type=at_least(1), default=8, help="of a step; default: %(default)s"
+    )
+    model.add_argument(
+        "--peak-tflops", type=between(1e-3, 1e6), metavar="X", help="of the device, for MFU"
+    )
+    _add_common(model)
     return parser.parse_args()
 
 
@@ -85,14 +99,24 @@ def _ranks(args: argparse.Namespace) -> tuple[Any, str]:
 def _in_process(args: argparse.Namespace) -> tuple[Any, str]:
     import torch
 
-    from calm_dist.errors import UserError
-
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here; use cpu, or a machine with one")
     device = torch.device(args.device)
-    if device.type == "cpu" and args.part != "heads":
+    if device.type == "cpu" and args.part not in ("heads", "model"):
         torch.set_num_threads(args.threads)
-    return {"heads": _heads, "growth": _growth}.get(args.part, _pairs)(args, device)
+    parts = {"heads": _heads, "growth": _growth, "model": _model}
+    return parts.get(args.part, _pairs)(args, device)
+
+
+def _model(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], str]:
+    from calm_dist.benchmark.model import measure_model, one_device, table
+    from calm_dist.recipe import load_recipe
+
+    recipe = one_device(load_recipe(args.recipe, args.overrides), args.micro_batches)
+    if recipe.model.kind == "autoencoder":
+        raise UserError(f"{args.recipe}: an autoencoder; `benchmark.py autoencoder` times that")
+    result = measure_model(recipe, device, args.repeats, args.peak_tflops)
+    return result, table(result)
 
 
 def _growth(args: argparse.Namespace, device: torch.device) -> tuple[Any, str]:

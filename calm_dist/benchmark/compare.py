@@ -51,7 +51,7 @@ def compare(pair: Pair, repeats: int, device: torch.device) -> dict[str, Any]:
     peaks: dict[str, float | None] = {}
     for name, call in sides.items():
         call()
-        peaks[name], values[name] = _peak_mib(call, device)
+        peaks[name], values[name] = peak_mib(call, device)
     times: dict[str, list[float]] = {"ours": [], "plain": []}
     floor: list[float] = []
     for _ in range(repeats):
@@ -85,7 +85,7 @@ def _largest_difference(ours: Values | None, plain: Values | None) -> float | No
     )
 
 
-def _peak_mib(
+def peak_mib(
     call: Callable[[], Values | None], device: torch.device
 ) -> tuple[float | None, Values | None]:
     """Memory that a call needs at its worst, beyond what was in use before: on a GPU what torch

@@ -9,12 +9,16 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch.profiler import record_function
 
 from calm_dist.parallel.pipeline import micro_batches
 from calm_dist.parallel.topology import Topology
-from calm_dist.recipe import CalmRecipe, Recipe
+from calm_dist.recipe import Recipe
 from calm_dist.training.build import build_parts
 from calm_dist.training.optimizer import JointOptimizer
+
+OPTIMIZER_RANGE = "part: optimizer"
+"""Around clipping and AdamW in a profile."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,10 @@ class StepTimes:
 
 
 class RandomSteps:
-    """The training of a CALM on one rank, which takes the same random batch in every step."""
+    """The training of a language model on one rank, which takes the same random batch in every
+    step."""
 
     def __init__(self, recipe: Recipe, topology: Topology) -> None:
-        assert isinstance(recipe.model, CalmRecipe)
         # DeepSpeed asks for it, where there is no launcher too.
         os.environ.setdefault("LOCAL_RANK", "0")
         self.recipe = recipe
@@ -65,7 +69,8 @@ class RandomSteps:
         )
         scheduled, busy = time.perf_counter(), time.process_time() - busy
         zero = torch.zeros(())
-        self._joint.step(0, sum((output["loss"] for output in outputs), zero))
+        with record_function(OPTIMIZER_RANGE):
+            self._joint.step(0, sum((output["loss"] for output in outputs), zero))
         return StepTimes(scheduled - started, busy, time.perf_counter() - scheduled)
 
     def close(self) -> None:
@@ -75,14 +80,18 @@ class RandomSteps:
 
 
 def random_batch(recipe: Recipe, topology: Topology) -> dict[str, Any]:
-    """Blocks of one replica for one step, with latents of a plausible posterior."""
+    """Blocks of one replica for one step; for a CALM with latents of a plausible posterior."""
     model = recipe.model
-    assert isinstance(model, CalmRecipe) and model.vocab_size and model.latent_size
+    assert model.vocab_size
     rows = recipe.training.global_batch_size // topology.dp_size
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(
         model.vocab_size, (rows, recipe.num_patches * model.patch_size), generator=generator
     )
+    batch = {"tokens": tokens, "index": torch.arange(rows)}
+    if model.kind != "calm" or recipe.data.latents == "on_the_fly":
+        return batch
+    assert model.latent_size
     mean = torch.randn(rows, recipe.num_patches, model.latent_size, generator=generator)
     log_std = 0.3 * torch.randn(mean.shape, generator=generator) - 1
-    return {"tokens": tokens, "mean": mean, "log_std": log_std, "index": torch.arange(rows)}
+    return batch | {"mean": mean, "log_std": log_std}

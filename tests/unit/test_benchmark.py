@@ -9,12 +9,15 @@ import pytest
 import torch
 from tiny_models import VOCAB, tiny_model
 
-from calm_dist.benchmark import growth, plain, ranks, reading
+from calm_dist import flops
+from calm_dist.benchmark import growth, model, plain, ranks, reading
 from calm_dist.benchmark.compare import Pair, compare, table
 from calm_dist.benchmark.pairs import zipf_tokens
 from calm_dist.data.stream import open_training_stream
 from calm_dist.evaluation.brier_tree import scores_from_softmax
+from calm_dist.recipe import load_recipe
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 CPU = torch.device("cpu")
 
 
@@ -34,16 +37,16 @@ def test_a_comparison_measures_time_memory_and_difference() -> None:
 
 def test_plain_brier_has_the_same_expectation() -> None:
     """Brier-1..4 of a Transformer at five starts, within 4.5 standard errors of 300 runs."""
-    model = tiny_model("transformer", block_steps=12)
-    model.body.output_layer.weight.data.mul_(20)  # type: ignore[operator,union-attr]
+    tiny = tiny_model("transformer", block_steps=12)
+    tiny.body.output_layer.weight.data.mul_(20)  # type: ignore[operator,union-attr]
     tokens = torch.randint(VOCAB, (12,), generator=torch.Generator().manual_seed(0))
     starts = torch.arange(2, 7)
     generator = torch.Generator().manual_seed(1)
     runs = torch.stack(
-        [plain.transformer_brier(model.logits, tokens, starts, generator) for _ in range(300)]
+        [plain.transformer_brier(tiny.logits, tokens, starts, generator) for _ in range(300)]
     ).mean(1)
     ours = scores_from_softmax(
-        model.logits, model.new_cache, tokens, starts, num_draws=500, seed=0
+        tiny.logits, tiny.new_cache, tokens, starts, num_draws=500, seed=0
     ).scores.mean(0)
     assert runs[:, 3].std() > 0
     error = runs.std(0) / 300**0.5
@@ -98,3 +101,74 @@ def test_a_random_store_is_read_in_training_order(tmp_path: Path) -> None:
     batches = list(itertools.islice(stream, 3))
     assert sorted(i for batch in batches for i in batch["index"].tolist()) == list(range(6))
     assert batches[0]["mean"].shape == (2, 16, 128) and batches[0]["mean"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "parts"),
+    [
+        ("calm", [], {"embedding", "head", "energy score"}),
+        ("calm", ["parallel.recompute=true", "model.head.kind=flow"], {"embedding", "head"}),
+        ("transformer", [], {"embedding", "output layer"}),
+    ],
+)
+def test_a_recipe_is_timed_by_part(kind: str, overrides: list[str], parts: set[str]) -> None:
+    """Structure and arithmetic; times are those of any machine."""
+    sizes = ["model.vocab_size=512", "data.block_size=64", "training.micro_batch_size=2"]
+    recipe = load_recipe(RECIPES / f"{kind}_tiny.yaml", [*sizes, *overrides])
+    recipe = model.one_device(recipe, micro_batches=3)
+    assert (recipe.world_size, recipe.num_micro_batches) == (1, 3)
+    result = model.measure_model(recipe, CPU, repeats=2, peak_tflops=0.5)
+    assert result["tokens_per_step"] == 3 * 2 * 64
+    rate = result["tokens_per_step"] / result["step_seconds"]
+    assert result["tokens_per_second"] == pytest.approx(rate)
+    per_token = flops.count(recipe, tokens=0).train_flops_per_token_ours
+    assert result["mfu"] == pytest.approx(rate * per_token / 0.5e12)
+    assert 0 < result["mfu_causal"] < result["mfu"]
+    assert set(result["parts"]) == parts | {"attention", "MLP", "optimizer", "other"}
+    for name, part in result["parts"].items():
+        assert part["forward"] > 0, name
+        assert (part["backward"] > 0) == (name != "optimizer"), name
+    text = model.table(result)
+    assert "| attention |" in text and f"MFU {result['mfu']:.1%}" in text
+    without = model.table(result | {"mfu": None, "peak_mib": None})
+    assert "MFU unknown" in without
+
+
+def test_time_belongs_to_the_part_that_spends_it() -> None:
+    """Backward passes too, also of what is recomputed there; nothing counts twice."""
+
+    class MLP(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x @ x).tanh()
+
+    class EnergyHead(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sum()
+
+    layers = torch.nn.Sequential(MLP(), EnergyHead())
+    x = torch.randn(700, 700, requires_grad=True)
+    for recomputed in (False, True):
+        handles = model._annotate(layers)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            hidden = (
+                torch.utils.checkpoint.checkpoint(layers[0], x, use_reentrant=True)
+                if recomputed
+                else layers[0](x)
+            )
+            layers[1](hidden).backward()
+        for handle in handles:
+            handle.remove()
+        events = profiler.events()
+        assert events is not None
+        parts = model._by_part(list(events), on_gpu=False)
+        whole = sum(e.cpu_time_total for e in events if e.cpu_parent is None) / 1e6
+        assert sum(map(sum, (part.values() for part in parts.values()))) == pytest.approx(whole)
+
+        def taken(*names: str) -> float:
+            return sum(e.cpu_time_total for e in events if e.name in names) / 1e6  # noqa: B023
+
+        engine = "autograd::engine::evaluate_function: "
+        assert parts["MLP"]["forward"] == pytest.approx(taken("part: MLP"))
+        backward = taken(f"{engine}MmBackward0", f"{engine}TanhBackward0")
+        assert parts["MLP"]["backward"] == pytest.approx(backward) and backward > 0
+        assert parts["head"]["backward"] == pytest.approx(taken(f"{engine}SumBackward0"))

@@ -1,0 +1,213 @@
+"""Training steps of a recipe on one device: tokens per second, MFU, memory, and time by part."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from calm_dist import flops
+from calm_dist.benchmark.compare import peak_mib
+from calm_dist.benchmark.random_steps import RandomSteps
+from calm_dist.benchmark.timing import environment, seconds
+from calm_dist.evaluation.load import single_process_topology
+from calm_dist.recipe import Recipe
+
+OTHER, ENERGY_SCORE = "other", "energy score"
+_RANGE = "part: "
+_MODULES = {
+    "PatchEmbedding": "embedding",
+    "TokenEmbedding": "embedding",
+    "CachedSelfAttention": "attention",
+    "MLP": "MLP",
+    "ColumnParallelLinear": "output layer",
+    "EnergyHead": "head",
+    "FlowHead": "head",
+    "DiffusionHead": "head",
+}
+"""Modules whose time is told apart, the outermost of each that is met."""
+_SCORES = ("_ChunkedEnergyScore", "_FusedEnergyScore")
+_BACKWARD = "autograd::engine::evaluate_function: "
+
+
+def one_device(recipe: Recipe, micro_batches: int) -> Recipe:
+    """The recipe on one device, with so many micro-batches a step instead of its own."""
+    values = recipe.to_dict()
+    values["parallel"] |= {
+        "world_size": 1,
+        "tensor_parallel_size": 1,
+        "pipeline_parallel_size": 1,
+        "context_parallel_size": 1,
+        "virtual_pipeline_size": None,
+        "stage_layers": None,
+        "sequence_parallel": False,
+        "overlap_p2p": False,
+    }
+    training = values["training"]
+    training["global_batch_size"] = training["micro_batch_size"] * micro_batches
+    return Recipe.from_dict(values)
+
+
+def measure_model(
+    recipe: Recipe, device: torch.device, repeats: int, peak_tflops: float | None = None
+) -> dict[str, Any]:
+    """Time steps of a recipe for `one_device` on random blocks, then profile one more.
+
+    Args:
+        peak_tflops: of the device, for MFU; default: the table of `calm_dist.flops`, by name.
+
+    Returns:
+        A JSON-able dict: tokens_per_second and step_seconds (median), mfu and mfu_causal (None
+        without a peak; as this package executes the model, recomputation left out),
+        peak_mib of a step beyond weights and optimizer, and ``parts``: forward and backward
+        seconds of each in the profiled step, on a GPU of its kernels.
+    """
+    steps = RandomSteps(recipe, single_process_topology(recipe, device))
+
+    def step() -> None:
+        steps.step()
+
+    step()
+    peak, _ = peak_mib(step, device)
+    times = [seconds(step, device) for _ in range(repeats)]
+    parts = _parts(steps, device)
+    steps.close()
+    around = environment(device)
+    rate = recipe.tokens_per_step / median(times)
+    peak_flops = flops.peak_flops(str(around["device"]), recipe.precision)
+    if peak_tflops is not None:
+        peak_flops = peak_tflops * 1e12
+    full, causal = (
+        flops.count(recipe, tokens=0, causal=causal).train_flops_per_token_ours
+        for causal in (False, True)
+    )
+    return {
+        **around,
+        "name": recipe.run.display_name,
+        "parameters": flops.count(recipe, tokens=0).parameters,
+        "precision": recipe.precision,
+        "tokens_per_step": recipe.tokens_per_step,
+        "micro_batches": recipe.num_micro_batches,
+        "step_seconds": median(times),
+        "all_step_seconds": times,
+        "tokens_per_second": rate,
+        "flops_per_token": full,
+        "mfu": rate * full / peak_flops if peak_flops else None,
+        "mfu_causal": rate * causal / peak_flops if peak_flops else None,
+        "peak_mib": peak,
+        "parts": parts,
+    }
+
+
+def _parts(steps: RandomSteps, device: torch.device) -> dict[str, dict[str, float]]:
+    """Forward and backward seconds of each part in one step."""
+    modules = [chunk.module for chunk in steps.parts.chunks]
+    if steps.parts.head is not None:
+        modules.append(steps.parts.head.module)
+    handles = [handle for module in modules for handle in _annotate(module)]
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    try:
+        with profile(activities=activities) as profiler:
+            steps.step()
+            if on_gpu:
+                torch.cuda.synchronize(device)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _by_part(profiler.events() or [], on_gpu)
+
+
+def _annotate(module: nn.Module) -> list[Any]:
+    """Ranges in the profile around the forward passes of the parts of ``module``."""
+    handles: list[Any] = []
+    part = _MODULES.get(type(module).__name__)
+    if part is None:
+        for child in module.children():
+            handles += _annotate(child)
+        return handles
+    opened: list[Any] = []
+
+    def begin(*_: Any) -> None:
+        opened.append(record_function(_RANGE + part))
+        opened[-1].__enter__()
+
+    def end(*_: Any) -> None:
+        opened.pop().__exit__(None, None, None)
+
+    return [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+
+
+def _by_part(events: list[FunctionEvent], on_gpu: bool) -> dict[str, dict[str, float]]:
+    """Sums over a profile: what runs inside a part's range, and the backward passes of its ops,
+    which carry their numbers."""
+    # Kernels are events of their own, too; they count with the op that launched them.
+    top = [
+        event
+        for event in events
+        if event.cpu_parent is None and event.device_type == DeviceType.CPU
+    ]
+    part_of: dict[int, str] = {}
+
+    def remember(event: FunctionEvent, part: str) -> None:
+        part = _entered(event) or part
+        if part != OTHER and event.sequence_nr >= 0 and not event.name.startswith(_BACKWARD):
+            part_of.setdefault(event.sequence_nr, part)
+        for child in event.cpu_children:
+            remember(child, part)
+
+    parts: dict[str, dict[str, float]] = {}
+
+    def add(event: FunctionEvent, part: str, direction: str) -> None:
+        """An event's own time, without what it calls; a recomputed part is forward again."""
+        if entered := _entered(event):
+            part, direction = entered, "forward"
+        elif event.name.startswith(_BACKWARD):
+            part, direction = part_of.get(event.sequence_nr, OTHER), "backward"
+        own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        parts.setdefault(part, {"forward": 0.0, "backward": 0.0})[direction] += own / 1e6
+        for child in event.cpu_children:
+            add(child, part, direction)
+
+    for event in top:
+        remember(event, OTHER)
+    for event in top:
+        add(event, OTHER, "forward")
+    return parts
+
+
+def _entered(event: FunctionEvent) -> str | None:
+    """The part that begins with this event."""
+    if event.name.startswith(_RANGE):
+        return event.name.removeprefix(_RANGE)
+    return ENERGY_SCORE if event.name in _SCORES else None
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    mfu = "MFU unknown, --peak-tflops gives one"
+    if result["mfu"] is not None:
+        mfu = f"MFU {result['mfu']:.1%} ({result['mfu_causal']:.1%} with causal attention)"
+    peak = "?" if result["peak_mib"] is None else f"{result['peak_mib']:,.0f} MiB"
+    lines = [
+        f"{result['name']}, {result['parameters']:,} parameters, {result['precision']}, "
+        f"{result['device']}: {result['tokens_per_second']:,.0f} tokens/s "
+        f"({result['step_seconds']:.3g} s for {result['tokens_per_step']:,} tokens in "
+        f"{result['micro_batches']} micro-batches), {mfu}, {peak} for a step",
+        "",
+        "| part | forward | backward | of the step that was profiled |",
+        "|---|---|---|---|",
+    ]
+    parts = {name: (part["forward"], part["backward"]) for name, part in result["parts"].items()}
+    everything = sum(map(sum, parts.values()))
+    for name, (forward, backward) in sorted(parts.items(), key=lambda item: -sum(item[1])):
+        share = (forward + backward) / everything
+        lines.append(
+            f"| {name} | {forward * 1e3:,.1f} ms | {backward * 1e3:,.1f} ms | {share:.1%} |"
+        )
+    return "\n".join(lines)
