@@ -20,6 +20,7 @@ from calm_dist.errors import (
     TrainingDivergedError,
     UserError,
 )
+from calm_dist.files import finite
 
 EXIT_BAD_INPUT = 2
 EXIT_PEER_LOST = 3
@@ -128,12 +129,12 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def write_json(value: Any, target: str | Path) -> None:
-    """Write ``value`` as JSON to a file, or to stdout for ``-``.
+    """Write ``value`` as JSON to a file, or to stdout for ``-``; what is not finite is null.
 
     Raises:
         UserError: the file cannot be written.
     """
-    text = json.dumps(value, indent=2) + "\n"
+    text = json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
     if str(target) == "-":
         sys.stdout.write(text)
         return

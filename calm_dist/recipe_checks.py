@@ -121,6 +121,11 @@ def impossible_combinations(recipe: Recipe) -> list[str]:
 def _shape_problems(recipe: Recipe) -> list[str]:
     model, block_size = recipe.model, recipe.data.block_size
     problems = []
+    if recipe.run.name is not None and not recipe.run.name.isprintable():
+        problems.append(
+            f"run.name: {recipe.run.name!r} has a line break or another character that cannot be "
+            "shown; give one line of text"
+        )
     if not recipe.data.sources:
         problems.append("data.path: an empty list; name at least one store")
     if block_size is not None and block_size % model.patch_size:

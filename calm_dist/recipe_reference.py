@@ -165,7 +165,8 @@ def _limits(metadata: Iterable[Any], whole: bool) -> list[str]:
         if (bound := getattr(item, "ge", None)) is not None:
             limits.append(f"from {bound}")
         if (bound := getattr(item, "lt", None)) is not None:
-            limits.append("below 2^63" if bound == 2**63 else f"below {bound}")
+            # Every whole number ends there.
+            limits += [] if bound == 2**63 else [f"below {bound}"]
         if (bound := getattr(item, "le", None)) is not None:
             limits.append(f"at most {bound:,.0f}")
     return limits

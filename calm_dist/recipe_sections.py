@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 Text = Annotated[str, Field(min_length=1)]
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**63)]
+NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -34,7 +34,7 @@ class Run(Section):
     dir: Text
     """The run directory itself; it holds recipe.yaml, metrics.jsonl, checkpoints/ and logs/."""
     name: str | None = None
-    """Name shown by trackers and reports; the directory's own name where absent."""
+    """Name shown by trackers and reports, one line; the directory's own name where absent."""
     seed: Seed = 0
     """Seed of weights, noise and posterior draws."""
 

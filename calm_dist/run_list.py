@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ from calm_dist.training.run_directory import (
 )
 
 RUNNING, DAMAGED, NEW = "running", "damaged", "not started"
+_LONGEST_NAME = 80
 _RATE_OF = 20
 """Records over which the rate is the median."""
 # The C one is ten times as fast, where PyYAML was built with it.
@@ -118,7 +120,12 @@ def _recipe_facts(run_dir: Path) -> Row:
             f"{checkpoint.RECIPE_FILE}: is no recipe; copy that of a checkpoint here, or start the "
             "training again, which writes it"
         ) from error
-    return {"name": str(name), "kind": str(kind), "steps": steps}
+    return {"name": _one_line(str(name)), "kind": _one_line(str(kind)), "steps": steps}
+
+
+def _one_line(text: str) -> str:
+    """Text that does not tear a table."""
+    return "".join(c if c.isprintable() else "?" for c in text[:_LONGEST_NAME])
 
 
 def _metrics_facts(path: Path) -> Row:
@@ -186,10 +193,13 @@ def _blocks(evaluation: Row) -> int:
 
 
 def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
     try:
-        return float(value) if isinstance(value, int | float) else None
+        number = float(value)
     except OverflowError:
         return None
+    return number if math.isfinite(number) else None
 
 
 def _newest_checkpoint(run_dir: Path) -> int | None:

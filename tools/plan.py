@@ -3,7 +3,7 @@
 
     python tools/plan.py recipes/calm_xl.yaml --gpu h100-sxm --nodes 16
     python tools/plan.py recipes/calm_m.yaml training.global_batch_size=512 --price 2.5
-    python tools/plan.py recipes/calm_tiny.yaml --gpu local --gpus-per-node 2
+    python tools/plan.py recipes/calm_tiny.yaml --gpu local
     python tools/plan.py --scaling docs/scaling.svg --json scaling.json
     python tools/plan.py --published
 

@@ -65,9 +65,10 @@ def groups(recipe: Recipe, cluster: Cluster) -> Groups:
     shards, replica = tensor * context, parallel.model_parallel_size
     copies = recipe.data_parallel_size
     replicas_in_node = min(copies, max(1, node // replica))
-    shards_in_node = min(shards, node)
+    # Of a group that does not divide a node, some lie across two: all wait for those.
+    shards_in_node = math.gcd(shards, node)
     return Groups(
-        Group(tensor, min(tensor, node)),
+        Group(tensor, math.gcd(tensor, node)),
         Group(copies * context, replicas_in_node * max(1, shards_in_node // tensor)),
         Group(copies * shards, replicas_in_node * shards_in_node),
     )

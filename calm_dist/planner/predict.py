@@ -81,18 +81,25 @@ def predict(recipe: Recipe, cluster: Cluster) -> Prediction:
     return Prediction(recipe, cluster, memory, step_time(recipe, cluster))
 
 
-def training_cost(prediction: Prediction, reliability: Reliability) -> dict[str, Any]:
-    """Time and money of the whole run, its data and its checkpoints, as plain values."""
+def training_cost(
+    prediction: Prediction, reliability: Reliability, *, best_interval: bool = False
+) -> dict[str, Any]:
+    """Time and money of the whole run, its data and its checkpoints, as plain values.
+
+    Args:
+        best_interval: count with the best interval between checkpoints, not the recipe's own.
+    """
     recipe, cluster = prediction.recipe, prediction.cluster
     best = goodput(recipe, cluster, reliability, None)
     step = prediction.time.seconds
     own = goodput(recipe, cluster, reliability, recipe.checkpoint.every * step)
+    counted = best if best_interval else own
     hours = recipe.training.steps * step / HOUR
-    gpu_hours = hours / best.goodput * recipe.world_size
+    gpu_hours = hours / counted.goodput * recipe.world_size
     per_token = latent_bytes_per_token(recipe)
     return {
         "hours_without_failures": hours,
-        "hours": hours / best.goodput,
+        "hours": hours / counted.goodput,
         "gpu_hours": gpu_hours,
         "price": None if cluster.price is None else gpu_hours * cluster.price,
         "data": {
@@ -103,8 +110,8 @@ def training_cost(prediction: Prediction, reliability: Reliability) -> dict[str,
         },
         "checkpoint": {
             "bytes": checkpoint_bytes(recipe),
-            "write_seconds": best.write_seconds,
-            "stall_seconds": best.stall_seconds,
+            "write_seconds": counted.write_seconds,
+            "stall_seconds": counted.stall_seconds,
         },
         "failures": {
             "mtbf_hours": best.mtbf_seconds / HOUR,

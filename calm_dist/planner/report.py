@@ -133,7 +133,8 @@ def _own_lines(values: dict[str, Any]) -> list[str]:
     own, cluster, run = values["recipe"], values["cluster"], values["best_run"]
     if own is None:
         lines = ["The recipe's own layout is refused on so many GPUs:"]
-        lines += _wrapped(values["refused"].split(), separator=" ")
+        for problem in values["refused"].splitlines():
+            lines += _wrapped(problem.split(), separator=" ")
     else:
         lines = [*_memory_lines(own, cluster), "", *_time_lines(own)]
         if own["fits"]:
@@ -141,7 +142,9 @@ def _own_lines(values: dict[str, Any]) -> list[str]:
     if run is None:
         return lines
     title = [] if values["fits"] else ["With the best layout below:"]
-    return [*lines, "", *title, *_run_lines(run, values["steps"], values["stored_latents"])]
+    device = "process" if cluster["on_cpu"] else "GPU"
+    stored = values["stored_latents"]
+    return [*lines, "", *title, *_run_lines(run, values["steps"], stored, device)]
 
 
 def _memory_lines(own: dict[str, Any], cluster: dict[str, Any]) -> list[str]:
@@ -175,14 +178,14 @@ def _time_lines(own: dict[str, Any]) -> list[str]:
     )
 
 
-def _run_lines(run: dict[str, Any], steps: int, stored_latents: bool) -> list[str]:
+def _run_lines(run: dict[str, Any], steps: int, stored_latents: bool, device: str) -> list[str]:
     failures, checkpoint, data = run["failures"], run["checkpoint"], run["data"]
     best, own = failures["best"], failures["recipe"]
     price = "" if run["price"] is None else f", cost {_amount(run['price'])}"
     as_int8 = f" (int8 {data['bytes_per_token_int8']:.3g})" if stored_latents else ""
     return [
         f"Run: {steps:,} steps in {_duration(run['hours'] * 3600)}, {_amount(run['gpu_hours'])} "
-        f"GPU-hours{price}",
+        f"{device}-hours{price}",
         f"Failures: one in {_duration(failures['mtbf_hours'] * 3600)}; goodput "
         f"{own['goodput']:.1%} with a checkpoint every {own['interval_steps']:,} steps",
         f"  (best: every {best['interval_steps']:,} steps, {best['goodput']:.1%})",

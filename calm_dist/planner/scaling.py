@@ -75,7 +75,7 @@ def _point(name: str, gpus: int, cluster: Cluster, reliability: Reliability) -> 
     if not found.fitting:
         return {"gpus": gpus, "fits": False}
     best = found.fitting[0]
-    run = training_cost(best, reliability)
+    run = training_cost(best, reliability, best_interval=True)
     return {
         "gpus": gpus,
         "fits": True,

@@ -73,7 +73,8 @@ class Goodput:
 
     which is largest near interval = sqrt(2 x stall x MTBF) (Young 1974, Daly 2006, with what a
     checkpoint costs the training in place of its whole writing time). A checkpoint begins when the
-    one before is written, hence interval >= write.
+    one before is written: the best interval is at least the writing time, and with a shorter one
+    training waits for the rest of it.
     """
 
     mtbf_seconds: float
@@ -104,8 +105,10 @@ def goodput(
         copying = size / recipe.world_size / reliability.copy_bandwidth
         stall = min(write, STALL_SECONDS + copying)
     stall += _gather_seconds(recipe, reliability)
-    best = max(math.sqrt(2 * stall * mtbf), write)
-    return Goodput(mtbf, write, stall, reliability.restart_seconds, interval_seconds or best)
+    interval = interval_seconds or max(math.sqrt(2 * stall * mtbf), write)
+    if recipe.checkpoint.asynchronous:
+        stall += max(0.0, write - interval)
+    return Goodput(mtbf, write, stall, reliability.restart_seconds, interval)
 
 
 def _gather_seconds(recipe: Recipe, reliability: Reliability) -> float:

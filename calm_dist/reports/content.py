@@ -83,7 +83,7 @@ def _score(entry: Record) -> Fact:
     """BrierLM with its standard error, or why there is none."""
     label = f"BrierLM, {entry['name']}"
     if entry["brierlm"] is None:
-        return Fact(label, MISSING, "not evaluated")
+        return Fact(label, MISSING, "no score" if entry["evaluation"] else "not evaluated")
     error = entry["brierlm_stderr"]
     return Fact(
         label,

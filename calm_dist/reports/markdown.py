@@ -57,4 +57,4 @@ def _table(table: Table) -> list[str]:
 
 def _plain(text: str) -> str:
     """Text in which nothing is markup."""
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", text)
+    return re.sub(r"([\\`*_\[\]<>|~&])", r"\\\1", text)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,7 +121,9 @@ def _figure(plot: Plot, palette: Palette) -> Iterator[Figure]:
     columns = _legend_columns(plot)
     legend_rows = math.ceil(len(plot.legend) / columns)
     height = (0.75 + 0.36 * plot.rows if plot.rows else _HEIGHT) + 0.22 * legend_rows
-    with matplotlib.rc_context(_style(palette)):
+    with matplotlib.rc_context(_style(palette)), warnings.catch_warnings():
+        # A PNG shows boxes for what no font here has; the page takes the reader's fonts.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         axis = figure.subplots()
         plot.draw(axis, palette)

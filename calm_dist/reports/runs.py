@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from calm_dist.errors import UserError
+from calm_dist.errors import RecipeError, UserError
 from calm_dist.flops import Counts, count
 from calm_dist.recipe import Recipe, load_recipe
 
@@ -125,7 +125,7 @@ def read_run(path: str | Path) -> Run:
     environment, fault = _read_environment(path / "environment.json")
     damage = [fault] if fault else []
     if lost:
-        damage.append(f"{lost} of the lines of metrics.jsonl are damaged and left out.")
+        damage.append(f"{lost} of the lines of metrics.jsonl are damaged; what is, is left out.")
     training = {record["step"]: record for record in records if "loss" in record}
     evaluations: dict[Any, Record] = {}
     for record in records:
@@ -137,9 +137,14 @@ def read_run(path: str | Path) -> Run:
             # Taken out first: the last one of a step is the last in order.
             evaluations.pop(key, None)
             evaluations[key] = {**record["eval"], "step": record["step"]}
+    recipe = load_recipe(path / "recipe.yaml")
+    try:
+        count(recipe, tokens=0)
+    except RecipeError as error:
+        raise UserError(f"{path / 'recipe.yaml'}: {error}") from error
     return Run(
         path,
-        load_recipe(path / "recipe.yaml"),
+        recipe,
         [training[step] for step in sorted(training)],
         sorted(evaluations.values(), key=lambda evaluation: evaluation["step"]),
         environment,
@@ -218,9 +223,23 @@ _NUMBERS = (
     "collapsed_dims",
     "tokens_seen",
 )
-_NOT_NEGATIVE = ("brierlm_stderr", "tokens_seen", "tokens", "tokens_per_second", "step_seconds")
+_NOT_NEGATIVE = (
+    "brierlm",
+    "brierlm_stderr",
+    "tokens_seen",
+    "tokens",
+    "tokens_per_second",
+    "step_seconds",
+)
 _LISTS = ("brier", "brier_stderr", "kl_per_dim")
-_PROTOCOL = {"block_size", "patch_size", "alignment", "blocks", "positions", "samples"}
+_PROTOCOL = {
+    "block_size": int,
+    "patch_size": int,
+    "alignment": str,
+    "blocks": int,
+    "positions": int,
+    "samples": int,
+}
 _LARGEST = 1e100
 """Of numbers that FLOPs are made of, products must stay finite."""
 
@@ -231,7 +250,9 @@ def _fits(name: str, value: Any) -> bool:
     if name in _LISTS:
         return isinstance(value, list) and all(v is not None and _is_number(v) for v in value)
     if name == "protocol":
-        return isinstance(value, dict) and value.keys() >= _PROTOCOL
+        return isinstance(value, dict) and all(
+            type(value.get(part)) is kind for part, kind in _PROTOCOL.items()
+        )
     return True
 
 
@@ -241,6 +262,8 @@ def _has_sign(name: str, value: float | None) -> bool:
 
 def _is_number(value: Any) -> bool:
     """A number that can be computed with, or null."""
+    if isinstance(value, bool):
+        return False
     return value is None or (isinstance(value, int | float) and abs(value) < _LARGEST)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from calm_dist.data.progress import Meter, duration
-from calm_dist.files import replace_text
+from calm_dist.files import finite, replace_text
 
 _WANDB_SECONDS = 60
 """How long a start waits for wandb's server."""
@@ -182,17 +182,7 @@ def compact(number: float) -> str:
 
 def json_line(record: Mapping[str, Any]) -> str:
     """A record as a line of JSON, with null for numbers that are not finite."""
-    return json.dumps(_finite(record), allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return value
+    return json.dumps(finite(record), allow_nan=False) + "\n"
 
 
 def read_records(run_dir: str | Path) -> list[Record]:

@@ -182,8 +182,36 @@ def test_cost_is_steps_over_goodput() -> None:
     prediction = predict(load_recipe(XL), H100)
     run = training_cost(prediction, Reliability())
     hours = 250_000 * prediction.time.seconds / 3600
-    assert run["gpu_hours"] == pytest.approx(128 * hours / run["failures"]["best"]["goodput"])
+    assert run["gpu_hours"] == pytest.approx(128 * hours / run["failures"]["recipe"]["goodput"])
+    best = training_cost(prediction, Reliability(), best_interval=True)
+    assert best["gpu_hours"] == pytest.approx(128 * hours / run["failures"]["best"]["goodput"])
     assert run["price"] is None
+
+
+def test_a_checkpoint_waits_for_the_one_before() -> None:
+    """Cycles of training, waiting for the writer and copying, gone through one by one."""
+    recipe = load_recipe(XL)
+    for interval in (0.3, 1.0, 5.0):
+        found = goodput(recipe, H100, Reliability(), interval)
+        copying = goodput(recipe, H100, Reliability(), None).stall_seconds
+        now, written, trained = 0.0, 0.0, 0.0
+        for _ in range(1000):
+            now, trained = now + interval, trained + interval
+            now = max(now, written) + copying
+            written = now + found.write_seconds
+        losses = interval / 2 + found.write_seconds + 600
+        failures = found.mtbf_seconds / (found.mtbf_seconds + losses)
+        assert found.goodput == pytest.approx(trained / now * failures, rel=0.01), interval
+    # The whole run is counted with the recipe's own interval.
+    often = load_recipe(XL, ["checkpoint.every=1"])
+    rare = training_cost(predict(recipe, H100), Reliability())["hours"]
+    assert training_cost(predict(often, H100), Reliability())["hours"] > 4 * rare
+
+
+def test_groups_that_do_not_divide_a_node_wait_for_the_network() -> None:
+    recipe = load_recipe(XL, ["parallel.world_size=12", "training.global_batch_size=3"])
+    for node, per_node in ((8, 2), (3, 1), (1, 1)):
+        assert groups(recipe, replace(H100, gpus_per_node=node)).tensor == Group(2, per_node)
 
 
 def test_search_proposes_only_what_loads_and_fits() -> None:
@@ -288,6 +316,8 @@ def test_tool(tmp_path: Path) -> None:
     values = json.loads(file.read_text(encoding="utf-8"))
     assert values["recipe"]["run"]["price"] == 2 * values["recipe"]["run"]["gpu_hours"]
     assert "cost" in done.stdout
+    assert "Infinity" not in file.read_text(encoding="utf-8")
+    assert values["cluster"]["rates"]["draws_per_second"] is None  # no limit
     slower = plan_tool(str(XL), "--matmul-fraction", "0.35", "--json", "-")
     assert json.loads(slower.stdout)["recipe"]["step_seconds"] > values["recipe"]["step_seconds"]
 
@@ -304,6 +334,7 @@ def test_tool(tmp_path: Path) -> None:
         ([str(XL), "--link-fraction", "1.5"], "give a number from 1e-06 to 1"),
         ([str(XL), "--nodes", "2", "parallel.world_size=32"], "the options say 16 GPUs"),
         ([str(XL), "--nodes", "2", "model.hidden_size=x"], "model.hidden_size"),
+        ([str(XL), f"training.steps=1{'0' * 400}"], "training.steps: found 1000"),
         ([str(XL), "--published"], f"{XL}: --published does not use it"),
         (["--published", "--price", "2"], "--price: --published does not use it"),
         (["--scaling", "a.svg", "--nodes", "2"], "--nodes: --scaling does not use it"),

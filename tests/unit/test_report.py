@@ -401,6 +401,37 @@ def call(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_scores_that_are_none_are_not_shown(tmp_path: Path) -> None:
+    records = [training(10, 1.0), *(evaluation(step, 5.0) for step in (20, 30, 40))]
+    records[1]["eval"]["brierlm"] = True
+    records[2]["eval"]["brierlm"] = -3.0
+    records[3]["eval"]["protocol"] |= {"blocks": {}, "positions": None}
+    run = read_run(make_run(tmp_path / "run", "calm", records))
+    assert [e.get("brierlm") for e in run.evaluations] == [None, None, 5.0]
+    assert "protocol" not in run.last_evaluation
+    assert run.damage == ("3 of the lines of metrics.jsonl are damaged; what is, is left out.",)
+
+
+def test_a_recipe_without_sizes_is_named(experiment: dict[str, Path], tmp_path: Path) -> None:
+    recipe = experiment["calm"] / "recipe.yaml"
+    for name in ("vocab_size", "block_size"):
+        whole = recipe.read_text()
+        recipe.write_text(re.sub(rf"{name}: \d+", f"{name}: null", whole, count=1))
+        done = call("flops_report.py", "--run", *experiment.values(), "--out", tmp_path / "report")
+        assert done.returncode == 2 and f"error: {recipe}: " in done.stderr, done.stderr
+        assert name in done.stderr
+        recipe.write_text(whole)
+
+
+def test_names_in_any_script_are_drawn_without_noise(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run", "calm", [training(10, 1.0), training(20, 1.0)])
+    recipe = run_dir / "recipe.yaml"
+    recipe.write_text(re.sub(r"name: .*", "name: 模型🚀", recipe.read_text(), count=1))
+    done = call("flops_report.py", "--run", run_dir, "--out", tmp_path / "report")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "模型🚀" in (tmp_path / "report" / "index.html").read_text()
+
+
 def test_both_tools_write_the_same_report(experiment: dict[str, Path], tmp_path: Path) -> None:
     common = ["--run", experiment["calm"], experiment["transformer"]]
     common += ["--autoencoder", experiment["autoencoder"], "--peak-tflops", "1"]
@@ -452,7 +483,7 @@ def test_damaged_records_are_passed_over(tmp_path: Path) -> None:
     assert run.evaluations == [{"step": 3}]
     write_report([run_dir], tmp_path / "report")
     words = (tmp_path / "report" / "report.md").read_text()
-    assert "8 of the lines of metrics.jsonl are damaged and left out." in words
+    assert "8 of the lines of metrics.jsonl are damaged; what is, is left out." in words
     assert "1 of 2 records have a loss that is not finite." in words
 
 

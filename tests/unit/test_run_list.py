@@ -191,9 +191,22 @@ def test_binary_and_odd_records_are_passed_over(tmp_path: Path) -> None:
         file.write(b"\x00\xff\n[1]\n" + b'{"step": 3, "eval": {"brierlm": "high"}}\n"eval"\n')
         file.write(b'{"step": "x", "loss": 1}\n{"step": 1e400, "loss": 1}\n')
         file.write(b'{"step": 4, "loss": null, "tokens_per_second": 1' + b"0" * 400 + b"}\n")
+        for score in ("NaN", "true", "1e400"):
+            line = '{"step": 4, "eval": {"brierlm": ' + score + "}}\n"
+            file.write(line.encode())
     row = describe(run_dir)
     assert (row["step"], row["loss"], row["brierlm"]) == (4, None, None)
+    append(run_dir, '{"step": 5, "loss": 1e400, "tokens_per_second": NaN}\n')
+    assert describe(run_dir)["loss"] is None and "nan" not in table([describe(run_dir)])
     assert "4/10" in table([row])
+
+
+def test_odd_names_do_not_tear_the_table(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run")
+    recipe = (run_dir / "recipe.yaml").read_text().replace("name: null", r'name: "a\nb\u202e%s"')
+    (run_dir / "recipe.yaml").write_text(recipe % ("x" * 300))
+    row = describe(run_dir)
+    assert row["name"] == "a?b?" + "x" * 76 and len(table([row]).splitlines()) == 3
 
 
 def test_of_one_step_the_larger_evaluation_counts(tmp_path: Path) -> None:
