@@ -322,9 +322,15 @@ def test_skipped_step_leaves_nothing_behind_in_further_layouts(long_runs: Runs, 
     ],
 )
 def test_what_cpus_cannot_do_is_refused(
-    tmp_path: Path, tiny: Callable[..., list[str]], settings: dict[str, Any], message: str
+    tmp_path: Path,
+    tiny: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    message: str,
 ) -> None:
     """`parallel.device` is auto: only the run itself knows that it is a CPU."""
+    # Other tests run kernels in Triton's interpreter.
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     import torch
 
     from calm_dist.errors import RecipeError
