@@ -128,6 +128,19 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_json(
+    parser: argparse.ArgumentParser, text: str = "write JSON to F, or to stdout for -"
+) -> None:
+    """Add the option ``--json`` of a tool, whose value is for `write_json`."""
+
+    def target(value: str) -> str:
+        if not value:
+            raise argparse.ArgumentTypeError("is empty: give a file, or - for stdout")
+        return value
+
+    parser.add_argument("--json", metavar="F", type=target, help=text)
+
+
 def write_json(value: Any, target: str | Path) -> None:
     """Write ``value`` as JSON to a file, or to stdout for ``-``; what is not finite is null.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from calm_dist.cli import write_json
+from calm_dist.cli import add_json, write_json
 from calm_dist.errors import RecipeError, UserError
 from calm_dist.parallel.processes import die_with_launcher
 from calm_dist.recipe import Recipe, load_recipe
@@ -30,7 +30,7 @@ def run_training_tool(description: str | None, train: Callable[[Recipe], None]) 
     parser.add_argument(
         "--dry-run", action="store_true", help="print sizes, memory, layout and balance; no run"
     )
-    parser.add_argument("--json", metavar="F", help="with --dry-run: write it as JSON (- = stdout)")
+    add_json(parser, "with --dry-run: write it as JSON (- = stdout)")
     # The deepspeed launcher adds it; the environment says the same.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()

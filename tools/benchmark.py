@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from calm_dist.cli import at_least, between, run, write_json
+from calm_dist.cli import add_json, at_least, between, run, write_json
 from calm_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     _add_common(growth)
     ranks = parts.add_parser("ranks", help="one and two processes, pipelines and their bubbles")
     ranks.add_argument("--repeats", type=at_least(1), default=3, help="default: %(default)s")
-    ranks.add_argument("--json", metavar="F", help="write JSON to F, or to stdout for -")
+    add_json(ranks)
     heads = parts.add_parser("heads", help="one latent sample with each generative head")
     heads.add_argument("--recipe", default="recipes/calm_m.yaml", help="default: %(default)s")
     heads.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the recipe")
@@ -77,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=at_least(1), default=3, help="default: %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", metavar="F", help="write JSON to F, or to stdout for -")
+    add_json(parser)
 
 
 def main() -> None:

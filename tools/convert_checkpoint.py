@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from calm_dist.cli import run, write_json
+from calm_dist.cli import add_json, run, write_json
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
             metavar="DIR",
             help="CALM: the autoencoder's directory (default: where config or recipe say)",
         )
-        command.add_argument("--json", metavar="F", help="write what was done to F, or - (stdout)")
+        add_json(command, "write what was done to F, or - (stdout)")
     return parser.parse_args()
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 
-from calm_dist.cli import add_device, announce, at_least, run, write_json
+from calm_dist.cli import add_device, add_json, announce, at_least, run, write_json
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
         "--all-checkpoints", action="store_true", help="score every checkpoint of the run"
     )
     add_device(parser)
-    parser.add_argument("--json", metavar="F", help="write the results to F, or stdout for -")
+    add_json(parser, "write the results to F, or stdout for -")
     return parser.parse_args()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from calm_dist.cli import run, write_json
+from calm_dist.cli import add_json, run, write_json
 from calm_dist.errors import UserError
 
 
@@ -36,9 +36,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="DIR",
         help="write index.html, report.md, report.json and plots/ of the runs there",
     )
-    parser.add_argument(
-        "--json", metavar="F", help="write JSON to F, or to stdout (and nothing else) for -"
-    )
+    add_json(parser, "write JSON to F, or to stdout (and nothing else) for -")
     add_options(parser)
     return parser.parse_args()
 

@@ -13,7 +13,7 @@ import sys
 from dataclasses import asdict
 from fractions import Fraction
 
-from calm_dist.cli import announce, at_least, run, write_json
+from calm_dist.cli import add_json, announce, at_least, run, write_json
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -59,9 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--tokenizer", metavar="F", help="tokenizer file (default: the recipe's)")
     parser.add_argument("--autoencoder", help="autoencoder checkpoint (default: the recipe's)")
-    parser.add_argument(
-        "--json", metavar="F", help="write the result, a list for several prompts; - is stdout"
-    )
+    add_json(parser, "write the result, a list for several prompts; - is stdout")
     args = parser.parse_args()
     args.seed = args.seed or [0]
     if len(args.seed) not in (1, len(args.prompt)):

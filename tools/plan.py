@@ -17,7 +17,7 @@ import argparse
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from calm_dist.cli import at_least, between, run, write_json
+from calm_dist.cli import add_json, at_least, between, run, write_json
 from calm_dist.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     # Beyond these limits, results would be infinite.
     positive = between(1e-12, 1e18)
     add("--price", type=positive, metavar="X", help="of one GPU for an hour, in any currency")
-    add("--json", metavar="F", help="write every term as JSON to F, or to stdout (no text) for -")
+    add_json(parser, "write every term as JSON to F, or to stdout (no text) for -")
     add("--scaling", metavar="F", help="plot 8 to 16,384 GPUs for two models into F (.svg, .png)")
     add("--published", action="store_true", help="compare with published runs of other models")
     rates = parser.add_argument_group("assumptions, see docs/planner.md")

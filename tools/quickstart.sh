@@ -167,6 +167,7 @@ for model in report["models"]:
           f" | {model['train_flops']:.2e} training FLOPs"
           f" | {model['tokens_per_second']:,.0f} tokens/s")
 print(f"CALM : Transformer   training FLOPs {ratio['train_flops_ratio']:.2f}, "
+      f"with the autoencoder {ratio['train_flops_with_autoencoder_ratio']:.2f}, "
       f"inference FLOPs per token {ratio['inference_flops_ratio']:.2f}")
 PY
   printf '\nreport: %s\n' "$OUT/report/index.html"

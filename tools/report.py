@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from calm_dist.cli import run
+from calm_dist.cli import add_json, run
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
         help="run directories of the models to compare, CALM and Transformer",
     )
     parser.add_argument("--out", metavar="DIR", required=True, help="where the report is written")
-    parser.add_argument("--json", metavar="F", help="write report.json to F too, or stdout for -")
+    add_json(parser, "write report.json to F too, or stdout for -")
     add_options(parser)
     return parser.parse_args()
 

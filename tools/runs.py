@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 
-from calm_dist.cli import run, write_json
+from calm_dist.cli import add_json, run, write_json
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
         metavar="DIR",
         help="where to look, at and below it (default: runs)",
     )
-    parser.add_argument("--json", metavar="F", help="write JSON to F, or to stdout for -")
+    add_json(parser)
     arguments = parser.parse_args()
 
     from calm_dist.run_list import list_runs, table

@@ -330,6 +330,7 @@ def test_tool(tmp_path: Path) -> None:
         ([str(XL), "--gpu", "v100"], "--gpu v100: unknown"),
         ([str(XL), "--price", "0"], "give a number from 1e-12 to 1e18"),
         ([str(XL), "--write-bandwidth", "1e-300"], "give a number from 1e-12 to 1e18"),
+        ([str(XL), "--json", ""], "--json: is empty: give a file"),
         ([str(XL), "--price", "abc"], "invalid number value: 'abc'"),
         ([str(XL), "--link-fraction", "1.5"], "give a number from 1e-06 to 1"),
         ([str(XL), "--nodes", "2", "parallel.world_size=32"], "the options say 16 GPUs"),
