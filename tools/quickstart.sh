@@ -166,8 +166,10 @@ for model in report["models"]:
           + f" | {model['parameters'] / 1e6:.2f}M parameters"
           f" | {model['train_flops']:.2e} training FLOPs"
           f" | {model['tokens_per_second']:,.0f} tokens/s")
+# Not in a report of an earlier version.
+total = ratio.get("train_flops_with_autoencoder_ratio")
 print(f"CALM : Transformer   training FLOPs {ratio['train_flops_ratio']:.2f}, "
-      f"with the autoencoder {ratio['train_flops_with_autoencoder_ratio']:.2f}, "
+      + (f"with the autoencoder {total:.2f}, " if total is not None else "") +
       f"inference FLOPs per token {ratio['inference_flops_ratio']:.2f}")
 PY
   printf '\nreport: %s\n' "$OUT/report/index.html"
