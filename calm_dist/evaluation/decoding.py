@@ -84,7 +84,9 @@ class GreedyDecoder:
         Where a CPU multiplies int8 fast, first so, with a bound of the error; then in fp32 the
         words that may still be the largest. The result is that of fp32, up to its own rounding.
         """
-        if hidden.device.type == "cpu" and torch.cpu._is_vnni_supported():
+        on_cpu = hidden.device.type == "cpu" and torch.cpu._is_vnni_supported()
+        # torch's int8 product of a single column is wrong (2.13).
+        if on_cpu and hidden.shape[-1] > 1:
             rows = max(1, _COARSE_ELEMENTS // len(self._weight))
             return torch.cat([self._coarse_to_fine(piece) for piece in hidden.split(rows)])
         return self._all_logits(hidden)

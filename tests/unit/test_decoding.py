@@ -34,6 +34,21 @@ def test_tokens_are_those_of_all_logits(vocab_size: int, scale: float) -> None:
     assert greedy.tokens(hidden[:0]).shape == (0,)
 
 
+@pytest.mark.parametrize("hidden_size", [1, 2, 3, 33, 100])
+@pytest.mark.parametrize("vocab_size", [1, 7, 500])
+def test_odd_sizes(hidden_size: int, vocab_size: int) -> None:
+    config = AutoencoderConfig(
+        vocab_size, 2, latent_size=8, hidden_size=hidden_size, intermediate_size=8
+    )
+    model = Autoencoder(config).eval().requires_grad_(False)
+    model.output_weight.copy_(torch.randn(vocab_size, hidden_size))
+    greedy = GreedyDecoder(model)
+    for rows in (1, 2, 17):
+        # Not contiguous, as what is cut out of all tokens of a patch.
+        hidden = torch.randn(rows, 2, hidden_size)[:, 1]
+        assert torch.equal(greedy.tokens(hidden), expected(greedy, hidden))
+
+
 def test_words_that_int8_cannot_tell_apart() -> None:
     """Of rows that are equal in int8 only fp32 knows the largest; of equal ones it is the first."""
     greedy = decoder(1000)
