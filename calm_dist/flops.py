@@ -30,6 +30,7 @@ import re
 from dataclasses import dataclass, replace
 
 from calm_dist.errors import RecipeError
+from calm_dist.heads.counting import affine_parameters, layer_norm_parameters, linear_flops
 from calm_dist.recipe import (
     AutoencoderRecipe,
     AutoencoderSize,
@@ -37,7 +38,6 @@ from calm_dist.recipe import (
     Recipe,
     TransformerRecipe,
 )
-from calm_dist.recipe_checks import TIME_FEATURES
 
 BACKWARD_AND_FORWARD = 3
 
@@ -184,11 +184,6 @@ def count_autoencoder(model: CalmRecipe, tokens: int) -> Counts:
     return Counts(tuple(_autoencoder_parts(autoencoder)), tokens)
 
 
-def linear_flops(inputs: int, outputs: int) -> int:
-    """FLOPs of one row through a linear layer."""
-    return 2 * inputs * outputs
-
-
 def attention_flops(hidden_size: int, steps: float, key_value_size: int | None = None) -> float:
     """FLOPs of one step through one attention layer that sees ``steps`` steps: projections, then
     scores and their use.
@@ -223,20 +218,9 @@ def head_flops(
     code. With it, what depends on the hidden state alone runs once: its embedding, and in the
     energy head its half of each block's first linear.
     """
-    d, blocks = model.hidden_size, model.head.num_mlp_layers
-    latent = known_size(model, "latent_size")
-    square = linear_flops(d, d)
-    if model.head.kind == "energy":
-        of_condition = (1 + blocks) * square
-        # A block: the noise's half of Linear(2d, d), then Linear(d, d), (d, 2d), (d, d).
-        of_noise = linear_flops(model.head.noise_size, d) + (5 * blocks + 1) * square
-        of_noise += linear_flops(d, latent)
-    else:
-        of_condition = square
-        time = linear_flops(TIME_FEATURES, d) + square
-        # A block: two linears, and the modulation's Linear(d, 3d); at the end Linear(d, 2d).
-        of_noise = time + linear_flops(latent, d) + (5 * blocks + 2) * square
-        of_noise += linear_flops(d, _head_outputs(model))
+    head, sizes = model.head, head_sizes(model)
+    of_condition = head.spec.condition_flops(head, *sizes)
+    of_noise = head.spec.sample_flops(head, *sizes)
     passes = samples * evaluations
     return passes * of_noise + (1 if share_condition else passes) * of_condition
 
@@ -244,17 +228,17 @@ def head_flops(
 def head_backward_flops(model: CalmRecipe, samples: int) -> int:
     """FLOPs of one patch's backward pass through our head: twice the forward pass, without the
     gradients of noise, times and latents, which nobody needs."""
-    if model.head.kind == "energy":
-        inputs = linear_flops(model.head.noise_size, model.hidden_size)
-    else:
-        inputs = linear_flops(TIME_FEATURES, model.hidden_size)
-        inputs += linear_flops(known_size(model, "latent_size"), model.hidden_size)
+    inputs = model.head.spec.input_flops(model.head, *head_sizes(model))
     return 2 * head_flops(model, samples, share_condition=True) - samples * inputs
 
 
-def _head_outputs(model: CalmRecipe) -> int:
-    """Outputs of an iterative head's network; diffusion predicts a variance, too."""
-    return known_size(model, "latent_size") * (2 if model.head.kind == "diffusion" else 1)
+def head_sizes(model: CalmRecipe) -> tuple[int, int]:
+    """Hidden and latent size, which a head is described and built with.
+
+    Raises:
+        RecipeError: the recipe leaves the latent size to its data store.
+    """
+    return model.hidden_size, known_size(model, "latent_size")
 
 
 def encoder_flops(size: AutoencoderSize, patch_size: int, latent_size: int) -> int:
@@ -281,23 +265,17 @@ def decoder_flops(size: AutoencoderSize, patch_size: int, latent_size: int) -> i
 
 def head_parameters(model: CalmRecipe) -> int:
     """Weights, biases and norms of the head."""
-    d, blocks = model.hidden_size, model.head.num_mlp_layers
-    latent = known_size(model, "latent_size")
-    if model.head.kind == "energy":
-        embeddings = _affine(model.head.noise_size, d) + _affine(d, d) + 2 * _layer_norm(d)
-        block = _layer_norm(d) + _affine(2 * d, d) + 2 * _affine(d, d) + _affine(d, 2 * d)
-        final = _layer_norm(d) + _affine(d, d) + _affine(d, latent)
-    else:
-        embeddings = _affine(TIME_FEATURES, d) + 2 * _affine(d, d) + _affine(latent, d)
-        block = _layer_norm(d) + 2 * _affine(d, d) + _affine(d, 3 * d)
-        final = _affine(d, 2 * d) + _affine(d, _head_outputs(model))
-    return embeddings + blocks * block + final
+    return model.head.spec.parameters(model.head, *head_sizes(model))
 
 
 def _calm_parts(model: CalmRecipe, recipe: Recipe, causal: bool) -> list[Part]:
     d, patch_size, latent = model.hidden_size, model.patch_size, known_size(model, "latent_size")
     vocab_size, autoencoder = known_size(model, "vocab_size"), model.autoencoder_size
-    parameters = _affine(patch_size * d, 2 * d) + _affine(2 * d, d) + _layer_norm(d)
+    parameters = (
+        affine_parameters(patch_size * d, 2 * d)
+        + affine_parameters(2 * d, d)
+        + layer_norm_parameters(d)
+    )
     compressor = _trained(
         "patch_compressor", parameters, compressor_flops(d, patch_size) / patch_size
     )
@@ -373,10 +351,10 @@ def _autoencoder_parts(model: AutoencoderRecipe) -> list[Part]:
         model.latent_size,
     )
     vocab_size, block = known_size(model, "vocab_size"), 3 * d * f + d
-    encoder = (
-        model.num_encoder_layers * block + _affine(patch_size * d, d) + d + _affine(d, 2 * latent)
-    )
-    decoder = model.num_decoder_layers * block + _affine(latent, d) + _affine(d, patch_size * d) + d
+    encoder = model.num_encoder_layers * block + affine_parameters(patch_size * d, d) + d
+    encoder += affine_parameters(d, 2 * latent)
+    decoder = model.num_decoder_layers * block + affine_parameters(latent, d) + d
+    decoder += affine_parameters(d, patch_size * d)
     return [
         Part("embedding", vocab_size * d),
         _trained("encoder", encoder, encoder_flops(model, patch_size, latent) / patch_size),
@@ -407,15 +385,6 @@ def _inference_only(name: str, forward: float) -> Part:
         inference_flops_per_token=forward,
         inference_flops_per_token_without_cache=forward,
     )
-
-
-def _affine(inputs: int, outputs: int) -> int:
-    """Parameters of a linear layer with bias."""
-    return inputs * outputs + outputs
-
-
-def _layer_norm(size: int) -> int:
-    return 2 * size
 
 
 def known_size(model: CalmRecipe | TransformerRecipe | AutoencoderRecipe, name: str) -> int:

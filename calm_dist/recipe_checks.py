@@ -17,12 +17,6 @@ a checkpoint has the same shapes for every tensor-parallel size."""
 NO_OVERLAP_ON_CPU = "true on CPUs, where gloo gave silently wrong losses with it; leave it out"
 """Why ``parallel.overlap_p2p`` is refused as soon as the device is known."""
 
-DIFFUSION_STEPS = 1000
-"""Noise levels that the diffusion head is trained on."""
-
-TIME_FEATURES = 256
-"""Sinusoids by which the iterative heads are told the time."""
-
 _UNION_TAGS = {"model": ("calm", "transformer", "autoencoder"), "path": ("store", "mixture")}
 
 
@@ -293,30 +287,15 @@ def _head_problems(recipe: Recipe) -> list[str]:
             f"parallel.zero_stage: 3 with pipeline_parallel_size {pipeline}; ZeRO-3 needs the head "
             "on every rank, but it lives on the last stage only; use 2"
         )
-    is_energy = model.kind == "calm" and model.head.kind == "energy"
-    if recipe.training.energy_kernel != "torch" and not is_energy:
+    scores_energy = model.kind == "calm" and model.head.spec.scores_energy
+    if recipe.training.energy_kernel != "torch" and not scores_energy:
         problems.append(
             f"training.energy_kernel: {recipe.training.energy_kernel}, but only a CALM with the "
             "energy head has an energy score; leave it out"
         )
     if model.kind != "calm":
         return problems
-    head = model.head
-    if head.kind == "energy" and head.num_samples < 2:
-        problems.append(
-            f"model.head.num_samples: found {head.num_samples}; the energy score's second term "
-            "needs two samples; use at least 2"
-        )
-    if head.kind == "diffusion" and (head.sampling_steps or 0) > DIFFUSION_STEPS:
-        problems.append(
-            f"model.head.sampling_steps: {head.sampling_steps}, but the diffusion head is trained "
-            f"on {DIFFUSION_STEPS} steps; use at most that"
-        )
-    if head.kind == "energy" and head.sampling_steps is not None:
-        problems.append(
-            f"model.head.sampling_steps: {head.sampling_steps}, but the energy head draws a sample "
-            "in one step; leave it out"
-        )
+    problems += model.head.spec.problems(model.head)
     if stage == 1 and recipe.precision == "bf16":
         problems.append(
             "parallel.zero_stage: 1 with precision bf16 gives no access to the averaged gradients "

@@ -119,12 +119,17 @@ def _table(
             raise ValueError(f"{section.__name__}.{name}: has no docstring")
         cells = [
             f"`{prefix}{field.alias or name}`",
-            _values(field.annotation, field.metadata),
+            _examples(field.examples) or _values(field.annotation, field.metadata),
             _default(field),
             _markdown(field.description or "What is trained."),
         ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
+
+
+def _examples(values: Iterable[Any] | None) -> str:
+    """Values of an open set."""
+    return ", ".join([*(f"`{value}`" for value in values), "…"]) if values else ""
 
 
 def _default(field: FieldInfo) -> str:

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, SerializeAsAny, Tag
 
-Text = Annotated[str, Field(min_length=1)]
-Positive = Annotated[int, Field(gt=0, lt=2**63)]
-NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Probability = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """Base of all parts of a recipe: immutable, no unknown keys, no silent type conversions."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
+from calm_dist.heads import HeadRecipe, all_specs
+from calm_dist.recipe_types import (
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Probability,
+    Section,
+    Seed,
+    Text,
+)
 
 
 class Run(Section):
@@ -44,38 +36,11 @@ class Run(Section):
         return self.name or Path(self.dir).name
 
 
-class HeadRecipe(Section):
-    """The generative head: one step with the energy score, or the iterative alternatives.
-
-    One type for all kinds, so that ``model.head.kind=flow`` alone changes the head of a recipe.
-    """
-
-    kind: Literal["energy", "diffusion", "flow"] = "energy"
-    """``energy`` is the paper's own; what each costs is in heads.md."""
-    num_mlp_layers: Positive = 4
-    """Residual blocks."""
-    noise_size: Positive = 64
-    """Energy: components of the uniform noise. The other heads start from normal latents."""
-    num_samples: Positive = 8
-    """Energy: head samples N per position in training, at least two for the score's second term.
-    Diffusion and flow: noisy latents per position in training."""
-    posterior_samples: Positive = 100
-    """Energy: draws M from the autoencoder's posterior per position."""
-    beta: Annotated[float, Field(gt=0, lt=2)] = 1.0
-    """Energy: exponent of the score; strictly proper inside (0, 2)."""
-    sampling_steps: Positive | None = None
-    """Steps that draw one sample. Flow: midpoint steps of two evaluations each, 10 where absent.
-    Diffusion: 100 where absent, at most 1,000. The energy head has one step."""
-
-    @property
-    def steps_per_sample(self) -> int:
-        """``sampling_steps``, or the released code's number."""
-        return self.sampling_steps or {"energy": 1, "flow": 10, "diffusion": 100}[self.kind]
-
-    @property
-    def evaluations_per_sample(self) -> int:
-        """How often the network runs to draw one sample."""
-        return self.steps_per_sample * (2 if self.kind == "flow" else 1)
+def _of_its_kind(value: Any) -> Any:
+    """The fields of a head, read as those that its kind has."""
+    kind = value.get("kind", HeadRecipe().kind) if isinstance(value, dict) else None
+    spec = all_specs().get(kind) if isinstance(kind, str) else None
+    return value if spec is None else spec.fields.model_validate(value)
 
 
 class AutoencoderSize(Section):
@@ -139,7 +104,7 @@ class CalmRecipe(BackboneRecipe):
     autoencoder_size: AutoencoderSize = AutoencoderSize()
     """Shape of that autoencoder, from which its FLOPs and memory are counted; the paper's where
     absent, replaced by the checkpoint's own (`Recipe.with_autoencoder`) once there is one."""
-    head: HeadRecipe = HeadRecipe()
+    head: Annotated[SerializeAsAny[HeadRecipe], BeforeValidator(_of_its_kind)] = HeadRecipe()
     """The generative head, see below."""
 
 

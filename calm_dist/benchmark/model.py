@@ -16,6 +16,7 @@ from calm_dist.benchmark.compare import peak_mib
 from calm_dist.benchmark.random_steps import RandomSteps
 from calm_dist.benchmark.timing import environment, seconds
 from calm_dist.evaluation.load import single_process_topology
+from calm_dist.models.heads import GenerativeHead
 from calm_dist.recipe import Recipe
 
 OTHER, ENERGY_SCORE = "other", "energy score"
@@ -26,9 +27,6 @@ _MODULES = {
     "CachedSelfAttention": "attention",
     "MLP": "MLP",
     "ColumnParallelLinear": "output layer",
-    "EnergyHead": "head",
-    "FlowHead": "head",
-    "DiffusionHead": "head",
 }
 """Modules whose time is told apart, the outermost of each that is met."""
 _SCORES = ("_ChunkedEnergyScore", "_FusedEnergyScore")
@@ -126,7 +124,7 @@ def _parts(steps: RandomSteps, device: torch.device) -> dict[str, dict[str, floa
 def _annotate(module: nn.Module) -> list[Any]:
     """Ranges in the profile around the forward passes of the parts of ``module``."""
     handles: list[Any] = []
-    part = _MODULES.get(type(module).__name__)
+    part = "head" if isinstance(module, GenerativeHead) else _MODULES.get(type(module).__name__)
     if part is None:
         for child in module.children():
             handles += _annotate(child)

@@ -15,11 +15,10 @@ from calm_dist.interop.autoencoder import (
     config_from_tensors,
     released_autoencoder,
 )
-from calm_dist.interop.config import calm_values
+from calm_dist.interop.config import calm_values, released_head
 from calm_dist.interop.layout import CONFIG_FILE, read_config
 from calm_dist.interop.names import (
     AUTOENCODER,
-    HEAD_PREFIXES,
     body_rules,
     released_shapes,
     to_released,
@@ -46,7 +45,7 @@ class ReleasedCalm:
         Raises:
             CheckpointError: a tensor is missing, unknown or of another shape.
         """
-        prefixes = HEAD_PREFIXES[model.head.kind]
+        prefixes = released_head(model.head).prefixes
         of_head = dict(head.named_parameters())
         tensors = self.tensors.tied(
             (prefixes[0] + name, prefix + name) for prefix in prefixes[1:] for name in of_head
@@ -142,7 +141,7 @@ def released_calm(
     Each has memory of its own, as safetensors asks for; most of it is the given tensors' own.
     """
     released = to_released(model, body)
-    first, *others = HEAD_PREFIXES[model.head.kind]
+    first, *others = released_head(model.head).prefixes
     for name, tensor in head.items():
         released[first + name] = tensor
         released |= {prefix + name: tensor.clone() for prefix in others}

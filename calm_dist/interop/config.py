@@ -11,15 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from calm_dist.errors import CheckpointError
+from calm_dist.heads import HeadRecipe, Released, all_specs
 from calm_dist.interop.layout import CONFIG_FILE, read_config, read_json
 from calm_dist.models.autoencoder import AutoencoderConfig
 from calm_dist.recipe import CalmRecipe, Recipe
 
-ARCHITECTURES = {
-    "energy": "EnergyTransformer",
-    "flow": "FlowTransformer",
-    "diffusion": "DiffusionTransformer",
-}
 AUTOENCODER_ARCHITECTURE = "Autoencoder"
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -64,7 +60,7 @@ def calm_values(directory: str | Path) -> dict[str, Any]:
     config = read_config(directory)
     kind = _head_kind(config, path)
     _refuse(config, _BODY_WITHOUT, path)
-    wanted = [*_BODY_KEYS, "num_mlp_layers", *(["noise_size"] if kind == "energy" else [])]
+    wanted = [*_BODY_KEYS, "num_mlp_layers", *_architectures()[kind].required]
     if missing := [key for key in wanted if key not in config]:
         raise CheckpointError(
             f"{path}: has no {', '.join(missing)}; it is not the configuration of a released CALM"
@@ -113,10 +109,10 @@ def calm_config(
     model = recipe.model
     assert isinstance(model, CalmRecipe)
     head = model.head
+    released = released_head(head)
     return {
-        "architectures": [ARCHITECTURES[head.kind]],
-        # Where it is absent, the authors' training script takes the energy head.
-        **({} if head.kind == "energy" else {"model_type": head.kind}),
+        "architectures": [released.architecture],
+        **({} if released.model_type is None else {"model_type": released.model_type}),
         "ae_path": ae_path,
         **{key: getattr(model, key) for key in _BODY_KEYS},
         **{key: getattr(model, key) for key in _BODY_DEFAULTS},
@@ -181,16 +177,40 @@ def stated_token_ids(directory: str | Path, name: str = CONFIG_FILE) -> dict[str
 def _head_kind(config: Mapping[str, Any], path: Path) -> str:
     """The kind of the head; the class that wrote the weights says it, if any key does."""
     named = config.get("architectures") or []
-    kinds = [kind for kind, name in ARCHITECTURES.items() if name in named]
+    known = _architectures()
+    kinds = [kind for kind, head in known.items() if head.architecture in named]
     if kinds:
         return kinds[0]
-    kind = config.get("model_type") or "energy"
-    if named or kind not in ARCHITECTURES:
+    model_type = config.get("model_type")
+    kinds = [kind for kind, head in known.items() if head.model_type == (model_type or None)]
+    # The authors' training script takes the energy head by that name, too.
+    kinds = kinds or [kind for kind in known if kind == model_type]
+    if named or not kinds:
         raise CheckpointError(
-            f"{path}: architectures {named}, model_type {kind!r}; a CALM is one of "
-            f"{', '.join(ARCHITECTURES.values())}"
+            f"{path}: architectures {named}, model_type {model_type!r}; a CALM is one of "
+            f"{', '.join(head.architecture for head in known.values())}"
         )
-    return kind
+    return kinds[0]
+
+
+def _architectures() -> dict[str, Released]:
+    """The kinds of heads that the released layout has."""
+    return {kind: spec.released for kind, spec in all_specs().items() if spec.released is not None}
+
+
+def released_head(head: HeadRecipe) -> Released:
+    """How the released layout names a head.
+
+    Raises:
+        CheckpointError: it has no such head.
+    """
+    released = head.spec.released
+    if released is None:
+        raise CheckpointError(
+            f"model.head.kind: {head.kind}; the authors' released layout has no such head, only "
+            f"{', '.join(_architectures())}"
+        )
+    return released
 
 
 def _refuse(config: Mapping[str, Any], only: Mapping[str, Any], path: Path) -> None:

@@ -24,7 +24,12 @@ from calm_dist.evaluation.load import LoadedModel, load_model, load_released, to
 from calm_dist.files import file_sha256
 from calm_dist.interop.autoencoder import load_autoencoder, save_autoencoder
 from calm_dist.interop.calm import released_calm, released_recipe
-from calm_dist.interop.config import calm_config, is_autoencoder, stated_token_ids
+from calm_dist.interop.config import (
+    calm_config,
+    is_autoencoder,
+    released_head,
+    stated_token_ids,
+)
 from calm_dist.interop.layout import CONFIG_FILE, weight_files
 from calm_dist.interop.names import released_shapes
 from calm_dist.interop.tensors import write_weights
@@ -163,6 +168,7 @@ def _export_calm(directory: Path, target: Path, autoencoder: str | Path | None) 
             f"{directory}: model.kind {recipe.model.kind}; the released layout is for CALM and "
             "autoencoders"
         )
+    released_head(recipe.model.head)
     model = load_model(directory, autoencoder=autoencoder)
     assert isinstance(model.recipe.model, CalmRecipe) and model.autoencoder is not None
     tokenizer = _tokenizer_of(model)

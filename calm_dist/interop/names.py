@@ -18,12 +18,6 @@ from calm_dist.recipe import CalmRecipe
 Shapes = dict[str, tuple[int, ...]]
 
 AUTOENCODER = "ae_model."
-# The released class holds its energy head under two names.
-HEAD_PREFIXES = {
-    "energy": ("mlp_generator.", "generative_head."),
-    "flow": ("generative_head.",),
-    "diffusion": ("generative_head.",),
-}
 # The output matrix of the autoencoder's decoder is its token embedding.
 TIED_OUTPUT = ("encoder.embed_tokens.weight", "decoder.lm_head_weight")
 

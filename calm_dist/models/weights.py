@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from calm_dist.recipe_sections import Initialization
+from calm_dist.recipe_sections import CalmRecipe, Initialization
 
 InitStd = Callable[[str, torch.Size], float]
 
@@ -36,17 +36,10 @@ def init_std(initialization: Initialization, num_layers: int = 0) -> InitStd:
     return fan_in
 
 
-def head_init_std(initialization: Initialization, kind: str) -> InitStd:
-    """`init_std` of a generative head. The released iterative heads have Xavier's weights instead
-    (here normal, of the same variance), apart from the embedding of the time."""
-    std = init_std(initialization)
-    if initialization.init != "released" or kind == "energy":
-        return std
-
-    def xavier(name: str, shape: torch.Size) -> float:
-        return std(name, shape) if "time_embed" in name else math.sqrt(2.0 / sum(shape))
-
-    return xavier
+def head_init_std(model: CalmRecipe) -> InitStd:
+    """`init_std` of a generative head, as its description wants it."""
+    std, spec = init_std(model), model.head.spec
+    return lambda name, shape: spec.weight_std(model.init, name, shape, std(name, shape))
 
 
 def draw_weight(name: str, shape: torch.Size, std: float, seed: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from calm_dist import flops
 from calm_dist.recipe import AutoencoderRecipe, CalmRecipe, Recipe, TransformerRecipe
-from calm_dist.recipe_checks import TIME_FEATURES, VOCAB_MULTIPLE
+from calm_dist.recipe_checks import VOCAB_MULTIPLE
 from calm_dist.stages import chunk_sizes
 
 ADAM_MOMENTS_BYTES = 8
@@ -223,37 +223,21 @@ def _head(recipe: Recipe, model: CalmRecipe) -> Memory:
     ranks, stage = head_shards(recipe) * recipe.data_parallel_size, parallel.zero_stage
     width = element_bytes(recipe)
     positions = recipe.training.micro_batch_size * recipe.padded_length // head_shards(recipe)
-    latent = flops.known_size(model, "latent_size")
+    hidden, latent = flops.head_sizes(model)
     # ZeRO-1 and 2 keep fp32 master weights in fp32 training, too.
     master = 0 if stage == 3 and recipe.precision == "fp32" else FP32_BYTES
     score = 0
-    if head.kind == "energy":
+    if head.spec.scores_energy:
         chunk = min(SCORE_CHUNK, positions)
         score = SCORE_COPIES * chunk * head.posterior_samples * latent * FP32_BYTES
     return Memory(
         weights=parameters * width // (ranks if stage == 3 else 1),
         gradients=parameters * FP32_BYTES // (ranks if stage >= 2 else 1),
         optimizer=parameters * (ADAM_MOMENTS_BYTES + master) // ranks,
-        head_samples=int(positions * _head_elements(model, latent) * width),
+        head_samples=positions * head.spec.activation_elements(head, hidden, latent) * width,
         energy_score=score,
         buffers=min(parameters, ZERO_BUCKET) * width,
     )
-
-
-def _head_elements(model: CalmRecipe, latent: int) -> float:
-    """What autograd keeps for a position in all N samples."""
-    head, d = model.head, model.hidden_size
-    if head.kind == "energy":
-        # A block: the norm's input and output, both sides of two SiLUs, the gated linear's 2d, SiLU
-        # of the gate and the product. Besides, the noise's norm and the final layer keep five rows.
-        per_sample = (10 * head.num_mlp_layers + 5) * d + head.noise_size + latent
-        # Shared by all samples: hidden state, its embedding, its norm.
-        return head.num_samples * per_sample + 3 * d
-    # A block keeps its norm's input, the modulation's 3d and its input, what is modulated and the
-    # MLP's rows; then the embeddings, the final layer and the loss's terms.
-    per_sample = (11 * head.num_mlp_layers + 8) * d + TIME_FEATURES
-    per_sample += latent * (20 if head.kind == "diffusion" else 2)
-    return head.num_samples * per_sample
 
 
 def _autoencoder(recipe: Recipe, model: AutoencoderRecipe) -> Memory:

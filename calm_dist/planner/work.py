@@ -32,12 +32,6 @@ LAYER_HIDDEN, LAYER_INTERMEDIATE = 61, 16
 LAYER_KERNELS = 80
 # Embeddings of all tokens, SiLU and LayerNorm of the compressor, per element of the hidden state.
 COMPRESSOR_HIDDEN, COMPRESSOR_KERNELS = 40, 40
-# Of a head, per sample and element of the hidden state: a block; what comes before and after.
-ENERGY_BLOCK, ENERGY_REST = 43, 29
-ITERATIVE_BLOCK, ITERATIVE_REST = 52, 40
-# Of the loss of an iterative head, per element of the latent.
-LATENT_TERMS = {"energy": 0, "flow": 30, "diffusion": 340}
-HEAD_BLOCK_KERNELS, HEAD_KERNELS = 50, 120
 # Of the energy score, per element of a draw, in fp32; and for each chunk of positions.
 DRAW_ACCESSES, SCORE_KERNELS = 7, 35
 # Of the cross entropy, per logit, in fp32.
@@ -96,7 +90,7 @@ def micro_batch_work(recipe: Recipe, stage: int, layers: int, cluster: Cluster) 
     if stage == parallel.pipeline_parallel_size - 1:
         if model.kind == "calm":
             parts["head"] = _head(recipe, model)
-            if model.head.kind == "energy":
+            if model.head.spec.scores_energy:
                 parts["energy score"] = _score(recipe, model)
         else:
             parts["output layer"] = _output_layer(recipe, model)
@@ -164,19 +158,16 @@ def _compressor(recipe: Recipe, model: CalmRecipe) -> Work:
 
 def _head(recipe: Recipe, model: CalmRecipe) -> Work:
     """All samples of this rank's shard of positions."""
-    head, d = model.head, model.hidden_size
+    head = model.head
     rows = positions(recipe) / recipe.parallel.tensor_parallel_size
     products = flops.head_flops(model, head.num_samples, share_condition=True) * rows
-    energy = head.kind == "energy"
-    block, rest = (ENERGY_BLOCK, ENERGY_REST) if energy else (ITERATIVE_BLOCK, ITERATIVE_REST)
-    per_sample = (block * head.num_mlp_layers + rest) * d
-    per_sample += LATENT_TERMS[head.kind] * flops.known_size(model, "latent_size")
+    elements = head.spec.traffic_elements(head, *flops.head_sizes(model))
     width = element_bytes(recipe)
     copies = ZERO_ACCESSES * flops.head_parameters(model) * width
     return Work(
         flops.BACKWARD_AND_FORWARD * products,
-        traffic=per_sample * head.num_samples * rows * width + copies,
-        kernels=HEAD_BLOCK_KERNELS * head.num_mlp_layers + HEAD_KERNELS,
+        traffic=elements * head.num_samples * rows * width + copies,
+        kernels=head.spec.kernels(head),
     )
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from calm_dist.errors import RecipeError
 from calm_dist.interop.huggingface import load_autoencoder
 from calm_dist.models.backbone import Backbone, transformer_config
-from calm_dist.models.heads import HEADS, EnergyHead, GenerativeHead
+from calm_dist.models.heads import GenerativeHead, make_head
 from calm_dist.models.initialize import initialize_backbone
 from calm_dist.models.transformer import Transformer
 from calm_dist.models.weights import head_init_std, init_std, initialize_module
@@ -71,8 +71,8 @@ def build_body(
 def build_head(model: CalmRecipe, seed: int) -> GenerativeHead:
     """The initialised head, fp32 on the CPU."""
     assert model.latent_size is not None
-    head = HEADS[model.head.kind](model.head, model.hidden_size, model.latent_size)
-    initialize_module(head, "head", head_init_std(model, model.head.kind), seed)
+    head = make_head(model.head, model.hidden_size, model.latent_size)
+    initialize_module(head, "head", head_init_std(model), seed)
     for layer in head.layers_from_zero(model.init):
         nn.init.zeros_(layer.weight)
     return head
@@ -147,9 +147,9 @@ def build_parts(recipe: Recipe, topology: Topology) -> Parts:
         autoencoder = None
         if topology.is_last_stage:
             module = build_head(model, recipe.run.seed).to(topology.device)
-            if isinstance(module, EnergyHead):
+            if model.head.spec.scores_energy:
                 check_energy_kernel(recipe, topology.device)
-                module.kernel = recipe.training.energy_kernel
+                module.use_kernel(recipe.training.energy_kernel)
             head = ZeroHead(module, recipe, topology)
             if recipe.data.latents == "on_the_fly":
                 assert model.autoencoder is not None

@@ -141,11 +141,11 @@ def test_time_belongs_to_the_part_that_spends_it() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return (x @ x).tanh()
 
-    class EnergyHead(torch.nn.Module):
+    class ColumnParallelLinear(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.sum()
 
-    layers = torch.nn.Sequential(MLP(), EnergyHead())
+    layers = torch.nn.Sequential(MLP(), ColumnParallelLinear())
     x = torch.randn(700, 700, requires_grad=True)
     for recomputed in (False, True):
         handles = model._annotate(layers)
@@ -171,4 +171,4 @@ def test_time_belongs_to_the_part_that_spends_it() -> None:
         assert parts["MLP"]["forward"] == pytest.approx(taken("part: MLP"))
         backward = taken(f"{engine}MmBackward0", f"{engine}TanhBackward0")
         assert parts["MLP"]["backward"] == pytest.approx(backward) and backward > 0
-        assert parts["head"]["backward"] == pytest.approx(taken(f"{engine}SumBackward0"))
+        assert parts["output layer"]["backward"] == pytest.approx(taken(f"{engine}SumBackward0"))

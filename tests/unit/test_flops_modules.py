@@ -15,9 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from calm_dist import flops
 from calm_dist.evaluation.load import single_process_topology
+from calm_dist.heads import all_specs
 from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig, Encoder
 from calm_dist.models.backbone import Backbone, transformer_config
-from calm_dist.models.heads import HEADS, DiffusionHead, FlowHead
+from calm_dist.models.heads import make_head
+from calm_dist.models.heads.diffusion import DiffusionHead
+from calm_dist.models.heads.flow import FlowHead
 from calm_dist.models.transformer import Transformer
 from calm_dist.recipe import AutoencoderRecipe, AutoencoderSize, CalmRecipe, Recipe, load_recipe
 
@@ -102,7 +105,7 @@ def test_grouped_query_attention() -> None:
     assert forward == sum(p.forward_flops_per_token_ours for p in parts) * recipe.block_size
 
 
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("kind", all_specs())
 @pytest.mark.parametrize("path", CALMS, ids=name)
 def test_every_head_of_every_recipe(path: Path, kind: str) -> None:
     recipe = load_recipe(path, [f"model.head.kind={kind}"])
@@ -111,7 +114,7 @@ def test_every_head_of_every_recipe(path: Path, kind: str) -> None:
     d, latent = model.hidden_size, flops.known_size(model, "latent_size")
     samples = model.head.num_samples
     with torch.device("meta"):
-        head = HEADS[kind](model.head, d, latent)
+        head = make_head(model.head, d, latent)
         hidden = meta(POSITIONS, d).requires_grad_()
         shape = (samples, POSITIONS)
         with FlopCounterMode(display=False) as counter:
@@ -134,7 +137,7 @@ def test_every_head_of_every_recipe(path: Path, kind: str) -> None:
     assert part.parameters == sum(p.numel() for p in head.parameters())
 
 
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("kind", all_specs())
 def test_sampling_with_every_head(kind: str) -> None:
     overrides = [f"model.head.kind={kind}"]
     if kind != "energy":
@@ -142,7 +145,7 @@ def test_sampling_with_every_head(kind: str) -> None:
     recipe = load_recipe(CALMS[0].with_name("calm_tiny.yaml"), overrides)
     model = recipe.model
     assert isinstance(model, CalmRecipe) and model.latent_size is not None
-    head = HEADS[kind](model.head, model.hidden_size, model.latent_size)
+    head = make_head(model.head, model.hidden_size, model.latent_size)
     noise = head.draw_noise(torch.Generator().manual_seed(0), 1, 1)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         head.sample(torch.zeros(1, model.hidden_size), noise)

@@ -12,7 +12,7 @@ from torch import nn
 from calm_dist.evaluation.load import single_process_recipe, single_process_topology
 from calm_dist.models.autoencoder import Autoencoder
 from calm_dist.models.backbone import Backbone, transformer_config
-from calm_dist.models.heads import HEADS
+from calm_dist.models.heads import make_head
 from calm_dist.models.transformer import Transformer
 from calm_dist.recipe import Recipe, load_recipe
 from calm_dist.training.autoencoder import autoencoder_config
@@ -31,7 +31,7 @@ def modules_of(recipe: Recipe) -> list[nn.Module]:
     with torch.device("meta"):
         if model.kind == "transformer":
             return [Transformer(recipe, config, topology.groups)]
-        head = HEADS[model.head.kind](model.head, model.hidden_size, model.latent_size)
+        head = make_head(model.head, model.hidden_size, model.latent_size)
         return [Backbone(recipe, config, topology.groups), head]
 
 

@@ -71,6 +71,15 @@ class GenerativeHead(nn.Module, ABC):
     def layers_from_zero(self, init: str) -> Iterable[nn.Linear]:
         """The layers whose weights start at zero under ``model.init``."""
 
+    def use_kernel(self, kernel: str) -> None:
+        """What computes the energy score, ``training.energy_kernel``; of heads that have one.
+
+        Raises:
+            NotImplementedError: this head has no energy score, or only torch's.
+        """
+        if kernel != "torch":
+            raise NotImplementedError(f"{type(self).__name__}: no energy kernel {kernel!r}")
+
     def forward(
         self,
         hidden: torch.Tensor,

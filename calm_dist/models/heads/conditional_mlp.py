@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from calm_dist.recipe_checks import TIME_FEATURES
+from calm_dist.heads.iterative import TIME_FEATURES
 
 LAYER_NORM_EPS = 1e-6
 LONGEST_PERIOD = 10_000.0

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from calm_dist.heads import HeadRecipe
+from calm_dist.heads.iterative import DIFFUSION_STEPS
 from calm_dist.models.heads.base import (
     GenerativeHead,
     NoiseSource,
@@ -21,8 +23,6 @@ from calm_dist.models.heads.base import (
     posterior_samples,
 )
 from calm_dist.models.heads.conditional_mlp import ConditionalMLP
-from calm_dist.recipe import HeadRecipe
-from calm_dist.recipe_checks import DIFFUSION_STEPS
 
 LARGEST_BETA = 0.999
 # The bound's last term reads a latent as a number of 256 levels in -1..1, as for images.

@@ -6,15 +6,14 @@ Names of parameters are those of the released code's ``mlp_generator``.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from calm_dist.heads import HeadRecipe
 from calm_dist.losses.energy import energy_score_chunked
 from calm_dist.models.heads.base import GenerativeHead, NoiseSource, normal_noise
-from calm_dist.recipe import HeadRecipe
 
 LAYER_NORM_EPS = 1e-6
 
@@ -76,7 +75,7 @@ class EnergyHead(GenerativeHead):
         self.num_samples = head.num_samples
         self.num_draws = head.posterior_samples
         self.beta = head.beta
-        self.kernel: Literal["torch", "triton"] = "torch"
+        self.kernel = "torch"
         """What computes the score; with its own draws each, of one distribution."""
         self.noise_embd = nn.Linear(head.noise_size, hidden_size)
         self.hidden_embd = nn.Linear(hidden_size, hidden_size)
@@ -91,6 +90,9 @@ class EnergyHead(GenerativeHead):
         last = self.final_layer.linears[-1]
         assert isinstance(last, nn.Linear)
         return [last] if init == "released" else []
+
+    def use_kernel(self, kernel: str) -> None:
+        self.kernel = kernel
 
     def draw_noise(
         self, generator: torch.Generator, num_samples: int, positions: int

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from calm_dist.heads import HeadRecipe
 from calm_dist.models.heads.base import (
     GenerativeHead,
     NoiseSource,
@@ -14,7 +15,6 @@ from calm_dist.models.heads.base import (
     posterior_samples,
 )
 from calm_dist.models.heads.conditional_mlp import ConditionalMLP
-from calm_dist.recipe import HeadRecipe
 
 TIME_UNITS = 1000
 

@@ -1,0 +1,17 @@
+"""Descriptions of the generative heads: fields, sizes, FLOPs, memory, released names. No torch.
+
+`head_spec` finds a description by ``model.head.kind``; the rest of the package asks it, and never
+compares kinds. The modules themselves are in `calm_dist.models.heads`.
+"""
+
+from __future__ import annotations
+
+from calm_dist.heads.energy import ENERGY
+from calm_dist.heads.iterative import DIFFUSION, FLOW
+from calm_dist.heads.spec import HeadRecipe, HeadSpec, Released, all_specs, head_spec, register
+
+# The heads of this package; those of others come from the entry-point group `calm_dist.heads`.
+for _spec in (ENERGY, FLOW, DIFFUSION):
+    register(_spec)
+
+__all__ = ["HeadRecipe", "HeadSpec", "Released", "all_specs", "head_spec"]

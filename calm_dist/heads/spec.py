@@ -1,0 +1,206 @@
+"""What a generative head says of itself, the fields that it has in a recipe, and which there are.
+
+Another package adds a head by naming an instance of `HeadSpec` in the entry-point group
+``calm_dist.heads``::
+
+    [project.entry-points."calm_dist.heads"]
+    my_head = "my_package.spec:MY_HEAD"
+
+Symbols: d hidden size, l latent size, N samples of a position in training.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Annotated, ClassVar
+
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
+
+from calm_dist.errors import RecipeError
+from calm_dist.recipe_types import Positive, Section
+
+GROUP = "calm_dist.heads"
+
+_own: dict[str, HeadSpec] = {}
+
+
+class HeadRecipe(Section):
+    """The generative head: one step with the energy score, or the iterative alternatives.
+
+    One type for all heads of this package, so that ``model.head.kind=flow`` alone changes the head
+    of a recipe. A head of another package may add fields (`HeadSpec.fields`).
+    """
+
+    kind: Annotated[str, Field(examples=["energy", "diffusion", "flow"])] = "energy"
+    """``energy`` is the paper's own; what each costs is in heads.md. An installed package may
+    register others."""
+    num_mlp_layers: Positive = 4
+    """Residual blocks."""
+    noise_size: Positive = 64
+    """Energy: components of the uniform noise. The other heads start from normal latents."""
+    num_samples: Positive = 8
+    """Energy: head samples N per position in training, at least two for the score's second term.
+    Diffusion and flow: noisy latents per position in training."""
+    posterior_samples: Positive = 100
+    """Energy: draws M from the autoencoder's posterior per position."""
+    beta: Annotated[float, Field(gt=0, lt=2)] = 1.0
+    """Energy: exponent of the score; strictly proper inside (0, 2)."""
+    sampling_steps: Positive | None = None
+    """Steps that draw one sample. Flow: midpoint steps of two evaluations each, 10 where absent.
+    Diffusion: 100 where absent, at most 1,000. The energy head has one step."""
+
+    @field_validator("kind")
+    @classmethod
+    def _is_registered(cls, kind: str) -> str:
+        if kind not in all_specs():
+            raise PydanticCustomError(
+                "unknown_head",
+                "{message}",
+                {
+                    "message": f"use one of {', '.join(all_specs())}; a head of another "
+                    f"package must be installed, with an entry point {GROUP}"
+                },
+            )
+        return kind
+
+    @property
+    def spec(self) -> HeadSpec:
+        """The description of this kind of head."""
+        return head_spec(self.kind)
+
+    @property
+    def steps_per_sample(self) -> int:
+        """``sampling_steps``, or the number that this kind of head has by default."""
+        return self.sampling_steps or self.spec.default_sampling_steps
+
+    @property
+    def evaluations_per_sample(self) -> int:
+        """How often the network runs to draw one sample."""
+        return self.steps_per_sample * self.spec.evaluations_per_step
+
+
+@dataclass(frozen=True)
+class Released:
+    """How the authors' released checkpoints name a head.
+
+    Attributes:
+        architecture: the class in ``config.json``.
+        prefixes: of the head's tensors; the released class may hold one head under several names.
+        model_type: in ``config.json``; None where the authors leave it out.
+        required: fields of a recipe's head that ``config.json`` must have.
+    """
+
+    architecture: str
+    prefixes: tuple[str, ...]
+    model_type: str | None = None
+    required: tuple[str, ...] = ()
+
+
+class HeadSpec(ABC):
+    """One kind of generative head, described without torch.
+
+    Every number is exact for the head's module in `module` unless its description says otherwise;
+    tests count parameters, FLOPs and bytes of the real module.
+    """
+
+    kind: ClassVar[str]
+    """``model.head.kind``."""
+    module: ClassVar[str]
+    """``package.module:Class`` of the `calm_dist.models.heads.GenerativeHead`; it is called with
+    (fields, d, l)."""
+    fields: ClassVar[type[HeadRecipe]] = HeadRecipe
+    """Fields in a recipe, with their defaults."""
+    released: ClassVar[Released | None] = None
+    """None: the released layout has no such head, and exports are refused."""
+    scores_energy: ClassVar[bool] = False
+    """Whether it is trained with the energy score of N samples against ``posterior_samples`` draws,
+    for which ``training.energy_kernel`` chooses the kernel."""
+    default_sampling_steps: ClassVar[int] = 1
+    evaluations_per_step: ClassVar[int] = 1
+    """Passes through the network of one sampling step."""
+
+    def problems(self, head: HeadRecipe) -> list[str]:
+        """Values of fields that cannot be trained; each names field, value and remedy."""
+        return []
+
+    @abstractmethod
+    def parameters(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
+        """Weights, biases and norms."""
+
+    @abstractmethod
+    def condition_flops(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
+        """FLOPs for a position of what depends on the hidden state alone, and which our heads
+        compute once for all samples and evaluations; the released code once for each."""
+
+    @abstractmethod
+    def sample_flops(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
+        """All other FLOPs of one evaluation for one sample."""
+
+    @abstractmethod
+    def input_flops(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
+        """Part of `sample_flops` in layers whose input takes no gradient: noise, times, latents."""
+
+    @abstractmethod
+    def activation_elements(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
+        """Elements that autograd keeps for a position, in all N samples."""
+
+    @abstractmethod
+    def traffic_elements(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
+        """Elements that element-wise kernels read and write for one sample, forward and backward,
+        the energy score aside."""
+
+    @abstractmethod
+    def kernels(self, head: HeadRecipe) -> int:
+        """Kernels that a micro-batch launches, forward and backward, the energy score aside."""
+
+    def weight_std(self, init: str, name: str, shape: Sequence[int], std: float) -> float:
+        """Standard deviation of a weight at the start; ``std`` is that of the backbone's weights
+        under ``model.init``."""
+        return std
+
+
+def register(spec: HeadSpec) -> None:
+    """Add a head of this package."""
+    _own[spec.kind] = spec
+
+
+@cache
+def all_specs() -> dict[str, HeadSpec]:
+    """Every kind of head and its description, this package's first.
+
+    Raises:
+        RecipeError: an installed package registers what is not a head, or a name that is taken.
+    """
+    specs = dict(_own)
+    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+        specs[point.name] = _load(point, specs)
+    return specs
+
+
+def head_spec(kind: str) -> HeadSpec:
+    """The description of a kind of head; `KeyError` for a kind that no recipe can name."""
+    return all_specs()[kind]
+
+
+def _load(point: EntryPoint, known: dict[str, HeadSpec]) -> HeadSpec:
+    package = f" of {point.dist.name}" if point.dist is not None else ""
+    where = f"entry point {GROUP} {point.name} = {point.value}{package}"
+    try:
+        spec = point.load()
+    except Exception as error:
+        raise RecipeError(
+            f"{where}: cannot be loaded ({type(error).__name__}: {error}); mend or uninstall that "
+            "package"
+        ) from error
+    if not isinstance(spec, HeadSpec) or spec.kind != point.name:
+        raise RecipeError(
+            f"{where}: is not a HeadSpec instance of kind {point.name!r}; mend that package"
+        )
+    if point.name in known:
+        raise RecipeError(f"{where}: a head of this name exists already; rename it")
+    return spec
