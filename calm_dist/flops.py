@@ -329,7 +329,8 @@ def _body_parts(model: CalmRecipe | TransformerRecipe, recipe: Recipe, causal: b
         layers * attention_flops(d, visible, key_value_size) / model.patch_size
         for visible in (steps, (steps + 1) / 2 if causal else steps)
     )
-    attention = _trained("attention", layers * (2 * d * (d + key_value_size) + d), average)
+    norms = model.layer_norm_parameters - d
+    attention = _trained("attention", layers * (2 * d * (d + key_value_size) + norms), average)
     mlp = _trained("mlp", layers * (3 * d * f + d), layers * mlp_flops(d, f) / model.patch_size)
     parts = [
         replace(_repeated(attention, steps), inference_flops_per_token=last),

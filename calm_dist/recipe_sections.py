@@ -80,6 +80,9 @@ class BackboneRecipe(Initialization):
     """Attention heads of a layer; a multiple of the tensor-parallel size."""
     num_key_value_heads: Positive | None = None
     """Fewer than attention heads: grouped-query attention; as many where absent."""
+    qk_norm: bool = False
+    """RMSNorm on the queries and keys of each head, as in OLMo 2 and Qwen 3; steadier at high
+    rates. The authors' released layout has no place for its weights."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary position embedding; a position is a step: a patch, or a token."""
     rms_norm_eps: PositiveFloat = 1e-6
@@ -89,6 +92,16 @@ class BackboneRecipe(Initialization):
     def key_value_heads(self) -> int:
         """``num_key_value_heads``, or as many as attention heads."""
         return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def layer_norm_parameters(self) -> int:
+        """Weights of a layer's norms: before attention and MLP, and of queries and keys."""
+        return 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
 
 
 class CalmRecipe(BackboneRecipe):

@@ -19,8 +19,8 @@ from calm_dist.interop.config import calm_values, released_head
 from calm_dist.interop.layout import CONFIG_FILE, read_config
 from calm_dist.interop.names import (
     AUTOENCODER,
-    body_rules,
     released_shapes,
+    rules_for,
     to_released,
 )
 from calm_dist.interop.tensors import Tensors, read_tensors
@@ -58,7 +58,7 @@ class ReleasedCalm:
         inside = {name: tuple(tensors.values[name].shape) for name in _autoencoder_names(tensors)}
         tensors.check(shapes | inside, CONFIG_FILE)
         of_body = dict(body.named_parameters())
-        for rule in body_rules(model):
+        for rule in rules_for(model, of_body):
             of_body[rule.ours].copy_(rule.join([tensors.values[name] for name in rule.released]))
         for name, parameter in of_head.items():
             parameter.copy_(tensors.values[prefixes[0] + name])

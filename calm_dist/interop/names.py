@@ -5,13 +5,14 @@ The same rules carry weights and, being linear selections, gradients in both dir
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from calm_dist.errors import CheckpointError
 from calm_dist.models.patch_embedding import padded_vocab_size
 from calm_dist.recipe import CalmRecipe
 
@@ -56,11 +57,32 @@ def released_shapes(model: CalmRecipe) -> Shapes:
     return {name: shape for rule in body_rules(model) for name, shape in rule.released.items()}
 
 
+def rules_for(model: CalmRecipe, parameters: Iterable[str]) -> list[Rule]:
+    """The rules of a whole body that has these parameters, each covered by one.
+
+    Raises:
+        CheckpointError: a parameter has no rule, hence no place in the released layout.
+    """
+    rules = list(body_rules(model))
+    covered = {rule.ours for rule in rules}
+    if without := [name for name in parameters if name not in covered]:
+        more = f" and {len(without) - 2} more" if len(without) > 2 else ""
+        raise CheckpointError(
+            f"{', '.join(without[:2])}{more}: the authors' released layout has no place for these "
+            "weights of this model and would lose them; only models without them can be exchanged"
+        )
+    return rules
+
+
 def to_released(model: CalmRecipe, body: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of a whole body (weights or gradients) under their released names."""
+    """Tensors of a whole body (weights or gradients) under their released names.
+
+    Raises:
+        CheckpointError: see `rules_for`.
+    """
     return {
         name: part
-        for rule in body_rules(model)
+        for rule in rules_for(model, body)
         for name, part in zip(rule.released, rule.split(body[rule.ours]), strict=True)
     }
 

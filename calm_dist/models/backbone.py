@@ -55,6 +55,9 @@ def transformer_config(recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:
         num_query_groups=model.key_value_heads,
         normalization="RMSNorm",
         layernorm_epsilon=model.rms_norm_eps,
+        # Megatron sums the gradients of these norms over tensor-parallel ranks, which hold
+        # different heads, by this field alone.
+        qk_layernorm=model.qk_norm,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
@@ -100,8 +103,9 @@ def _pipeline_layout(recipe: Recipe) -> list[list[str]] | None:
     return layout
 
 
-def layer_spec() -> ModuleSpec:
+def layer_spec(qk_norm: bool) -> ModuleSpec:
     """One Llama-like layer of Megatron's own parts."""
+    head_norm = RMSNorm if qk_norm else IdentityOp
     attention = ModuleSpec(
         module=CachedSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -109,8 +113,8 @@ def layer_spec() -> ModuleSpec:
             linear_qkv=ColumnParallelLinear,
             core_attention=CoreAttention,
             linear_proj=RowParallelLinear,
-            q_layernorm=IdentityOp,
-            k_layernorm=IdentityOp,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
         ),
     )
     mlp = ModuleSpec(
@@ -173,7 +177,7 @@ class Backbone(MegatronModule):
         layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp.rank())
         self.decoder = TransformerBlock(
             config,
-            TransformerBlockSubmodules([layer_spec()] * layers, RMSNorm),
+            TransformerBlockSubmodules([layer_spec(model.qk_norm)] * layers, RMSNorm),
             pre_process=first,
             post_process=last,
             pg_collection=groups,

@@ -106,7 +106,8 @@ def body_parameters(recipe: Recipe, stage: int, layers: int) -> int:
         recipe.parallel.pipeline_parallel_size - 1,
     )
     d, f = model.hidden_size, model.intermediate_size
-    parameters = layers * ((2 * d * (d + key_value_size(model)) + 3 * d * f) // tensor + 2 * d)
+    products = 2 * d * (d + key_value_size(model)) + 3 * d * f
+    parameters = layers * (products // tensor + model.layer_norm_parameters)
     if stage == 0:
         parameters += table_parameters(recipe)
         if model.kind == "calm":
@@ -177,7 +178,8 @@ def _body_activations(
     along_sequence = tensor if parallel.use_sequence_parallel else 1
     kv = key_value_size(model)
     # Input and output; the composite form also keeps the normalised input, both in fp32.
-    norm = (2 * FP32_BYTES + width) * d if on_cpu else 2 * width * d
+    per_element = 2 * FP32_BYTES + width if on_cpu else 2 * width
+    norm = per_element * d
     # q, k and v in one tensor, of which the values are a view; rotated q and k; the output.
     attention = 3 * d + 3 * kv
     if not on_cpu and recipe.training.micro_batch_size > 1:
@@ -186,6 +188,8 @@ def _body_activations(
     # Gate and up in one tensor, SiLU of the gate, Megatron's copy of up, the product.
     mlp = 5 * model.intermediate_size
     layer = positions * (2 * norm / along_sequence + (attention + mlp) * width / tensor)
+    if model.qk_norm:
+        layer += positions * per_element * (d + kv) / tensor
     if pieces > 1:
         # Keys and values of all pieces, as the last piece attends to.
         layer += block * 2 * kv * width / tensor

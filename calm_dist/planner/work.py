@@ -134,6 +134,8 @@ def _layer(
     norm = NORM_COMPOSITE if cluster.on_cpu else NORM_FUSED
     elements = 2 * norm * d / along_sequence
     elements += (LAYER_HIDDEN * d + LAYER_INTERMEDIATE * f) / tensor
+    if model.qk_norm:
+        elements += norm * (d + kv) / tensor
     traffic = elements * rows * element_bytes(recipe)
     forward = Work(products, attention, traffic / 3, kernels=LAYER_KERNELS / 3)
     both = Work(

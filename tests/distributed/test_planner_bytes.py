@@ -10,10 +10,9 @@ import pytest
 from launches import run_worker
 from planner_jobs import WORKER, compare_bytes, job, measured
 
+from calm_dist.heads.energy import BLOCK_ACCESSES, OTHER_ACCESSES
 from calm_dist.planner.work import (
     ADAM_ACCESSES,
-    ENERGY_BLOCK,
-    ENERGY_REST,
     HEAD_ADAM_ACCESSES,
     LAYER_HIDDEN,
     LAYER_INTERMEDIATE,
@@ -93,10 +92,10 @@ def check_traffic(more: dict[str, float]) -> None:
     wide += per_parameter * 3 * HIDDEN * INTERMEDIATE
     assert more["wide"] == pytest.approx(4 * wide, rel=0.1)
     # The head's parameters pass through DeepSpeed's buckets as well.
-    block = POSITIONS * SAMPLES * ENERGY_BLOCK * HIDDEN
+    block = POSITIONS * SAMPLES * BLOCK_ACCESSES * HIDDEN
     block += (ZERO_ACCESSES + HEAD_ADAM_ACCESSES) * 6 * HIDDEN**2
     assert more["block"] == pytest.approx(block, rel=0.15)
-    samples = POSITIONS * SAMPLES * (2 * ENERGY_BLOCK + ENERGY_REST) * HIDDEN
+    samples = POSITIONS * SAMPLES * (2 * BLOCK_ACCESSES + OTHER_ACCESSES) * HIDDEN
     assert more["samples"] == pytest.approx(samples, rel=0.1)
 
 

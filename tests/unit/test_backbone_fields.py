@@ -1,0 +1,167 @@
+"""Every field of the backbone's section, changed alone: nothing about the model is missed.
+
+A field that nobody listed here fails `test_every_field_is_changed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from launches import ALONE, WORKER, recipe, run_worker, training_records
+from tiny_models import tiny_model
+
+from calm_dist import flops
+from calm_dist.errors import CheckpointError
+from calm_dist.interop.calm import ReleasedCalm, released_calm
+from calm_dist.interop.tensors import Tensors
+from calm_dist.planner.memory import body_parameters
+from calm_dist.recipe import BackboneRecipe, CalmRecipe
+
+# Another value of each field for a model of width 16 (32 in the trainings) with 4 heads.
+CHANGES: dict[str, object] = {
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "qk_norm": True,
+    "rope_theta": 500.0,
+    "rms_norm_eps": 1e-2,
+    "init": "released",
+    "initializer_range": 0.05,
+}
+# Those whose model the released layout cannot hold, and a weight that it would lose.
+NOT_RELEASED = {"qk_norm": "decoder.layers.0.self_attention.q_layernorm.weight"}
+STEPS = 3
+# |a - b| <= TOLERANCE * max(1, |b|), as in test_layouts.
+TOLERANCE = 1e-5
+
+
+def test_every_field_is_changed() -> None:
+    assert set(CHANGES) == set(BackboneRecipe.model_fields)
+    values = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    default = BackboneRecipe(**values, num_attention_heads=4)
+    for name, value in CHANGES.items():
+        assert getattr(default, name) != value, name
+
+
+@pytest.mark.parametrize("field", CHANGES)
+@pytest.mark.parametrize("kind", ["calm", "transformer"])
+def test_parameters_are_counted(kind: str, field: str) -> None:
+    change = {} if field == "vocab_size" else {field: CHANGES[field]}
+    vocabulary = {"vocab_size": 300} if field == "vocab_size" else {}
+    model = tiny_model(kind, **vocabulary, **change)
+    recipe = model.recipe
+    held = sum(parameter.numel() for parameter in model.body.parameters())
+    layers = recipe.model.num_hidden_layers
+    assert body_parameters(recipe, 0, layers) == held
+    counts = flops.count(recipe, tokens=0)
+    padding = -recipe.model.vocab_size % 64 * recipe.model.hidden_size
+    tables = 2 if kind == "transformer" else 1
+    head = counts.part("head").parameters if kind == "calm" else 0
+    assert counts.parameters - head + tables * padding == held
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_export_and_import_keep_every_weight(tmp_path: Path, field: str) -> None:
+    change = {field: CHANGES[field]}
+    model, other = tiny_model(**change), tiny_model(**change, seed=1)
+    assert isinstance(model.recipe.model, CalmRecipe) and model._head is not None
+    body, head = dict(model.body.named_parameters()), dict(model._head.named_parameters())
+    if field in NOT_RELEASED:
+        with pytest.raises(CheckpointError, match=NOT_RELEASED[field]):
+            released_calm(model.recipe.model, body, head)
+        # The weights of a model without the field lack what this one has.
+        without = tiny_model()
+        tensors = released_calm(
+            without.recipe.model,
+            dict(without.body.named_parameters()),
+            dict(without._head.named_parameters()),
+        )
+        with pytest.raises(CheckpointError, match=NOT_RELEASED[field]):
+            fill(tensors, other, tmp_path)
+        return
+    # Weights that no initialisation gives, norms included.
+    for parameter in (*body.values(), *head.values()):
+        with torch.no_grad():
+            parameter.copy_(torch.randn_like(parameter))
+    with torch.no_grad():
+        # Rows that only pad the vocabulary are zero in every model.
+        body["embedding.embed_tokens.weight"][model.recipe.model.vocab_size :] = 0
+    fill(released_calm(model.recipe.model, body, head), other, tmp_path)
+    for name, parameter in (*other.body.named_parameters(), *other._head.named_parameters()):
+        expected = body.get(name, head.get(name))
+        assert torch.equal(parameter, expected), name
+
+
+def fill(tensors: dict[str, torch.Tensor], model, directory: Path) -> None:  # type: ignore[no-untyped-def]
+    file = directory / "model.safetensors"
+    released = Tensors(directory, tensors, dict.fromkeys(tensors, file))
+    ReleasedCalm(directory, released).copy_into(model.recipe.model, model.body, model._head)
+
+
+LAYOUTS = {
+    "tp2": ALONE | {"parallel__tensor_parallel_size": 2},
+    "tp2sp": ALONE | {"parallel__tensor_parallel_size": 2, "parallel__sequence_parallel": True},
+    "pp2": ALONE | {"parallel__pipeline_parallel_size": 2},
+}
+
+
+def changes_shapes(field: str) -> bool:
+    """Whether a model of another value has other tensors."""
+    before, after = (
+        {name: value.shape for name, value in tiny_model(**change).body.named_parameters()}
+        for change in ({}, {field: CHANGES[field]})
+    )
+    return before != after
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        # Those that add modules; the layouts of the others' modules are those of every test.
+        ["qk_norm"],
+        pytest.param([name for name in CHANGES if name != "qk_norm"], marks=pytest.mark.full),
+    ],
+    ids=["modules", "all"],
+)
+def test_layouts_train_the_same_model(
+    tmp_path: Path, tiny: Callable[..., list[str]], fields: list[str]
+) -> None:
+    """TP2 with and without sequence parallelism and PP2 against one process, for each field."""
+    # The store decides the vocabulary.
+    fields = [name for name in fields if name != "vocab_size" and changes_shapes(name)]
+    assert fields
+
+    def job(field: str, name: str, settings: dict[str, object]) -> dict[str, object]:
+        changed = settings | {f"model__{field}": CHANGES[field]}
+        return {
+            "recipe": recipe("calm"),
+            "overrides": tiny(
+                tmp_path / f"{field}_{name}",
+                "calm",
+                training__steps=STEPS,
+                training__warmup_steps=0,
+                **changed,
+            ),
+        }
+
+    run_worker(1, WORKER, [job(field, "alone", ALONE) for field in fields], tmp_path)
+    for name, settings in LAYOUTS.items():
+        run_worker(2, WORKER, [job(field, name, settings) for field in fields], tmp_path)
+    wrong = []
+    for field in fields:
+        alone = training_records(tmp_path / f"{field}_alone")
+        assert len(alone) == STEPS
+        for name in LAYOUTS:
+            other = training_records(tmp_path / f"{field}_{name}")
+            for step, record in alone.items():
+                for what in ("loss", "grad_norm"):
+                    mine, wanted = other[step][what], record[what]
+                    if abs(mine - wanted) > TOLERANCE * max(1.0, abs(wanted)):
+                        wrong.append((field, name, step, what, mine, wanted))
+    assert not wrong, "\n".join(map(str, wrong))
