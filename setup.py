@@ -27,6 +27,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["calm_dist", "calm_dist.*"]),
+    package_data={"calm_dist": ["py.typed"]},
     # megatron-core 0.16.1 is the last that runs on 3.11; deepspeed and streaming are not tested
     # beyond 3.12.
     python_requires=">=3.11,<3.13",

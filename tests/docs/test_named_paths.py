@@ -1,0 +1,35 @@
+"""Paths that pages and docstrings of pages name exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+# `calm_dist/data/guard.py`, `tests/unit`; also without the package's name, `parallel/noise.py`.
+QUOTED = re.compile(r"`([\w.]+(?:/[\w.*-]+)+/?)`")
+LINKED = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
+ROOTS = ("calm_dist", "recipes", "slurm", "tools", "tests", "docs", ".ci")
+
+
+def is_ours(path: str) -> bool:
+    """Whether a quoted path is one of the repository, rather than of a run or a data directory."""
+    return path.startswith(tuple(f"{root}/" for root in ROOTS)) or path.endswith(".py")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_named_paths_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    if page.name == "add_a_head.md":
+        # Files of the package that the page makes.
+        text = text.replace("`gaussian_head/", "`")
+    gone = []
+    for path in filter(is_ours, QUOTED.findall(text)):
+        places = (ROOT, ROOT / "calm_dist")
+        if not any(list(place.glob(path.rstrip("/"))) for place in places):
+            gone.append(path)
+    gone += [link for link in LINKED.findall(text) if not (page.parent / link).exists()]
+    assert not gone
