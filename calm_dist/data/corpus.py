@@ -25,6 +25,7 @@ import numpy as np
 from calm_dist.data.progress import Meter
 from calm_dist.errors import DataError
 from calm_dist.files import file_sha256
+from calm_dist.randomness import key_fraction
 
 if TYPE_CHECKING:
     import zstandard
@@ -380,7 +381,7 @@ def split_documents(ids: Sequence[str], seed: int) -> dict[str, list[int]]:
             f"corpus: {len(distinct)} document(s) cannot be split into train, valid and test; "
             f"give at least {len(SPLITS)} documents (files, or lines of .jsonl)"
         )
-    places = {name: _fraction(seed, "split", name) for name in distinct}
+    places = {name: key_fraction(seed, "split", name) for name in distinct}
     by_place = sorted(distinct, key=lambda name: places[name])
     num_test = max(1, sum(place >= 0.95 for place in places.values()))
     num_valid = max(1, sum(0.9 <= place < 0.95 for place in places.values()))
@@ -396,12 +397,6 @@ def split_documents(ids: Sequence[str], seed: int) -> dict[str, list[int]]:
     for position, name in enumerate(ids):
         splits[split_of[name]].append(position)
     return splits
-
-
-def _fraction(seed: int, kind: str, document_id: str) -> float:
-    """A number in [0, 1) that is a function of its arguments alone."""
-    digest = hashlib.sha256(f"{seed}\0{kind}\0{document_id}".encode()).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def pack_blocks(
@@ -427,7 +422,7 @@ def pack_blocks(
         for document, tokens in zip(
             batch, tokenizer.encode_batch([document.text for document in batch]), strict=True
         ):
-            num_begin = 1 + int(_fraction(seed, "begin", document.id) * patch_size)
+            num_begin = 1 + int(key_fraction(seed, "begin", document.id) * patch_size)
             pieces.append(np.full(num_begin, tokenizer.begin_id, np.uint32))
             pieces.append(np.array(tokens, np.uint32))
             pieces.append(np.array([tokenizer.end_id], np.uint32))

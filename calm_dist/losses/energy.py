@@ -11,7 +11,6 @@ positions and never holds a tensor of N·M·positions·l elements.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,8 @@ from functools import partial
 from typing import Any
 
 import torch
+
+from calm_dist.randomness import key_seed
 
 CHUNK_POSITIONS = 64
 # Below this fraction of ‖x‖² + ‖z‖², a squared distance from a matrix product has lost too many
@@ -136,9 +137,7 @@ class _DrawnNoise:
             yield start, stop, partial(self._draw, start, stop)
 
     def _draw(self, start: int, stop: int) -> torch.Tensor:
-        digest = hashlib.sha256(f"{self.seed}/{start}".encode()).digest()
-        generator = torch.Generator(self.like.device)
-        generator.manual_seed(int.from_bytes(digest[:7], "little"))
+        generator = torch.Generator(self.like.device).manual_seed(key_seed(self.seed, start))
         shape = (stop - start, self.num_draws, self.like.shape[1])
         drawn = torch.randn(shape, generator=generator, device=self.like.device)
         return drawn.transpose(0, 1)

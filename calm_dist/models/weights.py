@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from calm_dist.randomness import key_seed
 from calm_dist.recipe_sections import CalmRecipe, Initialization
 
 InitStd = Callable[[str, torch.Size], float]
@@ -44,8 +44,7 @@ def head_init_std(model: CalmRecipe) -> InitStd:
 
 def draw_weight(name: str, shape: torch.Size, std: float, seed: int) -> torch.Tensor:
     """The full weight of one parameter: normal(0, std) from a generator keyed by seed and name."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    generator = torch.Generator().manual_seed(key_seed(seed, name))
     return torch.randn(shape, generator=generator) * std
 
 

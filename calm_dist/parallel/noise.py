@@ -6,13 +6,13 @@ blocks that its positions touch, so every layout trains the same model, per devi
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 
 from calm_dist.models.heads.base import Draw
+from calm_dist.randomness import key_seed
 
 BLOCK_POSITIONS = 64
 
@@ -70,8 +70,7 @@ class KeyedNoise:
         return torch.Generator(self._device).manual_seed(seed)
 
     def _seed_of(self, sample: int, block: int, kind: str) -> int:
-        key = f"{self._seed}/{self._step}/{sample}/{block}/{kind}"
-        return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "little")
+        return key_seed(self._seed, self._step, sample, block, kind)
 
 
 def _part_of(draw: Draw, generator: Callable[[], torch.Generator], part: slice) -> torch.Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import math
 import sys
 import time
@@ -39,6 +38,7 @@ from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
 from calm_dist.models.weights import init_std, initialize_module
 from calm_dist.parallel.launch import patience
 from calm_dist.parallel.rank_zero import on_rank_zero
+from calm_dist.randomness import key_seed
 from calm_dist.recipe import Recipe
 from calm_dist.training import checkpoint
 from calm_dist.training.batches import LookAhead
@@ -142,8 +142,7 @@ def block_noise(
 
 
 def _generator(device: torch.device, *key: int | str) -> torch.Generator:
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.Generator(device).manual_seed(key_seed(*key))
 
 
 class StepResult(NamedTuple):
