@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,17 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(part) for part in value]
     return value
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file the mode of any new file beside it.
+
+    safetensors 0.8 makes files that only their owner can read.
+    """
+    fresh = path.with_name(path.name + ".mode")
+    fresh.touch()
+    path.chmod(stat.S_IMODE(fresh.stat().st_mode))
+    fresh.unlink()
 
 
 def replace_text(path: Path, text: str) -> None:

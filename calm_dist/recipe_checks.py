@@ -107,6 +107,7 @@ def impossible_combinations(recipe: Recipe) -> list[str]:
         _layout_problems,
         _overlap_problems,
         _batch_problems,
+        _schedule_problems,
         _head_problems,
     ]
     return [problem for check in checks for problem in check(recipe)]
@@ -271,6 +272,29 @@ def _batch_problems(recipe: Recipe) -> list[str]:
             "change training.global_batch_size or micro_batch_size, or leave it out"
         )
     return problems
+
+
+def _schedule_problems(recipe: Recipe) -> list[str]:
+    training = recipe.training
+    steps, decay, warmup = training.steps, training.decay_steps, training.warmup_steps
+    if training.schedule != "wsd" and decay is not None:
+        return [
+            f"training.decay_steps: {decay}, but training.schedule is {training.schedule}, not "
+            "wsd, which alone ends in a decay of its own length; leave it out, or use wsd"
+        ]
+    if training.schedule != "wsd":
+        return []
+    if decay is None:
+        return [
+            "training.decay_steps: absent, but training.schedule is wsd; give the steps of the "
+            f"decay at the end, such as a tenth of training.steps: {max(steps // 10, 1)}"
+        ]
+    if warmup + decay > steps:
+        return [
+            f"training.decay_steps: {decay} after training.warmup_steps {warmup} are more than "
+            f"training.steps {steps}; make one of the three fit"
+        ]
+    return []
 
 
 def _head_problems(recipe: Recipe) -> list[str]:

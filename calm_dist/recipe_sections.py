@@ -30,6 +30,11 @@ class Run(Section):
     seed: Seed = 0
     """Seed of weights, noise and posterior draws."""
 
+    continue_from: Text | None = None
+    """Run directory or checkpoint of another run whose weights and optimizer state this one starts
+    with, such as for a second stage on other data; see checkpoints.md. Not looked at any more once
+    ``dir`` has a checkpoint of its own."""
+
     @property
     def display_name(self) -> str:
         """``name``, or the last part of ``dir``."""
@@ -269,8 +274,13 @@ class Training(Section):
     """After the warm-up."""
     warmup_steps: NonNegative = 2000
     """Steps of linear warm-up; may exceed ``steps``."""
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """After warm-up: constant, or a decay to zero at ``steps``."""
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
+    """After warm-up: ``constant``; ``cosine`` and ``linear`` decay to zero at ``steps``; ``wsd``
+    (warm-up, stable, decay) stays constant and decays over the last ``decay_steps``, so that a run
+    can be made longer from any checkpoint before them."""
+    decay_steps: Positive | None = None
+    """Steps of the linear decay to zero at ``steps`` that ends ``wsd``; needed there, and nowhere
+    else."""
     weight_decay: NonNegativeFloat = 0.1
     """Not applied to biases and norms."""
     adam_beta1: Probability = 0.9
@@ -292,7 +302,7 @@ class Checkpoint(Section):
     every: Positive = 1000
     """Steps between checkpoints; the last step always writes one."""
     keep: Positive = 2
-    """Newest checkpoints that stay on disk."""
+    """Newest checkpoints that stay on disk; besides, the newest one that a finite step followed."""
     keep_every: Positive | None = None
     """Checkpoints of steps that are multiples of this stay, too."""
     asynchronous: Annotated[bool, Field(alias="async")] = True

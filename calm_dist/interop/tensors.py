@@ -6,7 +6,6 @@ Files are mapped into memory where their format allows it: what is not asked for
 from __future__ import annotations
 
 import pickle
-import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from calm_dist.errors import CheckpointError
-from calm_dist.interop.layout import CONFIG_FILE, WEIGHTS_FILE, weight_files
+from calm_dist.files import follow_umask
+from calm_dist.interop.layout import WEIGHTS_FILE, weight_files
 
 # Older versions of transformers store what follows from the configuration.
 BUFFERS = ("rotary_emb.inv_freq",)
@@ -118,11 +118,14 @@ def read_tensors(directory: str | Path) -> Tensors:
 
 
 def write_weights(values: dict[str, torch.Tensor], directory: Path) -> None:
-    """Write ``model.safetensors`` beside ``config.json``, readable for whom that is."""
-    path = directory / WEIGHTS_FILE
+    """Write ``model.safetensors``."""
+    save_tensors(values, directory / WEIGHTS_FILE)
+
+
+def save_tensors(values: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file with the permissions of any other file."""
     save_file(values, path, metadata={"format": "pt"})
-    # safetensors 0.8 makes files that only their owner reads.
-    shutil.copymode(directory / CONFIG_FILE, path)
+    follow_umask(path)
 
 
 def _read_file(path: Path) -> dict[str, torch.Tensor]:

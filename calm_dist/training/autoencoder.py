@@ -11,7 +11,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,13 @@ from torch.nn.parallel import DistributedDataParallel
 from calm_dist.data.progress import progress
 from calm_dist.data.store import StoreMeta
 from calm_dist.data.stream import Batch, Store, open_store, open_training_stream
-from calm_dist.errors import CheckpointError, DataError, RecipeError, StoppedError
+from calm_dist.errors import (
+    CheckpointError,
+    DataError,
+    RecipeError,
+    StoppedError,
+    TrainingDivergedError,
+)
 from calm_dist.interop.huggingface import load_autoencoder, save_autoencoder
 from calm_dist.losses.autoencoder import (
     AutoencoderLoss,
@@ -44,7 +50,13 @@ from calm_dist.training import checkpoint
 from calm_dist.training.batches import LookAhead
 from calm_dist.training.checkpoint.adam_state import load_adam, save_adam
 from calm_dist.training.checkpoint.attempts import Attempts
-from calm_dist.training.checkpoint.restart import check_room, newest_valid_for_all
+from calm_dist.training.checkpoint.restart import (
+    check_room,
+    newest_valid_for_all,
+    source_for_all,
+    taken_over,
+    tidy,
+)
 from calm_dist.training.checkpoint.run_state import RunState
 from calm_dist.training.health import RunProgress
 from calm_dist.training.metrics import MetricsLog
@@ -67,7 +79,9 @@ def train_autoencoder(recipe: Recipe) -> None:
     """
     check_kind(recipe)
     with launched(recipe) as session:
-        AutoencoderTrainer(session.recipe, session.device, session.stop, session.phases).run()
+        AutoencoderTrainer(
+            session.recipe, session.device, session.stop, session.phases, session.begin
+        ).run()
 
 
 def check_kind(recipe: Recipe) -> None:
@@ -185,8 +199,10 @@ class AutoencoderTrainer:
         device: torch.device,
         stop: StopRequest | None = None,
         phases: Phases | None = None,
+        begin: Callable[[], None] = lambda: None,
     ) -> None:
         self.recipe, self.device = recipe, device
+        self._record_start = begin
         self._stop = stop or StopRequest()
         self.phases = phases or Phases()
         self.phases.enter("build the model")
@@ -211,13 +227,13 @@ class AutoencoderTrainer:
         self._batches = LookAhead(self._stream)
         self._held_out = open_held_out(recipe, self._stream.metas[0])
         self.phases.enter("load the checkpoint")
-        self._resume()
+        self._resumed_from = self._resume()
         check_room(recipe)
         self._attempts = Attempts()
+        self._rotation = checkpoint.Rotation(self.run_dir, recipe.checkpoint)
         self._metrics: MetricsLog | None = None
         if self.rank == 0:
             self._announce()
-            self._metrics = MetricsLog(recipe, self.run_dir, self.progress.step)
 
     def run(self) -> None:
         """Train until the last step, until asked to stop, or until the data fails; each leaves a
@@ -228,39 +244,62 @@ class AutoencoderTrainer:
             DataError: a rank cannot read its next batch.
             TrainingDivergedError: see `RunProgress.count`.
         """
-        recipe = self.recipe
-        last = recipe.training.steps
-        ends = self.progress.step >= last
-        result: StepResult | None = None
-        if ends and self.rank == 0:
-            print(f"nothing to do: training.steps={last} are done", flush=True)
-        if not ends:
-            self.phases.enter("data", self.progress.step)
-            self._batches.read()
+        last = self.recipe.training.steps
+        if self.progress.step >= last:
+            if self.rank == 0:
+                print(f"nothing to do: training.steps={last} are done", flush=True)
+            return
+        self.phases.enter("data", self.progress.step)
+        self._batches.read()
+        self._batches.check()
+        self._begin()
+        result = self._train_to(last)
+        if self._metrics is not None:
+            self._metrics.close()
+        self._attempts.finish()
+        if self.rank == 0 and (doubt := checkpoint.doubt(self.run_dir, self.progress)):
+            print(doubt, file=sys.stderr, flush=True)
+        if result.data_failed:
             self._batches.check()
-        while not ends:
+        if self.progress.step < last:
+            raise StoppedError(self._stop.message(self.progress.step))
+
+    def _begin(self) -> None:
+        """Change the run directory, now that nothing can be refused any more."""
+        tidy(self.run_dir, self._resumed_from)
+        self._record_start()
+        if self.rank == 0:
+            self._metrics = MetricsLog(self.recipe, self.run_dir, self.progress.step)
+
+    def _train_to(self, last: int) -> StepResult:
+        """Steps until the ``last`` one, or until one says that the run ends."""
+        while True:
             started = time.perf_counter()
             result = self.train_step(self._batches.take())
             step = self.progress.step + 1
             if self._metrics is not None:
                 seconds = time.perf_counter() - started
                 self._metrics.training_step(step, result.numbers(), result.skipped, seconds)
-            self.progress.count(result.skipped, recipe.health.max_skipped_steps)
+            self._count(result.skipped)
             ends = result.stop or result.data_failed or step == last
-            if ends or step % recipe.checkpoint.every == 0:
+            if ends or step % self.recipe.checkpoint.every == 0:
                 # The score comes first: where there is a checkpoint, there is its score.
                 self._evaluate()
                 self.phases.enter("checkpoint", step - 1)
                 self._attempts.forget()
                 temporary = checkpoint.step_directory(self.run_dir, step).with_suffix(".tmp")
                 self._attempts.make(temporary, lambda: on_rank_zero(self._save))
-        if self._metrics is not None:
-            self._metrics.close()
-        self._attempts.finish()
-        if result is not None and result.data_failed:
-            self._batches.check()
-        if self.progress.step < last:
-            raise StoppedError(self._stop.message(self.progress.step))
+            if ends:
+                return result
+
+    def _count(self, skipped: bool) -> None:
+        try:
+            self.progress.count(skipped, self.recipe.health.max_skipped_steps)
+        except TrainingDivergedError as error:
+            what_next = on_rank_zero(lambda: checkpoint.go_back(self.run_dir, self.progress))
+            raise TrainingDivergedError(f"{error}. {what_next}") from None
+        if self.rank == 0:
+            self._rotation.step_taken(self.progress.adam_steps)
 
     def train_step(self, batch: Batch) -> StepResult:
         """One optimizer step on this rank's blocks of a global batch."""
@@ -364,23 +403,34 @@ class AutoencoderTrainer:
             data=self._stream.state_dict(self.progress.step),
         ).write(temporary)
         (temporary / checkpoint.RECIPE_FILE).write_text(self.recipe.to_yaml(), encoding="utf-8")
-        settings = self.recipe.checkpoint
-        checkpoint.commit(temporary, settings.keep, settings.keep_every)
+        self._rotation.commit(temporary)
 
-    def _resume(self) -> None:
-        """Go on from the newest valid checkpoint of the run directory, if it has one."""
+    def _resume(self) -> Path | None:
+        """Go on from the newest valid checkpoint of the run directory, if it has one; otherwise
+        take over what ``run.continue_from`` says."""
         directory = newest_valid_for_all(self.run_dir)
         if directory is None:
-            return
-        saved = load_autoencoder(directory)
-        state = RunState.read(directory)
-        self.model.load_state_dict(saved.state_dict())
-        load_adam(self.optimizer, self.model, directory, state.adam_steps)
+            if (path := self.recipe.run.continue_from) is not None:
+                source = source_for_all(path)
+                state = self._load(source)
+                self.progress = RunProgress.continuing(source, state.adam_steps)
+                if self.rank == 0:
+                    print(taken_over(source, state), flush=True)
+            return None
+        state = self._load(directory)
         assert state.data is not None
         self._stream.load_state_dict(state.data)
         self.progress = RunProgress.from_state(state.model_dump())
         if self.rank == 0:
             print(f"resumed from {directory} at step {self.progress.step}", flush=True)
+        return directory
+
+    def _load(self, directory: Path) -> RunState:
+        """Take over weights and moments; the state of the run that wrote them."""
+        state = RunState.read(directory)
+        self.model.load_state_dict(load_autoencoder(directory).state_dict())
+        load_adam(self.optimizer, self.model, directory, state.adam_steps)
+        return state
 
     def _announce(self) -> None:
         """Say what a user would not expect."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,10 +19,18 @@ from calm_dist.parallel.pipeline import micro_batches
 from calm_dist.parallel.rank_zero import on_rank_zero
 from calm_dist.parallel.topology import Topology
 from calm_dist.recipe import Recipe
+from calm_dist.training import checkpoint
 from calm_dist.training.batches import LookAhead
 from calm_dist.training.build import build_parts
+from calm_dist.training.changes import latents_sha256
 from calm_dist.training.checkpoint import model_state
-from calm_dist.training.checkpoint.restart import check_room, newest_valid_for_all
+from calm_dist.training.checkpoint.restart import (
+    check_room,
+    newest_valid_for_all,
+    source_for_all,
+    taken_over,
+    tidy,
+)
 from calm_dist.training.checkpoint.run_state import STATE_FILE, RunState
 from calm_dist.training.checkpoint.writer import CheckpointWriter
 from calm_dist.training.health import RunProgress
@@ -41,8 +50,10 @@ class Trainer:
         topology: Topology,
         stop: StopRequest | None = None,
         phases: Phases | None = None,
+        begin: Callable[[], None] = lambda: None,
     ) -> None:
         self.recipe, self.topology = recipe, topology
+        self._record_start = begin
         self._stop = stop or StopRequest()
         self.phases = phases or Phases()
         self.phases.enter("build the model")
@@ -64,13 +75,12 @@ class Trainer:
         )
         self.phases.enter("load the checkpoint")
         self._encoder_sha256 = on_rank_zero(lambda: encoder_sha256(recipe))
+        self._latents_sha256 = on_rank_zero(lambda: latents_sha256(recipe))
         self._batches = LookAhead(self._stream)
         self._checkpoints = CheckpointWriter(recipe, topology)
-        self._resume()
+        self._resumed_from = self._resume()
         check_room(recipe)
         self._metrics: MetricsLog | None = None
-        if topology.rank == 0:
-            self._metrics = MetricsLog(recipe, self.run_dir, self.progress.step)
 
     def run(self) -> None:
         """Train until the last step, until asked to stop, or until the data fails; each leaves a
@@ -84,22 +94,31 @@ class Trainer:
         """
         last = self.recipe.training.steps
         if self.progress.step >= last:
-            if self._metrics is not None:
-                self._metrics.close()
+            if self.topology.rank == 0:
                 print(f"nothing to do: training.steps={last} are done", flush=True)
             return
         self.phases.enter("data", self.progress.step)
         self._batches.read()
         self._batches.check()
+        self._begin()
         result = self._train_to(last)
         self.phases.enter("checkpoint", self.progress.step - 1)
         self._checkpoints.finish()
         if self._metrics is not None:
             self._metrics.close()
+            if doubt := checkpoint.doubt(self.run_dir, self.progress):
+                print(doubt, file=sys.stderr, flush=True)
         if result.data_failed:
             self._batches.check()
         if self.progress.step < last:
             raise StoppedError(self._stop.message(self.progress.step))
+
+    def _begin(self) -> None:
+        """Change the run directory, now that nothing can be refused any more."""
+        tidy(self.run_dir, self._resumed_from)
+        self._record_start()
+        if self.topology.rank == 0:
+            self._metrics = MetricsLog(self.recipe, self.run_dir, self.progress.step)
 
     def _train_to(self, last: int) -> StepResult:
         """Steps until the ``last`` one, or until one says that the run ends."""
@@ -114,7 +133,7 @@ class Trainer:
                 self._checkpoints.prepare(self.parts)
                 _spare_the_collector()
                 is_first = False
-            self._checkpoints.poll()
+            self._checkpoints.poll(self.progress.adam_steps + (not result.skipped))
             step = self.progress.step + 1
             if self._metrics is not None:
                 seconds = time.perf_counter() - started
@@ -129,10 +148,11 @@ class Trainer:
     def _count(self, skipped: bool) -> None:
         try:
             self.progress.count(skipped, self.recipe.health.max_skipped_steps)
-        except TrainingDivergedError:
+        except TrainingDivergedError as error:
             # What is being written is from before, and worth having.
             self._checkpoints.wait()
-            raise
+            what_next = on_rank_zero(lambda: checkpoint.go_back(self.run_dir, self.progress))
+            raise TrainingDivergedError(f"{error}. {what_next}") from None
 
     def train_step(self, batch: Batch) -> StepResult:
         """One optimizer step on this rank's part of a global batch."""
@@ -177,39 +197,63 @@ class Trainer:
             tokens=step * self.recipe.tokens_per_step,
             tokenizer_sha256=self._stream.metas[0].tokenizer.sha256,
             autoencoder_sha256=self._encoder_sha256,
+            latents_sha256=self._latents_sha256,
             data=self._stream.state_dict(step),
         )
         self._checkpoints.start(self.parts, state, is_last)
 
-    def _resume(self) -> None:
-        """Go on from the newest valid checkpoint of the run directory, if it has one."""
+    def _resume(self) -> Path | None:
+        """Go on from the newest valid checkpoint of the run directory, if it has one; otherwise
+        take over what ``run.continue_from`` says."""
         directory = newest_valid_for_all(self.run_dir)
         if directory is None:
-            return
+            if self.recipe.run.continue_from is not None:
+                self._continue(source_for_all(self.recipe.run.continue_from))
+            return None
         state = RunState.read(directory)
-        parts, head = self.parts, self.parts.head
         if state.weights_only:
-            # Imported: neither optimizer nor data has a state to go on from.
-            model_state.start_from_weights(
-                directory, parts.chunks, parts.optimizer, head, self.topology
+            self._start_from_weights(directory)
+            return directory
+        if state.autoencoder_sha256 != self._encoder_sha256:
+            raise CheckpointError(
+                f"{directory / STATE_FILE}: trained on latents of the autoencoder "
+                f"{state.autoencoder_sha256}, model.autoencoder is {self._encoder_sha256}; "
+                "name that autoencoder, or use another run.dir"
             )
-            report = f"starts from the weights in {directory}"
-        else:
-            if state.autoencoder_sha256 != self._encoder_sha256:
-                raise CheckpointError(
-                    f"{directory / STATE_FILE}: trained on latents of the autoencoder "
-                    f"{state.autoencoder_sha256}, model.autoencoder is {self._encoder_sha256}; "
-                    "name that autoencoder, or use another run.dir"
-                )
-            assert state.data is not None
-            self._stream.load_state_dict(state.data)
-            model_state.load(
-                directory, parts.chunks, parts.optimizer, head, self.topology, state.adam_steps
-            )
-            self.progress = RunProgress.from_state(state.model_dump())
-            report = f"resumed from {directory} at step {self.progress.step}"
+        assert state.data is not None
+        self._stream.load_state_dict(state.data)
+        self._load(directory, state.adam_steps)
+        self.progress = RunProgress.from_state(state.model_dump())
+        self._say(f"resumed from {directory} at step {self.progress.step}")
+        return directory
+
+    def _continue(self, directory: Path) -> None:
+        """Begin with weights and moments of another run."""
+        state = RunState.read(directory)
+        self.progress = RunProgress.continuing(directory, state.adam_steps)
+        if state.weights_only:
+            self._start_from_weights(directory)
+            return
+        self._load(directory, state.adam_steps)
+        self._say(taken_over(directory, state))
+
+    def _load(self, directory: Path, adam_steps: int) -> None:
+        parts = self.parts
+        model_state.load(
+            directory, parts.chunks, parts.optimizer, parts.head, self.topology, adam_steps
+        )
+
+    def _start_from_weights(self, directory: Path) -> None:
+        """Of an import, where neither optimizer nor data has a state to go on from."""
+        parts = self.parts
+        model_state.start_from_weights(
+            directory, parts.chunks, parts.optimizer, parts.head, self.topology
+        )
+        self._say(f"starts from the weights in {directory}")
+
+    def _say(self, text: str) -> None:
         if self.topology.rank == 0:
-            print(report, flush=True)
+            print(text, flush=True)
 
 
 def _spare_the_collector() -> None:

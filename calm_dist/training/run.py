@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from calm_dist.errors import RecipeError
@@ -31,7 +32,7 @@ def train(recipe: Recipe) -> None:
             "tools/train_autoencoder.py"
         )
     with launched(recipe) as session:
-        train_in_world(session.recipe, session.device, session.stop, session.phases)
+        train_in_world(session.recipe, session.device, session.stop, session.phases, session.begin)
 
 
 def train_in_world(
@@ -39,6 +40,7 @@ def train_in_world(
     device: torch.device,
     stop: StopRequest | None = None,
     phases: Phases | None = None,
+    begin: Callable[[], None] = lambda: None,
 ) -> None:
     """`train` once the processes are connected; may be called again for another recipe."""
     from calm_dist.parallel import cpu
@@ -48,7 +50,7 @@ def train_in_world(
     from calm_dist.training.loop import Trainer
 
     topology = build_topology(recipe, device)
-    trainer = Trainer(recipe, topology, stop, phases)
+    trainer = Trainer(recipe, topology, stop, phases, begin)
     trainer.run()
     if trainer.parts.head is not None:
         trainer.parts.head.close()

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def hold(run_dir: Path) -> int:
     Raises:
         LaunchError: another run is at work in the directory.
     """
-    descriptor = os.open(run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
     for last in [False] * _TRIES + [True]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,8 +109,12 @@ def write_environment(run_dir: Path, environment: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def end_recorded(run_dir: Path) -> Iterator[None]:
-    """Write into ``environment.json`` how the block ended: ``ended: {how, time, reason}``."""
+def end_recorded(run_dir: Path, began: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Write into ``environment.json`` how the block ended: ``ended: {how, time, reason}``.
+
+    Args:
+        began: whether its start was recorded; otherwise the file tells of an earlier one.
+    """
     how, reason = FINISHED, None
     try:
         yield
@@ -123,8 +127,8 @@ def end_recorded(run_dir: Path) -> Iterator[None]:
     finally:
         # A full disk must not hide why the run ended; what is there may be damaged.
         with contextlib.suppress(OSError, ValueError):
-            environment = json.loads((run_dir / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
-            at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-            write_environment(
-                run_dir, {**environment, ENDED: {"how": how, "time": at, "reason": reason}}
-            )
+            if began():
+                environment = json.loads((run_dir / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+                at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+                ended = {"how": how, "time": at, "reason": reason}
+                write_environment(run_dir, {**environment, ENDED: ended})

@@ -10,15 +10,22 @@ from calm_dist.recipe import Training
 def learning_rate(training: Training, step: int) -> float:
     """Rate of optimizer step ``step`` (counted from 0): linear warm-up, then the schedule.
 
-    `cosine` and `linear` decay from the end of the warm-up to zero at ``training.steps``.
+    `cosine` and `linear` decay from the end of the warm-up to zero at ``training.steps``, `wsd`
+    over its last ``decay_steps``, in which step ``steps - n`` has n / ``decay_steps`` of the rate.
     """
     if step < training.warmup_steps:
         return training.learning_rate * (step + 1) / training.warmup_steps
-    decay_steps = max(training.steps - training.warmup_steps, 1)
-    progress = min((step - training.warmup_steps) / decay_steps, 1.0)
+    decay_steps = training.steps - training.warmup_steps
+    if training.schedule == "wsd":
+        # A recipe with this schedule has been checked to say how long.
+        assert training.decay_steps is not None
+        decay_steps = training.decay_steps
+    done = step - (training.steps - decay_steps)
+    progress = min(max(done / max(decay_steps, 1), 0.0), 1.0)
     factor = {
         "constant": 1.0,
         "linear": 1.0 - progress,
+        "wsd": 1.0 - progress,
         "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
     }[training.schedule]
     return training.learning_rate * factor

@@ -6,22 +6,20 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from calm_dist.data.progress import duration
-from calm_dist.data.store import read_meta
-from calm_dist.errors import CheckpointError, UserError
+from calm_dist.errors import UserError
 from calm_dist.files import replace_text
 from calm_dist.parallel.launch import World, join_world, read_world, select_device
 from calm_dist.parallel.processes import children_die_with_us
-from calm_dist.recipe import Recipe, load_recipe
-from calm_dist.training import checkpoint
-from calm_dist.training.checkpoint.run_state import RunState
+from calm_dist.recipe import Recipe
+from calm_dist.training.changes import check_changes
 from calm_dist.training.phases import Phases
 from calm_dist.training.resolve import resolve
 from calm_dist.training.run_directory import end_recorded, hold, let_go, write_environment
@@ -29,10 +27,6 @@ from calm_dist.training.stop import StopRequest
 
 if TYPE_CHECKING:
     import torch
-
-# A run cannot go on with another of these; what its data must keep, the stream checks.
-_FIXED = ("precision", "run.seed")
-_FREE_AFTER_IMPORT = ("model.init", "model.initializer_range")
 
 LIBRARIES = ("torch", "megatron-core", "deepspeed", "mosaicml-streaming", "flash-attn", "triton")
 
@@ -45,12 +39,15 @@ class Session:
         recipe: the resolved recipe.
         stop: notes the signals to stop.
         phases: what the training is doing, for the watchdog.
+        begin: to be called by all ranks once nothing can be refused any more, before the first
+            step: records the start in the run directory.
     """
 
     recipe: Recipe
     device: torch.device
     stop: StopRequest
     phases: Phases
+    begin: Callable[[], None]
 
 
 @contextmanager
@@ -96,8 +93,8 @@ def launched(recipe: Recipe) -> Iterator[Session]:
             dist.destroy_process_group()
             raise
         try:
-            with end_recorded(run_dir) if world.rank == 0 else nullcontext():
-                yield Session(recipe, device, stop, phases)
+            with _recorded(recipe, world) as begin:
+                yield Session(recipe, device, stop, phases, begin)
                 phases.enter("end")
                 dist.barrier()
         finally:
@@ -107,6 +104,36 @@ def launched(recipe: Recipe) -> Iterator[Session]:
     dist.destroy_process_group()
     if world.rank == 0:
         print(f"done in {duration(time.monotonic() - started)}: {run_dir}", flush=True)
+
+
+@contextmanager
+def _recorded(recipe: Recipe, world: World) -> Iterator[Callable[[], None]]:
+    """What records the start of a training; at the end of the block it is written how that ended.
+
+    A start that is refused leaves what is known of the last one.
+    """
+    from calm_dist.parallel.rank_zero import on_rank_zero
+
+    begun: list[bool] = []
+
+    def begin() -> None:
+        on_rank_zero(lambda: record_start(recipe, world))
+        begun.append(True)
+
+    if world.rank != 0:
+        yield begin
+        return
+    with end_recorded(Path(recipe.run.dir), lambda: bool(begun)):
+        try:
+            yield begin
+        except (UserError, OSError):
+            raise
+        except Exception:
+            # Not refused, but failed: while the model was built, for example.
+            if not begun:
+                record_start(recipe, world)
+                begun.append(True)
+            raise
 
 
 def _introduction(recipe: Recipe, world: World) -> str:
@@ -127,7 +154,7 @@ def _introduction(recipe: Recipe, world: World) -> str:
 
 
 def prepare_run_directory(recipe: Recipe, world: World) -> int:
-    """Write what the run is made of: ``recipe.yaml`` as resolved and ``environment.json``.
+    """Hold the run directory, and see whether the recipe may go on in it.
 
     Returns:
         A descriptor that keeps other runs out of the directory while it is open.
@@ -138,7 +165,16 @@ def prepare_run_directory(recipe: Recipe, world: World) -> int:
     """
     run_dir = Path(recipe.run.dir)
     lock = hold(run_dir)
-    _check_changes(run_dir, recipe)
+    check_changes(run_dir, recipe)
+    return lock
+
+
+def record_start(recipe: Recipe, world: World) -> None:
+    """Write what the run is made of: ``recipe.yaml`` as resolved and ``environment.json``.
+
+    Not before all else was checked: a start that is refused leaves those of the last one.
+    """
+    run_dir = Path(recipe.run.dir)
     replace_text(run_dir / "recipe.yaml", recipe.to_yaml())
     environment = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -152,7 +188,6 @@ def prepare_run_directory(recipe: Recipe, world: World) -> int:
         "libraries": {name: _version(name) for name in LIBRARIES},
     }
     write_environment(run_dir, environment)
-    return lock
 
 
 def _gpu(recipe: Recipe) -> str | None:
@@ -162,69 +197,6 @@ def _gpu(recipe: Recipe) -> str | None:
     if recipe.parallel.device == "cpu" or not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_name()
-
-
-def _check_changes(run_dir: Path, recipe: Recipe) -> None:
-    """Say what the recipe has changed since the newest checkpoint, and refuse what it may not."""
-    directory, saved = _newest_readable(run_dir)
-    if saved is None:
-        return
-    _check_tokenizer(directory, recipe)
-    before, now = _fields(saved), _fields(recipe)
-    # Where things lie is no part of them: data and autoencoder are known by their fingerprints.
-    names = sorted((before.keys() | now.keys()) - {"run.dir", "model.autoencoder"})
-    changed = {
-        n: f"{n}: {before.get(n)} -> {now.get(n)}" for n in names if before.get(n) != now.get(n)
-    }
-    if checkpoint.has_only_weights(directory):
-        # They say nothing of how to go on, nor of how weights would be drawn.
-        changed = {n: text for n, text in changed.items() if n.startswith("model.")}
-        changed = {n: text for n, text in changed.items() if n not in _FREE_AFTER_IMPORT}
-    refused = [text for n, text in changed.items() if n.startswith("model.") or n in _FIXED]
-    if refused:
-        raise CheckpointError(
-            f"{run_dir}: its checkpoints were written for another model or noise "
-            f"({', '.join(refused)}); use the recipe that lies in them, or another run.dir"
-        )
-    if changed:
-        print(f"changed since {directory.name}: {', '.join(changed.values())}", flush=True)
-
-
-def _newest_readable(run_dir: Path) -> tuple[Path, Recipe | None]:
-    """The newest checkpoint whose recipe and state are whole, whether the rest is or not."""
-    for directory in checkpoint.step_directories(run_dir):
-        # A damaged one is reported and passed over when checkpoints are loaded.
-        with suppress(UserError, OSError):
-            checkpoint.verify_description(directory)
-            return directory, load_recipe(directory / checkpoint.RECIPE_FILE)
-    return run_dir, None
-
-
-def _check_tokenizer(directory: Path, recipe: Recipe) -> None:
-    """Raises CheckpointError where a checkpoint and the data speak of different tokens."""
-    try:
-        trained = RunState.read(directory).tokenizer_sha256
-    except CheckpointError:
-        return
-    path = recipe.data.sources[0].path
-    given = read_meta(path).tokenizer.sha256
-    if trained not in (None, given):
-        raise CheckpointError(
-            f"{directory / checkpoint.STATE_FILE}: written with the tokenizer of sha256 "
-            f"{trained[:12]}…, but {path} was made with {given[:12]}…; use the data of the same "
-            "tokenizer, or another run.dir"
-        )
-
-
-def _fields(recipe: Recipe) -> dict[str, Any]:
-    """All fields by their dotted names."""
-    fields: dict[str, Any] = {}
-    for section, values in recipe.to_dict().items():
-        if isinstance(values, dict):
-            fields |= {f"{section}.{name}": value for name, value in values.items()}
-        else:
-            fields[section] = values
-    return fields
 
 
 def _version(package: str) -> str | None:

@@ -40,11 +40,12 @@ def train(job: dict[str, Any], world: Any, device: Any) -> None:
     from calm_dist.recipe import load_recipe
     from calm_dist.training.resolve import resolve
     from calm_dist.training.run import train_in_world
-    from calm_dist.training.session import prepare_run_directory
+    from calm_dist.training.session import prepare_run_directory, record_start
 
     recipe = load_recipe(Path(job["run"]) / "recipe.yaml", job["overrides"])
     recipe = resolve(recipe.with_world_size(world.size))
     on_rank_zero(partial(prepare_run_directory, recipe, world))
+    on_rank_zero(partial(record_start, recipe, world))
     train_in_world(recipe, device)
 
 

@@ -35,14 +35,15 @@ def train(job: dict[str, Any], world: Any, device: Any) -> None:
     from calm_dist.training.loop import Trainer
     from calm_dist.training.resolve import resolve
     from calm_dist.training.run_directory import let_go
-    from calm_dist.training.session import prepare_run_directory
+    from calm_dist.training.session import prepare_run_directory, record_start
 
     recipe = load_recipe(job["recipe"], job["overrides"]).with_world_size(world.size)
     recipe = resolve(recipe)
     Path(recipe.run.dir).mkdir(parents=True, exist_ok=True)
     lock = on_rank_zero(partial(prepare_run_directory, recipe, world))
     topology = build_topology(recipe, device)
-    trainer = Trainer(recipe, topology)
+    begin = partial(on_rank_zero, partial(record_start, recipe, world))
+    trainer = Trainer(recipe, topology, begin=begin)
     disturb(trainer, job)
     trainer.run()
     check_state(trainer)

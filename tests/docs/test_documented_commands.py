@@ -34,6 +34,7 @@ RUN = [
     r"torchrun --nproc_per_node 8 tools/train_autoencoder\.py recipes/autoencoder\.yaml",
     r"deepspeed --quiet tools/train\.py recipes/calm_m\.yaml",
     r"python tools/train\.py recipes/.* --dry-run",
+    r"python tools/train\.py recipes/calm_m\.yaml run\.dir=\S+ run\.continue_from=.*",
     r"bash slurm/study\.sh --dry-run",
     r"wandb sync runs/calm_m/wandb/offline-run-\*",
 ]
@@ -63,7 +64,8 @@ SMALLER = [
     (r"^deepspeed", "deepspeed --master_port PORT"),
     (r"^(?!.*(?:--dry-run|tools/plan))(.*)recipes/", r"\1small/"),
     (r"docs/scaling\.svg", "scaling.svg"),
-    (r"training\.steps=20", "training.steps=2"),
+    (r"training\.steps=20(00)?", "training.steps=2"),
+    (r"data/latents/selected", "data/latents/train"),
     (r"NAME SWITCHES", "plain model.kl_weight=0"),
     (r"^wandb sync", "wandb sync --dry-run"),
     # paper.md: what the README's commands have trained takes the place of the released models.

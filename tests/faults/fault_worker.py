@@ -121,6 +121,41 @@ def skip(step: int) -> None:
     in_step(action, step)
 
 
+def huge_rate(step: int) -> None:
+    """One step with a rate that ruins the weights, though all its own numbers are finite."""
+    from calm_dist.training import autoencoder, optimizer
+    from calm_dist.training.schedule import learning_rate
+
+    def rate(training: Any, number: int) -> float:
+        return 1e30 if number + 1 == step else learning_rate(training, number)
+
+    autoencoder.learning_rate = optimizer.learning_rate = rate  # type: ignore[assignment]
+
+
+def bad_weights(step: int) -> None:
+    """Weights that are not finite after a step whose own numbers were."""
+    import torch
+
+    from calm_dist.training.autoencoder import AutoencoderTrainer
+    from calm_dist.training.loop import Trainer
+
+    for kind in (Trainer, AutoencoderTrainer):
+
+        def train_step(self: Any, batch: Any, original: Any = kind.train_step) -> Any:
+            result = original(self, batch)
+            if self.progress.step + 1 == step:
+                with torch.no_grad():
+                    next(modules(self)[0].parameters()).fill_(float("nan"))
+            return result
+
+        kind.train_step = train_step  # type: ignore[method-assign]
+
+
+def signal_in(step: int, number: int) -> None:
+    """A signal in the middle of a run."""
+    in_step(lambda *_: os.kill(os.getpid(), number), step)
+
+
 def bad_batch(step: int, last: int, value: str = "nan") -> None:
     """A latent that is to be predicted is not finite."""
 
@@ -262,8 +297,11 @@ def train(recipe: Recipe) -> None:
     patient_start()
     fault = json.loads(os.environ["FAULT"])
     kind, rank = fault.pop("kind"), fault.pop("rank")
+    number, at = fault.pop("signal", None), fault.pop("at", None)
     if rank in (-1, int(os.environ.get("RANK", "0"))):
         globals()[kind](**fault)
+        if number is not None:
+            signal_in(at, number)
     if recipe.model.kind == "autoencoder":
         from calm_dist.training.autoencoder import train_autoencoder
 

@@ -31,7 +31,7 @@ def main() -> int:
     from calm_dist.recipe import load_recipe
     from calm_dist.training import autoencoder, loop, optimizer
     from calm_dist.training.resolve import resolve
-    from calm_dist.training.session import prepare_run_directory
+    from calm_dist.training.session import prepare_run_directory, record_start
 
     world = read_world()
     world.export()
@@ -46,6 +46,7 @@ def main() -> int:
         run_dir = Path(recipe.run.dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         on_rank_zero(partial(prepare_run_directory, recipe, world))
+        on_rank_zero(partial(record_start, recipe, world))
         fault = dict(job["fault"])
         kind, rank = fault.pop("kind"), fault.pop("rank")
         if rank in (-1, world.rank):

@@ -32,6 +32,7 @@ RANKS = 2
 
 CHECKPOINT = "calm_dist.training.checkpoint"
 FILES = f"{CHECKPOINT}.directory"
+ROTATION = f"{CHECKPOINT}.rotation"
 PHASES = "calm_dist.training.phases:Phases"
 # What dies: the rank, and before which call of what. Each life comes as far as a checkpoint first.
 STEP_POINTS: dict[str, tuple[int, str, int, str]] = {
@@ -50,11 +51,11 @@ SAVE_POINTS: dict[str, tuple[int, str, int, str]] = {
     "writing": (1, f"{QUEUE}.maybe_finalize_async_calls", 2, ""),
     "gather": (1, f"{CHECKPOINT}.tensor_files:TensorWriter._finalize", 2, ""),
     "description": (0, f"{CHECKPOINT}.tensor_files:save_config", 2, ""),
-    "commit": (0, f"{CHECKPOINT}:commit", 2, ""),
+    "commit": (0, f"{ROTATION}:Rotation.commit", 2, ""),
     "manifest": (0, f"{FILES}:_describe_all", 2, ""),
     "rename": (0, f"{FILES}:os.replace", 2, ".tmp"),
-    "latest": (0, f"{FILES}:replace_text", 2, "latest"),
-    "make room": (0, f"{FILES}:_make_room", 3, ""),
+    "latest": (0, f"{ROTATION}:replace_text", 2, "latest"),
+    "make room": (0, f"{ROTATION}:make_room", 3, ""),
     "loading": (1, f"{CHECKPOINT}.model_state:load", 1, ""),
     "reading": (1, f"{LOAD_PLANNER}.create_local_plan", 1, ""),
 }

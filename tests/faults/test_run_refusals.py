@@ -23,7 +23,7 @@ from calm_dist.data.tokenizer import load_tokenizer
 from calm_dist.errors import CheckpointError, LaunchError
 from calm_dist.files import file_sha256
 from calm_dist.parallel.launch import World
-from calm_dist.recipe import load_recipe
+from calm_dist.recipe import Recipe, load_recipe
 from calm_dist.training import checkpoint
 from calm_dist.training.checkpoint.run_state import RunState
 from calm_dist.training.resolve import resolve
@@ -118,6 +118,44 @@ def test_newest_readable_checkpoint_says_what_may_not_change(
     write_checkpoint(tmp_path, 4, text, "f" * 64)
     with pytest.raises(CheckpointError, match=r"step_00000004/state.json: .* sha256 ffffffffffff"):
         prepare_run_directory(given, world)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "said"),
+    [
+        # 6e-4 falls to zero in 6 or 12 steps; a step's rate is that of its beginning.
+        ("linear", 6, "learning rate: 0.0001 in step 6, 0.0003 in step 7; training.schedule=wsd"),
+        ("constant", 6, None),
+        # Its decay is the last two steps.
+        ("wsd", 4, None),
+        ("wsd", 6, "learning rate: 0.0003 in step 6, 0.0006 in step 7"),
+    ],
+)
+def test_a_jump_of_the_learning_rate_is_announced(
+    schedule: str,
+    step: int,
+    said: str | None,
+    tmp_path: Path,
+    store: Path,
+    tiny: Callable[..., list[str]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def of_length(steps: int) -> Recipe:
+        more: dict[str, object] = {
+            "training__steps": steps,
+            "training__schedule": schedule,
+            "training__warmup_steps": 0,
+            "training__learning_rate": 6e-4,
+            "training__decay_steps": 2 if schedule == "wsd" else "null",
+        }
+        return resolve(load_recipe(recipe("calm"), tiny(tmp_path, "calm", **(ALONE | more))))
+
+    write_checkpoint(tmp_path, step, of_length(6).to_yaml(), read_meta(store).tokenizer.sha256)
+    os.close(prepare_run_directory(of_length(12), World(0, 1, 0, 1, "", 0, "test")))
+    output = capsys.readouterr().out
+    assert "training.steps: 6 -> 12" in output
+    assert ("learning rate" in output) == (said is not None)
+    assert said is None or said in output
 
 
 def test_another_encoder_is_refused(

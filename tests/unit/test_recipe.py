@@ -64,6 +64,12 @@ def test_calm_m_fits_other_world_sizes(world_size: int) -> None:
     assert recipe.num_micro_batches * world_size * recipe.training.micro_batch_size == 256
 
 
+def test_decay_may_fill_what_the_warm_up_leaves() -> None:
+    fields = {"schedule": "wsd", "steps": 90, "warmup_steps": 50, "decay_steps": 40}
+    overrides = [f"training.{name}={value}" for name, value in fields.items()]
+    assert load_recipe(TINY, overrides).training.decay_steps == 40
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -81,6 +87,15 @@ def test_calm_m_fits_other_world_sizes(world_size: int) -> None:
         ("parallel={overlap_p2p: true, virtual_pipeline_size: 2, device: cpu}", "gloo gave"),
         ("parallel.virtual_pipeline_size=4", "use fewer stages or chunks"),
         ("parallel.world_size=6", "replicas of 4"),
+        ("training.schedule=wsd", "training.decay_steps: absent, but training.schedule is wsd"),
+        ("training={schedule: wsd, decay_steps: 0}", "greater than 0"),
+        (
+            "training={schedule: wsd, steps: 90, warmup_steps: 50, decay_steps: 41, "
+            "micro_batch_size: 2, global_batch_size: 8}",
+            "41 after training.warmup_steps 50 are more than training.steps 90",
+        ),
+        ("training.decay_steps=5", "training.schedule is constant, not wsd"),
+        ("training.schedule=wsdd", "'wsd'"),
         ("parallel.zero_stage=0", "zero_stage: 0"),
         ("parallel.zero_stage=3", "zero_stage: 3 with pipeline_parallel_size 2"),
         ("training.global_batch_size=7", "use 8"),

@@ -39,7 +39,7 @@ def test_limits_defaults_and_words_are_those_of_the_types() -> None:
     assert cells["model.head.beta"][:2] == ["number, above 0, below 2", "`1.0`"]
     assert cells["training.steps"][:2] == ["integer, from 1", "**required**"]
     assert cells["parallel.virtual_pipeline_size"][:2] == ["integer, from 2", "–"]
-    assert cells["training.schedule"][:2] == ["`constant`, `cosine`, `linear`", "`constant`"]
+    assert cells["training.schedule"][:2] == ["`constant`, `cosine`, `linear`, `wsd`", "`constant`"]
     assert cells["health.timeout_seconds"][0] == "number, above 0, at most 1,000,000"
     assert cells["data.path"][0] == "text or list: `{path, weight}`"
     assert cells["checkpoint.async"][1] == "`true`"

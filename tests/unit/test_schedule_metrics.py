@@ -42,6 +42,28 @@ def test_schedule_after_warm_up(schedule: str, expected: list[float]) -> None:
     assert rates == pytest.approx(expected)
 
 
+def test_warm_up_stable_decay_in_closed_form() -> None:
+    wsd = training(schedule="wsd", decay_steps=20)
+    rates = [learning_rate(wsd, step) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.2 * n for n in range(1, 11)])
+    assert rates[10:90] == [2.0] * 80
+    # The last step has one twentieth, the one behind it none.
+    assert rates[90:] == pytest.approx([0.1 * n for n in range(20, -1, -1)])
+
+
+def test_decay_of_all_steps_is_the_linear_schedule() -> None:
+    wsd, linear = training(schedule="wsd", decay_steps=100), training(schedule="linear")
+    for step in range(111):
+        assert learning_rate(wsd, step) == pytest.approx(learning_rate(linear, step))
+
+
+def test_longer_run_before_the_decay_has_the_same_rates() -> None:
+    short = training(schedule="wsd", decay_steps=20)
+    long = training(schedule="wsd", decay_steps=20, steps=500)
+    assert all(learning_rate(short, step) == learning_rate(long, step) for step in range(91))
+    assert learning_rate(short, 91) < learning_rate(long, 91) == 2.0
+
+
 def test_warm_up_may_exceed_the_steps() -> None:
     short = training(steps=5, warmup_steps=10, schedule="linear")
     assert learning_rate(short, 4) == pytest.approx(1.0)

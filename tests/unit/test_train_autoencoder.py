@@ -45,14 +45,14 @@ DIES_IN_SECOND_CHECKPOINT = """
 import os, runpy, signal, sys
 from calm_dist.training import checkpoint
 
-commit = checkpoint.commit
+commit = checkpoint.Rotation.commit
 
-def commit_once(temporary, *keep):
+def commit_once(self, temporary):
     if "00000008" in temporary.name:
         os.kill(os.getpid(), signal.SIGKILL)
-    return commit(temporary, *keep)
+    return commit(self, temporary)
 
-checkpoint.commit = commit_once
+checkpoint.Rotation.commit = commit_once
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -11,8 +11,8 @@ from calm_dist.training.checkpoint.directory import (
     TENSORS,
     all_checkpoints,
     begin,
+    candidates,
     clean,
-    commit,
     describe_files,
     find_checkpoint,
     has_only_weights,
@@ -25,6 +25,7 @@ from calm_dist.training.checkpoint.directory import (
     verify,
     verify_description,
 )
+from calm_dist.training.checkpoint.rotation import Rotation, commit, doubt, go_back
 
 __all__ = [
     "AUTOENCODER_FILES",
@@ -35,12 +36,16 @@ __all__ = [
     "RECIPE_FILE",
     "STATE_FILE",
     "TENSORS",
+    "Rotation",
     "all_checkpoints",
     "begin",
+    "candidates",
     "clean",
     "commit",
     "describe_files",
+    "doubt",
     "find_checkpoint",
+    "go_back",
     "has_only_weights",
     "newest_valid",
     "pass_over",

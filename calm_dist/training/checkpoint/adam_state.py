@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from calm_dist.errors import CheckpointError
+from calm_dist.interop.tensors import save_tensors
 from calm_dist.training.checkpoint import OPTIMIZER_FILE
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -23,7 +24,7 @@ def save_adam(optimizer: torch.optim.AdamW, model: nn.Module, directory: Path) -
         if parameter in optimizer.state
         for moment in _MOMENTS
     }
-    save_file(tensors, directory / OPTIMIZER_FILE)
+    save_tensors(tensors, directory / OPTIMIZER_FILE)
 
 
 def load_adam(optimizer: torch.optim.AdamW, model: nn.Module, directory: Path, steps: int) -> None:

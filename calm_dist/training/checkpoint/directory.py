@@ -12,12 +12,11 @@ import os
 import re
 import shutil
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from calm_dist.errors import CheckpointError, DataError, UserError
-from calm_dist.files import file_sha256, replace_text
+from calm_dist.files import file_sha256
 from calm_dist.recipe import load_recipe
 from calm_dist.training.checkpoint.run_state import STATE_FILE, RunState
 
@@ -44,24 +43,19 @@ def step_directory(run_dir: Path, step: int) -> Path:
 def begin(run_dir: Path, step: int) -> Path:
     """An empty directory to write the checkpoint of ``step`` into."""
     temporary = step_directory(run_dir, step).with_suffix(".tmp")
-    _remove(temporary)
+    remove(temporary)
     temporary.mkdir(parents=True)
     return temporary
 
 
 def describe_files(temporary: Path, files: list[Path], rank: int) -> None:
-    """Hash files that a rank has written and synced, so that `commit` need not."""
+    """Hash files that a rank has written and synced, so that `publish` need not."""
     text = json.dumps(_describe_all(temporary, files))
     (temporary / _PART_OF_MANIFEST.format(rank=rank)).write_text(text, encoding="utf-8")
 
 
-def commit(temporary: Path, keep: int, keep_every: int | None = None) -> Path:
-    """Make a written directory a checkpoint: manifest, sync, rename, ``latest``, old ones away.
-
-    Args:
-        keep: newest checkpoints that stay.
-        keep_every: those of its multiples of steps stay as well.
-    """
+def publish(temporary: Path) -> Path:
+    """Make a written directory a checkpoint: manifest, sync, rename."""
     described: Described = {}
     for part in sorted(temporary.glob(_PART_OF_MANIFEST.format(rank="*"))):
         # Half of it, where there was no room for the rest: its files are read once more.
@@ -76,39 +70,17 @@ def commit(temporary: Path, keep: int, keep_every: int | None = None) -> Path:
     _sync(temporary / MANIFEST)
     final = temporary.with_suffix("")
     # The same step may have been reached before, by a run that then went on from an older one.
-    _remove(final)
+    remove(final)
     os.replace(temporary, final)
     _sync(final.parent)
-    try:
-        replace_text(final.parent / LATEST, final.name + "\n")
-        _make_room(final, keep, keep_every)
-    except OSError as error:
-        # The checkpoint is there, whatever becomes of the others.
-        print(f"warning: {final.parent}: cannot be put in order ({error})", file=sys.stderr)
     return final
 
 
-def _make_room(final: Path, keep: int, keep_every: int | None) -> None:
-    """Remove all but the newest ``keep`` checkpoints up to ``final``, and the multiples."""
-    directories = step_directories(final.parent.parent)
-    newest = directories.index(final)
-    set_aside(directories[:newest])
-    for old in directories[newest + keep :]:
-        step = _step_of(old)
-        if keep_every is None or step is None or step % keep_every:
-            # Gone at once as a checkpoint; its many bytes while the training goes on.
-            _remove(old.with_suffix(".tmp"))
-            os.replace(old, old.with_suffix(".tmp"))
-            threading.Thread(
-                target=shutil.rmtree, args=(old.with_suffix(".tmp"), True), name="remove"
-            ).start()
-
-
-def set_aside(damaged: list[Path]) -> None:
+def set_aside(directories: list[Path], suffix: str = ".damaged") -> None:
     """Rename what was passed over: it must neither count as kept nor be met again."""
-    for directory in damaged:
-        aside = directory.with_suffix(".damaged")
-        _remove(aside)
+    for directory in directories:
+        aside = directory.with_suffix(suffix)
+        remove(aside)
         os.replace(directory, aside)
 
 
@@ -175,7 +147,7 @@ def _read_by_a_load(directory: Path) -> list[str]:
         CheckpointError: its words are damaged, or not true.
     """
     state = RunState.read(directory)
-    if (step := _step_of(directory)) is not None and state.step != step:
+    if (step := step_of(directory)) is not None and state.step != step:
         raise CheckpointError(
             f"{directory / STATE_FILE}: is of step {state.step}, not of the step that the "
             "directory is named after"
@@ -231,6 +203,28 @@ def find_checkpoint(path: str | Path) -> Path:
     return found
 
 
+def candidates(path: str | Path, name: str) -> list[Path]:
+    """The checkpoints that ``path`` may mean, newest first: itself, or those of a run directory.
+
+    Args:
+        name: the field that holds the path, for messages.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{name}: {path}: no such directory; give a run directory or a checkpoint"
+        )
+    if (path / MANIFEST).is_file():
+        return [path]
+    found = step_directories(path.parent if path.name == CHECKPOINTS else path)
+    if not found:
+        raise CheckpointError(f"{name}: {path}: holds no checkpoint; give another")
+    return found
+
+
 def has_only_weights(directory: Path) -> bool:
     """Whether a checkpoint has weights, but no state of optimizer and data to go on from."""
     try:
@@ -259,7 +253,7 @@ def step_directories(run_dir: str | Path) -> list[Path]:
     steps = {
         step: entry
         for entry in checkpoints.iterdir()
-        if (step := _step_of(entry)) is not None and entry.is_dir()
+        if (step := step_of(entry)) is not None and entry.is_dir()
     }
     return [steps[step] for step in sorted(steps, reverse=True)]
 
@@ -267,10 +261,10 @@ def step_directories(run_dir: str | Path) -> list[Path]:
 def clean(run_dir: Path) -> None:
     """Remove what killed runs have left half-written; only the run that holds ``run_dir`` may."""
     for temporary in (run_dir / CHECKPOINTS).glob("step_*.tmp"):
-        _remove(temporary)
+        remove(temporary)
 
 
-def _step_of(directory: Path) -> int | None:
+def step_of(directory: Path) -> int | None:
     """The step of a directory that is named exactly as `step_directory` does."""
     match = _STEP_NAME.fullmatch(directory.name)
     if match is None or directory.name != step_directory(Path(), int(match[1])).name:
@@ -278,7 +272,7 @@ def _step_of(directory: Path) -> int | None:
     return int(match[1])
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Remove whatever is there: a directory, a file, a link."""
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)

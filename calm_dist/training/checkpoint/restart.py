@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -13,26 +12,63 @@ from calm_dist.errors import CheckpointError
 from calm_dist.parallel.rank_zero import on_rank_zero
 from calm_dist.recipe import Recipe
 from calm_dist.training import checkpoint
+from calm_dist.training.checkpoint.run_state import RunState
 
 
 def newest_valid_for_all(run_dir: Path) -> Path | None:
     """The newest whole checkpoint of a run, each rank reading its share of the files.
 
-    Says on stderr why newer ones are passed over, renames those ``.damaged``, and removes what
-    killed runs left half-written. A collective of the world.
+    Says on stderr why newer ones are passed over, and changes nothing: a start may be refused yet.
+    A collective of the world.
 
     Raises:
         CheckpointError: there are checkpoints, and none is whole; on every rank.
     """
+    directory, passed_over = _first_whole(
+        on_rank_zero(lambda: checkpoint.step_directories(run_dir))
+    )
+    if directory is None and passed_over:
+        refusal = CheckpointError(
+            f"{run_dir / checkpoint.CHECKPOINTS}: none of {passed_over} checkpoints is whole, see "
+            "above; mend them, or remove them to start from the beginning"
+        )
+        refusal.reported = True  # type: ignore[attr-defined]
+        raise refusal
+    return directory
 
-    def candidates() -> list[Path]:
-        (run_dir / checkpoint.CHECKPOINTS).mkdir(exist_ok=True)
-        checkpoint.clean(run_dir)
-        return checkpoint.step_directories(run_dir)
 
+def source_for_all(path: str) -> Path:
+    """The checkpoint that ``run.continue_from`` means: itself, or the newest whole one of a run;
+    nothing is changed there. A collective of the world.
+
+    Raises:
+        CheckpointError: there is none, on every rank.
+    """
+    name = "run.continue_from"
+    directory, passed_over = _first_whole(on_rank_zero(lambda: checkpoint.candidates(path, name)))
+    if directory is None:
+        refusal = CheckpointError(
+            f"{name}: {path}: none of {passed_over} checkpoints is whole, see above; give another"
+        )
+        refusal.reported = True  # type: ignore[attr-defined]
+        raise refusal
+    return directory
+
+
+def taken_over(directory: Path, state: RunState) -> str:
+    """What is said of a run that begins with another one's weights and moments."""
+    return (
+        f"continues from {directory} (step {state.step}): weights, Adam's moments and their count "
+        f"of {state.adam_steps} updates are taken over; data, step counter and learning-rate "
+        "schedule start from the beginning"
+    )
+
+
+def _first_whole(candidates: list[Path]) -> tuple[Path | None, int]:
+    """The first whole checkpoint, and how many were passed over for it; each rank reads its share
+    of the files."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    passed_over: list[Path] = []
-    for directory in on_rank_zero(candidates):
+    for number, directory in enumerate(candidates):
         problem = None
         try:
             checkpoint.verify(directory, rank, size)
@@ -42,19 +78,23 @@ def newest_valid_for_all(run_dir: Path) -> Path | None:
         dist.all_gather_object(problems, problem)
         found = [text for text in problems if text is not None]
         if not found:
-            on_rank_zero(partial(checkpoint.set_aside, passed_over))
-            return directory
-        passed_over.append(directory)
+            return directory, number
         if rank == 0:
             checkpoint.pass_over(found[0])
-    if passed_over:
-        refusal = CheckpointError(
-            f"{run_dir / checkpoint.CHECKPOINTS}: none of {len(passed_over)} checkpoints is whole, "
-            "see above; mend them, or remove them to start from the beginning"
-        )
-        refusal.reported = True  # type: ignore[attr-defined]
-        raise refusal
-    return None
+    return None, len(candidates)
+
+
+def tidy(run_dir: Path, start: Path | None) -> None:
+    """Once a training really starts: remove what killed runs have left half-written, and rename
+    ``.damaged`` what was passed over for ``start``; a collective of the world."""
+
+    def work() -> None:
+        (run_dir / checkpoint.CHECKPOINTS).mkdir(exist_ok=True)
+        checkpoint.clean(run_dir)
+        found = checkpoint.step_directories(run_dir)
+        checkpoint.set_aside(found[: found.index(start)] if start is not None else [])
+
+    on_rank_zero(work)
 
 
 def room(recipe: Recipe) -> int:
@@ -66,7 +106,9 @@ def room(recipe: Recipe) -> int:
     # Weights and Adam's moments in fp32, and a bf16 body's own weights.
     per_parameter = 12 if recipe.precision == "fp32" else 14
     needed = per_parameter * flops.count(recipe, tokens=0).parameters
-    free = shutil.disk_usage(recipe.run.dir).free
+    # What a killed run left half-written is removed before the first step.
+    left = Path(recipe.run.dir).glob(f"{checkpoint.CHECKPOINTS}/step_*.tmp/**/*")
+    free = shutil.disk_usage(recipe.run.dir).free + sum(f.stat().st_size for f in left)
     if free < needed:
         raise CheckpointError(
             f"run.dir: {recipe.run.dir} has {free / 1e9:.1f} GB free, a checkpoint takes "

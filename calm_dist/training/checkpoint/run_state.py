@@ -22,22 +22,29 @@ class RunState(BaseModel):
     """Steps taken, skipped ones included."""
     adam_steps: NonNegativeInt = 0
     """Updates that the optimizers made."""
+    adam_steps_before: NonNegativeInt = 0
+    """Those of them that were taken over from the run that this one continues."""
     skipped_in_a_row: NonNegativeInt = 0
     tokens: NonNegativeInt = 0
     """Tokens of all steps."""
     tokenizer_sha256: str | None = None
     autoencoder_sha256: str | None = None
     """Of the weights that encode on the fly; stored latents are known by the data's fingerprint."""
+    latents_sha256: str | None = None
+    """Of the weights that encoded the latents, stored or on the fly."""
     data: dict[str, Any] | None = None
     """Position in the data, see `TrainingStream.state_dict`."""
     weights_only: bool = False
     """No optimizer has written it, such as an import: nothing but weights to go on from."""
     imported_from: str | None = None
+    continued_from: str | None = None
+    """Checkpoint of another run whose weights and moments this run began with."""
 
     @model_validator(mode="after")
     def _agree(self) -> RunState:
         """What the counters cannot be together."""
-        if self.adam_steps + self.skipped_in_a_row > self.step:
+        made = self.adam_steps - self.adam_steps_before
+        if made < 0 or made + self.skipped_in_a_row > self.step:
             raise ValueError("more updates and skipped steps than steps")
         if self.weights_only and (self.step or self.data is not None):
             raise ValueError("has trained, but speaks of weights only")

@@ -38,6 +38,7 @@ class CheckpointWriter:
         self._started, self._waited, self._polls = 0.0, 0.0, 0
         self._committed: str | None = None
         self._attempts = Attempts()
+        self._rotation = checkpoint.Rotation(Path(recipe.run.dir), recipe.checkpoint)
 
     def prepare(self, parts: Parts) -> None:
         """Once the optimizers have states: make the first checkpoint as cheap as later ones."""
@@ -60,10 +61,16 @@ class CheckpointWriter:
         if not self._recipe.checkpoint.asynchronous:
             self.wait()
 
-    def poll(self) -> None:
+    def poll(self, updates: int) -> None:
         """After each step: commit the checkpoint that is being written, if all ranks have written
-        their part."""
+        their part.
+
+        Args:
+            updates: that the optimizers have made, those of this step included.
+        """
         self._polls += 1
+        if self._topology.rank == 0:
+            self._rotation.step_taken(updates)
         # On a machine with no core to spare it would not be done when the next one is due, and
         # that would wait for all of it.
         if self._polls == -(-self._recipe.checkpoint.every // 2):
@@ -97,12 +104,11 @@ class CheckpointWriter:
         tensors = self._state(parts)
         # Planning takes the state apart.
         memory = list(model_state.memory(parts.chunks, tensors))
-        settings = self._recipe.checkpoint
         request = self._writer.plan(
             tensors,
             temporary / checkpoint.TENSORS,
             urgent,
-            lambda: checkpoint.commit(temporary, settings.keep, settings.keep_every),
+            lambda: self._rotation.commit(temporary),
         )
         try:
             with not_forked(memory if self._writer.has_copies else ()):

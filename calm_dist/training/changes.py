@@ -1,0 +1,172 @@
+"""What a recipe may change from the checkpoint that it goes on from, or that it continues."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from calm_dist.data.store import read_meta
+from calm_dist.errors import CheckpointError, UserError
+from calm_dist.recipe import Recipe, load_recipe
+from calm_dist.training import checkpoint
+from calm_dist.training.checkpoint.run_state import RunState
+from calm_dist.training.resolve import encoder_sha256
+from calm_dist.training.schedule import learning_rate
+
+# A run cannot go on with another of these; what its data must keep, the stream checks.
+_FIXED = ("precision", "run.seed")
+_FREE_AFTER_IMPORT = ("model.init", "model.initializer_range")
+# What a second stage may change of its model: nothing that has to do with the weights' shapes.
+_FREE_IN_A_NEW_STAGE = (
+    *_FREE_AFTER_IMPORT,
+    "model.rope_theta",
+    "model.head.num_samples",
+    "model.head.posterior_samples",
+    "model.head.beta",
+    "model.head.sampling_steps",
+    "model.latent_dropout",
+    "model.token_dropout",
+    "model.replaced_token_id",
+    "model.kl_weight",
+    "model.kl_clamp",
+)
+
+
+def check_changes(run_dir: Path, recipe: Recipe) -> None:
+    """Say what the recipe has changed since the newest checkpoint, and refuse what it may not.
+
+    Raises:
+        CheckpointError: the checkpoints of the run, or those of ``run.continue_from`` where it has
+            none, are of another model, noise or tokenizer.
+    """
+    own = checkpoint.step_directories(run_dir)
+    if not own and recipe.run.continue_from is not None:
+        _check_source(recipe.run.continue_from, recipe)
+    directory, saved = _newest_readable(own)
+    if directory is None or saved is None:
+        return
+    _check_tokenizer(directory, recipe, "use another run.dir")
+    changed = _changed(saved, recipe)
+    if checkpoint.has_only_weights(directory):
+        # They say nothing of how to go on, nor of how weights would be drawn.
+        changed = {n: text for n, text in changed.items() if n.startswith("model.")}
+        changed = {n: text for n, text in changed.items() if n not in _FREE_AFTER_IMPORT}
+    refused = [text for n, text in changed.items() if n.startswith("model.") or n in _FIXED]
+    if refused:
+        raise CheckpointError(
+            f"{run_dir}: its checkpoints were written for another model or noise "
+            f"({', '.join(refused)}); use the recipe that lies in them, or another run.dir"
+        )
+    if changed:
+        print(f"changed since {directory.name}: {', '.join(changed.values())}", flush=True)
+    _say_rates(RunState.read(directory).step, saved, recipe)
+
+
+def _say_rates(step: int, saved: Recipe, recipe: Recipe) -> None:
+    """Say how the learning rate goes on, where it is not as it would have been."""
+    if step == 0 or step >= recipe.training.steps:
+        return
+    last, planned = (learning_rate(saved.training, number) for number in (step - 1, step))
+    now = learning_rate(recipe.training, step)
+    if math.isclose(now, planned, rel_tol=1e-9):
+        return
+    advice = ""
+    if now > last and recipe.training.schedule in ("cosine", "linear"):
+        advice = (
+            "; training.schedule=wsd keeps the rate up to a decay at the end, and a run that stops "
+            "before that can be made longer without a jump"
+        )
+    print(
+        f"learning rate: {last:.3g} in step {step}, {now:.3g} in step {step + 1}{advice}",
+        flush=True,
+    )
+
+
+def _check_source(path: str, recipe: Recipe) -> None:
+    """Raises CheckpointError where the weights of ``run.continue_from`` do not fit the recipe."""
+    name = "run.continue_from"
+    directory, saved = _newest_readable(checkpoint.candidates(path, name))
+    if directory is None or saved is None:
+        raise CheckpointError(
+            f"{name}: {path}: recipe or state of its checkpoints are damaged; give another"
+        )
+    remedy = f"give {name} a checkpoint of the same"
+    _check_tokenizer(directory, recipe, remedy)
+    refused = [
+        text
+        for field, text in _changed(saved, recipe).items()
+        if field == "precision"
+        or (
+            field.startswith("model.")
+            and field not in _FREE_IN_A_NEW_STAGE
+            # Of no weights of its own; the latents are compared below.
+            and not field.startswith("model.autoencoder_size.")
+        )
+    ]
+    if refused:
+        raise CheckpointError(
+            f"{name}: {directory} is of another model ({', '.join(refused)}); use the fields of "
+            "the recipe that lies in it, or leave run.continue_from out to train from the beginning"
+        )
+    trained, given = RunState.read(directory).latents_sha256, latents_sha256(recipe)
+    if trained is not None and given is not None and trained != given:
+        raise CheckpointError(
+            f"{name}: {directory} was trained on latents of the autoencoder of sha256 "
+            f"{trained[:12]}…, these are of {given[:12]}…; encode the data with that autoencoder"
+        )
+
+
+def latents_sha256(recipe: Recipe) -> str | None:
+    """Fingerprint of the autoencoder whose latents the recipe trains on, however they come."""
+    if recipe.model.kind != "calm":
+        return None
+    stored = read_meta(recipe.data.sources[0].path).autoencoder
+    return encoder_sha256(recipe) or (None if stored is None else stored.sha256)
+
+
+def _newest_readable(directories: Sequence[Path]) -> tuple[Path | None, Recipe | None]:
+    """The newest checkpoint whose recipe and state are whole, whether the rest is or not."""
+    for directory in directories:
+        # A damaged one is reported and passed over when checkpoints are loaded.
+        with suppress(UserError, OSError):
+            checkpoint.verify_description(directory)
+            RunState.read(directory)
+            return directory, load_recipe(directory / checkpoint.RECIPE_FILE)
+    return None, None
+
+
+def _check_tokenizer(directory: Path, recipe: Recipe, remedy: str) -> None:
+    """Raises CheckpointError where a checkpoint and the data speak of different tokens."""
+    trained = RunState.read(directory).tokenizer_sha256
+    path = recipe.data.sources[0].path
+    given = read_meta(path).tokenizer.sha256
+    if trained not in (None, given):
+        raise CheckpointError(
+            f"{directory / checkpoint.STATE_FILE}: written with the tokenizer of sha256 "
+            f"{trained[:12]}…, but {path} was made with {given[:12]}…; use the data of the same "
+            f"tokenizer, or {remedy}"
+        )
+
+
+def _changed(saved: Recipe, recipe: Recipe) -> dict[str, str]:
+    """``name: before -> now`` of each field that differs, by its dotted name."""
+    before, now = _fields(saved.to_dict()), _fields(recipe.to_dict())
+    # Where things lie is no part of them: data and autoencoder are known by their fingerprints.
+    names = sorted((before.keys() | now.keys()) - {"run.dir", "model.autoencoder"})
+    return {
+        n: f"{n}: {before.get(n)} -> {now.get(n)}" for n in names if before.get(n) != now.get(n)
+    }
+
+
+def _fields(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """All fields by their dotted names."""
+    fields: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            fields |= _fields(value, f"{prefix}{name}.")
+        else:
+            fields[f"{prefix}{name}"] = value
+    return fields
