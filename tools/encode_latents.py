@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calm_dist.cli import add_device, announce, at_least, run
+from calm_dist.data.formats import SUPPORTED
 
 if TYPE_CHECKING:
     from calm_dist.models.autoencoder import Autoencoder
@@ -44,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
         required=True,
         nargs="+",
         metavar="PATH",
-        help=".txt, .jsonl or .jsonl.zst files, directories or globs of them",
+        help=f"{SUPPORTED}, or directories or globs of them",
     )
     parser.add_argument("--out", required=True, metavar="DIR|URL", help="directory of the store")
     parser.add_argument(
@@ -68,7 +69,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the documents' order")
     parser.add_argument(
-        "--shard-mib", type=at_least(1), default=64, help="size of a shard (default 64 MiB)"
+        "--shard-mib",
+        type=at_least(1),
+        default=64,
+        help="size of a shard, below 4096 (default 64 MiB)",
     )
     parser.add_argument(
         "--parts",
@@ -111,14 +115,17 @@ def main() -> None:
     args = parse_arguments()
     announce("loading libraries ...")
 
+    from calm_dist.data.corpus_files import find_files
     from calm_dist.data.latents import (
         check_worker,
         finished_store,
         plan_store,
         read_meta,
+        refuse_corpus_in_store,
         write_parts,
         write_store,
     )
+    from calm_dist.data.parts import blocks_in_shard
     from calm_dist.data.tokenizer import load_tokenizer
     from calm_dist.training.checkpoint import find_checkpoint
 
@@ -131,8 +138,11 @@ def main() -> None:
         if not (directory / "config.json").is_file():
             directory = find_checkpoint(directory)
     tokenizer = load_tokenizer(args.tokenizer)
+    corpus = find_files(args.corpus)
+    corpus.report()
+    refuse_corpus_in_store(args.out, corpus)
     plan = plan_store(
-        args.corpus,
+        corpus,
         tokenizer,
         variant=args.variant,
         block_size=args.block_size,
@@ -141,16 +151,18 @@ def main() -> None:
         seed=args.seed,
         parts=args.parts,
     )
+    shard_bytes = args.shard_mib << 20
+    blocks_in_shard(plan, shard_bytes)
     meta = None if args.overwrite else finished_store(args.out, plan)
     if meta is not None:
         print(f"{args.out}: already there and complete, {meta.num_blocks} blocks")
         return
 
-    inputs = (args.corpus, tokenizer, plan)
+    inputs = (corpus, tokenizer, plan)
     options: dict[str, Any] = {
         "autoencoder": None if directory is None else load_encoder(directory, args.device),
         "batch_size": args.batch_size,
-        "shard_bytes": args.shard_mib << 20,
+        "shard_bytes": shard_bytes,
     }
     if args.worker is None:
         meta = write_store(args.out, *inputs, overwrite=args.overwrite, **options)

@@ -4,8 +4,8 @@
     python tools/prepare_corpus.py --corpus ~/books 'notes/*.jsonl' --vocab-size 4096 --out data
     python tools/prepare_corpus.py --corpus /data/books --tokenizer tokenizer.model --out data
 
-A .txt file is a document, or several where it is long; of a .jsonl file each line is one, an object
-with the key "text". The same command again does nothing where all is there and intact.
+A .txt file is a document, or several where it is long; of a .jsonl or .json file each line is one,
+an object with the key "text". The same command again does nothing where all is there and intact.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import logging
 
 from calm_dist.cli import at_least, run
+from calm_dist.data.formats import SUPPORTED
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
         nargs="+",
         default=[],
         metavar="PATH",
-        help=".txt, .jsonl or .jsonl.zst files, directories or globs of them; "
+        help=f"{SUPPORTED}, or directories or globs of them; "
         "without it the source text of Python's standard library is used",
     )
     parser.add_argument(

@@ -4,7 +4,8 @@
 #   bash tools/quickstart.sh [OUT] [--corpus PATH...] [--tokenizer FILE]
 #
 #   OUT          where everything goes (default: runs/quickstart)
-#   --corpus     .txt, .jsonl or .jsonl.zst files, directories, quoted globs
+#   --corpus     .txt, .jsonl or .json files, plain or with .gz, .xz, .bz2 or .zst,
+#                directories, quoted globs, none of which holds OUT or lies in it
 #                (default: the source text of Python's standard library)
 #   --tokenizer  tokenizer.json or tokenizer.model (default: a BPE is trained on the corpus)
 #

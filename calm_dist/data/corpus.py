@@ -1,43 +1,56 @@
 """Text corpora: files to documents, splits, and blocks of tokens.
 
-A corpus is any mix of ``.txt``, ``.jsonl`` (one ``{"text": ...}`` a line, ``"id"`` optional) and
-``.jsonl.zst`` files, directories of them and globs. Every fault of a file is a `DataError` that
-names the file and, for lines, the line.
+Which files are read, and how, is in `corpus_files` and `formats`. Every fault of a file is a
+`DataError` that names the file and, for lines, the line.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import io
-import json
-import shutil
 import sysconfig
 import tempfile
 import tokenize
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from calm_dist.data.corpus_files import CorpusFiles, CorpusPaths, find_files
+from calm_dist.data.formats import (
+    CorpusFile,
+    Document,
+    documents_in,
+    format_of,
+    open_file,
+    quoted,
+)
 from calm_dist.data.progress import Meter
 from calm_dist.errors import DataError
 from calm_dist.files import file_sha256
 from calm_dist.randomness import key_fraction
 
 if TYPE_CHECKING:
-    import zstandard
-
     from calm_dist.data.tokenizer import Tokenizer
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.zst")
-SPLITS = ("train", "valid", "test")
+__all__ = [
+    "SPLITS",
+    "CorpusFile",
+    "CorpusFiles",
+    "Document",
+    "DocumentIds",
+    "ShuffledDocuments",
+    "corpus_sha256",
+    "find_files",
+    "iter_documents",
+    "pack_blocks",
+    "split_documents",
+    "standard_library_documents",
+]
 
-# A longer .txt file is read as several documents, so that one big file can be split into train,
-# valid and test, and is never held in memory as a whole.
-TEXT_DOCUMENT_CHARACTERS = 100_000
+SPLITS = ("train", "valid", "test")
 
 # Parts of the standard library's directory that are not its text: installed packages, tests,
 # programs, and the machine-made tables of character sets.
@@ -55,68 +68,6 @@ _NOT_LIBRARY = {
 _TOKENIZER_BATCH_CHARACTERS = 1 << 20
 
 
-@dataclass(frozen=True)
-class Document:
-    """One document; its ``id`` decides its split and how many begin tokens precede it."""
-
-    id: str
-    text: str
-
-
-@dataclass(frozen=True)
-class CorpusFile:
-    """A file of a corpus, and the machine-independent name that document ids are made from."""
-
-    path: Path
-    name: str
-
-
-def find_files(paths: Iterable[str | Path]) -> list[CorpusFile]:
-    """The corpus files behind files, directories and globs, in a fixed order.
-
-    Raises:
-        DataError: a path that does not exist, a glob without match, a directory without corpus
-            files, or a file of another kind.
-    """
-    found: list[CorpusFile] = []
-    for given in paths:
-        if not str(given):
-            raise DataError("corpus: an empty path; an unset variable on the command line?")
-        matches = [Path(given)]
-        if not matches[0].exists():
-            matches = sorted(Path(match) for match in glob.glob(str(given), recursive=True))
-        if not matches:
-            raise DataError(
-                f"corpus {given}: no such file or directory; give .txt, .jsonl or .jsonl.zst "
-                "files, or directories or globs of them"
-            )
-        for match in matches:
-            found += _files_of(match)
-    if not found:
-        raise DataError("corpus: no path was given; name at least one file or directory")
-    repeated = [file.path for i, file in enumerate(found) if file in found[:i]]
-    if repeated:
-        raise DataError(f"corpus {repeated[0]}: is named twice; name each file once")
-    return found
-
-
-def _files_of(path: Path) -> list[CorpusFile]:
-    if path.is_dir():
-        inside = sorted(
-            entry
-            for entry in path.rglob("*")
-            if entry.is_file()
-            and entry.name.endswith(SUFFIXES)
-            and not any(part.startswith(".") for part in entry.relative_to(path).parts)
-        )
-        if not inside:
-            raise DataError(f"corpus {path}: this directory holds no {', '.join(SUFFIXES)} file")
-        return [CorpusFile(entry, entry.relative_to(path).as_posix()) for entry in inside]
-    if not path.name.endswith(SUFFIXES):
-        raise DataError(f"corpus {path}: unknown kind of file; known are {', '.join(SUFFIXES)}")
-    return [CorpusFile(path, path.name)]
-
-
 def corpus_sha256(files: Iterable[CorpusFile]) -> str:
     """Fingerprint of the names and contents of corpus files."""
     digest = hashlib.sha256()
@@ -125,20 +76,25 @@ def corpus_sha256(files: Iterable[CorpusFile]) -> str:
     return digest.hexdigest()
 
 
-def iter_documents(paths: Iterable[str | Path]) -> Iterator[Document]:
+def iter_documents(paths: CorpusPaths) -> Iterator[Document]:
     """The documents of a corpus in the order of its files; texts without content are left out.
 
     Raises:
-        DataError: see `find_files`; a line that is not JSON, has no text, or is not UTF-8; a
-            corpus in which no document has content.
+        DataError: see `find_files`; a file that is damaged or cut off; a line that is not JSON, has
+            no text, or is not UTF-8; a corpus in which no document has content.
     """
-    files = find_files(paths)
+    for _, _, document in _places_and_documents(find_files(paths)):
+        yield document
+
+
+def _places_and_documents(files: CorpusFiles) -> Iterator[tuple[CorpusFile, int, Document]]:
+    """File, byte offset and document of each document."""
     empty = True
     for file in files:
-        with _open_plain(file.path) as stream:
-            for _, document in _documents_in(file, stream):
+        with open_file(file) as stream:
+            for offset, document in documents_in(file, stream):
                 empty = False
-                yield document
+                yield file, offset, document
     if empty:
         raise _no_text(files)
 
@@ -151,28 +107,36 @@ class ShuffledDocuments:
     into a temporary directory for that (``TMPDIR`` chooses the disk).
 
     Raises:
-        DataError: as `iter_documents`.
+        DataError: as `iter_documents`; a full disk; a file that changes while it is used.
     """
 
-    def __init__(self, paths: Iterable[str | Path], seed: int) -> None:
+    def __init__(self, paths: CorpusPaths, seed: int) -> None:
         self._files = find_files(paths)
         self._scratch = tempfile.TemporaryDirectory(prefix="calm_dist_corpus_")
-        scratch = Path(self._scratch.name)
-        self._plain = [_unpacked(file, scratch / str(i)) for i, file in enumerate(self._files)]
+        self._plain = []
         places = []
-        reading = Meter(None, label="read the corpus", unit="documents")
-        for i, (file, path) in enumerate(zip(self._files, self._plain, strict=True)):
-            offsets = []
-            with path.open("rb") as stream:
-                for offset, _ in _documents_in(file, stream):
-                    offsets.append(offset)
-                    reading.advance()
-            places.append(np.stack([np.full(len(offsets), i), np.array(offsets, np.int64)], 1))
-        reading.close()
+        with Meter(None, label="read the corpus", unit="documents") as reading:
+            for i, file in enumerate(self._files):
+                plain, stream = self._open(i, file)
+                offsets = []
+                with stream:
+                    for offset, _ in documents_in(file, stream):
+                        offsets.append(offset)
+                        reading.advance()
+                self._plain.append(plain)
+                places.append(np.stack([np.full(len(offsets), i), np.array(offsets, np.int64)], 1))
         in_order = np.concatenate(places)
         if not len(in_order):
             raise _no_text(self._files)
         self._places = np.random.default_rng(seed).permutation(in_order)
+
+    def _open(self, number: int, file: CorpusFile) -> tuple[Path, io.BufferedReader]:
+        """Where a file's unpacked contents are once the stream has been read to its end."""
+        stream = open_file(file)
+        if not format_of(file.path.name).compression:  # type: ignore[union-attr]
+            return file.path, stream
+        copy = Path(self._scratch.name, str(number))
+        return copy, io.BufferedReader(_Copying(stream, copy), 1 << 20)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -188,152 +152,59 @@ class ShuffledDocuments:
     def read(self, positions: range) -> Iterator[Document]:
         """The documents at some positions of the new order; no others are read."""
         for i, offset in self._places[positions.start : positions.stop]:
-            with self._plain[i].open("rb") as stream:
+            yield self._document(int(i), int(offset))
+
+    def _document(self, number: int, offset: int) -> Document:
+        file = self._files[number]
+        try:
+            with (
+                self._plain[number].open("rb") as stream,
+                closing(documents_in(file, stream, offset)) as documents,
+            ):
                 stream.seek(offset)
-                yield next(_documents_in(self._files[i], stream, int(offset)))[1]
+                found, document = next(documents)
+            if found != offset:
+                raise DataError(f"a document starts at byte {found} instead of {offset}")
+        except (DataError, StopIteration, OSError) as error:
+            raise DataError(
+                f"corpus {file.path}: was changed while it was used (byte {offset}: "
+                f"{str(error) or 'nothing is there'}); start again"
+            ) from error
+        return document
 
 
-def _no_text(files: Sequence[CorpusFile]) -> DataError:
-    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-    return DataError(f"corpus {files[0].path}{more}: holds no text")
+class _Copying(io.RawIOBase):
+    """A stream that copies into a file what is read from it."""
 
-
-def _unpacked(file: CorpusFile, target: Path) -> Path:
-    if file.path.suffix != ".zst":
-        return file.path
-    with _open_plain(file.path) as source, target.open("wb") as sink:
-        shutil.copyfileobj(source, sink)
-    return target
-
-
-def _open_plain(path: Path) -> io.BufferedReader:
-    try:
-        stream = path.open("rb")
-    except OSError as error:
-        raise DataError(f"corpus {path}: cannot be read ({error.strerror})") from error
-    if path.suffix != ".zst":
-        return stream
-    import zstandard
-
-    reader = zstandard.ZstdDecompressor().stream_reader(
-        stream, read_across_frames=True, closefd=True
-    )
-    return io.BufferedReader(_ZstdErrors(path, reader))
-
-
-class _ZstdErrors(io.RawIOBase):
-    """A raw stream over a zstd reader whose faults name the file."""
-
-    def __init__(self, path: Path, reader: zstandard.ZstdDecompressionReader) -> None:
-        self._path, self._reader = path, reader
+    def __init__(self, source: io.BufferedReader, target: Path) -> None:
+        self._source, self._target = source, target
+        self._sink: BinaryIO = target.open("wb")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        import zstandard
-
+        size = self._source.readinto1(buffer)
         try:
-            data = self._reader.read(len(buffer))
-        except zstandard.ZstdError as error:
-            raise DataError(f"corpus {self._path}: damaged zstd file ({error})") from error
-        buffer[: len(data)] = data
-        return len(data)
+            self._sink.write(buffer[:size])
+            if not size:
+                self._sink.flush()
+        except OSError as error:
+            raise DataError(
+                f"{self._target.parent}: a compressed file of the corpus cannot be unpacked there "
+                f"({error.strerror}); set TMPDIR to a directory on a larger disk"
+            ) from error
+        return size
 
     def close(self) -> None:
-        self._reader.close()
+        self._source.close()
+        self._sink.close()
         super().close()
 
 
-def _documents_in(
-    file: CorpusFile, stream: io.BufferedReader, start: int = 0
-) -> Iterator[tuple[int, Document]]:
-    """Byte offset and document of each document; the stream stands at byte ``start``.
-
-    A document's id is a function of the file's name and the offset, so it is the same whether a
-    file is read from its start or from the document's own place.
-    """
-    if file.path.name.endswith(".txt"):
-        yield from _text_documents(file, stream, start)
-        return
-    number = 0
-    while line := stream.readline():
-        number += 1
-        document = _json_document(file, line, start, number)
-        if document is not None:
-            yield start, document
-        start += len(line)
-
-
-def _json_document(file: CorpusFile, line: bytes, offset: int, number: int) -> Document | None:
-    if not line.strip():
-        return None
-    where = f"corpus {file.path}:{number}"
-    try:
-        record = json.loads(line)
-    # Thousands of nested brackets exhaust the stack of the parser.
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: is not a line of JSON in UTF-8 ({error})") from error
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        found = f"keys {sorted(record)}" if isinstance(record, dict) else type(record).__name__
-        raise DataError(
-            f'{where}: has no "text" string (found {found}); each line must be '
-            'an object like {"text": "..."}'
-        )
-    if not _encodable(record["text"]):
-        raise DataError(f'{where}: "text" holds half of a surrogate pair (a \\ud8xx escape alone)')
-    if not record["text"].strip():
-        return None
-    return Document(str(record.get("id", f"{file.name}@{offset}")), record["text"])
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _text_documents(
-    file: CorpusFile, stream: io.BufferedReader, start: int
-) -> Iterator[tuple[int, Document]]:
-    """A text file as one document, or as several of about `TEXT_DOCUMENT_CHARACTERS`.
-
-    A cut is made after the first empty line past that length, or after any line past twice it.
-    """
-    offset = start
-    lines: list[str] = []
-    length = 0
-
-    def document() -> tuple[int, Document]:
-        return start, Document(file.name if not start else f"{file.name}@{start}", "".join(lines))
-
-    while line := _read_line(stream, TEXT_DOCUMENT_CHARACTERS):
-        try:
-            lines.append(line.decode("utf-8-sig" if not offset else "utf-8"))
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"corpus {file.path}: is not UTF-8 text (byte {offset + error.start}); "
-                "convert it first"
-            ) from error
-        offset += len(line)
-        length += len(lines[-1])
-        paragraph_ends = length >= TEXT_DOCUMENT_CHARACTERS and not line.strip()
-        if paragraph_ends or length >= 2 * TEXT_DOCUMENT_CHARACTERS:
-            if any(part.strip() for part in lines):
-                yield document()
-            start, lines, length = offset, [], 0
-    if any(part.strip() for part in lines):
-        yield document()
-
-
-def _read_line(stream: io.BufferedReader, limit: int) -> bytes:
-    """A line, or its first ``limit`` bytes and what completes the character there."""
-    line = stream.readline(limit)
-    while len(line) >= limit and 0x80 <= int.from_bytes(stream.peek(1)[:1], "big") < 0xC0:
-        line += stream.read(1)
-    return line
+def _no_text(files: Sequence[CorpusFile]) -> DataError:
+    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    return DataError(f"corpus {files[0].path}{more}: holds no text")
 
 
 def standard_library_documents() -> list[Document]:
@@ -363,40 +234,117 @@ def standard_library_documents() -> list[Document]:
     return documents
 
 
-def split_documents(ids: Sequence[str], seed: int) -> dict[str, list[int]]:
-    """Divide documents into train, valid and test, about 90, 5 and 5 percent.
+class DocumentIds:
+    """The ids of documents as 16 bytes each, of which the first six say the split.
 
-    A document's split depends on ``(seed, id)`` alone; only where valid or test would stay empty,
-    the document that came nearest to it is moved there. Documents of one id stay together.
+    A document's split depends on ``(seed, id)`` alone, about 90, 5 and 5 percent; only where valid
+    or test would stay empty, the document that came nearest to it is moved there.
+    """
+
+    def __init__(self, seed: int) -> None:
+        # Of `key_fraction(seed, "split", id)`, hashed once.
+        self._prefix = hashlib.sha256(f"{seed}\0split\0".encode())
+        self._hashes = bytearray()
+
+    def __len__(self) -> int:
+        return len(self._hashes) // 16
+
+    def add(self, document_id: str) -> None:
+        digest = self._prefix.copy()
+        digest.update(document_id.encode())
+        self._hashes += digest.digest()[:16]
+
+    def repeated(self) -> tuple[int, int] | None:
+        """Positions of two documents that have one id, if there are any."""
+        halves = np.frombuffer(self._hashes, ">u8").reshape(-1, 2)
+        order = np.lexsort((halves[:, 1], halves[:, 0]))
+        same = (halves[order[1:]] == halves[order[:-1]]).all(axis=1)
+        if not same.any():
+            return None
+        at = int(same.argmax())
+        first, second = sorted(int(i) for i in order[at : at + 2])
+        return first, second
+
+    def splits(self) -> np.ndarray:
+        """For each document the position of its split in `SPLITS`; uint8 of shape [documents].
+
+        Raises:
+            DataError: fewer than 3 documents.
+        """
+        count = len(self)
+        if count < len(SPLITS):
+            raise DataError(
+                f"corpus: {count} document(s) cannot be split into train, valid and test; "
+                f"give at least {len(SPLITS)} documents (files, or lines of .jsonl)"
+            )
+        places = (np.frombuffer(self._hashes, ">u8")[::2] >> 16) / 2**48
+        num_test = max(1, int((places >= 0.95).sum()))
+        num_valid = max(1, int(((places >= 0.9) & (places < 0.95)).sum()))
+        # Test may not take what valid and train need.
+        num_test = min(num_test, count - 2)
+        num_valid = min(num_valid, count - num_test - 1)
+        by_place = np.argsort(places, kind="stable")
+        splits = np.zeros(count, np.uint8)
+        splits[by_place[count - num_test - num_valid :]] = 1
+        splits[by_place[count - num_test :]] = 2
+        return splits
+
+
+def split_documents(ids: Sequence[str], seed: int) -> dict[str, list[int]]:
+    """Divide documents into train, valid and test, as `DocumentIds` says.
 
     Returns:
         For each split the positions in ``ids``, ascending.
 
     Raises:
-        DataError: fewer than 3 different documents.
+        DataError: fewer than 3 documents, or two of one id.
     """
-    distinct = sorted(set(ids))
-    if len(distinct) < len(SPLITS):
-        raise DataError(
-            f"corpus: {len(distinct)} document(s) cannot be split into train, valid and test; "
-            f"give at least {len(SPLITS)} documents (files, or lines of .jsonl)"
-        )
-    places = {name: key_fraction(seed, "split", name) for name in distinct}
-    by_place = sorted(distinct, key=lambda name: places[name])
-    num_test = max(1, sum(place >= 0.95 for place in places.values()))
-    num_valid = max(1, sum(0.9 <= place < 0.95 for place in places.values()))
-    # Test may not take what valid and train need.
-    num_test = min(num_test, len(distinct) - 2)
-    num_valid = min(num_valid, len(distinct) - num_test - 1)
-    valid_from = len(distinct) - num_test - num_valid
-    split_of = {
-        name: SPLITS[(rank >= valid_from) + (rank >= valid_from + num_valid)]
-        for rank, name in enumerate(by_place)
-    }
-    splits: dict[str, list[int]] = {split: [] for split in SPLITS}
-    for position, name in enumerate(ids):
-        splits[split_of[name]].append(position)
-    return splits
+    known = DocumentIds(seed)
+    for document_id in ids:
+        known.add(document_id)
+    if (pair := known.repeated()) is not None:
+        raise _repeated_id(ids[pair[0]], *(f"document {position}" for position in pair))
+    splits = known.splits()
+    return {name: np.flatnonzero(splits == i).tolist() for i, name in enumerate(SPLITS)}
+
+
+def refuse_repeated_ids(known: DocumentIds, paths: CorpusPaths) -> None:
+    """Refuse a corpus in which two documents have one id, and would share a split.
+
+    Args:
+        known: the ids of the documents of ``paths``, in their order.
+        paths: the corpus; it is read again to name the places.
+
+    Raises:
+        DataError: naming the id and both places.
+    """
+    pair = known.repeated()
+    if pair is None:
+        return
+    places, document_id = [], ""
+    for position, (file, offset, document) in enumerate(_places_and_documents(find_files(paths))):
+        if position in pair:
+            places.append(_place(file, offset))
+            document_id = document.id
+        if position == pair[1]:
+            break
+    raise _repeated_id(document_id, *places)
+
+
+def _place(file: CorpusFile, offset: int) -> str:
+    """File and line of what starts at a byte of the unpacked contents."""
+    line = 1
+    with open_file(file) as stream:
+        while offset > 0 and (read := stream.read(min(offset, 1 << 20))):
+            line, offset = line + read.count(b"\n"), offset - len(read)
+    return f"{file.path}:{line}"
+
+
+def _repeated_id(document_id: str, *places: str) -> DataError:
+    return DataError(
+        f"corpus: {' and '.join(places)} have the same id {quoted(document_id)!r}, so that both "
+        'would be in one split; give each document an id of its own, or leave "id" out'
+    )
 
 
 def pack_blocks(

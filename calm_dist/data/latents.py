@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +23,11 @@ from calm_dist.data.corpus import (
     find_files,
     pack_blocks,
 )
-from calm_dist.data.layout import is_remote
+from calm_dist.data.corpus_files import CorpusPaths
+from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.data.parts import (
     begin,
+    blocks_in_shard,
     complete_part,
     finished_store,
     has_shard,
@@ -68,7 +70,7 @@ Encoder = Callable[[np.ndarray], Iterator[dict[str, np.ndarray]]]
 
 
 def plan_store(
-    corpus: Sequence[str | Path],
+    corpus: CorpusPaths,
     tokenizer: Tokenizer,
     *,
     variant: Variant,
@@ -81,7 +83,7 @@ def plan_store(
     """Say what store these inputs make, without torch and without encoding anything.
 
     Args:
-        corpus: files, directories and globs.
+        corpus: files, directories and globs, or what `find_files` found for them.
         tokenizer: as `load_tokenizer` gives it.
         variant: ``fp16`` (tokens and latents) or ``tokens``.
         block_size: tokens per block.
@@ -179,14 +181,14 @@ def check_tokenizer(autoencoder: Path, tokenizer_sha256: str, source: str) -> No
     if trained_with not in (None, tokenizer_sha256):
         raise DataError(
             f"{source}: the tokenizer has sha256 {tokenizer_sha256[:12]}…, the "
-            f"autoencoder {autoencoder} was trained with {trained_with[:12]}…; use its own "
+            f"autoencoder {autoencoder} was trained with {str(trained_with)[:12]}…; use its own "
             "tokenizer, or train an autoencoder with this one"
         )
 
 
 def write_store(
     out: str | Path,
-    corpus: Sequence[str | Path],
+    corpus: CorpusPaths,
     tokenizer: Tokenizer,
     plan: StorePlan,
     *,
@@ -223,16 +225,21 @@ def write_store(
             overwrite=overwrite,
         )
     out = Path(out)
-    if overwrite:
-        remove_store(out)
     options: dict[str, Any] = {"batch_size": batch_size, "shard_bytes": shard_bytes}
+    if overwrite:
+        # What is wrong with the corpus or the options shows before anything is removed.
+        blocks_in_shard(plan, shard_bytes)
+        corpus = find_files(corpus)
+        refuse_corpus_in_store(out, corpus)
+        options["documents"] = _documents(corpus, plan)
+        remove_store(out)
     write_parts(out, corpus, tokenizer, plan, autoencoder=autoencoder, **options)
     return read_meta(out)
 
 
 def write_parts(
     out: Path,
-    corpus: Sequence[str | Path],
+    corpus: CorpusPaths,
     tokenizer: Tokenizer,
     plan: StorePlan,
     *,
@@ -240,6 +247,7 @@ def write_parts(
     autoencoder: Autoencoder | None = None,
     batch_size: int = 16,
     shard_bytes: int = SHARD_BYTES,
+    documents: ShuffledDocuments | None = None,
 ) -> list[int]:
     """Write a worker's parts of a store, and merge all parts if they are complete then.
 
@@ -251,6 +259,7 @@ def write_parts(
         corpus, tokenizer, plan, autoencoder, batch_size, shard_bytes: as for `write_store`, the
             same for all workers.
         worker: (I, W): does the parts I, I + W, I + 2 W, …
+        documents: those of ``corpus``, if they have been read already.
 
     Returns:
         The parts that other workers have not finished; none: the store is finished.
@@ -260,15 +269,12 @@ def write_parts(
     """
     if finished_store(out, plan) is not None:
         return []
+    blocks_per_shard = blocks_in_shard(plan, shard_bytes)
     mine = range(worker[0], plan.parts, worker[1])
-    documents = None
-    if not all(is_complete(out, part) for part in mine):
-        documents = ShuffledDocuments(corpus, plan.seed)
-    if documents is not None and plan.parts > len(documents):
-        raise DataError(
-            f"--parts {plan.parts}: the corpus has {len(documents)} documents; give at most that"
-        )
-    blocks_per_shard = max(1, shard_bytes // plan.sample_bytes)
+    if documents is None and not all(is_complete(out, part) for part in mine):
+        files = find_files(corpus)
+        refuse_corpus_in_store(out, files)
+        documents = _documents(files, plan)
     encode = _encoder(plan, autoencoder, batch_size)
     try:
         begin(out, plan, blocks_per_shard)
@@ -284,6 +290,15 @@ def write_parts(
     if not missing:
         remove_parts(out)
     return missing
+
+
+def _documents(corpus: CorpusPaths, plan: StorePlan) -> ShuffledDocuments:
+    documents = ShuffledDocuments(corpus, plan.seed)
+    if plan.parts > len(documents):
+        raise DataError(
+            f"--parts {plan.parts}: the corpus has {len(documents)} documents; give at most that"
+        )
+    return documents
 
 
 def _write_part(
@@ -308,6 +323,18 @@ def _write_part(
             write_shard(out, part, shard, plan, encode(np.stack(of_shard)))
         shard += 1
     complete_part(out, part, shard)
+
+
+def refuse_corpus_in_store(out: str | Path, corpus: CorpusPaths) -> None:
+    """Refuse a local store that lies in a directory of its own corpus, or holds files of it.
+
+    Raises:
+        DataError: naming both.
+    """
+    if not is_remote(out):
+        find_files(corpus).refuse_output(
+            out, (META, INDEX, "shard.00000.mds", "tokenizer.json", "tokenizer.model")
+        )
 
 
 def check_worker(
@@ -338,7 +365,7 @@ def check_worker(
 
 def _write_remote(
     url: str,
-    corpus: Sequence[str | Path],
+    corpus: CorpusPaths,
     tokenizer: Tokenizer,
     plan: StorePlan,
     *,

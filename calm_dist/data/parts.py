@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.data.store import HASH, StoreMeta, StorePlan, fingerprint, read_meta, read_shards
@@ -30,6 +33,13 @@ from calm_dist.errors import DataError
 
 PARTS = ".parts"
 _PLAN = "plan.json"
+_BLOCKS = "blocks_per_shard"
+
+# MDS counts the bytes of a shard in 32 bits, and wraps without an error. Every sample has an
+# offset of 4 bytes; the rest is what a header needs at most.
+_MDS_BYTES = 2**32 - 1
+_MDS_HEADER_BYTES = 1 << 16
+_MDS_OFFSET_BYTES = 4
 
 
 def finished_store(out: str | Path, plan: StorePlan) -> StoreMeta | None:
@@ -53,7 +63,13 @@ def finished_store(out: str | Path, plan: StorePlan) -> StoreMeta | None:
     # In this order, since another process may end its work meanwhile: shards lie there only
     # beside the plan or, later, meta.json.
     others = not out.is_dir() or any(not file.name.startswith(PARTS) for file in out.iterdir())
-    begun = _begun_plan(out)
+    try:
+        begun = _begun_plan(out)
+    except DataError:
+        # What is left over in a finished store harms nobody.
+        if not (out / META).is_file():
+            raise
+        begun = None
     if (out / META).is_file():
         meta = read_meta(out)
         _refuse_other_plan(out, meta.to_dict(), plan)
@@ -68,10 +84,41 @@ def finished_store(out: str | Path, plan: StorePlan) -> StoreMeta | None:
 
 
 def _begun_plan(out: Path) -> dict[str, Any] | None:
+    file = out / PARTS / _PLAN
     try:
-        return json.loads((out / PARTS / _PLAN).read_text(encoding="utf-8"))
+        described = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(described, dict):
+            raise ValueError(f"a {type(described).__name__} instead of an object")
+        fields = {key: value for key, value in described.items() if key != _BLOCKS}
+        StorePlan.model_validate(fields)
+        if type(blocks := described.get(_BLOCKS, 1)) is not int or blocks < 1:
+            raise ValueError(f"{_BLOCKS} {blocks!r}")
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}); mend or remove it") from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(out, file, error) from error
+    return described
+
+
+def _plan_in(out: Path) -> dict[str, Any]:
+    """The plan of a store that was begun; FileNotFoundError where another process finished it."""
+    present = _begun_plan(out)
+    if present is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(out / PARTS / _PLAN))
+    return present
+
+
+def _damaged(out: Path, file: Path, error: Exception) -> DataError:
+    reason = str(error).partition("\n")[0] if not isinstance(error, KeyError) else f"no {error}"
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return DataError(
+        f"{file}: is damaged, or of another version ({reason}); the store in {out} is not "
+        "finished, write it again with --overwrite"
+    )
 
 
 def _refuse_other_plan(out: str | Path, present: dict[str, Any], plan: StorePlan) -> None:
@@ -87,22 +134,46 @@ def _refuse_other_plan(out: str | Path, present: dict[str, Any], plan: StorePlan
             )
 
 
+def blocks_in_shard(plan: StorePlan, shard_bytes: int) -> int:
+    """How many blocks of a store go into a shard of this size; at least one.
+
+    Raises:
+        DataError: such a shard, or a single block, is larger than MDS can describe.
+    """
+    most = (_MDS_BYTES - _MDS_HEADER_BYTES) // (plan.sample_bytes + _MDS_OFFSET_BYTES)
+    if not most:
+        raise DataError(
+            f"block size {plan.block_size}: one block has {plan.sample_bytes} bytes in the store, "
+            "and a shard must have less than 4 GiB; give a smaller --block-size"
+        )
+    if shard_bytes < 1:
+        raise DataError(f"shard size {shard_bytes} bytes: must be positive")
+    blocks = max(1, shard_bytes // plan.sample_bytes)
+    if blocks > most:
+        raise DataError(
+            f"shard size {shard_bytes / 2**20:.16g} MiB: a shard of such blocks must be smaller "
+            f"than 4 GiB; give --shard-mib {most * plan.sample_bytes >> 20} or less"
+        )
+    return blocks
+
+
 def begin(out: Path, plan: StorePlan, blocks_per_shard: int) -> None:
     """Make ``out`` the place of this store, or find that it is already.
 
     Raises:
-        DataError: another store was begun there, or this one with another size of shards.
+        DataError: another store was begun there, or this one with another size of shards; or
+            what was begun there is damaged.
     """
     out.mkdir(parents=True, exist_ok=True)
     if _begun_plan(out) is None:
         scratch = out / f"{PARTS}.{_random_name()}"
         scratch.mkdir()
-        described = {**plan.to_dict(), "blocks_per_shard": blocks_per_shard}
+        described = {**plan.to_dict(), _BLOCKS: blocks_per_shard}
         (scratch / _PLAN).write_text(json.dumps(described, indent=2), encoding="utf-8")
         _put(scratch, out / PARTS)
-    present = json.loads((out / PARTS / _PLAN).read_text(encoding="utf-8"))
+    present = _plan_in(out)
     _refuse_other_plan(out, present, plan)
-    found = present.get("blocks_per_shard")
+    found = present.get(_BLOCKS)
     if found != blocks_per_shard:
         raise DataError(
             f"--out {out}: was begun with shards of another size ({found} blocks there, "
@@ -153,7 +224,12 @@ def complete_part(out: Path, part: int, num_shards: int) -> None:
     entries = []
     for shard in range(num_shards):
         index = _shard_directory(out, part, shard) / INDEX
-        entries += json.loads(index.read_text(encoding="utf-8"))["shards"]
+        try:
+            (entry,) = json.loads(index.read_text(encoding="utf-8"))["shards"]
+            _check_entry(entry)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise _damaged(out, index, error) from error
+        entries.append(entry)
     _write(out, _marker(out, part), json.dumps(entries).encode())
 
 
@@ -172,8 +248,8 @@ def merge(out: Path, tokenizer: Tokenizer) -> list[int]:
     """
     # Not the caller's own: the path of the autoencoder may differ between workers, and all must
     # write the same meta.json.
-    fields = json.loads((out / PARTS / _PLAN).read_text(encoding="utf-8"))
-    del fields["blocks_per_shard"]
+    fields = _plan_in(out)
+    fields.pop(_BLOCKS, None)
     plan = StorePlan.model_validate(fields)
     # On NFS the own marker, written just before, makes those of other nodes visible here. So the
     # last two workers cannot both miss each other's.
@@ -205,11 +281,28 @@ def merge(out: Path, tokenizer: Tokenizer) -> list[int]:
 
 def _shards_of(out: Path, part: int) -> list[tuple[Path, dict[str, Any]]]:
     """Files, where they were written, and index entries of a complete part."""
-    entries = json.loads(_marker(out, part).read_text(encoding="utf-8"))
+    marker = _marker(out, part)
+    try:
+        entries = json.loads(marker.read_text(encoding="utf-8"))
+        if not isinstance(entries, list):
+            raise ValueError(f"a {type(entries).__name__} instead of a list")
+        for entry in entries:
+            _check_entry(entry)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(out, marker, error) from error
     return [
         (_shard_directory(out, part, shard) / entry["raw_data"]["basename"], entry)
         for shard, entry in enumerate(entries)
     ]
+
+
+def _check_entry(entry: Any) -> None:
+    """Raises ValueError, KeyError or TypeError for what is no entry of one shard of this store."""
+    name, samples = entry["raw_data"]["basename"], entry["samples"]
+    if not isinstance(name, str) or not re.fullmatch(r"shard\.\d{5,}\.mds", name):
+        raise ValueError(f"shard name {name!r}")
+    if type(samples) is not int or samples < 1:
+        raise ValueError(f"{samples!r} samples")
 
 
 def _move(file: Path, place: Path) -> None:
@@ -232,7 +325,8 @@ def remove_parts(out: Path) -> None:
 
 def remove_store(out: Path) -> None:
     """Remove the files of a store, finished or begun, and nothing else."""
-    if not (out / META).is_file() and _begun_plan(out) is None:
+    # Whatever the plan says, its place tells whose it is: a damaged one is replaced as well.
+    if not (out / META).is_file() and not (out / PARTS / _PLAN).is_file():
         return
     (out / META).unlink(missing_ok=True)
     remove_parts(out)

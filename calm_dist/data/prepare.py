@@ -6,32 +6,38 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from calm_dist.data.corpus import (
     SPLITS,
+    CorpusFiles,
     Document,
+    DocumentIds,
     corpus_sha256,
     find_files,
     iter_documents,
-    split_documents,
+    refuse_repeated_ids,
     standard_library_documents,
 )
+from calm_dist.data.corpus_files import CorpusPaths
 from calm_dist.data.progress import progress
 from calm_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from calm_dist.errors import DataError
 from calm_dist.files import file_sha256, replace_text
 
 MANIFEST = "manifest.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 logger = logging.getLogger(__name__)
 
 
 def prepare_corpus(
     out: str | Path,
-    paths: Sequence[str | Path] = (),
+    paths: CorpusPaths = (),
     *,
     tokenizer: str | Path | None = None,
     vocab_size: int = 512,
@@ -41,7 +47,8 @@ def prepare_corpus(
 
     Args:
         out: directory to write into.
-        paths: corpus files, directories and globs; none: Python's standard library on disk.
+        paths: corpus files, directories and globs, none of which may hold ``out`` or lie in it;
+            none: Python's standard library on disk.
         tokenizer: a tokenizer file to copy; None: a BPE is trained on the train split.
         vocab_size: entries of a trained BPE.
         seed: decides which document goes to which split.
@@ -54,17 +61,22 @@ def prepare_corpus(
     """
     out = Path(out)
     manifest_path = out / "corpus" / MANIFEST
-    made_from = _describe_input(paths, tokenizer, vocab_size, seed)
+    files = find_files(paths) if paths else None
+    if files is not None:
+        files.report()
+        files.refuse_output(out, _written())
+    made_from = _describe_input(files, tokenizer, vocab_size, seed)
     present = _read_manifest(manifest_path)
     if present is not None:
-        _refuse_other_input(manifest_path, present.get("made_from", {}), made_from)
+        _refuse_other_input(manifest_path, present["made_from"], made_from)
         if _intact(out, present):
             return False
         logger.warning("%s: files are missing or changed; writing them again", out / "corpus")
 
-    documents = _document_source(paths)
+    documents = _document_source(files)
+    split_of = _split_documents(documents, files, seed)
     manifest_path.parent.mkdir(parents=True, exist_ok=True)
-    splits = _write_splits(out / "corpus", documents, seed)
+    splits = _write_splits(out / "corpus", documents, split_of)
     tokenizer_file = _make_tokenizer(out, tokenizer, vocab_size, splits["train"]["documents"])
     manifest = {
         "made_from": made_from,
@@ -76,11 +88,19 @@ def prepare_corpus(
     return True
 
 
+def _written() -> list[str]:
+    """Names of what is written into ``out``."""
+    return [
+        *(f"corpus/{split}.jsonl" for split in SPLITS),
+        f"corpus/{MANIFEST}",
+        *_TOKENIZER_FILES,
+    ]
+
+
 def _describe_input(
-    paths: Sequence[str | Path], tokenizer: str | Path | None, vocab_size: int, seed: int
+    files: CorpusFiles | None, tokenizer: str | Path | None, vocab_size: int, seed: int
 ) -> dict[str, Any]:
-    if paths:
-        files = find_files(paths)
+    if files is not None:
         corpus: dict[str, Any] = {
             "corpus": [file.name for file in files],
             "corpus_sha256": corpus_sha256(files),
@@ -94,15 +114,35 @@ def _describe_input(
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: is damaged ({error}); remove {path.parent}") from error
-    if not isinstance(manifest, dict):
-        raise DataError(f"{path}: is damaged (not an object); remove {path.parent}")
+        _check_manifest(manifest)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); mend or remove it") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path}: is damaged ({error}); remove {path.parent}, or give another --out"
+        ) from error
     return manifest
+
+
+def _check_manifest(manifest: Any) -> None:
+    """Raises ValueError where a manifest is not what `prepare_corpus` writes."""
+    if not isinstance(manifest, dict):
+        raise ValueError(f"a {type(manifest).__name__} instead of an object")
+    for name in ("made_from", "splits", "tokenizer"):
+        if not isinstance(manifest.get(name), dict):
+            raise ValueError(f"no object {name}")
+    for split in SPLITS:
+        entry = manifest["splits"].get(split)
+        if not (isinstance(entry, dict) and isinstance(entry.get("sha256"), str)):
+            raise ValueError(f"no sha256 of the split {split}")
+    if manifest["tokenizer"].get("file") not in _TOKENIZER_FILES:
+        raise ValueError("no name of a tokenizer")
+    if not isinstance(manifest["tokenizer"].get("sha256"), str):
+        raise ValueError("no sha256 of the tokenizer")
 
 
 def _refuse_other_input(path: Path, present: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -122,41 +162,61 @@ def _intact(out: Path, manifest: dict[str, Any]) -> bool:
     )
 
 
-def _document_source(paths: Sequence[str | Path]) -> Callable[[], Iterable[Document]]:
-    """A function that starts a pass over the documents; files are read anew by each pass."""
-    if paths:
-        return lambda: iter_documents(paths)
+def _document_source(files: CorpusFiles | None) -> Callable[[], Iterable[Document]]:
+    """A function that starts a pass over the documents; files are read by each pass."""
+    if files is not None:
+        return lambda: iter_documents(files)
     documents = standard_library_documents()
     return lambda: documents
 
 
+def _split_documents(
+    documents: Callable[[], Iterable[Document]], files: CorpusFiles | None, seed: int
+) -> np.ndarray:
+    """The position in `SPLITS` of each document's split."""
+    known = DocumentIds(seed)
+    for document in progress(documents(), None, label="read the corpus", unit="documents"):
+        known.add(document.id)
+    if files is not None:
+        refuse_repeated_ids(known, files)
+    return known.splits()
+
+
 def _write_splits(
-    folder: Path, documents: Callable[[], Iterable[Document]], seed: int
+    folder: Path, documents: Callable[[], Iterable[Document]], split_of: np.ndarray
 ) -> dict[str, dict[str, Any]]:
-    read = progress(documents(), None, label="read the corpus", unit="documents")
-    ids = [document.id for document in read]
-    positions = split_documents(ids, seed)
-    split_at = {position: split for split, held in positions.items() for position in held}
     counts = {split: {"documents": 0, "characters": 0} for split in SPLITS}
     streams = {
         split: (folder / f"{split}.jsonl").open("w", encoding="utf-8", newline="\n")
         for split in SPLITS
     }
     try:
-        read = progress(documents(), len(ids), label="split", unit="documents")
-        for position, document in enumerate(read):
-            split = split_at[position]
+        read = progress(documents(), len(split_of), label="split", unit="documents")
+        done = 0
+        for document in read:
+            if done == len(split_of):
+                raise _changed(len(split_of))
+            split = SPLITS[split_of[done]]
             record = {"id": document.id, "text": document.text}
             streams[split].write(json.dumps(record, ensure_ascii=False) + "\n")
             counts[split]["documents"] += 1
             counts[split]["characters"] += len(document.text)
+            done += 1
     finally:
         for stream in streams.values():
             stream.close()
+    if done < len(split_of):
+        raise _changed(len(split_of))
     return {
         split: {**counts[split], "sha256": file_sha256(folder / f"{split}.jsonl")}
         for split in SPLITS
     }
+
+
+def _changed(number: int) -> DataError:
+    return DataError(
+        f"corpus: was changed while it was read: it held {number} documents at first; start again"
+    )
 
 
 def _make_tokenizer(

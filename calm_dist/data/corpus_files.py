@@ -1,0 +1,373 @@
+"""Which files a corpus has: directories and globs to files, each once, under a name of its own."""
+
+from __future__ import annotations
+
+import glob
+import os
+import stat
+import sys
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import overload
+
+from calm_dist.data.compressed import CODECS
+from calm_dist.data.formats import (
+    NOT_YET,
+    SUPPORTED,
+    CorpusFile,
+    format_of,
+    holds_documents,
+    unknown_format,
+)
+from calm_dist.errors import DataError
+
+_NOT_FILES = (
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+# Kinds that a summary names; the rest of them is counted.
+_NAMED_KINDS = 8
+
+
+@dataclass(frozen=True)
+class CorpusFiles(Sequence[CorpusFile]):
+    """The files of a corpus in a fixed order, and what was left out of its directories.
+
+    Attributes:
+        files: each with a name that no other one has.
+        left_out: how many files of a directory are not read, by kind.
+        directories: real paths of the directories that were searched, without those below them.
+        globs: the patterns that were given.
+    """
+
+    files: tuple[CorpusFile, ...]
+    left_out: Counter[str]
+    directories: frozenset[str]
+    globs: tuple[str, ...]
+
+    @overload
+    def __getitem__(self, index: int) -> CorpusFile: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[CorpusFile]: ...
+    def __getitem__(self, index: int | slice) -> CorpusFile | Sequence[CorpusFile]:
+        return self.files[index]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def summary(self) -> str:
+        """One line: how many files of which kind are read, and how many are left out."""
+        read = Counter(_kind(file.path.name) for file in self.files)
+        text = f"corpus: {_counts(read)}"
+        return f"{text}; left out: {_counts(self.left_out)}" if self.left_out else text
+
+    def report(self) -> None:
+        """Print the summary to stderr, except for a corpus that is one file given by its name."""
+        if len(self.files) > 1 or self.left_out or self.directories or self.globs:
+            print(self.summary(), file=sys.stderr, flush=True)
+
+    def refuse_output(self, out: str | Path, written: Iterable[str]) -> None:
+        """Refuse an output directory in which this corpus lies, or that is a part of it.
+
+        What is written would be read as text: now, or by the next start of the same command.
+
+        Args:
+            out: a local directory, which need not exist.
+            written: names, relative to ``out``, of files that will be written.
+
+        Raises:
+            DataError: naming the file or directory of the corpus.
+        """
+        place = os.path.realpath(out)
+        for directory in sorted(self.directories):
+            if _is_inside(place, directory):
+                raise _overlap(out, f"lies inside {directory}, a directory of the corpus")
+        parents: dict[str, str] = {}
+        for file in self.files:
+            folder = os.path.dirname(file.path)
+            real = parents.get(folder)
+            if real is None:
+                real = parents[folder] = os.path.realpath(folder)
+            linked = os.path.islink(file.path)
+            if _is_inside(os.path.realpath(file.path) if linked else real, place):
+                raise _overlap(out, f"holds {file.path}, a file of the corpus")
+        for pattern in self.globs:
+            if any(_would_match(pattern, os.path.join(place, name)) for name in written):
+                raise _overlap(out, f"is searched by {pattern}, a glob of the corpus")
+
+
+CorpusPaths = CorpusFiles | Sequence[str | Path]
+"""A corpus as a user gives it, or as `find_files` has found it."""
+
+
+def find_files(paths: CorpusPaths) -> CorpusFiles:
+    """The corpus files behind files, directories and globs.
+
+    Directories are searched with all that is below them, links included; hidden files are left
+    out. Order: as given, and sorted within a directory or a glob. The name of a file is its own, or
+    its path in the directory that was given; where two files would have one name, all of them are
+    named by their paths from the directory that they have in common.
+
+    Raises:
+        DataError: a path that does not exist or is not a file or directory, a glob without match, a
+            directory without corpus files, a file of another kind, or one that is there twice.
+    """
+    if isinstance(paths, CorpusFiles):
+        return paths
+    search = _Search()
+    for given in [paths] if isinstance(paths, str | Path) else paths:
+        search.add(str(given))
+    return search.result()
+
+
+class _Search:
+    def __init__(self) -> None:
+        self._paths: list[str] = []
+        self._names: list[str] = []
+        self._numbers: dict[object, int] = {}
+        self._left_out: Counter[str] = Counter()
+        self._directories: set[str] = set()
+        self._globs: list[str] = []
+
+    def result(self) -> CorpusFiles:
+        if not self._paths:
+            raise DataError("corpus: no path was given; name at least one file or directory")
+        names = self._names
+        if len(set(names)) < len(names):
+            names = _names_from_common_directory(self._paths)
+        files = (
+            CorpusFile(Path(path), name) for path, name in zip(self._paths, names, strict=True)
+        )
+        return CorpusFiles(
+            tuple(files), self._left_out, frozenset(self._directories), tuple(self._globs)
+        )
+
+    def add(self, given: str) -> None:
+        if not given:
+            raise DataError("corpus: an empty path; an unset variable on the command line?")
+        path = str(Path(given))
+        if os.path.lexists(path):
+            self._add_path(path)
+            return
+        matches = sorted({Path(match) for match in _expand(given)}, key=lambda path: path.parts)
+        if not matches:
+            raise DataError(
+                f"corpus {given}: no such file or directory; give {SUPPORTED}, or directories or "
+                "globs of them"
+            )
+        self._globs.append(given)
+        for match in matches:
+            self._add_path(str(match))
+
+    def _add_path(self, path: str) -> None:
+        status = _status(path)
+        if stat.S_ISDIR(status.st_mode):
+            self._add_directory(path)
+            return
+        for is_kind, words in _NOT_FILES:
+            if is_kind(status.st_mode):
+                raise DataError(
+                    f"corpus {path}: is {words}, and a corpus is read more than once; write its "
+                    "contents into a file and give that"
+                )
+        if format_of(os.path.basename(path)) is None:
+            raise unknown_format(path)
+        self._add_file(path, os.path.basename(path), status)
+
+    def _add_directory(self, root: str) -> None:
+        inside: list[tuple[list[str], str, os.stat_result]] = []
+        before, start = Counter(self._left_out), len(os.path.join(root, ""))
+        for directory, entries in _directories(root):
+            if directory.is_root:
+                self._directories.add(os.path.realpath(directory.path))
+            for entry in entries:
+                if entry.name.startswith("."):
+                    self._left_out["hidden"] += 1
+                elif (status := self._status_if_read(entry)) is not None:
+                    inside.append((entry.path[start:].split(os.sep), entry.path, status))
+        if not inside:
+            found = self._left_out - before
+            raise DataError(
+                f"corpus {root}: this directory holds no {SUPPORTED}"
+                + (f" (left out: {_counts(found)})" if found else "")
+            )
+        inside.sort(key=lambda found: found[0])
+        for parts, path, status in inside:
+            self._add_file(path.removeprefix("./"), "/".join(parts), status)
+
+    def _status_if_read(self, entry: os.DirEntry[str]) -> os.stat_result | None:
+        """Of a file that is read; others are counted as left out."""
+        found = format_of(entry.name)
+        if found is None:
+            if not _is_directory(entry):
+                self._left_out[_kind(entry.name)] += 1
+            return None
+        status = _status(entry.path)
+        if stat.S_ISDIR(status.st_mode):
+            return None
+        if not stat.S_ISREG(status.st_mode):
+            self._left_out[f"{found.suffix} (not a regular file)"] += 1
+            return None
+        if found.kind == ".json" and not holds_documents(CorpusFile(Path(entry.path), entry.name)):
+            self._left_out[f"{found.suffix} (not lines of documents)"] += 1
+            return None
+        return status
+
+    def _add_file(self, path: str, name: str, status: os.stat_result) -> None:
+        # Some network file systems number no files.
+        identity = (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
+        number = self._numbers.setdefault(identity, len(self._paths))
+        if number < len(self._paths):
+            other = self._paths[number]
+            how = "" if other == path else f": {other} is the same file, by a link or another path"
+            raise DataError(f"corpus {path}: is named twice{how}; name each file once")
+        self._paths.append(path)
+        # Names of files may have bytes that are no text, documents' ids may not.
+        self._names.append(name.encode("utf-8", "backslashreplace").decode())
+
+
+@dataclass(frozen=True)
+class _Directory:
+    path: str
+    is_root: bool
+    """Whether it is where the search starts, or the target of a link."""
+
+
+def _directories(root: str) -> Iterator[tuple[_Directory, list[os.DirEntry[str]]]]:
+    """Each directory at and below ``root`` once, with its entries sorted by name.
+
+    Hidden ones are left out. Those behind links come after all others, so that a link to a
+    directory that is reached without it changes nothing.
+    """
+    below: deque[_Directory] = deque([_Directory(root, True)])
+    linked: deque[_Directory] = deque()
+    seen = set()
+    while below or linked:
+        directory = (below or linked).popleft()
+        status = _status(directory.path)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        try:
+            with os.scandir(directory.path) as entries:
+                listed = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            raise DataError(
+                f"corpus {directory.path}: cannot be read ({error.strerror})"
+            ) from error
+        for entry in listed:
+            if entry.name.startswith(".") or not _is_directory(entry):
+                continue
+            if entry.is_symlink():
+                linked.append(_Directory(entry.path, True))
+            else:
+                below.append(_Directory(entry.path, False))
+        yield directory, listed
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _status(path: str) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except OSError as error:
+        link = "is a link to what " if os.path.islink(path) else ""
+        raise DataError(
+            f"corpus {path}: {link}cannot be read ({error.strerror}); mend or remove it"
+        ) from error
+
+
+def _expand(pattern: str) -> set[str]:
+    """The files and directories that a glob matches; ``**`` enters each directory once.
+
+    Python's own ``**`` follows links in circles, up to the longest path that the system allows.
+    """
+    if not glob.has_magic(pattern):
+        return set()
+    parts = pattern.split(os.sep)
+    if "**" not in parts:
+        return set(glob.glob(pattern))
+    at = parts.index("**")
+    rest = os.sep.join(part for part in parts[at + 1 :] if part)
+    roots = glob.glob(os.sep.join([*parts[:at], ""])) if at else ["."]
+    if not rest:
+        return {root for root in roots if os.path.isdir(root)}
+    found: set[str] = set()
+    for root in roots:
+        for directory, _ in _directories(root):
+            inside = os.path.join(glob.escape(directory.path), rest)
+            found |= _expand(inside) if "**" in rest.split(os.sep) else set(glob.glob(inside))
+    return found
+
+
+def _would_match(pattern: str, path: str) -> bool:
+    """Whether a glob matches a path, which need not exist, or a directory above it."""
+    parts = pattern.split(os.sep)
+    fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    start = os.path.realpath(os.sep.join([*parts[:fixed], ""]) or ".")
+    if not _is_inside(path, start):
+        return False
+    names = os.path.relpath(path, start).split(os.sep)
+    magic = [part for part in parts[fixed:] if part]
+    return any(_match_parts(names[:depth], magic) for depth in range(len(names) + 1))
+
+
+def _match_parts(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not pattern:
+        return not names
+    if pattern[0] == "**":
+        return any(_match_parts(names[i:], pattern[1:]) for i in range(len(names) + 1))
+    return (
+        bool(names) and fnmatchcase(names[0], pattern[0]) and _match_parts(names[1:], pattern[1:])
+    )
+
+
+def _names_from_common_directory(paths: Sequence[str]) -> list[str]:
+    real = {folder: os.path.realpath(folder) for folder in set(map(os.path.dirname, paths))}
+    common = os.path.commonpath(real.values())
+    names = [
+        os.path.relpath(os.path.join(real[os.path.dirname(path)], os.path.basename(path)), common)
+        for path in paths
+    ]
+    return [name.encode("utf-8", "backslashreplace").decode() for name in names]
+
+
+def _is_inside(path: str, directory: str) -> bool:
+    return path == directory or path.startswith(os.path.join(directory, ""))
+
+
+def _overlap(out: str | Path, how: str) -> DataError:
+    return DataError(
+        f"--out {out}: {how}; what is written there would be read as text. Give another --out, or "
+        "move the corpus"
+    )
+
+
+def _kind(name: str) -> str:
+    """The suffix of a file's name, or both where the second is a compression."""
+    found = format_of(name)
+    if found is not None:
+        return found.suffix
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
+    if not suffixes:
+        return "without suffix"
+    return "".join(suffixes[-2:]) if suffixes[-1] in CODECS else suffixes[-1]
+
+
+def _counts(kinds: Counter[str]) -> str:
+    # What looks like a corpus first, since it may be missed; then by number.
+    ordered = sorted(kinds.items(), key=lambda kind: (kind[0] not in NOT_YET, -kind[1], kind[0]))
+    named = [f"{number} {kind}" for kind, number in ordered[:_NAMED_KINDS]]
+    others = sum(number for _, number in ordered[_NAMED_KINDS:])
+    return ", ".join([*named, *([f"{others} others"] if others else [])])

@@ -1,0 +1,487 @@
+"""Which files a corpus has, their names, what is refused; and corpora of the first version."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import runpy
+import socket
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from calm_dist.data import corpus as corpus_module
+from calm_dist.data.corpus import (
+    ShuffledDocuments,
+    corpus_sha256,
+    find_files,
+    iter_documents,
+    split_documents,
+)
+from calm_dist.data.latents import plan_store, write_parts, write_store
+from calm_dist.data.prepare import prepare_corpus
+from calm_dist.data.tokenizer import load_tokenizer, train_tokenizer
+from calm_dist.errors import DataError
+
+ROOT = Path(__file__).parents[2]
+
+
+def names(*paths: str | Path) -> list[str]:
+    return [file.name for file in find_files(paths)]
+
+
+def write(path: Path, *texts: str, **more: object) -> Path:
+    """JSON lines; ``more`` is added to each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text, **more}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture
+def ov(tmp_path: Path) -> Path:
+    """A directory of three files."""
+    for name in ("x.txt", "y.txt", "sub/z.txt"):
+        (tmp_path / "ov" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "ov" / name).write_text(f"text of {name}")
+    return tmp_path / "ov"
+
+
+# A corpus of the first version, and what that version (commit d6c755d) said of it.
+_ZST = ("KLUv/SBCdQEAJAJ7ImlkIjogInowIiwgInRleHRwYWNrZWQgMCJ9CjExIn0KAwAgCaLKi2CGASi1L/0gIQkBAHsi"
+        "aWQiOiAiejIiLCAidGV4dCI6ICJwYWNrZWQgMiJ9Cg==")  # fmt: skip
+
+
+@pytest.fixture
+def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    root = tmp_path / "tiny"
+    (root / "deep" / "er").mkdir(parents=True)
+    (root / "b.txt").write_text("plain text\n")
+    (root / "deep.txt").write_text("beside the directory of its name\n")
+    (root / "B.jsonl").write_text(
+        '{"text": "first"}\n\n{"text": "  "}\n{"id": 7, "text": "second"}\n'
+        '{"id": "own", "text": "third"}\n'
+    )
+    (root / "deep" / "c.jsonl.zst").write_bytes(base64.b64decode(_ZST))
+    lines = (f"line {i} of a long text\n" + "\n" * (i % 7 == 0) for i in range(12000))
+    (root / "deep" / "er" / "long.txt").write_text("".join(lines))
+    (root / "notes.md").write_text("not this")
+    (root / ".hidden.txt").write_text("nor this")
+    monkeypatch.chdir(root)
+    return root
+
+
+LONG = ["long.txt", "long.txt@100116", "long.txt@200260", "long.txt@300383"]
+DEEP = [f"deep/er/{name}" for name in LONG]
+
+
+@pytest.mark.parametrize(
+    ("paths", "files", "ids", "shuffled", "fingerprint", "texts"),
+    [
+        (
+            ["."],
+            ["B.jsonl", "b.txt", "deep/c.jsonl.zst", "deep/er/long.txt", "deep.txt"],
+            ["B.jsonl@0", "7", "own", "b.txt", "z0", "z1", "z2", *DEEP, "deep.txt"],
+            ["deep.txt", DEEP[0], "own", DEEP[3], "B.jsonl@0", "7", "z0", "z2", DEEP[2], "z1",
+             "b.txt", DEEP[1]],
+            "08b7a8ef626e7e83aa85837bced23be6e1c7d712c885acacab4717d211a88804",
+            "2aedb5382e41f3a9849c0984662d57733c04ee806dc5450ffda2611e2ef100bd",
+        ),
+        (
+            ["deep/*.zst", "b.txt", "**/long.txt"],
+            ["c.jsonl.zst", "b.txt", "long.txt"],
+            ["z0", "z1", "z2", "b.txt", *LONG],
+            [LONG[2], LONG[3], "z2", "z1", LONG[0], LONG[1], "b.txt", "z0"],
+            "ace3b124308a8723647110702a433661dc33b891adc04e2aef22898ef2fc3b74",
+            "1e925d08cc755a011eb23fa0b67ff55f62d270658de5cf8dfd83982899c1f12e",
+        ),
+    ],
+)  # fmt: skip
+def test_names_ids_order_and_fingerprint_are_those_of_the_first_version(
+    old: Path,
+    paths: list[str],
+    files: list[str],
+    ids: list[str],
+    shuffled: list[str],
+    fingerprint: str,
+    texts: str,
+) -> None:
+    assert names(*paths) == files
+    documents = list(iter_documents(paths))
+    assert [document.id for document in documents] == ids
+    joined = "".join(f"{document.id}\0{document.text}\0" for document in documents)
+    assert hashlib.sha256(joined.encode()).hexdigest() == texts
+    assert [document.id for document in ShuffledDocuments(paths, seed=3)] == shuffled
+    assert corpus_sha256(find_files(paths)) == fingerprint
+
+
+def test_splits_and_stores_are_those_of_the_first_version(old: Path, tmp_path: Path) -> None:
+    prepare_corpus(tmp_path / "out", ["."], vocab_size=280)
+    manifest = json.loads((tmp_path / "out" / "corpus" / "manifest.json").read_text())
+    assert {split: entry["sha256"][:16] for split, entry in manifest["splits"].items()} == {
+        "train": "7b5f118e42688d20",
+        "valid": "ee49d982ca2ed78a",
+        "test": "a7aa76194e4789c0",
+    }
+    tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer.json")
+    assert tokenizer.fingerprint[:16] == "3077c2cdfd977bf3"
+    plan = plan_store(
+        ["."], tokenizer, variant="tokens", block_size=64, patch_size=4, seed=5, parts=2
+    )
+    meta = write_store(tmp_path / "store", ["."], tokenizer, plan, shard_bytes=1 << 16)
+    assert meta.fingerprint[:16] == "439f0915d5ac0e92"
+
+    ids = [f"document {i}" for i in range(4000)]
+    digests = [
+        hashlib.sha256(json.dumps(split_documents(ids, seed)).encode()).hexdigest()[:16]
+        for seed in (0, 9)
+    ]
+    assert digests == ["abc28ea34703578a", "582ae13e325a3f38"]
+    assert split_documents(["0", "1", "2"], 0) == {"train": [1], "valid": [2], "test": [0]}
+    assert split_documents(list("0123"), 1) == {"train": [1, 2], "valid": [0], "test": [3]}
+
+
+def test_file_that_is_there_twice_is_refused(ov: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ov.parent)
+    os.symlink("../x.txt", ov / "sub" / "link.txt")
+    os.link(ov / "y.txt", ov.parent / "hard.txt")
+    os.symlink("ov", "again")
+    sub = ov / "sub"
+    for paths, twice in (
+        ([ov], "x.txt"),
+        ([ov / "y.txt", "ov/y.txt"], "ov/y.txt"),
+        (["ov/y.txt", "ov/y.txt"], "ov/y.txt"),
+        (["ov/sub/z.txt", "ov/y.txt", "again/sub/z.txt"], "again/sub/z.txt"),
+        (["ov/*.txt", "hard.txt"], "hard.txt"),
+        ([sub], None),
+        ([sub, "ov/x.txt"], "ov/x.txt"),
+        (["ov"], "ov/x.txt"),
+        (["ov/./y.txt", "ov/sub/../y.txt"], "ov/sub/../y.txt"),
+    ):
+        if twice is None:
+            assert len(find_files(paths)) == 2
+            continue
+        with pytest.raises(DataError, match=r"is named twice.*name each file once") as caught:
+            find_files(paths)
+        assert twice in str(caught.value)
+    (sub / "link.txt").unlink()
+    for paths in (["ov", ov / "sub" / "z.txt"], ["ov", "ov"], ["ov", "again"], ["ov", "ov/**"]):
+        with pytest.raises(DataError, match="is named twice"):
+            find_files(paths)
+
+
+def test_files_of_one_name_get_names_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("here", "elsewhere/far"):
+        root = tmp_path / place
+        for letter in "abc":
+            write(root / "w" / letter / "wiki_00.jsonl", *(f"{letter} {i}" for i in range(20)))
+        write(root / "w" / "other.jsonl", "one")
+        monkeypatch.chdir(root)
+        assert names("w/*/wiki_00.jsonl") == [f"{letter}/wiki_00.jsonl" for letter in "abc"]
+        assert names("w/a", "w/b") == ["a/wiki_00.jsonl", "b/wiki_00.jsonl"]
+        assert names("w/a", root / "w" / "other.jsonl") == ["wiki_00.jsonl", "other.jsonl"]
+    ids = [document.id for document in iter_documents(["w/*/wiki_00.jsonl"])]
+    assert len(set(ids)) == 60
+    assert prepare_corpus(tmp_path / "out", ["w/*/wiki_00.jsonl"], vocab_size=280)
+
+
+@pytest.mark.parametrize("given", ['"a"', '""', "{}", "[]", "1.5", "true", "7", "NaN"])
+def test_documents_of_one_id_are_refused(tmp_path: Path, given: str) -> None:
+    first = write(tmp_path / "a.jsonl", *(f"text {i}" for i in range(20)))
+    second = tmp_path / "b.jsonl"
+    with first.open("a") as stream:
+        stream.write(f'\n{{"id": {given}, "text": "once"}}\n')
+    second.write_text(f'{{"text": "c"}}\n{{"id": {given}, "text": "again"}}\n')
+    with pytest.raises(DataError, match="have the same id") as caught:
+        prepare_corpus(tmp_path / "out", [first, second], vocab_size=280)
+    assert f"{first}:22 and {second}:2" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    second.write_text('{"text": "c"}\n')
+    assert prepare_corpus(tmp_path / "out", [first, second], vocab_size=280)
+
+
+def test_null_is_no_id(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *(f"text {i}" for i in range(400)), id=None)
+    ids = [document.id for document in iter_documents([path])]
+    assert ids[0] == "a.jsonl@0" and len(set(ids)) == 400
+    prepare_corpus(tmp_path / "out", [path], vocab_size=280)
+    counts = {
+        split: len((tmp_path / "out" / "corpus" / f"{split}.jsonl").read_text().splitlines())
+        for split in ("train", "valid", "test")
+    }
+    assert counts["train"] > 340 and 5 < counts["valid"] < 40 and 5 < counts["test"] < 40
+
+
+def test_own_id_that_looks_like_a_position_is_found(tmp_path: Path) -> None:
+    write(tmp_path / "b.jsonl", "one", id="a.jsonl@0")
+    write(tmp_path / "a.jsonl", "two", "three", "four")
+    with pytest.raises(DataError, match=r"a.jsonl:1 and .*b.jsonl:1 have the same id"):
+        prepare_corpus(tmp_path / "out", [tmp_path / "*.jsonl"], vocab_size=280)
+
+
+def test_one_line_says_what_is_read_and_what_is_left_out(ov: Path) -> None:
+    write(ov / "a.JSONL", "one")
+    write(ov / "deep" / "b.json", "two")
+    for name in ("c.parquet", "d.md", "e.MD", "f.md.gz", "Makefile", ".hidden", "g.tar.gz"):
+        (ov / name).write_text("x")
+    (ov / "settings.json").write_text('{"language": "en"}\n')
+    os.mkfifo(ov / "pipe.txt")
+    found = find_files([ov])
+    assert found.summary() == (
+        "corpus: 3 .txt, 1 .json, 1 .jsonl; left out: 1 .parquet, 2 .md, 1 .json (not lines of "
+        "documents), 1 .md.gz, 1 .tar.gz, 1 .txt (not a regular file), 1 hidden, 1 without suffix"
+    )
+    assert sum(found.left_out.values()) == 9 and found.left_out[".md"] == 2
+
+
+def test_tools_say_what_they_read(
+    ov: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (ov / "c.parquet").write_text("x")
+    arguments = ["--corpus", str(ov), "--vocab-size", "280", "--out", str(tmp_path / "out")]
+    assert run_tool(monkeypatch, "prepare_corpus", *arguments) == 0
+    assert capsys.readouterr().err.startswith("corpus: 3 .txt; left out: 1 .parquet\n")
+    arguments = ["--corpus", str(ov), "--tokenizer", str(tmp_path / "out" / "tokenizer.json")]
+    arguments += ["--variant", "tokens", "--patch-size", "2", "--block-size", "2"]
+    arguments += ["--out", str(tmp_path / "store")]
+    assert run_tool(monkeypatch, "encode_latents", *arguments) == 0
+    assert "corpus: 3 .txt; left out: 1 .parquet\n" in capsys.readouterr().err
+
+
+def run_tool(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> object:
+    """The exit code of a tool."""
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
+    return caught.value.code
+
+
+def test_linked_directories_are_entered_once(ov: Path, tmp_path: Path) -> None:
+    write(tmp_path / "far" / "in" / "f.jsonl", "far")
+    os.symlink(tmp_path / "far", ov / "a_link")
+    # Circles, and links to what is reached without them, change nothing.
+    os.symlink(ov, ov / "sub" / "up")
+    os.symlink(ov / "sub", ov / "a_second_sub")
+    os.symlink("..", tmp_path / "far" / "in" / "parent")
+    os.symlink("loop", ov / "loop")
+    assert names(ov) == ["a_link/in/f.jsonl", "sub/z.txt", "x.txt", "y.txt"]
+    start = time.monotonic()
+    for i in range(20):
+        os.symlink(ov, ov / "sub" / f"up{i}")
+    assert sorted(names(f"{ov}/**/*.txt")) == ["x.txt", "y.txt", "z.txt"]
+    assert sorted(names(f"{ov}/**/**/z.txt")) == ["z.txt"]
+    assert time.monotonic() - start < 20
+    os.symlink("nowhere.txt", ov / "broken.txt")
+    with pytest.raises(DataError, match=r"broken.txt: is a link to what cannot be read"):
+        find_files([ov])
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "zero.txt").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket.txt"))
+        for name, kind in (("pipe.jsonl", "a named pipe"), ("zero.txt", "a device"),
+                           ("socket.txt", "a socket"), ("*.jsonl", "a named pipe")):  # fmt: skip
+            with pytest.raises(DataError, match=f"is {kind}.*into a file and give that"):
+                find_files([tmp_path / name])
+    reading, writing = os.pipe()
+    with pytest.raises(DataError, match=rf"/dev/fd/{reading}: is a named pipe"):
+        find_files([f"/dev/fd/{reading}"])
+    os.close(reading), os.close(writing)
+    with pytest.raises(DataError, match=r"left out: 2 .txt \(not a regular file\), 1 .jsonl"):
+        find_files([tmp_path])
+
+
+def test_names_that_are_no_text_are_read(tmp_path: Path) -> None:
+    path = os.path.join(os.fsencode(tmp_path), b"caf\xe9.txt")
+    with open(path, "w") as stream:
+        stream.write("text")
+    write(tmp_path / "more.jsonl", *"abc")
+    assert names(tmp_path) == ["caf\\udce9.txt", "more.jsonl"]
+    assert prepare_corpus(tmp_path.parent / f"{tmp_path.name}_out", [tmp_path], vocab_size=280)
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory of text, from which relative paths start."""
+    write(tmp_path / "data" / "raw" / "a.jsonl", *(f"text {i}" for i in range(30)))
+    train_tokenizer(["text"], 280, tmp_path / "tokenizer.json")
+    os.symlink("data", tmp_path / "link")
+    os.symlink("data/raw/a.jsonl", tmp_path / "linked.jsonl")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "data"
+
+
+OVERLAPS = [
+    ("data", "data"),
+    ("data", "data/new"),
+    ("data", "link/new"),
+    ("link", "data/new/deep"),
+    ("data/raw", "data"),
+    ("data/raw/a.jsonl", "data"),
+    ("linked.jsonl", "data"),
+    ("data/*/*.jsonl", "link"),
+    ("data/**/*.json*", "data/new"),
+    ("**/*", "new"),
+    ("dat?", "data/raw/x"),
+]
+
+
+@pytest.mark.parametrize(("corpus", "out"), OVERLAPS)
+def test_output_in_the_corpus_is_refused(data: Path, corpus: str, out: str) -> None:
+    before = sorted(data.parent.rglob("*"))
+    if corpus == "**/*":
+        (data.parent / "linked.jsonl").unlink()
+        before.remove(data.parent / "linked.jsonl")
+        corpus = "**/*l"
+    with pytest.raises(DataError, match=r"--out .*would be read as text.*another --out"):
+        prepare_corpus(out, [corpus], vocab_size=280)
+    assert sorted(data.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("corpus", "out"), [pair for pair in OVERLAPS if "*" not in pair[0]])
+def test_store_in_the_corpus_is_refused(
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    corpus: str,
+    out: str,
+) -> None:
+    before = sorted(data.parent.rglob("*"))
+    code = run_tool(monkeypatch, "encode_latents", "--variant", "tokens", "--patch-size", "2",
+                    "--tokenizer", "tokenizer.json", "--corpus", corpus, "--out", out)  # fmt: skip
+    assert code == 2 and "would be read as text" in capsys.readouterr().err
+    assert sorted(data.parent.rglob("*")) == before
+    tokenizer = load_tokenizer("tokenizer.json")
+    plan = plan_store([corpus], tokenizer, variant="tokens", patch_size=2, block_size=4)
+    if not Path(out).exists():
+        with pytest.raises(DataError, match="would be read as text"):
+            write_parts(Path(out), [corpus], tokenizer, plan)
+        assert sorted(data.parent.rglob("*")) == before
+
+
+def test_output_beside_the_corpus_is_not_refused(data: Path) -> None:
+    assert prepare_corpus("data_out", ["data"], vocab_size=280)
+    assert prepare_corpus("data/out", ["data/raw/a.jsonl"], vocab_size=280)
+    assert not prepare_corpus("data/out", ["data/raw/a.jsonl"], vocab_size=280)
+    assert prepare_corpus("data/out2", ["data/r*"], vocab_size=280)
+    assert prepare_corpus("data/out3", ["data/**/a.jsonl"], vocab_size=280)
+
+
+def search_time(root: Path, count: int) -> float:
+    (root / "many").mkdir()
+    for i in range(count):
+        if i % 1000 == 0:
+            (root / "many" / f"{i:07}").mkdir()
+        (root / "many" / f"{i // 1000 * 1000:07}" / f"{i:07}.txt").touch()
+    start = time.process_time()
+    found = find_files([root / "many"])
+    assert len(found) == count
+    return time.process_time() - start
+
+
+def test_many_files_are_found_in_seconds(tmp_path: Path) -> None:
+    assert search_time(tmp_path, 50_000) < 10
+
+
+@pytest.mark.full
+def test_a_million_files_are_found_in_seconds(tmp_path: Path) -> None:
+    assert search_time(tmp_path, 1_000_000) < 120
+
+
+def test_files_are_searched_once(ov: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By each of the tools: what was found is handed on."""
+    searched = []
+    original = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: (searched.append(str(path)), original(path))[1])
+    prepare_corpus(tmp_path / "out", [ov], vocab_size=280)
+    assert searched.count(str(ov)) == 1
+    run_tool(monkeypatch, "encode_latents", "--variant", "tokens", "--patch-size", "2",
+             "--block-size", "2", "--corpus", str(ov), "--out", str(tmp_path / "store"),
+             "--tokenizer", str(tmp_path / "out" / "tokenizer.json"))  # fmt: skip
+    assert searched.count(str(ov)) == 2
+
+
+def test_corpus_that_changes_while_it_is_used_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.jsonl", *(f"text {i}" for i in range(30)))
+    documents = ShuffledDocuments([path], seed=0)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:40])
+    with pytest.raises(DataError, match=r"a.jsonl: was changed while it was used"):
+        list(documents)
+    path.write_bytes(b"\n" + whole)
+    with pytest.raises(DataError, match=r"a.jsonl: was changed while it was used"):
+        list(documents)
+    original = corpus_module.DocumentIds.splits
+    for changed in (whole[: len(whole) // 2], whole * 2):
+        path.write_bytes(whole)
+
+        def splits(self: corpus_module.DocumentIds, changed: bytes = changed) -> np.ndarray:
+            path.write_bytes(changed[: changed.rindex(b"\n") + 1])
+            return original(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(corpus_module.DocumentIds, "splits", splits)
+            with pytest.raises(DataError, match="changed while it was read: it held 30 documents"):
+                prepare_corpus(tmp_path / "out", [path], vocab_size=280)
+
+
+MANIFESTS = [
+    "",
+    "[]",
+    "null",
+    "[" * 100_000,
+    '{"made_from": {}}',
+    '{"made_from": []}',
+    "\xff",
+    '{"made_from": {}, "splits": {}, "tokenizer": {}}',
+    '{"made_from": {}, "splits": {"train": 3}, "tokenizer": {"file": "../x"}}',
+]
+
+
+@pytest.mark.parametrize("content", MANIFESTS, ids=range(len(MANIFESTS)))
+def test_damaged_manifest_is_named(tmp_path: Path, content: str) -> None:
+    path = write(tmp_path / "a.jsonl", *(f"text {i}" for i in range(9)))
+    out = tmp_path / "out"
+    prepare_corpus(out, [path], vocab_size=280)
+    (out / "corpus" / "manifest.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(DataError, match=r"manifest.json: is damaged .*remove .*corpus"):
+        prepare_corpus(out, [path], vocab_size=280)
+
+
+def test_every_damage_of_the_manifest_is_named_or_mended(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *(f"text {i}" for i in range(9)))
+    out = tmp_path / "out"
+    prepare_corpus(out, [path], vocab_size=280)
+    file = out / "corpus" / "manifest.json"
+    whole = json.loads(file.read_text())
+    places = [
+        (a, b, c)
+        for a in whole
+        for b in [None, *whole[a]]
+        for c in [None, *(whole[a][b] if b and isinstance(whole[a][b], dict) else [])]
+    ]
+    assert len(places) > 20
+    for outer, inner, last in places:
+        for value in (None, 3, "x", [], {}):
+            damaged = json.loads(json.dumps(whole))
+            if inner is None:
+                damaged[outer] = value
+            elif last is None:
+                damaged[outer][inner] = value
+            else:
+                damaged[outer][inner][last] = value
+            file.write_text(json.dumps(damaged))
+            try:
+                prepare_corpus(out, [path], vocab_size=280)
+            except DataError as error:
+                assert str(out / "corpus") in str(error)
