@@ -21,6 +21,7 @@ from calm_dist.errors import (
     UserError,
 )
 from calm_dist.files import finite
+from calm_dist.redact import redact
 
 EXIT_BAD_INPUT = 2
 EXIT_PEER_LOST = 3
@@ -53,10 +54,10 @@ def run(main: Callable[[], int | None]) -> None:
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        print(redact(f"error: {error.filename}: {error.strerror}"), file=sys.stderr, flush=True)
         code = EXIT_BAD_INPUT
     except (PeerLostError, TrainingDivergedError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(redact(f"error: {error}"), file=sys.stderr, flush=True)
         code = EXIT_PEER_LOST if isinstance(error, PeerLostError) else EXIT_DIVERGED
     except HungError:
         # The rank that found it out has said so.
@@ -88,7 +89,7 @@ def _report(error: UserError) -> None:
     """Print an error once: every rank of a launch finds the same one in recipe and files."""
     same_everywhere = isinstance(error, RecipeError) or getattr(error, "reported", False)
     if not same_everywhere or os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(redact(f"error: {error}"), file=sys.stderr, flush=True)
 
 
 def at_least(minimum: int) -> Callable[[str], int]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from calm_dist.errors import LaunchError, StoppedError
 from calm_dist.files import replace_text
+from calm_dist.redact import redact
 
 LOCK_FILE = ".lock"
 ENVIRONMENT_FILE = "environment.json"
@@ -118,7 +119,7 @@ def end_recorded(run_dir: Path) -> Iterator[None]:
         how, reason = STOPPED, str(stopped) or "Ctrl-C"
         raise
     except BaseException as error:
-        how, reason = FAILED, f"{type(error).__name__}: {error}"[:500]
+        how, reason = FAILED, redact(f"{type(error).__name__}: {error}")[:500]
         raise
     finally:
         # A full disk must not hide why the run ended; what is there may be damaged.

@@ -20,6 +20,7 @@ from calm_dist.files import replace_text
 from calm_dist.parallel.launch import World, join_world, read_world, select_device
 from calm_dist.parallel.processes import children_die_with_us
 from calm_dist.recipe import Recipe, load_recipe
+from calm_dist.redact import redact_arguments, redact_values
 from calm_dist.training import checkpoint
 from calm_dist.training.checkpoint.run_state import RunState
 from calm_dist.training.phases import Phases
@@ -142,7 +143,7 @@ def prepare_run_directory(recipe: Recipe, world: World) -> int:
     replace_text(run_dir / "recipe.yaml", recipe.to_yaml())
     environment = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
+        "command": redact_arguments(sys.argv),
         "launcher": world.launcher,
         "world_size": world.size,
         "host": platform.node(),
@@ -217,9 +218,9 @@ def _check_tokenizer(directory: Path, recipe: Recipe) -> None:
 
 
 def _fields(recipe: Recipe) -> dict[str, Any]:
-    """All fields by their dotted names."""
+    """All fields by their dotted names, masked as they are in the recipe of a checkpoint."""
     fields: dict[str, Any] = {}
-    for section, values in recipe.to_dict().items():
+    for section, values in redact_values(recipe.to_dict()).items():
         if isinstance(values, dict):
             fields |= {f"{section}.{name}": value for name, value in values.items()}
         else:
