@@ -199,7 +199,13 @@ show_failures() {
 train() {
   local arguments=("${RECIPE:-$ROOT/$1}" "${@:2}" "parallel.world_size=$TASKS") once=()
   [ -z "${CALM_CONTAINER:-}" ] || once=("${SRUN[@]}" --nodes=1 --ntasks=1)
-  RUN_DIR=$("${once[@]}" "$PYTHON" "$ROOT/tools/preflight.py" "${arguments[@]}" | tail -n 1) || exit 2
+  RUN_DIR=$("${once[@]}" "$PYTHON" "$ROOT/tools/preflight.py" "${arguments[@]}" | tail -n 1)
+  case $? in
+    0) ;;
+    # The store does not answer: without a run directory restarts cannot be counted, but limited.
+    6) CODE=6 && open_logs "logs" && finish ;;
+    *) exit 2 ;;
+  esac
   open_logs "$RUN_DIR/logs"
   BEFORE=$(progress)
   say "restart $RESTART of $TOOL $(masked "${arguments[@]}") in $RUN_DIR" \

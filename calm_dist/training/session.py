@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calm_dist.data.download import Downloads
 from calm_dist.data.progress import duration
 from calm_dist.data.store import read_meta
 from calm_dist.errors import CheckpointError, UserError
@@ -85,7 +86,9 @@ def launched(recipe: Recipe) -> Iterator[Session]:
     from calm_dist.training.watchdog import watched
 
     device = select_device(world, recipe.parallel.device)
-    store = join_world(world, device, recipe.health.timeout_seconds)
+    store = join_world(
+        world, device, recipe.health.timeout_seconds, grace_seconds=recipe.data.patience_seconds
+    )
     stop, phases = StopRequest(), Phases()
     with watched(store, world, phases, recipe.health.timeout_seconds), stop.listening():
         phases.enter("look at the run directory")
@@ -208,7 +211,7 @@ def _check_tokenizer(directory: Path, recipe: Recipe) -> None:
     except CheckpointError:
         return
     path = recipe.data.sources[0].path
-    given = read_meta(path).tokenizer.sha256
+    given = read_meta(path, Downloads.of(recipe.data)).tokenizer.sha256
     if trained not in (None, given):
         raise CheckpointError(
             f"{directory / checkpoint.STATE_FILE}: written with the tokenizer of sha256 "
