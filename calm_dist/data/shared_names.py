@@ -30,6 +30,7 @@ from streaming.base.shared import SharedMemory as StreamingSharedMemory
 from streaming.base.world import World
 
 from calm_dist.errors import DataError, UnreachableError
+from calm_dist.files import NO_FLOCK
 
 _OUR_NAMES = ("failed_shard", "hashed", "busy_until")
 
@@ -134,6 +135,12 @@ def _lock(path: Path, wait: bool = True) -> int | None:
             return None
         except FileNotFoundError:
             pass
+        except OSError as error:
+            if error.errno not in NO_FLOCK:
+                raise
+            # Nobody can tell whether a run lives, so nothing of it is removed.
+            if wait:
+                return descriptor
         os.close(descriptor)
         if not wait:
             return None
