@@ -18,14 +18,17 @@ from calm_dist.errors import (
     RecipeError,
     StoppedError,
     TrainingDivergedError,
+    UnreachableError,
     UserError,
 )
 from calm_dist.files import finite
+from calm_dist.redact import redact
 
 EXIT_BAD_INPUT = 2
 EXIT_PEER_LOST = 3
 EXIT_DIVERGED = 4
 EXIT_HUNG = 5
+EXIT_UNREACHABLE = 6
 # EX_TEMPFAIL of sysexits.h: not done, try again.
 EXIT_STOPPED = 75
 
@@ -34,8 +37,8 @@ def run(main: Callable[[], int | None]) -> None:
     """Run a tool's ``main`` and exit with 0, its own code, or the code of its error.
 
     2 for a `UserError` or a file that cannot be used, 3 for a `PeerLostError`, 4 for a
-    `TrainingDivergedError`, 5 for a `HungError`, 75 for a `StoppedError`; all with a message
-    instead of a traceback.
+    `TrainingDivergedError`, 5 for a `HungError`, 6 for an `UnreachableError`, 75 for a
+    `StoppedError`; all with a message instead of a traceback.
     """
     _silence_library_warnings()
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -45,7 +48,7 @@ def run(main: Callable[[], int | None]) -> None:
         code = main()
     except UserError as error:
         _report(error)
-        code = EXIT_BAD_INPUT
+        code = EXIT_UNREACHABLE if isinstance(error, UnreachableError) else EXIT_BAD_INPUT
     except BrokenPipeError:
         # The reader of our output (head, less) went away: not an error of ours.
         sys.stderr.close()
@@ -53,10 +56,10 @@ def run(main: Callable[[], int | None]) -> None:
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        print(redact(f"error: {error.filename}: {error.strerror}"), file=sys.stderr, flush=True)
         code = EXIT_BAD_INPUT
     except (PeerLostError, TrainingDivergedError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(redact(f"error: {error}"), file=sys.stderr, flush=True)
         code = EXIT_PEER_LOST if isinstance(error, PeerLostError) else EXIT_DIVERGED
     except HungError:
         # The rank that found it out has said so.
@@ -88,7 +91,7 @@ def _report(error: UserError) -> None:
     """Print an error once: every rank of a launch finds the same one in recipe and files."""
     same_everywhere = isinstance(error, RecipeError) or getattr(error, "reported", False)
     if not same_everywhere or os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(redact(f"error: {error}"), file=sys.stderr, flush=True)
 
 
 def at_least(minimum: int) -> Callable[[str], int]:

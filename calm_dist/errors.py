@@ -4,6 +4,10 @@ Every tool ends with exit code 2 and the message of such an error, without a tra
 names the field or file, the value found and the remedy.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: a recipe, a file, a command line, a launch."""
@@ -15,6 +19,14 @@ class RecipeError(UserError):
 
 class DataError(UserError):
     """A corpus, tokenizer or latent store is missing, damaged or does not fit."""
+
+
+class UnreachableError(DataError):
+    """An object store did not answer for longer than downloads are tried again.
+
+    The only `UserError` that may be gone when the same command is started again: its exit code is
+    one that schedulers act on.
+    """
 
 
 class CheckpointError(UserError):
@@ -49,3 +61,16 @@ def is_lost_connection(error: Exception) -> bool:
     # gloo has no type of its own; and torch is not needed for errors.
     types = {kind.__name__ for kind in type(error).__mro__}
     return "DistError" in types or "gloo/transport" in str(error)
+
+
+def plain_failure(error: DataError) -> DataError:
+    """A `DataError` as ranks can send it to each other: its kind, as for the exit code, and its
+    message, without what caused it."""
+    return (UnreachableError if isinstance(error, UnreachableError) else DataError)(str(error))
+
+
+def first_failure(failures: Sequence[DataError | None]) -> tuple[int, DataError] | None:
+    """The failure to report of those that ranks have, and its rank: the first that another start
+    would meet, too, since it has to be mended; else the first."""
+    found = [(rank, error) for rank, error in enumerate(failures) if error is not None]
+    return min(found, key=lambda pair: isinstance(pair[1], UnreachableError), default=None)

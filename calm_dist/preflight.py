@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from calm_dist.data.download import Downloads
 from calm_dist.data.store import read_meta
 from calm_dist.errors import LaunchError, PeerLostError, UserError
 from calm_dist.parallel.launch import World, join_world
@@ -80,7 +81,8 @@ def _check_disk(recipe: Recipe) -> str:
 
 def _check_data(recipe: Recipe) -> str:
     """The stores are here, and the same as elsewhere as far as meta.json tells."""
-    metas = [read_meta(source.path) for source in recipe.data.sources]
+    downloads = Downloads.of(recipe.data)
+    metas = [read_meta(source.path, downloads) for source in recipe.data.sources]
     return f"data of {sum(meta.num_tokens for meta in metas):.3g} tokens"
 
 

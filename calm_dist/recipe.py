@@ -44,6 +44,7 @@ from calm_dist.recipe_sections import (
     TransformerRecipe,
 )
 from calm_dist.recipe_yaml import apply_overrides, parse_yaml
+from calm_dist.redact import redact_values
 
 __all__ = [
     "AutoencoderRecipe",
@@ -103,8 +104,12 @@ class Recipe(Section):
         return self.model_dump(mode="json", by_alias=True)
 
     def to_yaml(self) -> str:
-        """The recipe as resolved; `load_recipe` reads it back to an equal recipe."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        """The recipe as resolved; `load_recipe` reads it back to an equal recipe.
+
+        Secrets, such as a password in the URL of a store, are masked: this text is for files, and
+        its reader has to give them again.
+        """
+        return yaml.safe_dump(redact_values(self.to_dict()), sort_keys=False, allow_unicode=True)
 
     @property
     def world_size(self) -> int:

@@ -203,6 +203,22 @@ class Data(Section):
     """Reader processes per rank; 0 reads in the training process."""
     cache_dir: str | None = None
     """Where shards of remote stores are kept; a temporary directory where absent."""
+    download_retries: NonNegative = 10
+    """How often the download of a file from an object store is tried again after a fault that may
+    pass: throttling, an error of the server, a connection that is cut. The pauses double from one
+    second to 30."""
+    download_timeout_seconds: Annotated[float, Field(gt=0, le=1e5)] = 60.0
+    """How long S3 may send nothing before an attempt counts as failed; other clouds' clients have
+    limits of their own."""
+    download_limit_seconds: Annotated[float, Field(gt=0, le=1e6)] = 900.0
+    """After this time no further attempt at a file begins: the run ends with exit code 6."""
+
+    @property
+    def patience_seconds(self) -> float:
+        """How long a rank may be busy with downloads that fail, and others wait for it."""
+        if not any("://" in source.path for source in self.sources):
+            return 0.0
+        return self.download_limit_seconds + self.download_timeout_seconds
 
     @property
     def sources(self) -> tuple[DataSource, ...]:

@@ -68,6 +68,11 @@ set_up() {
   SRUN+=(${CALM_SRUN_ARGS:-})
 }
 
+# masked TEXT... : without passwords and keys, for the log; calm_dist.redact masks what ranks write.
+masked() {
+  sed -E 's#(://[^ /:@]*):[^ /]+@#\1:***@#g; s#((key|token|secret|password)=)[^ &]+#\1***#Ig' <<<"$*"
+}
+
 # open_logs DIR : the folder of this job's logs in it.
 open_logs() {
   export CALM_LOGS=$1/slurm-$SLURM_JOB_ID
@@ -194,10 +199,16 @@ show_failures() {
 train() {
   local arguments=("${RECIPE:-$ROOT/$1}" "${@:2}" "parallel.world_size=$TASKS") once=()
   [ -z "${CALM_CONTAINER:-}" ] || once=("${SRUN[@]}" --nodes=1 --ntasks=1)
-  RUN_DIR=$("${once[@]}" "$PYTHON" "$ROOT/tools/preflight.py" "${arguments[@]}" | tail -n 1) || exit 2
+  RUN_DIR=$("${once[@]}" "$PYTHON" "$ROOT/tools/preflight.py" "${arguments[@]}" | tail -n 1)
+  case $? in
+    0) ;;
+    # The store does not answer: without a run directory restarts cannot be counted, but limited.
+    6) CODE=6 && open_logs "logs" && finish ;;
+    *) exit 2 ;;
+  esac
   open_logs "$RUN_DIR/logs"
   BEFORE=$(progress)
-  say "restart $RESTART of $TOOL ${arguments[*]} in $RUN_DIR" \
+  say "restart $RESTART of $TOOL $(masked "${arguments[@]}") in $RUN_DIR" \
     "on $NODES nodes ($SLURM_JOB_NODELIST) x $PER_NODE ranks"
   if [ "${CALM_PREFLIGHT:-1}" = 1 ]; then
     run_step "${SRUN[@]}" --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 \

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-# Its fixtures `store` and `tiny`.
-pytest_plugins = ["launches"]
+# Their fixtures `store`, `tiny` and `without_flock`.
+pytest_plugins = ["launches", "no_flock"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -11,7 +11,10 @@ open_output() {
   mkdir -p "$OUT/logs" "$OUT/.stages" || die "$OUT: cannot be written; give another OUT"
   # Held by every process that is started here: also by those that outlive a killed quickstart.
   exec 9>"$OUT/.stages/lock"
-  if command -v flock >/dev/null && ! flock --nonblock 9; then
+  local locked=0
+  if command -v flock >/dev/null; then flock --nonblock 9 2>/dev/null || locked=$?; fi
+  # Other codes come from file systems without locks.
+  if [ "$locked" = 1 ]; then
     echo "another quickstart is still at work in $OUT; waiting for it to end"
     flock 9
   fi

@@ -99,9 +99,9 @@ make_venv() {
 ensure_venv() {
   export PIP_DISABLE_PIP_VERSION_CHECK=1
   if ! is_current; then
-    # One at a time, where the system has flock.
+    # One at a time, where system and file system have flock.
     exec 8<"$ROOT/setup.py"
-    if command -v flock >/dev/null; then flock 8; fi
+    if command -v flock >/dev/null; then flock 8 2>/dev/null || true; fi
     is_current || make_venv
     exec 8<&-
   fi

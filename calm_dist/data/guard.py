@@ -7,7 +7,8 @@ threads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from math import gcd
@@ -22,10 +23,18 @@ from streaming.base.format import Reader
 from streaming.base.shared import SharedArray, SharedScalar
 from streaming.base.world import World
 
+from calm_dist.data.download import (
+    Downloads,
+    InterruptedTransferError,
+    busy,
+    downloader_for,
+    transfer,
+)
 from calm_dist.data.layout import is_remote
 from calm_dist.data.shared_names import RunNumber
 from calm_dist.data.store import Shard, StoreMeta, read_meta, read_shards
 from calm_dist.errors import DataError
+from calm_dist.redact import redact
 
 # Local stores up to this size are hashed when they are opened, so that damage is found before a
 # run starts; the shards of larger ones when each is first used.
@@ -86,8 +95,9 @@ class _CheckedStream(Stream):
     # When each shard that was hashed had last changed, 0 for others; from which entry on ours are.
     _hashed: SharedArray
     _first: int
+    _stopping: Callable[[], bool]
 
-    def __init__(self, source: Source, weight: float | None) -> None:
+    def __init__(self, source: Source, weight: float | None, downloads: Downloads) -> None:
         super().__init__(
             remote=source.path if is_remote(source.path) else None,
             local=str(source.directory),
@@ -95,10 +105,33 @@ class _CheckedStream(Stream):
         )
         self._number_of = {shard.path.name: i for i, shard in enumerate(source.shards)}
         self._shards = source.shards
+        self._downloads = downloads
+        if self.remote is not None:
+            self._downloader = downloader_for(self.remote)
 
-    def share(self, hashed: SharedArray, first: int) -> None:
-        """Remember in ``hashed``, which the readers of a node share, what was hashed."""
-        self._hashed, self._first = hashed, first
+    def share(self, hashed: SharedArray, first: int, stopping: Callable[[], bool]) -> None:
+        """Remember in ``hashed``, which the readers of a node share, what was hashed; try no
+        download again when ``stopping`` says that the readers end."""
+        self._hashed, self._first, self._stopping = hashed, first, stopping
+
+    def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
+        """As Streaming's, which repeats every failure at once and twice, also of credentials."""
+        if self.remote is None:
+            return super()._download_file(from_basename, to_basename)
+        url = f"{self.remote.rstrip('/')}/{from_basename}"
+        local = str(Path(self.local) / (to_basename or from_basename))
+
+        def attempt() -> None:
+            try:
+                self._downloader.download(url, local, self._downloads.timeout_seconds)
+            except Exception:
+                # With it go connections that may be of no more use.
+                self._downloader.clean_up()
+                raise
+
+        what = f"data store {redact(self.remote)}: {from_basename}"
+        transfer(attempt, what, self._downloads, stopping=self._stopping)
+        return local
 
     def set_up_local(self, shards: list[Reader], cache_usage_per_shard: np.ndarray) -> None:
         """Report all shards as absent, so that `prepare_shard` is called: one that was hashed on
@@ -111,8 +144,17 @@ class _CheckedStream(Stream):
         if self.remote is None:
             # Streaming says only that there is no remote.
             self._expected(shard)[1].check_size()
+        cached = self._expected(shard)[1].path.exists()
         change = super().prepare_shard(shard)
-        self.check(shard)
+        try:
+            self.check(shard)
+        except DataError as error:
+            if self.remote is None or cached:
+                raise
+            # What came was another file: a proxy may have cut it, which the next one may not.
+            print(f"{error}; downloads it once more", file=sys.stderr, flush=True)
+            super().prepare_shard(shard)
+            self.check(shard)
         return change
 
     def check(self, shard: Reader) -> None:
@@ -163,13 +205,14 @@ class GuardedDataset(StreamingDataset):
         replication: int,
         seed: int,
         number: RunNumber,
+        downloads: Downloads,
     ) -> None:
         world = World.detect()
         num_replicas = world.num_ranks // replication
         global_batch_size = batch_size * num_replicas
         num_blocks = sum(source.meta.num_blocks for source in sources)
         streams = [
-            _CheckedStream(source, weights[i] if weights else None)
+            _CheckedStream(source, weights[i] if weights else None, downloads)
             for i, source in enumerate(sources)
         ]
         with number.used_by_streaming():
@@ -191,10 +234,12 @@ class GuardedDataset(StreamingDataset):
             # shards instead of its own share; the batches are the same.
             rank = world.rank // replication
             self._parallel_rank_world = World(1, num_replicas, 1, rank)
+        self._number = number
         self._failed_shard = number.shared_scalar("failed_shard")
+        busy.share(number.shared_scalar("busy_until"))
         hashed = number.shared_array("hashed", self.num_shards)
         for stream, first in zip(streams, self.shard_offset_per_stream, strict=True):
-            stream.share(hashed, int(first))
+            stream.share(hashed, int(first), self._is_stopping)
         self._failure: BaseException | None = None
         self._num_expected = 0
 
@@ -221,8 +266,10 @@ class GuardedDataset(StreamingDataset):
         """
         try:
             super().prepare_shard(shard_id, blocking)
-        except Exception:
-            self._failed_shard.set(shard_id + 1)
+        except Exception as error:
+            if not isinstance(error, InterruptedTransferError):
+                self._number.tell_failure(_as_data_error(error))
+                self._failed_shard.set(shard_id + 1)
             self._shard_states[shard_id] = _ShardState.REMOTE
             raise
 
@@ -262,11 +309,28 @@ class GuardedDataset(StreamingDataset):
         cause = self._failure or error
         if isinstance(cause, DataError):
             return cause
+        told = self._number.failure()
+        if told is not None:
+            return told
         failed = int(self._failed_shard.get()) - 1
         if self._failure is None and failed >= 0:
             stream = self.streams[self.stream_per_shard[failed]]
             return stream.fault(self.shards[failed])
-        return DataError(f"data store: cannot be read ({type(cause).__name__}: {cause})")
+        return _as_data_error(cause)
+
+    def _is_stopping(self) -> bool:
+        """Whether readers on this node end: after a failure, or with their process."""
+        iterator = getattr(self, "_iterator", None)
+        # Neither exists before the first sample is asked for.
+        if iterator is None or not hasattr(self, "_event"):
+            return False
+        return bool(self._event.is_set() or iterator.should_exit())
+
+
+def _as_data_error(error: BaseException | None) -> DataError:
+    if isinstance(error, DataError):
+        return error
+    return DataError(f"data store: cannot be read ({type(error).__name__}: {error})")
 
 
 class _NodeEvent(Event):

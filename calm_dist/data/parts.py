@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from calm_dist.data.download import MissingError
 from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.data.store import HASH, StoreMeta, StorePlan, fingerprint, read_meta, read_shards
 from calm_dist.data.tokenizer import Tokenizer
@@ -53,7 +54,7 @@ def finished_store(out: str | Path, plan: StorePlan) -> StoreMeta | None:
     if is_remote(out):
         try:
             meta = read_meta(out)
-        except DataError:
+        except MissingError:
             return None
         _refuse_other_plan(out, meta.to_dict(), plan)
         return meta

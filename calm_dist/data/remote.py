@@ -7,36 +7,52 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-from streaming.base.storage import CloudDownloader, CloudUploader
+from streaming.base.storage import CloudUploader
 
+from calm_dist.data.download import DEFAULT, Downloads, check_address, downloader_for, transfer
 from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.data.progress import progress
 from calm_dist.data.shared_names import scratch_directory
 from calm_dist.errors import DataError
+from calm_dist.redact import redact
 
 
 @contextmanager
-def fetch_meta(path: str) -> Iterator[Path]:
+def fetch_meta(path: str, downloads: Downloads) -> Iterator[Path]:
     """A temporary directory that holds ``meta.json`` of a remote store.
 
     Raises:
-        DataError: the download failed.
+        DataError: the download failed; `UnreachableError` where it may succeed later.
     """
     with tempfile.TemporaryDirectory(prefix="calm_dist_meta_") as directory:
-        _download(path, META, Path(directory))
+        _download(path, META, Path(directory), downloads)
         yield Path(directory)
 
 
-def _download(path: str, name: str, directory: Path) -> None:
-    try:
-        CloudDownloader.direct_download(f"{path.rstrip('/')}/{name}", str(directory / name))
-    except Exception as error:  # each cloud has exceptions of its own
-        raise DataError(f"data store {path}: {name} cannot be downloaded ({error})") from error
+def _download(path: str, name: str, directory: Path, downloads: Downloads) -> None:
+    check_address(path)
+
+    def attempt() -> None:
+        downloader = downloader_for(path)
+        try:
+            downloader.download(
+                f"{path.rstrip('/')}/{name}", str(directory / name), downloads.timeout_seconds
+            )
+        finally:
+            downloader.clean_up()
+
+    transfer(attempt, f"data store {redact(path)}: {name}", downloads)
 
 
-def fetch_description(path: str, cache_dir: str | Path | None, fetch: bool = False) -> Path:
+def fetch_description(
+    path: str,
+    cache_dir: str | Path | None,
+    fetch: bool = False,
+    downloads: Downloads = DEFAULT,
+) -> Path:
     """The local directory of a store: its own, or the one that a remote store is cached in.
 
     Args:
@@ -44,9 +60,10 @@ def fetch_description(path: str, cache_dir: str | Path | None, fetch: bool = Fal
         cache_dir: parent of all caches; None: this user's scratch directory on the node.
         fetch: download ``meta.json`` and ``index.json`` of a remote store. Shards that are
             cached stay if the store is still the same.
+        downloads: how patient.
 
     Raises:
-        DataError: the download failed.
+        DataError: the download failed; `UnreachableError` where it may succeed later.
     """
     if not is_remote(path):
         return Path(path)
@@ -59,7 +76,7 @@ def fetch_description(path: str, cache_dir: str | Path | None, fetch: bool = Fal
     incoming = Path(tempfile.mkdtemp(prefix="incoming_", dir=parent))
     try:
         for name in (META, INDEX):
-            _download(path, name, incoming)
+            _download(path, name, incoming, downloads)
     except DataError:
         shutil.rmtree(incoming)
         raise
@@ -87,15 +104,24 @@ def upload_store(directory: Path, files: Sequence[str], url: str) -> None:
         url: where the store will be.
 
     Raises:
-        DataError: the upload failed; the store stays in ``directory``.
+        DataError: the upload failed; the store stays in ``directory``. `UnreachableError` where it
+            may succeed later.
     """
+    uploaders: list[CloudUploader] = []
+
+    def upload(name: str) -> None:
+        if not uploaders:
+            # It looks for the bucket.
+            place = (str(directory), url.rstrip("/"))
+            uploaders.append(CloudUploader.get(place, True, retry=1, exist_ok=True))
+        uploaders[0].upload_file(name)
+
+    names = (*files, INDEX, META)
     try:
-        uploader = CloudUploader.get((str(directory), url.rstrip("/")), True, exist_ok=True)
-        names = (*files, INDEX, META)
         for name in progress(names, len(names), label="upload", unit="files"):
-            uploader.upload_file(name)
-    except Exception as error:  # each cloud has exceptions of its own
-        raise DataError(
-            f"--out {url}: cannot be uploaded ({error}); the store stays in {directory}, and the "
-            "same command tries again"
+            what = f"--out {redact(url)}:"
+            transfer(partial(upload, name), what, DEFAULT, verb="uploaded")
+    except DataError as error:
+        raise type(error)(
+            f"{error}; the store stays in {directory}, and the same command tries again"
         ) from error

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import atexit
 import fcntl
+import json
 import os
 import secrets
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,10 @@ from streaming.base.shared import SharedArray, SharedScalar, _get_path
 from streaming.base.shared import SharedMemory as StreamingSharedMemory
 from streaming.base.world import World
 
-_OUR_NAMES = ("failed_shard", "hashed")
+from calm_dist.errors import DataError, UnreachableError
+from calm_dist.files import NO_FLOCK
+
+_OUR_NAMES = ("failed_shard", "hashed", "busy_until")
 
 
 def scratch_directory() -> Path:
@@ -67,6 +71,21 @@ class RunNumber:
         assert name in _OUR_NAMES
         return SharedArray(size, np.int64, _get_path(self.value, name))
 
+    def tell_failure(self, error: DataError) -> None:
+        """Tell all readers on this node why one of them fails; the first one is kept."""
+        path = _failure_path(self.value)
+        # Without a place to write, the others know only that there was a failure.
+        with suppress(OSError), path.open("x", encoding="utf-8") as file:
+            json.dump([isinstance(error, UnreachableError), str(error)], file)
+
+    def failure(self) -> DataError | None:
+        """What `tell_failure` was told, on any reader of this node."""
+        try:
+            unreachable, message = json.loads(_failure_path(self.value).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return (UnreachableError if unreachable else DataError)(message)
+
     @contextmanager
     def used_by_streaming(self) -> Iterator[None]:
         """Let a StreamingDataset that is built inside take this number instead of its own."""
@@ -98,6 +117,10 @@ def _lock_path(number: int) -> Path:
     return scratch_directory() / f"run_{number}.lock"
 
 
+def _failure_path(number: int) -> Path:
+    return scratch_directory() / f"run_{number}.failure"
+
+
 def _lock(path: Path, wait: bool = True) -> int | None:
     """A descriptor that holds the lock on ``path``, or None where another process holds it."""
     while True:
@@ -112,6 +135,12 @@ def _lock(path: Path, wait: bool = True) -> int | None:
             return None
         except FileNotFoundError:
             pass
+        except OSError as error:
+            if error.errno not in NO_FLOCK:
+                raise
+            # Nobody can tell whether a run lives, so nothing of it is removed.
+            if wait:
+                return descriptor
         os.close(descriptor)
         if not wait:
             return None
@@ -130,4 +159,5 @@ def _remove_segments(number: int) -> None:
 def _remove_files(number: int) -> None:
     for name in (BARRIER_FILELOCK, CACHE_FILELOCK):
         (Path(tempfile.gettempdir()) / _get_path(number, name)).unlink(missing_ok=True)
+    _failure_path(number).unlink(missing_ok=True)
     _lock_path(number).unlink(missing_ok=True)

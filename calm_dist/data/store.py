@@ -14,13 +14,16 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.errors import DataError
 from calm_dist.files import file_sha256
+
+if TYPE_CHECKING:
+    from calm_dist.data.download import Downloads
 
 # Of every shard, in the index. Streaming's name for it is the same.
 HASH = "sha256"
@@ -118,17 +121,22 @@ def fingerprint(fields: dict[str, Any], index: bytes) -> str:
     return digest.hexdigest()
 
 
-def read_meta(path: str | Path) -> StoreMeta:
+def read_meta(path: str | Path, downloads: Downloads | None = None) -> StoreMeta:
     """``meta.json`` of a store in a local directory, or at a URL.
+
+    Args:
+        path: of the store.
+        downloads: how patient to be with a URL; None: as recipes are by default.
 
     Raises:
         DataError: there is no store, it is unfinished, or its ``meta.json`` is damaged.
     """
     if is_remote(path):
         # Importing Streaming takes seconds, which local stores need not wait for.
+        from calm_dist.data.download import DEFAULT
         from calm_dist.data.remote import fetch_meta
 
-        with fetch_meta(str(path)) as directory:
+        with fetch_meta(str(path), downloads or DEFAULT) as directory:
             return read_meta(directory)
     path = Path(path)
     if not path.is_dir():

@@ -24,12 +24,19 @@ from streaming.base import LocalDataset
 from streaming.base.world import World
 from torch.utils.data import DataLoader
 
+from calm_dist.data.download import DEFAULT, Downloads
 from calm_dist.data.guard import GuardedDataset, Source, open_source
 from calm_dist.data.layout import is_remote
 from calm_dist.data.remote import fetch_description
 from calm_dist.data.shared_names import RunNumber
 from calm_dist.data.store import StoreMeta
-from calm_dist.errors import DataError, LaunchError, is_lost_connection
+from calm_dist.errors import (
+    DataError,
+    LaunchError,
+    first_failure,
+    is_lost_connection,
+    plain_failure,
+)
 
 Batch = dict[str, torch.Tensor]
 T = TypeVar("T")
@@ -134,8 +141,8 @@ class TrainingStream:
             yield from self._loader
         except DataError as error:
             # From a worker process the message comes wrapped in that process's traceback.
-            message = str(error).rstrip().rpartition("DataError: ")[2]
-            raise DataError(message) from error
+            message = str(error).rstrip().rpartition(f"{type(error).__name__}: ")[2]
+            raise type(error)(message) from error
         except (RuntimeError, OSError, EOFError) as error:
             if is_lost_connection(error):
                 raise
@@ -186,6 +193,7 @@ def open_training_stream(
     num_workers: int = 0,
     cache_dir: str | Path | None = None,
     timeout_seconds: float = 600.0,
+    downloads: Downloads = DEFAULT,
 ) -> TrainingStream:
     """Open stores for training. Every rank calls this; RANK, WORLD_SIZE, LOCAL_RANK and
     LOCAL_WORLD_SIZE are set, and with several ranks the process group exists.
@@ -198,11 +206,13 @@ def open_training_stream(
         seed: of the order.
         num_workers: reader processes per rank; 0 reads in this process.
         cache_dir: where shards of remote stores are kept; it must hold all of them.
-        timeout_seconds: how long a reader process may take for a batch.
+        timeout_seconds: how long a reader process may take for a batch, downloads apart.
+        downloads: how patient to be with object stores.
 
     Raises:
         DataError: on every rank, whatever is missing, damaged, or does not fit together on any;
-            a store smaller than one global batch.
+            a store smaller than one global batch. `UnreachableError` where an object store did
+            not answer.
     """
     world = World.detect()
     _check_world(world, replication)
@@ -214,7 +224,7 @@ def open_training_stream(
     def fetch() -> None:
         if world.is_local_leader:
             for path in given:
-                open_source(path, fetch_description(path, cache_dir, fetch=True)).check()
+                open_source(path, fetch_description(path, cache_dir, True, downloads)).check()
 
     def read() -> list[Source]:
         sources = [open_source(path, fetch_description(path, cache_dir)) for path in given]
@@ -239,6 +249,7 @@ def open_training_stream(
         replication=replication,
         seed=seed,
         number=RunNumber(world),
+        downloads=downloads,
     )
     loader = DataLoader(
         dataset,
@@ -296,14 +307,14 @@ def _gather(value: T) -> list[T]:
 def _on_all_ranks(work: Callable[[], T]) -> T:
     """The result of ``work`` on this rank; a DataError on one rank is raised on every rank."""
     result: T | None = None
-    message = None
+    failure: DataError | None = None
     try:
         result = work()
     except DataError as error:
-        message = str(error)
-    for problem in _gather(message):
-        if problem is not None:
-            raise DataError(problem)
+        failure = error
+    found = first_failure(_gather(failure and plain_failure(failure)))
+    if found is not None:
+        raise found[1]
     return result  # type: ignore[return-value]
 
 

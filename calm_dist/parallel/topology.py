@@ -73,7 +73,8 @@ def build_topology(recipe: Recipe, device: torch.device) -> Topology:
     """Create all process groups; every rank of an initialised world calls it once."""
     parallel = recipe.parallel
     # Longer than the watchdog's, which says more.
-    timeout = timedelta(seconds=patience(recipe.health.timeout_seconds) + 30.0)
+    seconds = patience(recipe.health.timeout_seconds) + 30.0 + recipe.data.patience_seconds
+    timeout = timedelta(seconds=seconds)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,

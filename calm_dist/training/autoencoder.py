@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from calm_dist.data.download import Downloads
 from calm_dist.data.progress import progress
 from calm_dist.data.store import StoreMeta
 from calm_dist.data.stream import Batch, Store, open_store, open_training_stream
@@ -223,6 +224,7 @@ class AutoencoderTrainer:
             num_workers=recipe.data.num_workers,
             cache_dir=recipe.data.cache_dir,
             timeout_seconds=patience(recipe.health.timeout_seconds),
+            downloads=Downloads.of(recipe.data),
         )
         self._batches = LookAhead(self._stream)
         self._held_out = open_held_out(recipe, self._stream.metas[0])

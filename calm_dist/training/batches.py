@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch.distributed as dist
 
 from calm_dist.data.stream import Batch
-from calm_dist.errors import DataError
+from calm_dist.errors import DataError, first_failure, plain_failure
 
 
 class LookAhead:
@@ -41,12 +41,14 @@ class LookAhead:
         """Compare notes with all other ranks, which call this, too.
 
         Raises:
-            DataError: the failure of the first rank that has one, on every rank.
+            DataError: the failure of the first rank that has one, on every rank; see
+                `first_failure`.
         """
-        messages: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, self._failure and str(self._failure))
-        for rank, message in enumerate(messages):
-            if message is not None:
-                error = DataError(f"rank {rank}: {message}")
-                error.reported = True  # type: ignore[attr-defined]
-                raise error
+        failures: list[DataError | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, self._failure and plain_failure(self._failure))
+        found = first_failure(failures)
+        if found is not None:
+            rank, failure = found
+            error = type(failure)(f"rank {rank}: {failure}")
+            error.reported = True  # type: ignore[attr-defined]
+            raise error

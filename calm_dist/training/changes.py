@@ -8,9 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from calm_dist.data.download import Downloads
 from calm_dist.data.store import read_meta
 from calm_dist.errors import CheckpointError, UserError
 from calm_dist.recipe import Recipe, load_recipe
+from calm_dist.redact import redact_values
 from calm_dist.training import checkpoint
 from calm_dist.training.checkpoint.run_state import RunState
 from calm_dist.training.resolve import encoder_sha256
@@ -123,7 +125,7 @@ def latents_sha256(recipe: Recipe) -> str | None:
     """Fingerprint of the autoencoder whose latents the recipe trains on, however they come."""
     if recipe.model.kind != "calm":
         return None
-    stored = read_meta(recipe.data.sources[0].path).autoencoder
+    stored = read_meta(recipe.data.sources[0].path, Downloads.of(recipe.data)).autoencoder
     return encoder_sha256(recipe) or (None if stored is None else stored.sha256)
 
 
@@ -142,7 +144,7 @@ def _check_tokenizer(directory: Path, recipe: Recipe, remedy: str) -> None:
     """Raises CheckpointError where a checkpoint and the data speak of different tokens."""
     trained = RunState.read(directory).tokenizer_sha256
     path = recipe.data.sources[0].path
-    given = read_meta(path).tokenizer.sha256
+    given = read_meta(path, Downloads.of(recipe.data)).tokenizer.sha256
     if trained not in (None, given):
         raise CheckpointError(
             f"{directory / checkpoint.STATE_FILE}: written with the tokenizer of sha256 "
@@ -152,8 +154,9 @@ def _check_tokenizer(directory: Path, recipe: Recipe, remedy: str) -> None:
 
 
 def _changed(saved: Recipe, recipe: Recipe) -> dict[str, str]:
-    """``name: before -> now`` of each field that differs, by its dotted name."""
-    before, now = _fields(saved.to_dict()), _fields(recipe.to_dict())
+    """``name: before -> now`` of each field that differs, by its dotted name, masked as in the
+    recipe of a checkpoint."""
+    before, now = (_fields(redact_values(one.to_dict())) for one in (saved, recipe))
     # Where things lie is no part of them: data and autoencoder are known by their fingerprints.
     names = sorted((before.keys() | now.keys()) - {"run.dir", "model.autoencoder"})
     return {

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from calm_dist.data.download import Downloads
 from calm_dist.data.stream import Batch, open_training_stream
 from calm_dist.errors import CheckpointError, StoppedError, TrainingDivergedError
 from calm_dist.parallel.launch import patience
@@ -72,6 +73,7 @@ class Trainer:
             num_workers=recipe.data.num_workers,
             cache_dir=recipe.data.cache_dir,
             timeout_seconds=patience(recipe.health.timeout_seconds),
+            downloads=Downloads.of(recipe.data),
         )
         self.phases.enter("load the checkpoint")
         self._encoder_sha256 = on_rank_zero(lambda: encoder_sha256(recipe))

@@ -8,14 +8,16 @@ import math
 import os
 import sys
 import time
-import uuid
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from calm_dist.data.progress import Meter, duration
 from calm_dist.files import finite, replace_text
+from calm_dist.redact import redact_arguments, redact_values
+from calm_dist.training.wandb_id import wandb_id
 
 _WANDB_SECONDS = 60
 """How long a start waits for wandb's server."""
@@ -229,33 +231,43 @@ class WandbTracker:
         if mode == "online" and not (os.environ.get("WANDB_API_KEY") or _is_logged_in()):
             _say_offline("no API key is set; `wandb login` sets it", run_dir)
             mode = "offline"
-        id_file = run_dir / "wandb_id"
-        if not id_file.exists():
-            replace_text(id_file, uuid.uuid4().hex[:8] + "\n")
         options: dict[str, Any] = {
             "project": recipe.logging.project,
             "name": recipe.run.display_name,
-            "id": id_file.read_text(encoding="utf-8").strip(),
+            "id": wandb_id(run_dir),
             "resume": "allow",
             "dir": run_dir,
-            "config": recipe.to_dict(),
+            "config": redact_values(recipe.to_dict()),
             # The console is in logs of ours; wandb would take it over, and our bars with it.
             "settings": wandb.Settings(silent=True, console="off", init_timeout=_WANDB_SECONDS),
         }
         try:
-            self._run = wandb.init(mode=mode, **options)  # type: ignore[arg-type]
+            with _redacted_command_line():
+                self._run = wandb.init(mode=mode, **options)  # type: ignore[arg-type]
         except wandb.Error as error:
             # A tracker must not keep a training from its machines.
             _say_offline(str(error), run_dir)
             # What failed still holds the run's id.
             wandb.teardown()
-            self._run = wandb.init(mode="offline", **options)
+            with _redacted_command_line():
+                self._run = wandb.init(mode="offline", **options)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)
 
     def close(self) -> None:
         self._run.finish()
+
+
+@contextmanager
+def _redacted_command_line() -> Iterator[None]:
+    """wandb writes the command line into its files, as it finds it in ``sys.argv``."""
+    given = sys.argv
+    sys.argv = redact_arguments(given)
+    try:
+        yield
+    finally:
+        sys.argv = given
 
 
 def _is_logged_in() -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+READING = ("look at the run directory", "open the data", "data")
+
 
 class Phases:
     """The current phase of this rank's main thread, read by other threads.
@@ -20,6 +22,11 @@ class Phases:
         self.name = "start"
         self.since = time.monotonic()
         self.entered = 0
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether the phase may wait for a download."""
+        return self.name in READING
 
     def enter(self, name: str, step: int | None = None) -> None:
         """A new phase begins."""

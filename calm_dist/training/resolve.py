@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from calm_dist.data.download import Downloads
 from calm_dist.data.latents import check_tokenizer
 from calm_dist.data.store import StoreMeta, read_meta
 from calm_dist.errors import CheckpointError, RecipeError
@@ -37,7 +38,7 @@ def resolve(recipe: Recipe, *, missing_stores: bool = False) -> Recipe:
     for source in recipe.data.sources:
         if missing_stores and "://" not in source.path and not Path(source.path).exists():
             continue
-        meta = read_meta(source.path)
+        meta = read_meta(source.path, Downloads.of(recipe.data))
         recipe = recipe.with_store(meta.to_dict())
         _check_autoencoder(recipe, meta)
     return with_autoencoder_shape(recipe)

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from calm_dist.errors import LaunchError, StoppedError
-from calm_dist.files import replace_text
+from calm_dist.files import NO_FLOCK, replace_text
+from calm_dist.redact import redact
+from calm_dist.training.lease import HeldError, Lease, is_leased
 
 LOCK_FILE = ".lock"
 ENVIRONMENT_FILE = "environment.json"
@@ -28,6 +30,8 @@ _TRIES, _BETWEEN_TRIES = 5, 0.04
 
 def hold(run_dir: Path) -> int:
     """Hold the run directory; the kernel lets go of it however this process ends.
+
+    Where the file system has no `flock`, by a `Lease`, which the next start sees to be stale.
 
     Returns:
         The descriptor that holds it while it is open, for `let_go`.
@@ -46,19 +50,35 @@ def hold(run_dir: Path) -> int:
                 continue
             holder = os.read(descriptor, 100).decode(errors="replace").strip()
             os.close(descriptor)
-            raise LaunchError(
-                f"run.dir: another run is at work in {run_dir} ({holder}); wait for it or end it, "
-                "or use another run.dir"
-            ) from error
+            raise _is_at_work(run_dir, holder) from error
+        except OSError as error:
+            if error.errno not in NO_FLOCK:
+                os.close(descriptor)
+                raise
+            try:
+                _leases[descriptor] = Lease(run_dir)
+            except HeldError as held:
+                os.close(descriptor)
+                raise _is_at_work(run_dir, str(held)) from held
+            break
     os.truncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
     _held[descriptor] = _file_of(descriptor)
     return descriptor
 
 
+def _is_at_work(run_dir: Path, holder: str) -> LaunchError:
+    return LaunchError(
+        f"run.dir: another run is at work in {run_dir} ({holder}); wait for it or end it, "
+        "or use another run.dir"
+    )
+
+
 def let_go(descriptor: int) -> None:
     """Let go of the run directory that `hold` holds."""
     _held.pop(descriptor, None)
+    if (lease := _leases.pop(descriptor, None)) is not None:
+        lease.let_go()
     os.close(descriptor)
 
 
@@ -76,6 +96,10 @@ def is_held(run_dir: Path) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    except OSError as error:
+        if error.errno not in NO_FLOCK:
+            raise
+        return is_leased(run_dir)
     finally:
         os.close(descriptor)
     return False
@@ -83,6 +107,7 @@ def is_held(run_dir: Path) -> bool:
 
 # Descriptors of the run directories that this process holds, and the files that they are of.
 _held: dict[int, tuple[int, int]] = {}
+_leases: dict[int, Lease] = {}
 
 
 def _let_go_in_child() -> None:
@@ -92,6 +117,8 @@ def _let_go_in_child() -> None:
             if _file_of(descriptor) == file:
                 os.close(descriptor)
     _held.clear()
+    # Its file is the parent's.
+    _leases.clear()
 
 
 os.register_at_fork(after_in_child=_let_go_in_child)
@@ -122,7 +149,7 @@ def end_recorded(run_dir: Path, began: Callable[[], bool] = lambda: True) -> Ite
         how, reason = STOPPED, str(stopped) or "Ctrl-C"
         raise
     except BaseException as error:
-        how, reason = FAILED, f"{type(error).__name__}: {error}"[:500]
+        how, reason = FAILED, redact(f"{type(error).__name__}: {error}")[:500]
         raise
     finally:
         # A full disk must not hide why the run ended; what is there may be damaged.

@@ -19,6 +19,7 @@ from calm_dist.files import replace_text
 from calm_dist.parallel.launch import World, join_world, read_world, select_device
 from calm_dist.parallel.processes import children_die_with_us
 from calm_dist.recipe import Recipe
+from calm_dist.redact import redact_arguments
 from calm_dist.training.changes import check_changes
 from calm_dist.training.phases import Phases
 from calm_dist.training.resolve import resolve
@@ -81,7 +82,9 @@ def launched(recipe: Recipe) -> Iterator[Session]:
     from calm_dist.training.watchdog import watched
 
     device = select_device(world, recipe.parallel.device)
-    store = join_world(world, device, recipe.health.timeout_seconds)
+    store = join_world(
+        world, device, recipe.health.timeout_seconds, grace_seconds=recipe.data.patience_seconds
+    )
     stop, phases = StopRequest(), Phases()
     with watched(store, world, phases, recipe.health.timeout_seconds), stop.listening():
         phases.enter("look at the run directory")
@@ -178,7 +181,7 @@ def record_start(recipe: Recipe, world: World) -> None:
     replace_text(run_dir / "recipe.yaml", recipe.to_yaml())
     environment = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
+        "command": redact_arguments(sys.argv),
         "launcher": world.launcher,
         "world_size": world.size,
         "host": platform.node(),

@@ -21,6 +21,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from calm_dist.cli import EXIT_HUNG, EXIT_PEER_LOST
+from calm_dist.data.download import busy
 from calm_dist.errors import (
     HungError,
     PeerLostError,
@@ -168,6 +169,9 @@ class Watchdog:
         else:
             # A job that was suspended as a whole has not been idle.
             idle = last.idle + min(passed, 2 * BEAT_SECONDS)
+        if phases.is_reading and busy.until() > time.monotonic():
+            # A slow download, or one that is tried again: no hang, and with limits of its own.
+            idle = 0.0
         doing, place = _main_thread(sys._current_frames()[self._main])  # type: ignore[index]
         return Status(
             last.host, last.beat + 1, phases.entered, phases.step, phases.name, idle, doing, place

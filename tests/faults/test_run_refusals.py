@@ -209,3 +209,22 @@ def test_child_does_not_hold_the_run_directory(
     finally:
         child.kill()
         child.join()
+
+
+def test_training_without_flock(
+    tmp_path: Path, tiny: Callable[..., list[str]], without_flock: dict[str, str]
+) -> None:
+    """Wherever files lie, of ours and of the libraries: a run trains, and is the only one."""
+    run_dir = tmp_path / "run"
+    scratch = tmp_path / "tmp"
+    scratch.mkdir()
+    overrides = tiny(run_dir, "calm", training__steps=2, **ALONE)
+    command = [sys.executable, str(ROOT / "tools" / "train.py"), recipe("calm"), *overrides]
+    done = subprocess.run(
+        command,
+        env={**without_flock, "OMP_NUM_THREADS": "1", "TMPDIR": str(scratch)},
+        capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    assert checkpoint.step_directories(run_dir)
+    assert not (run_dir / ".lock.held").exists()

@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "calm_dist"
 # A part imports from its own group and from the groups before it.
 LAYERS = (
     {"errors"},
+    {"redact"},
     {"cli", "files", "randomness"},
     {"recipe", "heads"},
     {"flops", "stages"},
@@ -31,7 +32,7 @@ LAYERS = (
 # The first imports it when it is called.
 HIGHER = {"interop/huggingface.py": "evaluation", "interop/convert.py": "evaluation"}
 # Plans and reports are made of recipes and metrics, where no training library need be.
-PLAIN = {"errors", "cli", "files", "heads", "recipe", "flops", "stages", "planner"}
+PLAIN = {"errors", "redact", "cli", "files", "heads", "recipe", "flops", "stages", "planner"}
 ONLY = {"planner": PLAIN, "reports": PLAIN | {"reports"}}
 # Models get their process groups handed in.
 NOT_IN_MODELS = ("torch.distributed", "deepspeed", "megatron.core.parallel_state")

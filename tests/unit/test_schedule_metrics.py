@@ -139,7 +139,7 @@ def test_a_resumed_run_goes_on_in_its_trackers(tmp_path: Path, recipe: Recipe) -
 
     # Its process writes the rest before it ends, as at the end of ours.
     wandb.teardown()
-    run_id = (tmp_path / "wandb_id").read_text(encoding="utf-8").strip()
+    run_id = (tmp_path / "wandb_id").read_text(encoding="utf-8").split()[0]
     # Named by the second at which they began.
     starts = [read_wandb(file) for file in (tmp_path / "wandb").glob("offline-run-*/*.wandb")]
     starts.sort(key=lambda start: start[1][0]["_step"])

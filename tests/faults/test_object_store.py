@@ -1,0 +1,155 @@
+"""Two ranks that train from an object store that has faults: they wait and go on to the same
+numbers, or end with a code that says whether another start may help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from faulty_store import Fault, FaultyStore, faulty_store
+from launches import (
+    TIMEOUT_SECONDS,
+    data_parallel,
+    free_port,
+    start_rank,
+    training_records,
+)
+
+BAD_INPUT, UNREACHABLE = 2, 6
+STEPS = 10
+SHARD = "shard.00007.mds"
+Tiny = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def shards(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of `launches`, in shards of four blocks."""
+    from calm_dist.data.latents import plan_store, write_store
+    from calm_dist.data.tokenizer import load_tokenizer
+    from calm_dist.interop.huggingface import load_autoencoder
+
+    corpus, autoencoder = [str(store.parent / "corpus.txt")], store.parent / "autoencoder"
+    tokenizer = load_tokenizer(store.parent / "t.json")
+    plan = plan_store(
+        corpus, tokenizer, variant="fp16", block_size=64, patch_size=None,
+        autoencoder=autoencoder, seed=0,
+    )  # fmt: skip
+    out = tmp_path_factory.mktemp("shards") / "store"
+    model = load_autoencoder(autoencoder)
+    size = 4 * plan.sample_bytes
+    write_store(out, corpus, tokenizer, plan, autoencoder=model, shard_bytes=size)
+    assert (out / SHARD).is_file()
+    return out
+
+
+@pytest.fixture(scope="module")
+def expected(shards: Path, tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> list[float]:
+    """Losses from the local store."""
+    run_dir = tmp_path_factory.mktemp("local") / "run"
+    codes, outputs = train(tiny, run_dir, str(shards), {})
+    assert codes == [0, 0], outputs
+    return losses(run_dir)
+
+
+def losses(run_dir: Path) -> list[float]:
+    records = training_records(run_dir)
+    assert sorted(records) == list(range(1, STEPS + 1))
+    return [records[step]["loss"] for step in sorted(records)]
+
+
+def train(
+    tiny: Tiny, run_dir: Path, path: str, environment: dict[str, str], **more: object
+) -> tuple[list[int], list[str]]:
+    """Exit codes and outputs of two ranks."""
+    fields = {"training__steps": STEPS, "data__path": path, **more}
+    overrides = data_parallel(tiny, run_dir, **fields)
+    scratch = run_dir.parent / "tmp"
+    scratch.mkdir(exist_ok=True)
+    port = free_port()
+    environment = {"TMPDIR": str(scratch), "PYTHONWARNINGS": "ignore", **environment}
+    ranks = [start_rank(rank, 2, port, overrides, **environment) for rank in (0, 1)]
+    outputs = [rank.communicate(timeout=TIMEOUT_SECONDS)[0] for rank in ranks]
+    return [rank.returncode for rank in ranks], outputs
+
+
+def train_from(
+    store: FaultyStore, tiny: Tiny, run_dir: Path, **more: object
+) -> tuple[list[int], list[str]]:
+    none = str(run_dir / "none")
+    environment = {
+        **store.environment,
+        "AWS_CONFIG_FILE": none,
+        "AWS_SHARED_CREDENTIALS_FILE": none,
+    }
+    more = {"data__download_timeout_seconds": 5, **more}
+    return train(tiny, run_dir, store.url, environment, **more)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_store_that_recovers(
+    shards: Path, expected: list[float], tmp_path: Path, tiny: Tiny, num_workers: int
+) -> None:
+    """Longer than the watchdog's limit, by which a rank that tries again is no hang."""
+    faults = [
+        Fault("meta.json", "SlowDown", times=2),
+        Fault("index.json", "reset", times=2),
+        Fault("shard.00001.mds", "InternalError", times=2),
+        Fault("shard.00002.mds", "truncate", times=2),
+        Fault("shard.00003.mds", "reset", times=2),
+        Fault("shard.00004.mds", "stall", times=2),
+        Fault("shard.00005.mds", "silence", times=1),
+        Fault(SHARD, "SlowDown", seconds=25),
+    ]
+    with faulty_store(shards, *faults) as store:
+        codes, outputs = train_from(
+            store, tiny, tmp_path / "run",
+            data__num_workers=num_workers, health__timeout_seconds=10,
+        )  # fmt: skip
+        assert store.count(SHARD) > 4
+    assert codes == [0, 0], outputs
+    assert losses(tmp_path / "run") == expected
+    for text in ("503 SlowDown", "500 InternalError", "attempt 2 of 11 failed"):
+        assert text in outputs[0] + outputs[1]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_fault_that_outlasts_the_retries_is_met_again_by_the_same_command(
+    shards: Path, expected: list[float], tmp_path: Path, tiny: Tiny, num_workers: int
+) -> None:
+    run_dir = tmp_path / "run"
+    more = {"data__download_retries": 2, "data__num_workers": num_workers}
+    with faulty_store(shards, Fault(SHARD, "SlowDown")) as store:
+        codes, outputs = train_from(store, tiny, run_dir, **more)
+        assert codes == [UNREACHABLE, UNREACHABLE], outputs
+        assert store.count(SHARD) == 3
+        said = outputs[0]
+        assert f"{SHARD} cannot be downloaded: 503 SlowDown" in said
+        assert "3 attempts failed" in said and "Traceback" not in said
+        # What was trained is saved, and goes on where the store answers.
+        store.faults.clear()
+        codes, outputs = train_from(store, tiny, run_dir, **more)
+    assert codes == [0, 0], outputs
+    assert losses(run_dir) == expected
+
+
+@pytest.mark.parametrize("name", ["meta.json", "index.json"])
+def test_a_fault_at_the_start_that_lasts(
+    shards: Path, tmp_path: Path, tiny: Tiny, name: str
+) -> None:
+    with faulty_store(shards, Fault(name, "InternalError")) as store:
+        codes, outputs = train_from(store, tiny, tmp_path / "run", data__download_retries=1)
+    assert codes == [UNREACHABLE, UNREACHABLE], outputs
+    assert f"{name} cannot be downloaded: 500 InternalError" in outputs[0]
+
+
+@pytest.mark.parametrize("name", ["meta.json", SHARD])
+def test_wrong_credentials_are_bad_input(
+    shards: Path, tmp_path: Path, tiny: Tiny, name: str
+) -> None:
+    with faulty_store(shards, Fault(name, "SignatureDoesNotMatch")) as store:
+        codes, outputs = train_from(store, tiny, tmp_path / "run")
+        # Each rank looks at the description itself.
+        assert store.count(name) <= 2
+    assert codes == [BAD_INPUT, BAD_INPUT], outputs
+    assert "refuses the credentials" in outputs[0] and "SignatureDoesNotMatch" in outputs[0]
