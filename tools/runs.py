@@ -35,11 +35,11 @@ def main() -> None:
     from calm_dist.run_list import list_runs, table
 
     rows = list_runs(arguments.directories)
-    if arguments.json:
-        write_json(rows, arguments.json)
     if arguments.json != "-":
         places = ", ".join(arguments.directories)
         print(table(rows) if rows else f"no run directories at or below {places}")
+    if arguments.json:
+        write_json(rows, arguments.json)
 
 
 if __name__ == "__main__":

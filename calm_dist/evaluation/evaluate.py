@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +23,7 @@ from calm_dist.evaluation.block_scores import (
 )
 from calm_dist.evaluation.brier import NGRAM, Alignment, estimate_brierlm, ngram_starts
 from calm_dist.evaluation.generate import calm_recipe
+from calm_dist.files import check_file_is_writable
 from calm_dist.training import checkpoint
 from calm_dist.training.metrics import METRICS_FILE, json_line, read_records
 
@@ -233,6 +237,9 @@ def record(run: Path, result: Mapping[str, Any]) -> bool:
 
     Returns:
         False where that step has been scored on the same data with the same protocol and seed.
+
+    Raises:
+        OSError: the file cannot be read or written; it is as it was.
     """
     if any(
         known["step"] == result["step"] and _same_measurement(known.get("eval"), result)
@@ -240,11 +247,66 @@ def record(run: Path, result: Mapping[str, Any]) -> bool:
     ):
         return False
     path = run / METRICS_FILE
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    with path.open("a", encoding="utf-8") as file:
-        separator = "" if not text or text.endswith("\n") else "\n"
-        file.write(separator + json_line({"step": result["step"], "eval": result}))
+    data = path.read_bytes() if path.exists() else b""
+    separator = "" if not data or data.endswith(b"\n") else "\n"
+    line = (separator + json_line({"step": result["step"], "eval": result})).encode()
+    with path.open("ab", buffering=0) as file:
+        if file.write(line) != len(line):
+            # Half a record would damage the next one, too.
+            file.truncate(len(data))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     return True
+
+
+def why_not_recorded(run: Path) -> str | None:
+    """Why `record` cannot add to a run's metrics.jsonl, or None where it can; found out before
+    the scores are taken."""
+    try:
+        check_file_is_writable(run / METRICS_FILE)
+        read_records(run)
+    except OSError as error:
+        return f"{run / METRICS_FILE}: cannot be written ({error.strerror})"
+    return None
+
+
+class RecordLog:
+    """Records the results of a run's checkpoints, and says what could not be recorded."""
+
+    def __init__(self, checkpoints: Iterable[Path]) -> None:
+        """Say on stderr where results of these checkpoints will not be recorded."""
+        runs = {run for path in checkpoints if (run := run_directory(path)) is not None}
+        reasons = {run: why_not_recorded(run) for run in sorted(runs)}
+        self._writable = {run for run, reason in reasons.items() if reason is None}
+        self._failures: list[str] = []
+        for reason in filter(None, reasons.values()):
+            _warn(f"warning: {reason}: the scores are shown, not recorded; reports will lack them")
+
+    def add(self, directory: Path, result: Mapping[str, Any]) -> None:
+        """Record the result of a checkpoint, where it lies in a run that can be written."""
+        run = run_directory(directory)
+        if run not in self._writable:
+            return
+        try:
+            if not record(run, result):
+                _warn(f"step {result['step']}: already in {run / METRICS_FILE}")
+        except OSError as error:
+            self._failures.append(
+                f"{run / METRICS_FILE}: step {result['step']} was not recorded ({error.strerror})"
+            )
+
+    def close(self) -> None:
+        """Raises:
+        UserError: results that were to be recorded were not.
+        """
+        if self._failures:
+            raise UserError(
+                f"{'; '.join(self._failures)}; the scores are above; make room or make the file "
+                "writable, then evaluate again to record them"
+            )
+
+
+def _warn(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _same_measurement(known: Mapping[str, Any] | None, result: Mapping[str, Any]) -> bool:

@@ -64,8 +64,6 @@ def report_runs(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: see `write_report`.
     """
-    if arguments.out == "":
-        raise UserError("--out: is empty; give a directory")
     models, autoencoder = _read(arguments.runs, arguments.autoencoder)
     summary = summarize(models, autoencoder, arguments.peak_tflops)
     if arguments.out:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import resource
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,23 +40,22 @@ def tokenizer(corpus: Path) -> Tokenizer:
     return train_tokenizer(TEXT, VOCAB, corpus.parent / "tokenizer.json")
 
 
-def write_run(model: LoadedModel, run: Path, tokenizer_sha256: str | None) -> None:
-    """A run directory with one checkpoint, and the autoencoder beside it."""
-    run.mkdir()
+def write_run(model: LoadedModel, run: Path, tokenizer_sha256: str | None, step: int = 3) -> None:
+    """A run directory with a checkpoint, and the autoencoder beside it."""
+    run.mkdir(exist_ok=True)
     values = model.recipe.to_dict()
     if model.autoencoder is not None:
         (run / "autoencoder").mkdir()
         save_autoencoder(model.autoencoder, run / "autoencoder", {})
         values["model"]["autoencoder"] = str(run / "autoencoder")
     recipe = type(model.recipe).from_dict(values).to_yaml()
-    temporary = checkpoint.begin(run, 3)
+    temporary = checkpoint.begin(run, step)
     model_state.save_weights(temporary, model.body, model._head)
-    RunState(step=3, tokens=4096, tokenizer_sha256=tokenizer_sha256, data={"steps_done": 3}).write(
-        temporary
-    )
+    sha256, data = tokenizer_sha256, {"steps_done": step}
+    RunState(step=step, tokens=4096, tokenizer_sha256=sha256, data=data).write(temporary)
     for directory in (run, temporary):
         (directory / checkpoint.RECIPE_FILE).write_text(recipe)
-    checkpoint.commit(temporary, keep=1)
+    checkpoint.commit(temporary, keep=9)
 
 
 def evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
@@ -131,3 +134,97 @@ def test_blocks_that_are_too_short(
     arguments = ("--checkpoint", tmp_path / "calm", "--data", tmp_path / "store")
     assert evaluate(monkeypatch, *arguments) == 2
     assert "data.block_size 4: too short for an n-gram of 4 tokens" in capsys.readouterr().err
+
+
+@pytest.fixture
+def scored(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> list[str | Path]:
+    """Arguments that score a Transformer in the run directory ``tmp_path / "run"``."""
+    write_run(tiny_model("transformer", vocab_size=VOCAB), tmp_path / "run", tokenizer.fingerprint)
+    plan = plan_store([corpus], tokenizer, variant="tokens", block_size=24, patch_size=4)
+    write_store(tmp_path / "store", [corpus], tokenizer, plan)
+    arguments = ("--checkpoint", tmp_path / "run", "--data", tmp_path / "store", "--blocks", "2")
+    return [*arguments, "--json", tmp_path / "scores.json"]
+
+
+def without_override() -> None:
+    """Permission bits apply to root as well: CAP_DAC_OVERRIDE (1) leaves the set of what a new
+    program can have (PR_CAPBSET_DROP, 24). Others have never had it, and may not drop it."""
+    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
+
+
+def test_a_run_that_cannot_be_written_is_scored_and_shown(
+    tmp_path: Path, scored: list[str | Path]
+) -> None:
+    run = tmp_path / "run"
+    run.chmod(0o555)
+    done = subprocess.run(
+        [sys.executable, TOOL, *scored],
+        env=os.environ | {"PYTHONPATH": str(TOOL.parents[1])},
+        preexec_fn=without_override,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    run.chmod(0o755)
+    assert done.returncode == 0, done.stderr
+    # Said before the work, in one line.
+    assert done.stderr.splitlines()[0] == (
+        f"warning: {run / 'metrics.jsonl'}: cannot be written (Permission denied): the scores are "
+        "shown, not recorded; reports will lack them"
+    )
+    assert "BrierLM" in done.stdout and "cross_entropy" in done.stdout
+    assert json.loads((tmp_path / "scores.json").read_text())["step"] == 3
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "recipe.yaml"]
+
+
+def test_metrics_that_are_no_file_do_not_cost_the_scores(
+    tmp_path: Path,
+    scored: list[str | Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "run" / "metrics.jsonl").mkdir()
+    assert evaluate(monkeypatch, *scored) == 0
+    captured = capsys.readouterr()
+    assert "cannot be written (Is a directory): the scores are shown" in captured.err
+    assert "BrierLM" in captured.out and (tmp_path / "scores.json").is_file()
+
+
+def test_a_disk_that_fills_up_while_scoring_costs_the_record_alone(
+    tmp_path: Path,
+    scored: list[str | Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The kernel lets no file grow beyond a limit that half of the record reaches."""
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    before = b'{"step": 1, "loss": 1.0, "bytes": "\xff"}\n' * 300
+    metrics.write_bytes(before)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, limits[1]))
+        assert evaluate(monkeypatch, *scored) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    captured = capsys.readouterr()
+    assert "BrierLM" in captured.out and (tmp_path / "scores.json").is_file()
+    assert f"error: {metrics}: step 3 was not recorded (" in captured.err
+    assert metrics.read_bytes() == before
+    # With room again it is recorded, once.
+    assert evaluate(monkeypatch, *scored) == evaluate(monkeypatch, *scored) == 0
+    assert metrics.read_bytes().startswith(before)
+    assert metrics.read_bytes().count(b'"eval"') == 1
+
+
+def test_what_was_scored_before_an_error_is_shown(
+    tmp_path: Path,
+    scored: list[str | Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_run(tiny_model("transformer", vocab_size=VOCAB), tmp_path / "run", "0" * 64, step=4)
+    assert evaluate(monkeypatch, *scored, "--all-checkpoints") == 2
+    captured = capsys.readouterr()
+    assert "error: tokenizer sha256" in captured.err
+    assert captured.out.splitlines()[1].split()[0] == "3"
+    assert [result["step"] for result in json.loads((tmp_path / "scores.json").read_text())] == [3]

@@ -455,7 +455,7 @@ def test_both_tools_write_the_same_report(experiment: dict[str, Path], tmp_path:
         (["--run", "nowhere"], "nowhere: no recipe.yaml in it"),
         (["--run", "nowhere", "--peak-tflops", "0"], "0: give a number from 0.001 to 1e06"),
         (["--run", "nowhere", "--peak-tflops", "1e-320"], "1e-320: give a number from 0.001"),
-        (["--run", "nowhere", "--out", ""], "--out: is empty; give a directory"),
+        (["--run", "nowhere", "--out", ""], "--out: is empty: give a directory"),
     ],
 )
 def test_wrong_options_are_refused(arguments: list[str], message: str) -> None:
