@@ -39,7 +39,7 @@ class Generation:
     """A continuation of a prompt."""
 
     text: str
-    """The new text, without the prompt."""
+    """The new text, without the prompt: the prompt with it behind reads as one text."""
     tokens: list[int]
     """The new tokens, without the end token."""
     stopped_by: Literal["end", "length"]
@@ -134,7 +134,10 @@ def generate(
     ]
     if rows:
         continue_texts(model, rows, sampler, tokenizer, max_new_tokens, show_progress=show_progress)
-    generations = [Generation(tokenizer.decode(row.new), row.new, row.stopped_by) for row in rows]
+    generations = [
+        Generation(tokenizer.decode_continuation(text, row.new), row.new, row.stopped_by)
+        for text, row in zip(texts, rows, strict=True)
+    ]
     return generations[0] if isinstance(prompts, str) else generations
 
 

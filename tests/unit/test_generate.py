@@ -14,6 +14,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from tiny_models import VOCAB, tiny_model
+from tokenizer_kinds import llama2_like, metaspace, wordpiece
 
 from calm_dist.data.latents import plan_store, write_store
 from calm_dist.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -285,6 +286,22 @@ def test_tokenizer_is_found(tmp_path: Path) -> None:
     for name in ("tokenizer.model", "tokenizer.json"):
         (run / name).write_bytes(own.read_bytes())
         assert find(inside, path=store) == find(run, path="gone") == run / name
+
+
+@pytest.mark.parametrize("kind", ["calm", "transformer"])
+def test_texts_read_on_whatever_the_decoder_strips(kind: str, tmp_path: Path) -> None:
+    """Decoders that treat the beginning of a text in their own way; prompts that are filled with
+    begin tokens to whole patches of four."""
+    for number, make in enumerate((llama2_like, metaspace, wordpiece)):
+        tokenizer = make(tmp_path / f"{number}.json")
+        model = tiny_model(kind, vocab_size=tokenizer.vocab_size, block_steps=20, seed=number)
+        prompts = ["the sea", "the", "the sea is the sea", ""] * 12
+        seeds = list(range(len(prompts)))
+        found = generate(model, tokenizer, prompts, temperature=1.0, max_new_tokens=4, seed=seeds)
+        assert any(new.text.startswith(" ") for new in found)
+        for prompt, new in zip(prompts, found, strict=True):
+            whole = tokenizer.decode(tokenizer.encode(prompt) + new.tokens)
+            assert prompt + new.text == whole
 
 
 def saved(model: LoadedModel, tokenizer: Tokenizer, run: Path) -> Path:
