@@ -106,7 +106,8 @@ def generate(
         model: from `evaluation.load.load_model`.
         tokenizer: the one that the model was trained with.
         prompts: a prompt, or any number of them of any lengths, which share each step.
-        temperature: CALM: in (0, 1], see `evaluation.sampling`; Transformer: of the softmax, > 0.
+        temperature: CALM: in (0, 1], see `evaluation.sampling`; Transformer: of the softmax, 0 or
+            more. At 0 it takes the most likely token, of equally likely ones that of the lowest id.
         seed: at least 0: one for every prompt, or a sequence of one for each.
         method: CALM only. ``pool`` (T = 1/n), ``exact`` (any T), ``auto``: the pool where T = 1/n.
         pool_size: draws in a pool.
@@ -242,11 +243,15 @@ def patch_sampler(
 
 
 def _token_sampler(temperature: float) -> Sampler:
-    """Logits [V] -> the next token, drawn from the softmax."""
-    if not 0 < temperature < float("inf"):
-        raise UserError(f"temperature {temperature:g}: must be a positive number")
+    """Logits [V] -> the next token, drawn from the softmax; at temperature 0 the most likely one,
+    of equally likely ones that of the lowest id."""
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature {temperature:g}: must be 0 or a positive number")
 
     def sample(logits: torch.Tensor, rng: np.random.Generator) -> list[int]:
+        if temperature == 0:
+            # numpy says which of several largest it takes: the first.
+            return [int(logits.float().cpu().numpy().argmax())]
         # The largest logit becomes 0, so that no temperature, however small, makes an infinity.
         scores = logits.double().cpu()
         chances = ((scores - scores.max()) / temperature).softmax(-1).numpy()

@@ -78,7 +78,10 @@ def plain_loop(
             step = list((sample_exact if exact else sample_from_pool)(draw, temperature, rng))
         else:
             logits = model.logits(torch.tensor([context]))[0, -1].double()
-            step = [int(rng.choice(VOCAB, p=(logits / temperature).softmax(-1)))]
+            if temperature == 0:
+                step = [int(logits.argmax())]
+            else:
+                step = [int(rng.choice(VOCAB, p=(logits / temperature).softmax(-1)))]
         for token in step:
             if token == tokenizer.end_id:
                 return Generation(tokenizer.decode(new), new, "end")
@@ -110,7 +113,7 @@ def test_calm_equals_the_plain_loop(
         assert generate(model, tokenizer, prompt, seed=seed, method=method, **options) == expected
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("temperature", [0, 0.3, 1.0, 2.5])
 def test_transformer_equals_the_plain_loop(tokenizer: Tokenizer, temperature: float) -> None:
     model = tiny_model("transformer", block_steps=12, num_key_value_heads=2)
     for seed, prompt in enumerate(["", *PROMPTS, "longer than its block"]):
@@ -209,7 +212,7 @@ def test_bad_arguments(tokenizer: Tokenizer) -> None:
     for temperature in (0.0, -1.0, 1.5, float("nan"), float("inf"), 1e-310):
         with pytest.raises(UserError, match="temperature"):
             generate(calm, tokenizer, "", temperature=temperature)
-    for temperature in (0.0, -1.0, float("nan"), float("inf")):
+    for temperature in (-1.0, float("nan"), float("inf")):
         with pytest.raises(UserError, match="temperature"):
             generate(transformer, tokenizer, "", temperature=temperature)
     with pytest.raises(UserError, match="max_new_tokens 0"):
@@ -227,6 +230,34 @@ def test_the_coldest_temperature_takes_the_likeliest_token(tokenizer: Tokenizer)
     logits = model.logits(torch.tensor([[tokenizer.begin_id, *tokenizer.encode("ab")]]))[0, -1]
     found = generate(model, tokenizer, "ab", temperature=1e-300, max_new_tokens=1)
     assert found.tokens == [int(logits.argmax())]
+
+
+def test_greedy_decoding_has_no_chance_in_it(tokenizer: Tokenizer) -> None:
+    """The same text for every seed, alone and in a batch."""
+    model = tiny_model("transformer", block_steps=12)
+    options: dict[str, Any] = {"temperature": 0, "max_new_tokens": 30}
+    together = generate(model, tokenizer, PROMPTS, seed=SEEDS, **options)
+    for prompt, found in zip(PROMPTS, together, strict=True):
+        assert generate(model, tokenizer, prompt, seed=99, **options) == found
+    with pytest.raises(UserError, match=r"temperature 0.*no most likely patch"):
+        generate(tiny_model("calm"), tokenizer, "a", **options)
+
+
+def test_of_equally_likely_tokens_the_lowest_is_taken(tokenizer: Tokenizer) -> None:
+    """Of an output layer whose rows are all alike every token is as likely as any other."""
+    model = tiny_model("transformer")
+    weight = max(
+        (p for p in model.body.parameters() if p.dim() == 2 and p.shape[0] >= VOCAB),
+        key=lambda p: p.shape[0],
+    )
+    layers = [p for p in model.body.parameters() if p.shape == weight.shape]
+    for layer in layers:
+        layer[:] = layer[5].clone()
+    logits = model.logits(torch.tensor([[tokenizer.begin_id]]))[0, -1]
+    assert len(set(logits.tolist())) == 1
+    tokenizer.end_id = -1
+    found = generate(model, tokenizer, "ab", temperature=0, max_new_tokens=5)
+    assert found.tokens == [0] * 5
 
 
 def with_fingerprint(sha256: str | None, vocab_size: int) -> Any:
@@ -349,13 +380,18 @@ def test_command_line(
     assert json.loads(file.read_text()) == found[1]
     assert (found[1]["step"], found[1]["stopped_by"]) == (3, two[1].stopped_by)
 
+    # The last of several temperatures counts.
+    assert run_tool(monkeypatch, *common, *one, "--temperature", "0") == 0
+    greedy = generate(model, tokenizer, "the s", temperature=0, max_new_tokens=9)
+    assert json.loads(file.read_text())["tokens"] == greedy.tokens != two[1].tokens
+
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--temperature", "1e400", "'1e400': must be a finite number above 0"),
-        ("--temperature", "nan", "'nan': must be a finite number above 0"),
-        ("--temperature", "0", "at 0 CALM has no most likely patch"),
+        ("--temperature", "1e400", "'1e400': must be a finite number, 0 or more"),
+        ("--temperature", "nan", "'nan': must be a finite number, 0 or more"),
+        ("--temperature", "-1", "'-1': must be a finite number, 0 or more"),
         ("--temperature", "1/0", "'1/0' is neither a number nor a fraction"),
         ("--temperature", "1/2/3", "'1/2/3' is neither a number nor a fraction"),
         ("--max-new-tokens", "0", "0: give a whole number from 1"),
