@@ -6,7 +6,7 @@ import errno
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -24,6 +24,7 @@ from calm_dist.evaluation.block_scores import (
 from calm_dist.evaluation.brier import NGRAM, Alignment, estimate_brierlm, ngram_starts
 from calm_dist.evaluation.generate import calm_recipe
 from calm_dist.files import check_file_is_writable
+from calm_dist.scores import MARK_EXPLAINED, brier_text, brierlm_text, noisy_brier
 from calm_dist.training import checkpoint
 from calm_dist.training.metrics import METRICS_FILE, json_line, read_records
 
@@ -101,9 +102,10 @@ def evaluate(
 
     Returns:
         A JSON-able dict: kind, checkpoint, step, tokens_seen, brier [4], brier_stderr, brierlm,
-        brierlm_stderr (None with the reason in stderr_undefined), protocol, data_fingerprint,
-        seed. The protocol is {block_size, patch_size, samples, alignment, blocks, positions,
-        starts {first, last, stride, per_block}, estimator}, and for CALM the kind of its head.
+        brierlm_stderr (None with the reason in stderr_undefined), noisy_brier (see
+        `scores.noisy_brier`), protocol, data_fingerprint, seed. The protocol is {block_size,
+        patch_size, samples, alignment, blocks, positions, starts {first, last, stride,
+        per_block}, estimator}, and for CALM the kind of its head.
         Transformer: cross_entropy (nats per token, all tokens of a block but the first) and
         perplexity. CALM: energy_loss of any head's samples, and reconstruction_accuracy of the
         tokens from their posterior's samples and (reconstruction_accuracy_mean) from its mean.
@@ -188,6 +190,7 @@ def _summary(
         "step": model.step,
         "tokens_seen": model.tokens_seen,
         **estimate,
+        "noisy_brier": noisy_brier(estimate),
         **({"stderr_undefined": undefined} if undefined else {}),
         **means,
         "protocol": protocol,
@@ -314,23 +317,20 @@ def _same_measurement(known: Mapping[str, Any] | None, result: Mapping[str, Any]
     return known is not None and all(known.get(name) == result[name] for name in names)
 
 
-def table(results: Iterable[Mapping[str, Any]]) -> str:
-    """The results as lines for the console."""
-    lines = [
-        f"{'step':>9}  {'BrierLM':>15}  {'Brier-1..4 (x100)':>27}  further",
-    ]
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """The results as lines for the console; Brier-n times 100, ± one standard error."""
+    heads = "".join(f"  {f'Brier-{n} x100':>12}" for n in range(1, NGRAM + 1))
+    lines = [f"{'step':>8}  {'BrierLM':>13}{heads}  further"]
     for result in results:
-        stderr = result["brierlm_stderr"]
-        error = f"± {stderr:.2f}" if stderr is not None else "± –"
-        brier = " ".join(f"{100 * value:6.2f}" for value in result["brier"])
+        brier = "".join(f"  {brier_text(result, n):>12}" for n in range(1, NGRAM + 1))
         further = ", ".join(
             f"{name.removesuffix('_accuracy')} {result[name]:.4f}"
             for name in FURTHER
             if result.get(name) is not None
         )
-        lines.append(
-            f"{result['step']:>9}  {result['brierlm']:7.2f} {error:>7}  {brier}  {further}"
-        )
+        lines.append(f"{result['step']:>8}  {brierlm_text(result):>13}{brier}  {further}")
         if "stderr_undefined" in result:
-            lines.append(f"           no standard error: {result['stderr_undefined']}")
+            lines.append(f"          no standard error: {result['stderr_undefined']}")
+    if any(noisy_brier(result) for result in results):
+        lines.append(MARK_EXPLAINED)
     return "\n".join(lines)

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "calm_dist"
 # A part imports from its own group and from the groups before it.
 LAYERS = (
     {"errors"},
-    {"cli", "files"},
+    {"cli", "files", "scores"},
     {"recipe"},
     {"flops", "stages"},
     {"data", "models", "losses", "interop"},
@@ -31,7 +31,7 @@ LAYERS = (
 # The first imports it when it is called.
 HIGHER = {"interop/huggingface.py": "evaluation", "interop/convert.py": "evaluation"}
 # Plans and reports are made of recipes and metrics, where no training library need be.
-PLAIN = {"errors", "cli", "files", "recipe", "flops", "stages", "planner"}
+PLAIN = {"errors", "cli", "files", "scores", "recipe", "flops", "stages", "planner"}
 ONLY = {"planner": PLAIN, "reports": PLAIN | {"reports"}}
 # Models get their process groups handed in.
 NOT_IN_MODELS = ("torch.distributed", "deepspeed", "megatron.core.parallel_state")
@@ -48,6 +48,7 @@ WITHOUT_TORCH = (
     "calm_dist.reports.plan",
     "calm_dist.reports.report",
     "calm_dist.run_list",
+    "calm_dist.scores",
 )
 HEAVY = ("torch", "megatron", "deepspeed", "streaming")
 
