@@ -1,4 +1,5 @@
-"""What is shown of a BrierLM, wherever it is shown: with its errors, and marked where it is noise.
+"""What is shown of a BrierLM, wherever it is shown: with its errors, marked where it is noise, and
+with a note where the blocks are not those of the training.
 
 BrierLM is a geometric mean, so that its smallest factor decides. Of models that are right about few
 n-grams Brier-3 and Brier-4 are hardly known, and their BrierLM may be above that of a model whose
@@ -71,6 +72,36 @@ def summary_text(evaluation: Evaluation, between: str = ", ") -> str:
     parts = [f"BrierLM {brierlm_text(evaluation)}"]
     parts += [f"Brier-{n} {brier_text(evaluation, n)}" for n in (1, 2)]
     return between.join(parts)
+
+
+def block_size_note(scored: int, recipe_block_size: int | None, step: int) -> str | None:
+    """What is to be known where a model was scored on other blocks than it was trained on.
+
+    Args:
+        scored: tokens of the scored blocks.
+        recipe_block_size: ``data.block_size`` of the checkpoint's recipe.
+        step: of the checkpoint. At 0 it was imported and has not been trained here: its recipe has
+            the largest block of the released configuration (max_position_embeddings).
+
+    Returns:
+        A sentence without its full stop, or None where there is nothing to say.
+    """
+    if recipe_block_size is None:
+        return f"scored on blocks of {scored} tokens; the model's training block size is not known"
+    if step == 0:
+        allowed = f"its configuration has positions for {recipe_block_size} tokens"
+        if scored > recipe_block_size:
+            allowed += f", and what comes after the first {recipe_block_size} exceeds them"
+        return (
+            f"scored on blocks of {scored} tokens; the training block size of an imported model is "
+            f"not known, {allowed}"
+        )
+    if scored == recipe_block_size:
+        return None
+    differs = f"scored on blocks of {scored} tokens, trained on blocks of {recipe_block_size}"
+    if scored > recipe_block_size:
+        return f"{differs}: longer blocks exceed the trained context, and scores suffer"
+    return f"{differs}: it sees less context than in training"
 
 
 def number(value: Any) -> float | None:

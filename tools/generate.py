@@ -118,6 +118,9 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         texts = [text + new.text for text, new in zip(args.prompt, results, strict=True)]
         print("\n\n".join(texts))
+    for number, result in enumerate(results, start=1):
+        if result.note:
+            print(f"note: prompt {number}: {result.note}", file=sys.stderr)
     if args.json:
         facts = [
             {

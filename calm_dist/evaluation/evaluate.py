@@ -24,7 +24,13 @@ from calm_dist.evaluation.block_scores import (
 from calm_dist.evaluation.brier import NGRAM, Alignment, estimate_brierlm, ngram_starts
 from calm_dist.evaluation.generate import calm_recipe
 from calm_dist.files import check_file_is_writable
-from calm_dist.scores import MARK_EXPLAINED, brier_text, brierlm_text, noisy_brier
+from calm_dist.scores import (
+    MARK_EXPLAINED,
+    block_size_note,
+    brier_text,
+    brierlm_text,
+    noisy_brier,
+)
 from calm_dist.training import checkpoint
 from calm_dist.training.metrics import METRICS_FILE, json_line, read_records
 
@@ -103,9 +109,11 @@ def evaluate(
     Returns:
         A JSON-able dict: kind, checkpoint, step, tokens_seen, brier [4], brier_stderr, brierlm,
         brierlm_stderr (None with the reason in stderr_undefined), noisy_brier (see
-        `scores.noisy_brier`), protocol, data_fingerprint, seed. The protocol is {block_size,
-        patch_size, samples, alignment, blocks, positions, starts {first, last, stride,
-        per_block}, estimator}, and for CALM the kind of its head.
+        `scores.noisy_brier`), block_size_note (see `scores.block_size_note`; absent where there is
+        nothing to say), protocol, data_fingerprint, seed. The protocol is {block_size,
+        trained_block_size (None of an imported model), patch_size, samples, alignment, blocks,
+        positions, starts {first, last, stride, per_block}, estimator}, and for CALM the kind of
+        its head.
         Transformer: cross_entropy (nats per token, all tokens of a block but the first) and
         perplexity. CALM: energy_loss of any head's samples, and reconstruction_accuracy of the
         tokens from their posterior's samples and (reconstruction_accuracy_mean) from its mean.
@@ -135,6 +143,7 @@ def evaluate(
         results.append(score_block(model, store[number], starts, settings.samples, seed))
     protocol = {
         "block_size": store.meta.block_size,
+        "trained_block_size": model.recipe.data.block_size if model.step > 0 else None,
         "patch_size": patch_size,
         "samples": settings.samples,
         "alignment": settings.alignment,
@@ -178,6 +187,7 @@ def _summary(
     scores = np.stack([result.brier.mean(0).cpu().numpy() for result in results])
     estimate = asdict(estimate_brierlm(scores, seed=settings.seed))
     undefined = estimate.pop("undefined")
+    note = block_size_note(meta.block_size, model.recipe.data.block_size, model.step)
     means = {
         name: float(np.mean([result.means[name] for result in results]))
         for name in results[0].means
@@ -193,6 +203,7 @@ def _summary(
         "noisy_brier": noisy_brier(estimate),
         **({"stderr_undefined": undefined} if undefined else {}),
         **means,
+        **({"block_size_note": note} if note else {}),
         "protocol": protocol,
         "data_fingerprint": meta.fingerprint,
         "seed": settings.seed,
@@ -312,9 +323,18 @@ def _warn(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _same_measurement(known: Mapping[str, Any] | None, result: Mapping[str, Any]) -> bool:
-    names = ("data_fingerprint", "protocol", "seed")
-    return known is not None and all(known.get(name) == result[name] for name in names)
+def _same_measurement(known: Any, result: Mapping[str, Any]) -> bool:
+    """Records of early versions do not say on what blocks the checkpoint was trained."""
+    if not isinstance(known, Mapping):
+        return False
+    names = result["protocol"].keys() - {"trained_block_size"}
+    protocol = known.get("protocol")
+    return (
+        all(known.get(name) == result[name] for name in ("data_fingerprint", "seed"))
+        and isinstance(protocol, Mapping)
+        and protocol.keys() - {"trained_block_size"} == names
+        and all(protocol[name] == result["protocol"][name] for name in names)
+    )
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -331,6 +351,8 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         lines.append(f"{result['step']:>8}  {brierlm_text(result):>13}{brier}  {further}")
         if "stderr_undefined" in result:
             lines.append(f"          no standard error: {result['stderr_undefined']}")
+    notes = (result.get("block_size_note") for result in results)
+    lines += [f"warning: {note}" for note in dict.fromkeys(filter(None, notes))]
     if any(noisy_brier(result) for result in results):
         lines.append(MARK_EXPLAINED)
     return "\n".join(lines)

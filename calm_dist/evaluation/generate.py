@@ -13,7 +13,7 @@ import torch
 from calm_dist.data.progress import progress
 from calm_dist.data.store import read_meta
 from calm_dist.errors import CheckpointError, DataError, UserError
-from calm_dist.evaluation.contexts import Contexts
+from calm_dist.evaluation.contexts import Contexts, window_steps
 from calm_dist.evaluation.decoding import LazyPatches
 from calm_dist.evaluation.load import LoadedModel, tokenizer_file
 from calm_dist.evaluation.sampling import (
@@ -44,6 +44,8 @@ class Generation:
     """The new tokens, without the end token."""
     stopped_by: Literal["end", "length"]
     """``end``: the model ended the text; ``length``: ``max_new_tokens`` was reached."""
+    note: str | None = field(default=None, compare=False)
+    """Where prompt and text exceed the context of the model: what it did not read."""
 
 
 @overload
@@ -136,10 +138,34 @@ def generate(
     if rows:
         continue_texts(model, rows, sampler, tokenizer, max_new_tokens, show_progress=show_progress)
     generations = [
-        Generation(tokenizer.decode_continuation(text, row.new), row.new, row.stopped_by)
+        Generation(
+            tokenizer.decode_continuation(text, row.new),
+            row.new,
+            row.stopped_by,
+            # The end token is a token, too.
+            context_note(model, len(row.prompt), len(row.new) + (row.stopped_by == "end")),
+        )
         for text, row in zip(texts, rows, strict=True)
     ]
     return generations[0] if isinstance(prompts, str) else generations
+
+
+def context_note(model: LoadedModel, prompt_tokens: int, new_tokens: int) -> str | None:
+    """What the model did not read of a prompt and its continuation, if anything."""
+    size, block_size = model.recipe.model.patch_size, model.recipe.block_size
+    window = window_steps(model) * size
+    known = f"trained on blocks of {block_size} tokens"
+    if model.step == 0:
+        known = f"whose configuration has positions for {block_size} tokens"
+    # Filled with begin tokens; the last step is not read.
+    filled = (prompt_tokens // size + 1) * size
+    if filled > window:
+        begun = f"the prompt has {prompt_tokens} tokens, of which the last {window} are read"
+    elif filled + (-(-new_tokens // size) - 1) * size > window:
+        begun = f"the text outgrows the {window} tokens that are read at once"
+    else:
+        return None
+    return f"{begun} by a model {known}; a text that outgrows them goes on from its newest half"
 
 
 def _check(prompts: list[str], seeds: list[int], max_new_tokens: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from calm_dist.reports.plots import Plot
 from calm_dist.reports.runs import CPU, Record, Run, conditions, first_of_kind
 from calm_dist.reports.tables import MISSING, Table, compact
-from calm_dist.scores import MARK_EXPLAINED, brier_text, brierlm_text
+from calm_dist.scores import MARK_EXPLAINED, block_size_note, brier_text, brierlm_text
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,12 @@ def _lacks(run: Run) -> list[str]:
         lacks.append(f"{infinite} of {len(run.training)} records have a loss that is not finite.")
     if run.training and run.training_seconds is None:
         lacks.append("not all training records have step_seconds: no cost.")
+    sizes = [
+        block_size_note(e["protocol"]["block_size"], run.recipe.data.block_size, e["step"])
+        for e in run.evaluations
+        if e.get("protocol")
+    ]
+    lacks += [f"{note}." for note in dict.fromkeys(filter(None, sizes))]
     reason = run.last_evaluation.get("stderr_undefined")
     if reason:
         lacks.append(f"BrierLM has no standard error ({reason}).")

@@ -190,6 +190,7 @@ def test_calm_scores_have_their_closed_form() -> None:
     assert result["reconstruction_accuracy"] == result["reconstruction_accuracy_mean"] == 1.0
     assert result["protocol"] == {
         "block_size": 24,
+        "trained_block_size": 24,
         "patch_size": 4,
         "samples": 6,
         "alignment": "patch",

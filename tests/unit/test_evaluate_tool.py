@@ -19,6 +19,7 @@ from calm_dist.data.latents import plan_store, write_store
 from calm_dist.data.tokenizer import Tokenizer, train_tokenizer
 from calm_dist.evaluation.load import LoadedModel
 from calm_dist.interop.autoencoder import save_autoencoder
+from calm_dist.reports.report import write_report
 from calm_dist.training import checkpoint
 from calm_dist.training.checkpoint import model_state
 from calm_dist.training.checkpoint.run_state import RunState
@@ -228,3 +229,70 @@ def test_what_was_scored_before_an_error_is_shown(
     assert "error: tokenizer sha256" in captured.err
     assert captured.out.splitlines()[1].split()[0] == "3"
     assert [result["step"] for result in json.loads((tmp_path / "scores.json").read_text())] == [3]
+
+
+@pytest.mark.parametrize(
+    ("block_size", "said"),
+    [
+        (24, None),
+        (48, "longer blocks exceed the trained context"),
+        (16, "less context than in training"),
+    ],
+)
+def test_blocks_of_another_size_are_named_everywhere(
+    block_size: int,
+    said: str | None,
+    tmp_path: Path,
+    corpus: Path,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Console, JSON, the record of the evaluation, and the report, also of an early record."""
+    model = tiny_model("transformer", vocab_size=VOCAB, block_steps=24)
+    write_run(model, tmp_path / "run", tokenizer.fingerprint)
+    plan = plan_store([corpus], tokenizer, variant="tokens", block_size=block_size, patch_size=4)
+    write_store(tmp_path / "store", [corpus], tokenizer, plan)
+    arguments = ("--checkpoint", tmp_path / "run", "--data", tmp_path / "store", "--blocks", "2")
+    assert evaluate(monkeypatch, *arguments, "--json", tmp_path / "scores.json") == 0
+    result = json.loads((tmp_path / "scores.json").read_text())
+    sizes = result["protocol"]["block_size"], result["protocol"]["trained_block_size"]
+    assert sizes == (block_size, 24)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert json.loads(metrics.read_text())["eval"] == result
+    output = capsys.readouterr().out
+    # Recorded before there was such a note: the same measurement, and the same note in a report.
+    early = result | {"protocol": dict(result["protocol"])}
+    early.pop("block_size_note", None)
+    del early["protocol"]["trained_block_size"]
+    metrics.write_text(json.dumps({"step": 3, "eval": early}) + "\n")
+    assert evaluate(monkeypatch, *arguments) == 0
+    assert "step 3: already in" in capsys.readouterr().err
+    write_report([tmp_path / "run"], tmp_path / "report")
+    words = (tmp_path / "report" / "report.md").read_text()
+    expected = f"scored on blocks of {block_size} tokens, trained on blocks of 24"
+    if said is None:
+        assert "block_size_note" not in result and "trained on blocks" not in output + words
+    else:
+        assert expected in result["block_size_note"] and said in result["block_size_note"]
+        assert output.count(f"warning: {expected}") == 1 and words.count(expected) == 1
+
+
+def test_an_imported_model_has_no_known_training_block_size(
+    tmp_path: Path,
+    corpus: Path,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_run(
+        tiny_model("transformer", vocab_size=VOCAB, block_steps=24), tmp_path / "run", None, 0
+    )
+    plan = plan_store([corpus], tokenizer, variant="tokens", block_size=48, patch_size=4)
+    write_store(tmp_path / "store", [corpus], tokenizer, plan)
+    arguments = ("--checkpoint", tmp_path / "run", "--data", tmp_path / "store", "--blocks", "2")
+    assert evaluate(monkeypatch, *arguments, "--json", tmp_path / "scores.json") == 0
+    result = json.loads((tmp_path / "scores.json").read_text())
+    assert result["protocol"]["trained_block_size"] is None
+    said = "not known, its configuration has positions for 24 tokens, and what comes after"
+    assert said in result["block_size_note"] and said in capsys.readouterr().out

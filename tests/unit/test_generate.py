@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -258,6 +259,29 @@ def test_of_equally_likely_tokens_the_lowest_is_taken(tokenizer: Tokenizer) -> N
     tokenizer.end_id = -1
     found = generate(model, tokenizer, "ab", temperature=0, max_new_tokens=5)
     assert found.tokens == [0] * 5
+
+
+@pytest.mark.parametrize("kind", ["calm", "transformer"])
+def test_what_exceeds_the_context_is_said(kind: str, tokenizer: Tokenizer) -> None:
+    """The note comes with the very token at which the cache is filled again, which `Contexts`
+    does where it needs more than its window of 8 steps."""
+    size = 4 if kind == "calm" else 1
+    model = dataclasses.replace(tiny_model(kind, block_steps=9), step=7)
+    tokenizer.end_id = -1
+    options: dict[str, Any] = {"temperature": 1.0, "seed": 1}
+    for prompt_tokens in (0, 2, size, 8 * size - 1, 8 * size, 100):
+        filled = prompt_tokens // size + 1
+        for new in (1, size, size + 1, 7 * size, 7 * size + 1, 8 * size, 8 * size + 1):
+            found = generate(model, tokenizer, "s" * prompt_tokens, max_new_tokens=new, **options)
+            steps_read = filled + -(-new // size) - 1
+            assert (found.note is not None) == (steps_read > 8), (prompt_tokens, new)
+            if filled > 8:
+                said = f"the prompt has {prompt_tokens} tokens, of which the last {8 * size} are"
+                assert found.note is not None and found.note.startswith(said)
+    assert f"trained on blocks of {9 * size} tokens" in str(found.note)
+    imported = dataclasses.replace(model, step=0)
+    note = generate(imported, tokenizer, "s" * 100, max_new_tokens=1, **options).note
+    assert f"whose configuration has positions for {9 * size} tokens" in str(note)
 
 
 def with_fingerprint(sha256: str | None, vocab_size: int) -> Any:

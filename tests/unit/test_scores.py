@@ -8,6 +8,7 @@ import pytest
 
 from calm_dist.scores import (
     MARK_EXPLAINED,
+    block_size_note,
     brier_text,
     brierlm_text,
     noisy_brier,
@@ -53,6 +54,27 @@ def test_a_score_of_noise_is_marked() -> None:
 )
 def test_what_decides(brier: Any, errors: Any, noisy: list[int]) -> None:
     assert noisy_brier({"brierlm": 1.0, "brier": brier, "brier_stderr": errors}) == noisy
+
+
+@pytest.mark.parametrize(
+    ("scored", "recipe_block_size", "step", "said"),
+    [
+        (512, 512, 100, None),
+        (1024, 512, 100, "trained on blocks of 512: longer blocks exceed the trained context"),
+        (256, 512, 100, "trained on blocks of 512: it sees less context than in training"),
+        (512, None, 100, "training block size is not known"),
+        # Imported: the recipe has what the released configuration allows.
+        (512, 512, 0, "of an imported model is not known, its configuration has positions for 512"),
+        (1024, 512, 0, "what comes after the first 512 exceeds them"),
+    ],
+)
+def test_blocks_of_another_size_than_in_training(
+    scored: int, recipe_block_size: int | None, step: int, said: str | None
+) -> None:
+    note = block_size_note(scored, recipe_block_size, step)
+    assert (note is None) == (said is None)
+    if note is not None and said is not None:
+        assert said in note and note.startswith(f"scored on blocks of {scored} tokens")
 
 
 def test_what_is_not_known_is_not_made_up() -> None:
