@@ -21,7 +21,12 @@ from calm_dist.errors import (
     UnreachableError,
     UserError,
 )
-from calm_dist.files import finite
+from calm_dist.files import (
+    FULL,
+    check_directory_is_writable,
+    check_file_is_writable,
+    finite,
+)
 from calm_dist.redact import redact
 
 EXIT_BAD_INPUT = 2
@@ -46,6 +51,8 @@ def run(main: Callable[[], int | None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
+        # Not left to the interpreter's end, which could only print a traceback.
+        sys.stdout.flush()
     except UserError as error:
         _report(error)
         code = EXIT_UNREACHABLE if isinstance(error, UnreachableError) else EXIT_BAD_INPUT
@@ -54,9 +61,10 @@ def run(main: Callable[[], int | None]) -> None:
         sys.stderr.close()
         code = 0
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in FULL:
             raise
-        print(redact(f"error: {error.filename}: {error.strerror}"), file=sys.stderr, flush=True)
+        place = "output" if error.filename is None else error.filename
+        print(redact(f"error: {place}: {error.strerror}"), file=sys.stderr, flush=True)
         code = EXIT_BAD_INPUT
     except (PeerLostError, TrainingDivergedError) as error:
         print(redact(f"error: {error}"), file=sys.stderr, flush=True)
@@ -70,7 +78,16 @@ def run(main: Callable[[], int | None]) -> None:
         code = EXIT_STOPPED
     except KeyboardInterrupt:
         code = 130
+    _drop_what_stdout_refuses()
     sys.exit(code or 0)
+
+
+def _drop_what_stdout_refuses() -> None:
+    """The interpreter would try to write it once more, and replace the exit code by 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _silence_library_warnings() -> None:
@@ -131,21 +148,55 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def writable_file(text: str) -> str:
+    """A type for argparse: a file that the tool's result can be written to, checked at once."""
+    return _writable(text, check_file_is_writable, "file")
+
+
+def writable_directory(text: str) -> str:
+    """A type for argparse: a directory, there or not, that files can be written to."""
+    return _writable(text, check_directory_is_writable, "directory")
+
+
+def image_file(text: str) -> str:
+    """A type for argparse: a file that a plot can be written to."""
+    if not text.endswith((".svg", ".png")):
+        raise argparse.ArgumentTypeError(f"{text}: give a file that ends in .svg or .png")
+    return writable_file(text)
+
+
+def _writable(text: str, check: Callable[[str], None], what: str, or_else: str = "") -> str:
+    if not text:
+        raise argparse.ArgumentTypeError(f"is empty: give a {what}{or_else}")
+    try:
+        check(text)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text}: cannot be written ({error.strerror}); give a writable {what}{or_else}"
+        ) from error
+    return text
+
+
 def add_json(
     parser: argparse.ArgumentParser, text: str = "write JSON to F, or to stdout for -"
 ) -> None:
-    """Add the option ``--json`` of a tool, whose value is for `write_json`."""
+    """Add the option ``--json`` of a tool, whose value is for `write_json`.
+
+    A file that cannot be written is refused while the command line is read: before any work.
+    """
 
     def target(value: str) -> str:
-        if not value:
-            raise argparse.ArgumentTypeError("is empty: give a file, or - for stdout")
-        return value
+        if value == "-":
+            return value
+        return _writable(value, check_file_is_writable, "file", ", or - for stdout")
 
     parser.add_argument("--json", metavar="F", type=target, help=text)
 
 
 def write_json(value: Any, target: str | Path) -> None:
     """Write ``value`` as JSON to a file, or to stdout for ``-``; what is not finite is null.
+
+    Tools print their result before, so that a disk that has filled up since does not cost it.
 
     Raises:
         UserError: the file cannot be written.

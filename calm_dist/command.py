@@ -46,10 +46,10 @@ def run_training_tool(description: str | None, train: Callable[[Recipe], None]) 
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     values = plan(resolve(recipe, missing_stores=True))
-    if arguments.json:
-        write_json(values, arguments.json)
     if arguments.json != "-":
         print(format_plan(values))
+    if arguments.json:
+        write_json(values, arguments.json)
 
 
 def _recipe_for_launch(path: str, overrides: list[str]) -> Recipe:

@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 import stat
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,3 +70,51 @@ def process_started(pid: int) -> int | None:
     # The name before may hold spaces and parentheses.
     fields = text.rpartition(")")[2].split()
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What a write to a disk without room fails with."""
+
+
+def check_file_is_writable(path: str | Path) -> None:
+    """Find out before long work whether its result can be written to a file; leaves no trace.
+
+    Missing directories above it count as made.
+
+    Raises:
+        OSError: it cannot.
+    """
+    # Resolved, so that a link to nothing is judged by the place that it names.
+    path = Path(os.path.realpath(path))
+    if not path.exists():
+        check_directory_is_writable(path.parent)
+    elif path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    elif path.is_file():
+        path.open("r+b").close()
+        try:
+            check_directory_is_writable(path.parent)
+        except OSError as error:
+            # A file may be writable where its directory is not; on a full disk it would be lost.
+            if error.errno in FULL:
+                raise
+    elif not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def check_directory_is_writable(path: str | Path) -> None:
+    """Find out before long work whether files can be written below a directory, which may not be
+    there yet; leaves no trace.
+
+    Raises:
+        OSError: they cannot.
+    """
+    path = Path(os.path.realpath(path))
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    # Permission bits say nothing of read-only mounts, full disks and network file systems.
+    with tempfile.TemporaryFile(dir=path) as file:
+        file.write(bytes(4096))
+        file.flush()

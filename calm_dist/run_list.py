@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -14,8 +13,10 @@ from typing import Any
 
 import yaml
 
+from calm_dist import scores
 from calm_dist.data.progress import duration
 from calm_dist.errors import UserError
+from calm_dist.scores import number
 from calm_dist.training import checkpoint
 from calm_dist.training.metrics import METRICS_FILE, compact
 from calm_dist.training.run_directory import (
@@ -44,7 +45,8 @@ def list_runs(directories: Sequence[str | Path]) -> list[Row]:
         A JSON-able dict for each: path, name, kind, state (running, finished, stopped, failed, not
         started, damaged), reason (why it ended, or what is damaged), step, steps, loss,
         tokens_per_second, checkpoint (step of the newest), idle_seconds (since the last record),
-        brierlm, token_accuracy (of an autoencoder). What is not known is None.
+        brierlm, brierlm_stderr, brier and brier_stderr (lists for n = 1..4), noisy_brier (the n of
+        `scores.noisy_brier`), token_accuracy (of an autoencoder). What is not known is None.
 
     Raises:
         UserError: a directory is not there.
@@ -85,7 +87,8 @@ def describe(run_dir: Path) -> Row:
     """One row of `list_runs`."""
     row: Row = dict.fromkeys(
         ("path", "name", "kind", "state", "reason", "step", "steps", "loss", "tokens_per_second",
-         "checkpoint", "idle_seconds", "brierlm", "token_accuracy")
+         "checkpoint", "idle_seconds", "brierlm", "brierlm_stderr", "brier", "brier_stderr",
+         "noisy_brier", "token_accuracy")
     )  # fmt: skip
     row |= {"path": str(run_dir), "name": run_dir.name, "state": DAMAGED}
     try:
@@ -148,15 +151,26 @@ def _metrics_facts(path: Path) -> Row:
         elif "loss" in record and len(training) < _RATE_OF:
             training.append(record)
     if scored is not None:
-        facts |= {name: _number(scored["eval"].get(name)) for name in _SCORES}
+        facts |= _scores(scored["eval"])
     if training:
-        rates = [rate for r in training if (rate := _number(r.get("tokens_per_second")))]
+        rates = [rate for r in training if (rate := number(r.get("tokens_per_second")))]
         facts |= {
             "step": training[0]["step"],
-            "loss": _number(training[0]["loss"]),
+            "loss": number(training[0]["loss"]),
             "tokens_per_second": median(rates) if rates else None,
         }
     return facts
+
+
+def _scores(evaluation: Row) -> Row:
+    facts: Row = {name: number(evaluation.get(name)) for name in (*_SCORES, "brierlm_stderr")}
+    if facts["brierlm"] is None:
+        return facts
+    pairs = [scores.brier(evaluation, n) for n in (1, 2, 3, 4)]
+    # Lists are whole or absent.
+    for name, values in zip(("brier", "brier_stderr"), zip(*pairs, strict=True), strict=True):
+        facts[name] = list(values) if None not in values else None
+    return facts | {"noisy_brier": scores.noisy_brier(evaluation)}
 
 
 def _record(line: bytes) -> Row:
@@ -178,7 +192,7 @@ def _is_better(record: Row, scored: Row | None) -> bool:
     evaluation = record.get("eval")
     if not isinstance(evaluation, dict):
         return False
-    if all(_number(evaluation.get(name)) is None for name in _SCORES):
+    if all(number(evaluation.get(name)) is None for name in _SCORES):
         return False
     if scored is None:
         return True
@@ -190,16 +204,6 @@ def _blocks(evaluation: Row) -> int:
     protocol = evaluation.get("protocol")
     blocks = protocol.get("blocks") if isinstance(protocol, dict) else None
     return blocks if isinstance(blocks, int) else 0
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _newest_checkpoint(run_dir: Path) -> int | None:
@@ -237,13 +241,16 @@ def _state(run_dir: Path, row: Row) -> tuple[str, str | None]:
 
 
 _COLUMNS = ("run", "kind", "state", "step", "loss", "tok/s", "saved", "idle", "score")
+_BRIER = ("Brier-1 x100", "Brier-2 x100")
+"""Further columns, where a run has a BrierLM."""
 _LEFT = 3
 """Columns of words; the others are numbers."""
 
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as lines for the console."""
-    cells = [list(_COLUMNS), *(_cells(row) for row in rows)]
+    columns = [*_COLUMNS, *(_BRIER if any(row["brierlm"] is not None for row in rows) else ())]
+    cells = [columns, *(_cells(row)[: len(columns)] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
         "  ".join(
@@ -252,9 +259,11 @@ def table(rows: Sequence[Row]) -> str:
         ).rstrip()
         for line in cells
     ]
-    for number, row in reversed(list(enumerate(rows, start=1))):
+    for place, row in reversed(list(enumerate(rows, start=1))):
         if row["reason"]:
-            lines.insert(number + 1, f"    {row['reason']}")
+            lines.insert(place + 1, f"    {row['reason']}")
+    if any(row["noisy_brier"] for row in rows):
+        lines.append(scores.MARK_EXPLAINED)
     return "\n".join(lines)
 
 
@@ -262,9 +271,10 @@ def _cells(row: Row) -> list[str]:
     name = row["path"]
     if row["name"] != Path(row["path"]).name:
         name += f" ({row['name']})"
-    score = "-"
+    score, brier = "-", ["-", "-"]
     if row["brierlm"] is not None:
-        score = f"{row['brierlm']:.2f}"
+        score = scores.brierlm_text(row)
+        brier = [scores.brier_text(row, n) for n in (1, 2)]
     elif row["token_accuracy"] is not None:
         score = f"{row['token_accuracy']:.2%}"
     return [
@@ -277,4 +287,5 @@ def _cells(row: Row) -> list[str]:
         "-" if row["checkpoint"] is None else str(row["checkpoint"]),
         "-" if row["idle_seconds"] is None else duration(row["idle_seconds"]),
         score,
+        *brier,
     ]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from calm_dist.cli import add_json, at_least, between, run, write_json
+from calm_dist.cli import add_json, at_least, between, image_file, run, write_json
 from calm_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,7 +48,9 @@ def parse_arguments() -> argparse.Namespace:
         _add_common(pair)
     growth = parts.add_parser("growth", help="how time and memory grow with each size")
     growth.add_argument("--threads", type=at_least(1), default=2, help="of torch; default: 2")
-    growth.add_argument("--plot", metavar="F", help="draw the series to F (.svg or .png)")
+    growth.add_argument(
+        "--plot", type=image_file, metavar="F", help="draw the series to F (.svg or .png)"
+    )
     _add_common(growth)
     ranks = parts.add_parser("ranks", help="one and two processes, pipelines and their bubbles")
     ranks.add_argument("--repeats", type=at_least(1), default=3, help="default: %(default)s")
@@ -83,10 +85,14 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     args = parse_arguments()
     result, text = _ranks(args) if args.part == "ranks" else _in_process(args)
-    if args.json:
-        write_json(result, args.json)
     if args.json != "-":
         print(text)
+    if args.json:
+        write_json(result, args.json)
+    if getattr(args, "plot", None):
+        from calm_dist.benchmark.growth import plot
+
+        plot(result["series"], args.plot)
 
 
 def _ranks(args: argparse.Namespace) -> tuple[Any, str]:
@@ -120,12 +126,10 @@ def _model(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, An
 
 
 def _growth(args: argparse.Namespace, device: torch.device) -> tuple[Any, str]:
-    from calm_dist.benchmark.growth import measure_growth, plot, table
+    from calm_dist.benchmark.growth import measure_growth, table
     from calm_dist.benchmark.timing import environment
 
     series = measure_growth(device, args.repeats)
-    if args.plot:
-        plot(series, args.plot)
     return {**environment(device), "series": series}, table(series)
 
 

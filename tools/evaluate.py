@@ -4,7 +4,9 @@
     python tools/evaluate.py --checkpoint runs/calm_m --data data/latents/test --all-checkpoints \\
         --blocks 200 --json scores.json
 
-The scores are also added to the run's metrics.jsonl, from which reports are made.
+The scores are also added to the run's metrics.jsonl, from which reports are made. Where that
+cannot be written, a warning says so at the start, and the scores are shown alone (exit code 0). If
+writing fails later, the scores are shown first, and the exit code is 2.
 """
 
 from __future__ import annotations
@@ -66,26 +68,30 @@ def main() -> None:
     paths = paths or [find_checkpoint(args.checkpoint)]
     store = open_store(args.data)
     device = own_device(args.device)
-    # The table must not mix with JSON on stdout.
-    output = sys.stderr if args.json == "-" else sys.stdout
+    log = evaluate.RecordLog(paths)
     results = []
-    for path in paths:
-        model = load_model(path, autoencoder=args.autoencoder, device=str(device))
-        settings = evaluate.settings_of(
-            model.recipe,
-            blocks=args.blocks,
-            samples=args.samples,
-            seed=args.seed,
-            alignment=args.alignment,
-            alignment_stride=args.alignment_stride,
-        )
-        results.append(evaluate.evaluate(model, store, settings, show_progress=True))
-        run_dir = evaluate.run_directory(model.checkpoint)
-        if run_dir is not None and not evaluate.record(run_dir, results[-1]):
-            print(f"step {model.step}: already in {run_dir / 'metrics.jsonl'}", file=sys.stderr)
-    print(evaluate.table(results), file=output)
-    if args.json:
-        write_json(results if args.all_checkpoints else results[0], args.json)
+    try:
+        for path in paths:
+            model = load_model(path, autoencoder=args.autoencoder, device=str(device))
+            settings = evaluate.settings_of(
+                model.recipe,
+                blocks=args.blocks,
+                samples=args.samples,
+                seed=args.seed,
+                alignment=args.alignment,
+                alignment_stride=args.alignment_stride,
+            )
+            results.append(evaluate.evaluate(model, store, settings, show_progress=True))
+            log.add(model.checkpoint, results[-1])
+    finally:
+        # Also what was scored before an error or Ctrl-C.
+        if results:
+            # The table must not mix with JSON on stdout.
+            output = sys.stderr if args.json == "-" else sys.stdout
+            print(evaluate.table(results), file=output, flush=True)
+            if args.json:
+                write_json(results if args.all_checkpoints else results[0], args.json)
+    log.close()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from calm_dist.cli import add_json, run, write_json
+from calm_dist.cli import add_json, run, writable_directory, write_json
 from calm_dist.errors import UserError
 
 
@@ -33,6 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--out",
+        type=writable_directory,
         metavar="DIR",
         help="write index.html, report.md, report.json and plots/ of the runs there",
     )
@@ -51,10 +52,10 @@ def compare_paper(arguments: argparse.Namespace) -> None:
     from calm_dist.reports.comparison_paper import compare_with_paper, format_comparison
 
     comparison = compare_with_paper()
-    if arguments.json:
-        write_json(comparison, arguments.json)
     if arguments.json != "-":
         print(format_comparison(comparison))
+    if arguments.json:
+        write_json(comparison, arguments.json)
 
 
 def main() -> None:

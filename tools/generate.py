@@ -32,7 +32,8 @@ def parse_arguments() -> argparse.Namespace:
         "--temperature",
         type=temperature,
         default=0.5,
-        help="above 0, for CALM at most 1, also as 1/3 (default: 0.5)",
+        help="CALM: above 0, at most 1; Transformer: 0 or more, where 0 takes the most likely "
+        "token (of equally likely ones that of the lowest id); also as 1/3 (default: 0.5)",
     )
     parser.add_argument("--max-new-tokens", type=at_least(1), default=128, help="default: 128")
     parser.add_argument(
@@ -80,15 +81,13 @@ def prompt(text: str) -> str:
 
 
 def temperature(text: str) -> float:
-    """A number above 0, or a fraction such as 1/3."""
+    """A number from 0 on, or a fraction such as 1/3; what a CALM takes is checked with it."""
     try:
         value = float(Fraction(text)) if "/" in text else float(text)
     except (ValueError, ZeroDivisionError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a fraction") from None
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: must be a finite number above 0; at 0 CALM has no most likely patch to give"
-        )
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a finite number, 0 or more")
     return value
 
 
@@ -119,6 +118,9 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         texts = [text + new.text for text, new in zip(args.prompt, results, strict=True)]
         print("\n\n".join(texts))
+    for number, result in enumerate(results, start=1):
+        if result.note:
+            print(f"note: prompt {number}: {result.note}", file=sys.stderr)
     if args.json:
         facts = [
             {

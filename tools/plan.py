@@ -17,7 +17,7 @@ import argparse
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from calm_dist.cli import add_json, at_least, between, run, write_json
+from calm_dist.cli import add_json, at_least, between, image_file, run, write_json
 from calm_dist.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
@@ -62,7 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     positive = between(1e-12, 1e18)
     add("--price", type=positive, metavar="X", help="of one GPU for an hour, in any currency")
     add_json(parser, "write every term as JSON to F, or to stdout (no text) for -")
-    add("--scaling", metavar="F", help="plot 8 to 16,384 GPUs for two models into F (.svg, .png)")
+    add(
+        "--scaling",
+        type=image_file,
+        metavar="F",
+        help="plot 8 to 16,384 GPUs for two models into F (.svg, .png)",
+    )
     add("--published", action="store_true", help="compare with published runs of other models")
     rates = parser.add_argument_group("assumptions, see docs/planner.md")
     for option, what in (
@@ -163,22 +168,20 @@ def _without_recipe(arguments: argparse.Namespace) -> None:
     from calm_dist.planner.clusters import preset
     from calm_dist.planner.scaling import format_scaling, plot_scaling, scaling
 
-    if not arguments.scaling.endswith((".svg", ".png")):
-        raise UserError(f"--scaling {arguments.scaling}: give a file that ends in .svg or .png")
     if arguments.gpu == "local":
         raise UserError("--gpu local: --scaling needs a kind of GPU, see --help")
     cluster = preset(arguments.gpu or DEFAULT_GPU)
     cluster = replace(cluster.with_rates(**_given(arguments, cluster.rates)), price=arguments.price)
     values = scaling(cluster, _reliability(arguments))
-    plot_scaling(values, arguments.scaling)
     _output(arguments, values, format_scaling(values))
+    plot_scaling(values, arguments.scaling)
 
 
 def _output(arguments: argparse.Namespace, values: Any, text: str) -> None:
-    if arguments.json:
-        write_json(values, arguments.json)
     if arguments.json != "-":
         print(text)
+    if arguments.json:
+        write_json(values, arguments.json)
 
 
 if __name__ == "__main__":

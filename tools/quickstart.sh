@@ -155,18 +155,20 @@ summary() {
 import json, sys
 from pathlib import Path
 
+from calm_dist.scores import MARK_EXPLAINED, noisy_brier, summary_text
+
 out = Path(sys.argv[1])
 report = json.loads((out / "report" / "report.json").read_text())
 autoencoder, ratio = report["autoencoder"], report["comparison"]
 print(f"\nautoencoder    {autoencoder['token_accuracy']:.2%} of held-out tokens reconstructed, "
       f"{autoencoder['collapsed_dims']} of {autoencoder['latent_size']} dimensions collapsed")
 for model in report["models"]:
-    error = model["brierlm_stderr"]
-    print(f"{model['kind']:<14} BrierLM {model['brierlm']:.2f}"
-          + (f" ± {error:.2f}" if error is not None else "")
-          + f" | {model['parameters'] / 1e6:.2f}M parameters"
+    print(f"{model['kind']:<14} {summary_text(model, ' | ')}"
+          f" | {model['parameters'] / 1e6:.2f}M parameters"
           f" | {model['train_flops']:.2e} training FLOPs"
           f" | {model['tokens_per_second']:,.0f} tokens/s")
+if any(noisy_brier(model) for model in report["models"]):
+    print(MARK_EXPLAINED)
 # Not in a report of an earlier version.
 total = ratio.get("train_flops_with_autoencoder_ratio")
 print(f"CALM : Transformer   training FLOPs {ratio['train_flops_ratio']:.2f}, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from calm_dist.cli import add_json, run
+from calm_dist.cli import add_json, run, writable_directory
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -24,7 +24,13 @@ def parse_arguments() -> argparse.Namespace:
         required=True,
         help="run directories of the models to compare, CALM and Transformer",
     )
-    parser.add_argument("--out", metavar="DIR", required=True, help="where the report is written")
+    parser.add_argument(
+        "--out",
+        type=writable_directory,
+        metavar="DIR",
+        required=True,
+        help="where the report is written",
+    )
     add_json(parser, "write report.json to F too, or stdout for -")
     add_options(parser)
     return parser.parse_args()

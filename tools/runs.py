@@ -8,7 +8,8 @@
 state  running, finished, stopped (asked to end), failed (with the reason), not started, damaged
 saved  step of the newest checkpoint, from which the same training command goes on
 idle   time since the last record
-score  BrierLM of the last evaluation; of an autoencoder the held-out tokens that come back
+score  BrierLM of the last evaluation ± one standard error, with * where it is mostly noise; beside
+       it Brier-1 and Brier-2; of an autoencoder the held-out tokens that come back
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ def main() -> None:
     from calm_dist.run_list import list_runs, table
 
     rows = list_runs(arguments.directories)
-    if arguments.json:
-        write_json(rows, arguments.json)
     if arguments.json != "-":
         places = ", ".join(arguments.directories)
         print(table(rows) if rows else f"no run directories at or below {places}")
+    if arguments.json:
+        write_json(rows, arguments.json)
 
 
 if __name__ == "__main__":

@@ -142,5 +142,6 @@ def plot(series: list[dict[str, Any]], path: str | Path) -> None:
         axes[0][column].set_title(one["what"], fontsize=10)
     axes[0][0].legend()
     figure.tight_layout()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
     pyplot.close(figure)

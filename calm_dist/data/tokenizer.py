@@ -39,6 +39,8 @@ _LLAMA3_PATTERN = (
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3_NUM_SPECIAL = 256
+_CHARACTER_BYTES = 4
+"""Bytes of a character of UTF-8, at most."""
 _LLAMA3_SPECIAL = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -85,6 +87,28 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """Token ids of one text, without begin and end tokens."""
         return self.encode_batch([text])[0]
+
+    def decode_continuation(self, prompt: str, ids: Sequence[int]) -> str:
+        """Text of tokens that follow those of ``prompt``: ``prompt + text`` reads as one text.
+
+        A decoder may treat the beginning of a text in a way of its own (Llama 2 and other
+        SentencePiece-like ones strip its blank, WordPiece writes none), so that the new tokens
+        cannot be decoded alone.
+        """
+        known, new = self.encode(prompt), list(ids)
+        text = self.decode(new)
+        # One that decodes bytes in groups may read the prompt's last bytes otherwise with more of
+        # them behind; a shorter piece of the prompt, of at most one character, then serves.
+        for length in (len(known), *range(_CHARACTER_BYTES, 0, -1)):
+            before = self.decode(known[-length:]) if 0 < length <= len(known) else ""
+            whole = self.decode(known[-length:] + new) if before else ""
+            if before and whole.startswith(before):
+                text = whole.removeprefix(before)
+                break
+        # The blank at the prompt's end may be no token, and would be there twice.
+        if prompt[-1:].isspace() and known and not self.decode(known)[-1:].isspace():
+            text = text.removeprefix(" ")
+        return text
 
 
 def _required(path: Path, role: str, names: Sequence[str], special: Mapping[str, int]) -> int:

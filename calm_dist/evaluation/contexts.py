@@ -8,6 +8,11 @@ from torch import Tensor
 from calm_dist.evaluation.load import LoadedModel
 
 
+def window_steps(model: LoadedModel) -> int:
+    """The most steps that a model predicts from: its block's, but for the last one."""
+    return max(1, model.recipe.block_size // model.recipe.model.patch_size - 1)
+
+
 class Contexts:
     """What the next steps of several texts are predicted from; a step is a patch or a token.
 
@@ -25,7 +30,7 @@ class Contexts:
         """``texts``: tokens in whole steps, at least one step each; at least one text."""
         self._model = model
         self._step_size: int = model.recipe.model.patch_size
-        self._window = max(1, model.recipe.block_size // self._step_size - 1)
+        self._window = window_steps(model)
         self._texts = [text[-self._window * self._step_size :] for text in texts]
         longest = max(map(len, self._texts)) // self._step_size + max_new_steps
         self._cache = model.new_cache(len(texts), min(longest, self._window))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import math
-from collections.abc import Iterable, Mapping
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -20,6 +23,14 @@ from calm_dist.evaluation.block_scores import (
 )
 from calm_dist.evaluation.brier import NGRAM, Alignment, estimate_brierlm, ngram_starts
 from calm_dist.evaluation.generate import calm_recipe
+from calm_dist.files import check_file_is_writable
+from calm_dist.scores import (
+    MARK_EXPLAINED,
+    block_size_note,
+    brier_text,
+    brierlm_text,
+    noisy_brier,
+)
 from calm_dist.training import checkpoint
 from calm_dist.training.metrics import METRICS_FILE, json_line, read_records
 
@@ -97,9 +108,12 @@ def evaluate(
 
     Returns:
         A JSON-able dict: kind, checkpoint, step, tokens_seen, brier [4], brier_stderr, brierlm,
-        brierlm_stderr (None with the reason in stderr_undefined), protocol, data_fingerprint,
-        seed. The protocol is {block_size, patch_size, samples, alignment, blocks, positions,
-        starts {first, last, stride, per_block}, estimator}, and for CALM the kind of its head.
+        brierlm_stderr (None with the reason in stderr_undefined), noisy_brier (see
+        `scores.noisy_brier`), block_size_note (see `scores.block_size_note`; absent where there is
+        nothing to say), protocol, data_fingerprint, seed. The protocol is {block_size,
+        trained_block_size (None of an imported model), patch_size, samples, alignment, blocks,
+        positions, starts {first, last, stride, per_block}, estimator}, and for CALM the kind of
+        its head.
         Transformer: cross_entropy (nats per token, all tokens of a block but the first) and
         perplexity. CALM: energy_loss of any head's samples, and reconstruction_accuracy of the
         tokens from their posterior's samples and (reconstruction_accuracy_mean) from its mean.
@@ -129,6 +143,7 @@ def evaluate(
         results.append(score_block(model, store[number], starts, settings.samples, seed))
     protocol = {
         "block_size": store.meta.block_size,
+        "trained_block_size": model.recipe.data.block_size if model.step > 0 else None,
         "patch_size": patch_size,
         "samples": settings.samples,
         "alignment": settings.alignment,
@@ -172,6 +187,7 @@ def _summary(
     scores = np.stack([result.brier.mean(0).cpu().numpy() for result in results])
     estimate = asdict(estimate_brierlm(scores, seed=settings.seed))
     undefined = estimate.pop("undefined")
+    note = block_size_note(meta.block_size, model.recipe.data.block_size, model.step)
     means = {
         name: float(np.mean([result.means[name] for result in results]))
         for name in results[0].means
@@ -184,8 +200,10 @@ def _summary(
         "step": model.step,
         "tokens_seen": model.tokens_seen,
         **estimate,
+        "noisy_brier": noisy_brier(estimate),
         **({"stderr_undefined": undefined} if undefined else {}),
         **means,
+        **({"block_size_note": note} if note else {}),
         "protocol": protocol,
         "data_fingerprint": meta.fingerprint,
         "seed": settings.seed,
@@ -233,6 +251,9 @@ def record(run: Path, result: Mapping[str, Any]) -> bool:
 
     Returns:
         False where that step has been scored on the same data with the same protocol and seed.
+
+    Raises:
+        OSError: the file cannot be read or written; it is as it was.
     """
     if any(
         known["step"] == result["step"] and _same_measurement(known.get("eval"), result)
@@ -240,35 +261,98 @@ def record(run: Path, result: Mapping[str, Any]) -> bool:
     ):
         return False
     path = run / METRICS_FILE
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    with path.open("a", encoding="utf-8") as file:
-        separator = "" if not text or text.endswith("\n") else "\n"
-        file.write(separator + json_line({"step": result["step"], "eval": result}))
+    data = path.read_bytes() if path.exists() else b""
+    separator = "" if not data or data.endswith(b"\n") else "\n"
+    line = (separator + json_line({"step": result["step"], "eval": result})).encode()
+    with path.open("ab", buffering=0) as file:
+        if file.write(line) != len(line):
+            # Half a record would damage the next one, too.
+            file.truncate(len(data))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     return True
 
 
-def _same_measurement(known: Mapping[str, Any] | None, result: Mapping[str, Any]) -> bool:
-    names = ("data_fingerprint", "protocol", "seed")
-    return known is not None and all(known.get(name) == result[name] for name in names)
+def why_not_recorded(run: Path) -> str | None:
+    """Why `record` cannot add to a run's metrics.jsonl, or None where it can; found out before
+    the scores are taken."""
+    try:
+        check_file_is_writable(run / METRICS_FILE)
+        read_records(run)
+    except OSError as error:
+        return f"{run / METRICS_FILE}: cannot be written ({error.strerror})"
+    return None
 
 
-def table(results: Iterable[Mapping[str, Any]]) -> str:
-    """The results as lines for the console."""
-    lines = [
-        f"{'step':>9}  {'BrierLM':>15}  {'Brier-1..4 (x100)':>27}  further",
-    ]
+class RecordLog:
+    """Records the results of a run's checkpoints, and says what could not be recorded."""
+
+    def __init__(self, checkpoints: Iterable[Path]) -> None:
+        """Say on stderr where results of these checkpoints will not be recorded."""
+        runs = {run for path in checkpoints if (run := run_directory(path)) is not None}
+        reasons = {run: why_not_recorded(run) for run in sorted(runs)}
+        self._writable = {run for run, reason in reasons.items() if reason is None}
+        self._failures: list[str] = []
+        for reason in filter(None, reasons.values()):
+            _warn(f"warning: {reason}: the scores are shown, not recorded; reports will lack them")
+
+    def add(self, directory: Path, result: Mapping[str, Any]) -> None:
+        """Record the result of a checkpoint, where it lies in a run that can be written."""
+        run = run_directory(directory)
+        if run not in self._writable:
+            return
+        try:
+            if not record(run, result):
+                _warn(f"step {result['step']}: already in {run / METRICS_FILE}")
+        except OSError as error:
+            self._failures.append(
+                f"{run / METRICS_FILE}: step {result['step']} was not recorded ({error.strerror})"
+            )
+
+    def close(self) -> None:
+        """Raises:
+        UserError: results that were to be recorded were not.
+        """
+        if self._failures:
+            raise UserError(
+                f"{'; '.join(self._failures)}; the scores are above; make room or make the file "
+                "writable, then evaluate again to record them"
+            )
+
+
+def _warn(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _same_measurement(known: Any, result: Mapping[str, Any]) -> bool:
+    """Records of early versions do not say on what blocks the checkpoint was trained."""
+    if not isinstance(known, Mapping):
+        return False
+    names = result["protocol"].keys() - {"trained_block_size"}
+    protocol = known.get("protocol")
+    return (
+        all(known.get(name) == result[name] for name in ("data_fingerprint", "seed"))
+        and isinstance(protocol, Mapping)
+        and protocol.keys() - {"trained_block_size"} == names
+        and all(protocol[name] == result["protocol"][name] for name in names)
+    )
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """The results as lines for the console; Brier-n times 100, ± one standard error."""
+    heads = "".join(f"  {f'Brier-{n} x100':>12}" for n in range(1, NGRAM + 1))
+    lines = [f"{'step':>8}  {'BrierLM':>13}{heads}  further"]
     for result in results:
-        stderr = result["brierlm_stderr"]
-        error = f"± {stderr:.2f}" if stderr is not None else "± –"
-        brier = " ".join(f"{100 * value:6.2f}" for value in result["brier"])
+        brier = "".join(f"  {brier_text(result, n):>12}" for n in range(1, NGRAM + 1))
         further = ", ".join(
             f"{name.removesuffix('_accuracy')} {result[name]:.4f}"
             for name in FURTHER
             if result.get(name) is not None
         )
-        lines.append(
-            f"{result['step']:>9}  {result['brierlm']:7.2f} {error:>7}  {brier}  {further}"
-        )
+        lines.append(f"{result['step']:>8}  {brierlm_text(result):>13}{brier}  {further}")
         if "stderr_undefined" in result:
-            lines.append(f"           no standard error: {result['stderr_undefined']}")
+            lines.append(f"          no standard error: {result['stderr_undefined']}")
+    notes = (result.get("block_size_note") for result in results)
+    lines += [f"warning: {note}" for note in dict.fromkeys(filter(None, notes))]
+    if any(noisy_brier(result) for result in results):
+        lines.append(MARK_EXPLAINED)
     return "\n".join(lines)

@@ -13,7 +13,7 @@ import torch
 from calm_dist.data.progress import progress
 from calm_dist.data.store import read_meta
 from calm_dist.errors import CheckpointError, DataError, UserError
-from calm_dist.evaluation.contexts import Contexts
+from calm_dist.evaluation.contexts import Contexts, window_steps
 from calm_dist.evaluation.decoding import LazyPatches
 from calm_dist.evaluation.load import LoadedModel, tokenizer_file
 from calm_dist.evaluation.sampling import (
@@ -39,11 +39,13 @@ class Generation:
     """A continuation of a prompt."""
 
     text: str
-    """The new text, without the prompt."""
+    """The new text, without the prompt: the prompt with it behind reads as one text."""
     tokens: list[int]
     """The new tokens, without the end token."""
     stopped_by: Literal["end", "length"]
     """``end``: the model ended the text; ``length``: ``max_new_tokens`` was reached."""
+    note: str | None = field(default=None, compare=False)
+    """Where prompt and text exceed the context of the model: what it did not read."""
 
 
 @overload
@@ -106,7 +108,8 @@ def generate(
         model: from `evaluation.load.load_model`.
         tokenizer: the one that the model was trained with.
         prompts: a prompt, or any number of them of any lengths, which share each step.
-        temperature: CALM: in (0, 1], see `evaluation.sampling`; Transformer: of the softmax, > 0.
+        temperature: CALM: in (0, 1], see `evaluation.sampling`; Transformer: of the softmax, 0 or
+            more. At 0 it takes the most likely token, of equally likely ones that of the lowest id.
         seed: at least 0: one for every prompt, or a sequence of one for each.
         method: CALM only. ``pool`` (T = 1/n), ``exact`` (any T), ``auto``: the pool where T = 1/n.
         pool_size: draws in a pool.
@@ -134,8 +137,35 @@ def generate(
     ]
     if rows:
         continue_texts(model, rows, sampler, tokenizer, max_new_tokens, show_progress=show_progress)
-    generations = [Generation(tokenizer.decode(row.new), row.new, row.stopped_by) for row in rows]
+    generations = [
+        Generation(
+            tokenizer.decode_continuation(text, row.new),
+            row.new,
+            row.stopped_by,
+            # The end token is a token, too.
+            context_note(model, len(row.prompt), len(row.new) + (row.stopped_by == "end")),
+        )
+        for text, row in zip(texts, rows, strict=True)
+    ]
     return generations[0] if isinstance(prompts, str) else generations
+
+
+def context_note(model: LoadedModel, prompt_tokens: int, new_tokens: int) -> str | None:
+    """What the model did not read of a prompt and its continuation, if anything."""
+    size, block_size = model.recipe.model.patch_size, model.recipe.block_size
+    window = window_steps(model) * size
+    known = f"trained on blocks of {block_size} tokens"
+    if model.step == 0:
+        known = f"whose configuration has positions for {block_size} tokens"
+    # Filled with begin tokens; the last step is not read.
+    filled = (prompt_tokens // size + 1) * size
+    if filled > window:
+        begun = f"the prompt has {prompt_tokens} tokens, of which the last {window} are read"
+    elif filled + (-(-new_tokens // size) - 1) * size > window:
+        begun = f"the text outgrows the {window} tokens that are read at once"
+    else:
+        return None
+    return f"{begun} by a model {known}; a text that outgrows them goes on from its newest half"
 
 
 def _check(prompts: list[str], seeds: list[int], max_new_tokens: int) -> None:
@@ -239,11 +269,15 @@ def patch_sampler(
 
 
 def _token_sampler(temperature: float) -> Sampler:
-    """Logits [V] -> the next token, drawn from the softmax."""
-    if not 0 < temperature < float("inf"):
-        raise UserError(f"temperature {temperature:g}: must be a positive number")
+    """Logits [V] -> the next token, drawn from the softmax; at temperature 0 the most likely one,
+    of equally likely ones that of the lowest id."""
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature {temperature:g}: must be 0 or a positive number")
 
     def sample(logits: torch.Tensor, rng: np.random.Generator) -> list[int]:
+        if temperature == 0:
+            # numpy says which of several largest it takes: the first.
+            return [int(logits.float().cpu().numpy().argmax())]
         # The largest logit becomes 0, so that no temperature, however small, makes an infinity.
         scores = logits.double().cpu()
         chances = ((scores - scores.max()) / temperature).softmax(-1).numpy()

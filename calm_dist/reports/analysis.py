@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from calm_dist.flops import count_autoencoder, peak_flops
 from calm_dist.reports.runs import CPU, Record, Run, conditions
+from calm_dist.scores import noisy_brier
 
 MIN_CORRELATED = 3
 """Points below which a correlation says nothing."""
@@ -31,6 +32,20 @@ class Point:
     cross_entropy: float | None
     comparable: bool
     """Whether it was taken under the `common_conditions`."""
+    brier: list[float] | None = None
+    brier_stderr: list[float] | None = None
+    noisy_brier: list[int] = field(default_factory=list)
+    """See `calm_dist.scores`."""
+
+    @property
+    def evaluation(self) -> Record:
+        """What `calm_dist.scores` shows of it."""
+        return {
+            "brierlm": self.brierlm,
+            "brierlm_stderr": self.stderr,
+            "brier": self.brier,
+            "brier_stderr": self.brier_stderr,
+        }
 
 
 def common_conditions(models: Sequence[Run]) -> tuple[str, ...] | None:
@@ -72,6 +87,9 @@ def evaluated_points(models: Sequence[Run]) -> list[Point]:
             e.get("brierlm_stderr"),
             e.get("cross_entropy"),
             comparable,
+            e.get("brier"),
+            e.get("brier_stderr"),
+            noisy_brier(e),
         )
         for number, (run, (evaluations, comparable)) in enumerate(
             zip(models, compared_evaluations(models), strict=True)

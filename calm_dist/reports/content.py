@@ -12,6 +12,7 @@ from typing import Any
 from calm_dist.reports.plots import Plot
 from calm_dist.reports.runs import CPU, Record, Run, conditions, first_of_kind
 from calm_dist.reports.tables import MISSING, Table, compact
+from calm_dist.scores import MARK_EXPLAINED, block_size_note, brier_text, brierlm_text
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,13 @@ def headline(summary: dict[str, Any]) -> tuple[str, str, tuple[Fact, ...]]:
 
 
 def _score(entry: Record) -> Fact:
-    """BrierLM with its standard error, or why there is none."""
+    """BrierLM with its standard error, or why there is none, and beside it Brier-1 and Brier-2."""
     label = f"BrierLM, {entry['name']}"
     if entry["brierlm"] is None:
         return Fact(label, MISSING, "no score" if entry["evaluation"] else "not evaluated")
-    error = entry["brierlm_stderr"]
-    return Fact(
-        label,
-        f"{entry['brierlm']:.2f}",
-        "no standard error" if error is None else f"± {error:.2f}",
-    )
+    value, _, error = brierlm_text(entry).partition(" ")
+    others = ", ".join(f"Brier-{n} {brier_text(entry, n)}" for n in (1, 2))
+    return Fact(label, value, f"{error or 'no standard error'}; {others} (x100)")
 
 
 def _times(value: float | None) -> str:
@@ -115,6 +113,13 @@ def missing_and_incomparable(
     ]
     if autoencoder is None:
         notes.append("No autoencoder run was given.")
+    noisy = [
+        entry["name"]
+        for entry in summary["models"]
+        if any(shown["noisy_brier"] for shown in (entry, *entry["evaluations"]))
+    ]
+    if noisy:
+        notes.append(f"{MARK_EXPLAINED} ({', '.join(noisy)}).")
     evaluated = [run for run in models if run.evaluations]
     if len({conditions(run.last_evaluation) for run in evaluated}) > 1:
         notes.append(
@@ -149,6 +154,12 @@ def _lacks(run: Run) -> list[str]:
         lacks.append(f"{infinite} of {len(run.training)} records have a loss that is not finite.")
     if run.training and run.training_seconds is None:
         lacks.append("not all training records have step_seconds: no cost.")
+    sizes = [
+        block_size_note(e["protocol"]["block_size"], run.recipe.data.block_size, e["step"])
+        for e in run.evaluations
+        if e.get("protocol")
+    ]
+    lacks += [f"{note}." for note in dict.fromkeys(filter(None, sizes))]
     reason = run.last_evaluation.get("stderr_undefined")
     if reason:
         lacks.append(f"BrierLM has no standard error ({reason}).")

@@ -25,6 +25,7 @@ from calm_dist.reports.content import Content, headline, missing_and_incomparabl
 from calm_dist.reports.markdown import render_markdown
 from calm_dist.reports.page import render_page
 from calm_dist.reports.runs import Run, conditions, first_of_kind, read_run
+from calm_dist.scores import noisy_brier
 
 AUTOENCODER_FACTS = (
     "token_accuracy",
@@ -64,8 +65,6 @@ def report_runs(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: see `write_report`.
     """
-    if arguments.out == "":
-        raise UserError("--out: is empty; give a directory")
     models, autoencoder = _read(arguments.runs, arguments.autoencoder)
     summary = summarize(models, autoencoder, arguments.peak_tflops)
     if arguments.out:
@@ -233,6 +232,8 @@ def _model_entry(run: Run) -> dict[str, Any]:
         "brierlm": evaluation.get("brierlm"),
         "brierlm_stderr": evaluation.get("brierlm_stderr"),
         "brier": evaluation.get("brier"),
+        "brier_stderr": evaluation.get("brier_stderr"),
+        "noisy_brier": noisy_brier(evaluation),
         "layout": {
             "tensor": recipe.parallel.tensor_parallel_size,
             "pipeline": recipe.parallel.pipeline_parallel_size,

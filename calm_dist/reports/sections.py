@@ -13,7 +13,6 @@ from calm_dist.reports.plots import Plot
 from calm_dist.reports.runs import CPU, Record, Run
 from calm_dist.reports.tables import (
     MISSING,
-    UNKNOWN,
     Cell,
     Table,
     compact,
@@ -22,8 +21,8 @@ from calm_dist.reports.tables import (
     scientific,
     short,
     text,
-    with_error,
 )
+from calm_dist.scores import brier, brier_text, brierlm_text
 
 NOTHING = "No run has records to show here."
 KINDS = {"calm": "CALM", "transformer": "Transformer", "autoencoder": "autoencoder"}
@@ -43,7 +42,8 @@ def models_section(entries: Sequence[dict[str, Any]]) -> Section:
             short(e["tokens_seen"]),
             scientific(e["train_flops"]),
             short(e["inference_flops_per_token"]),
-            with_error(e["brierlm"], e["brierlm_stderr"]),
+            Cell(brierlm_text(e), e["brierlm"]),
+            *(_brier(e, n) for n in (1, 2)),
             number(e["evaluation"].get("cross_entropy"), "{:.3f}"),
         )
         for e in entries
@@ -57,12 +57,16 @@ def models_section(entries: Sequence[dict[str, Any]]) -> Section:
         "training FLOPs",
         "FLOPs per generated token",
         "BrierLM",
+        "Brier-1, %",
+        "Brier-2, %",
         "cross entropy",
     )
     explained = (
-        "BrierLM: 0 to 100, higher is better, ± one standard error. Cross entropy in nats per "
-        "held-out token. K: tokens per step. FLOPs: measured tokens times FLOPs per token as the "
-        "authors' code executes them, without autoencoder and encoding (further down)."
+        "BrierLM: 0 to 100, higher is better, ± one standard error; of Brier-1 to Brier-4 the "
+        "geometric mean. Brier-n: right n-grams less agreement by chance, at most 100 %. Cross "
+        "entropy in nats per held-out token. K: tokens per step. FLOPs: measured tokens times "
+        "FLOPs per token as the authors' code executes them, without autoencoder and encoding "
+        "(further down)."
     )
     tables = (Table("Models", heads, tuple(rows)), _scores(entries))
     return Section("Models", (explained,), tables=tables)
@@ -74,10 +78,8 @@ def _scores(entries: Sequence[dict[str, Any]]) -> Table:
         (
             text(e["name"]),
             number(e["evaluation"].get("step")),
-            number(e["brierlm"], "{:.3f}"),
-            number(e["brierlm_stderr"], "{:.3f}"),
-            *(number(100 * score, "{:.3f}") for score in e["brier"] or ()),
-            *(UNKNOWN for _ in range(4 - len(e["brier"] or ()))),
+            Cell(brierlm_text(e, "{:.3f}"), e["brierlm"]),
+            *(_brier(e, n, "{:.3f}") for n in (1, 2, 3, 4)),
             number(e["evaluation"].get("cross_entropy"), "{:.4f}"),
             number(e["evaluation"].get("energy_loss"), "{:.4f}"),
             number(e["evaluation"].get("reconstruction_accuracy"), "{:.3%}"),
@@ -85,7 +87,7 @@ def _scores(entries: Sequence[dict[str, Any]]) -> Table:
         for e in entries
     )
     brier = tuple(f"Brier-{n}, %" for n in (1, 2, 3, 4))
-    heads = ("run", "step", "BrierLM", "standard error", *brier)
+    heads = ("run", "step", "BrierLM", *brier)
     others = ("cross entropy", "energy loss", "reconstruction")
     return Table("Last evaluations", (*heads, *others), rows, folded=True)
 
@@ -102,15 +104,16 @@ def brierlm_section(
             text(p.name),
             number(p.step),
             scientific(p.train_flops),
-            number(p.brierlm, "{:.3f}"),
-            number(p.stderr, "{:.3f}"),
+            Cell(brierlm_text(p.evaluation, "{:.3f}"), p.brierlm),
+            *(_brier(p.evaluation, n, "{:.3f}") for n in (1, 2)),
             number(p.cross_entropy, "{:.3f}"),
             text("yes" if p in front else "no" if p.comparable else "does not compare"),
         )
         for p in points
     )
-    heads = ("run", "step", "training FLOPs", "BrierLM", "standard error", "cross entropy")
-    last = {p.name: f"{p.name} {p.brierlm:.2f} at {p.train_flops:.2e} FLOPs" for p in drawn}
+    brier = ("Brier-1, %", "Brier-2, %")
+    heads = ("run", "step", "training FLOPs", "BrierLM", *brier, "cross entropy")
+    last = {p.name: f"{p.name} {_marked(p)} at {p.train_flops:.2e} FLOPs" for p in drawn}
     edge = ", ".join(f"{p.name} at step {p.step}" for p in front)
     plot = Plot(
         "brierlm",
@@ -128,6 +131,15 @@ def brierlm_section(
     )
     table = Table("Evaluated checkpoints", (*heads, "on the Pareto front"), rows, folded=True)
     return Section(title, explained, (plot,) if drawn else (), (table,))
+
+
+def _brier(evaluation: Record, n: int, pattern: str = "{:.2f}") -> Cell:
+    """A hundred times Brier-n with its standard error."""
+    return Cell(brier_text(evaluation, n, pattern), brier(evaluation, n)[0])
+
+
+def _marked(point: Point) -> str:
+    return brierlm_text(point.evaluation).split()[0]
 
 
 def _protocols(models: Sequence[Run]) -> str:

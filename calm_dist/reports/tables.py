@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MISSING = "–"
+from calm_dist.scores import MISSING
+
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -38,13 +39,6 @@ def text(value: str | None) -> Cell:
 def number(value: float | None, pattern: str = "{:,}") -> Cell:
     """A number in a format of ``str.format``, or a dash."""
     return UNKNOWN if value is None else Cell(pattern.format(value), value)
-
-
-def with_error(value: float | None, error: float | None, pattern: str = "{:.2f}") -> Cell:
-    """A number with its standard error, where it has one."""
-    if value is None or error is None:
-        return number(value, pattern)
-    return Cell(f"{pattern.format(value)} ± {pattern.format(error)}", value)
 
 
 def short(value: float | None, unit: str = "") -> Cell:

@@ -21,6 +21,7 @@ from calm_dist.evaluation import evaluate as evaluation
 from calm_dist.evaluation.decoding import GreedyDecoder
 from calm_dist.evaluation.evaluate import EvaluationSettings, evaluate
 from calm_dist.recipe import CalmRecipe, Recipe
+from calm_dist.scores import MARK_EXPLAINED
 from calm_dist.training.build import build_head
 
 VOCAB, K, BLOCK = 32, 4, 24
@@ -189,6 +190,7 @@ def test_calm_scores_have_their_closed_form() -> None:
     assert result["reconstruction_accuracy"] == result["reconstruction_accuracy_mean"] == 1.0
     assert result["protocol"] == {
         "block_size": 24,
+        "trained_block_size": 24,
         "patch_size": 4,
         "samples": 6,
         "alignment": "patch",
@@ -385,4 +387,19 @@ def test_table_shows_scores_and_why_an_error_is_missing() -> None:
     result = evaluate(uniform_transformer(), TinyStore(1), EvaluationSettings(samples=2))
     text = evaluation.table([result])
     assert "cross_entropy 3.4657" in text and "3.12" in text
-    assert "no standard error: one block" in text
+    assert "no standard error: one block" in text and MARK_EXPLAINED not in text
+
+
+def test_table_marks_scores_of_noise() -> None:
+    result = evaluate(uniform_transformer(), TinyStore(2), EvaluationSettings(samples=2))
+    clear = result | {"brier": [0.5, 0.4, 0.3, 0.2], "brier_stderr": [0.01, 0.02, 0.03, 0.04]}
+    clear |= {"brierlm": 33.1, "brierlm_stderr": 1.5}
+    noisy = clear | {"brier_stderr": [0.01, 0.02, 0.15, 0.04]}
+    head, *lines = evaluation.table([clear, noisy]).splitlines()
+    assert [line.split("  ")[-5:-1] for line in lines[:1]] == [
+        ["50.00 ± 1.00", "40.00 ± 2.00", "30.00 ± 3.00", "20.00 ± 4.00"]
+    ]
+    assert "33.10 ± 1.50" in lines[0] and "33.10* ± 1.50" in lines[1]
+    assert lines[2:] == [MARK_EXPLAINED]
+    assert all(f"Brier-{n} x100" in head for n in (1, 2, 3, 4))
+    assert evaluation.table([clear]).count("*") == 0

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import resource
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from calm_dist.data.latents import plan_store, write_store
 from calm_dist.data.tokenizer import Tokenizer, train_tokenizer
 from calm_dist.evaluation.load import LoadedModel
 from calm_dist.interop.autoencoder import save_autoencoder
+from calm_dist.reports.report import write_report
 from calm_dist.training import checkpoint
 from calm_dist.training.checkpoint import model_state
 from calm_dist.training.checkpoint.run_state import RunState
@@ -36,23 +41,22 @@ def tokenizer(corpus: Path) -> Tokenizer:
     return train_tokenizer(TEXT, VOCAB, corpus.parent / "tokenizer.json")
 
 
-def write_run(model: LoadedModel, run: Path, tokenizer_sha256: str | None) -> None:
-    """A run directory with one checkpoint, and the autoencoder beside it."""
-    run.mkdir()
+def write_run(model: LoadedModel, run: Path, tokenizer_sha256: str | None, step: int = 3) -> None:
+    """A run directory with a checkpoint, and the autoencoder beside it."""
+    run.mkdir(exist_ok=True)
     values = model.recipe.to_dict()
     if model.autoencoder is not None:
         (run / "autoencoder").mkdir()
         save_autoencoder(model.autoencoder, run / "autoencoder", {})
         values["model"]["autoencoder"] = str(run / "autoencoder")
     recipe = type(model.recipe).from_dict(values).to_yaml()
-    temporary = checkpoint.begin(run, 3)
+    temporary = checkpoint.begin(run, step)
     model_state.save_weights(temporary, model.body, model._head)
-    RunState(step=3, tokens=4096, tokenizer_sha256=tokenizer_sha256, data={"steps_done": 3}).write(
-        temporary
-    )
+    sha256, data = tokenizer_sha256, {"steps_done": step}
+    RunState(step=step, tokens=4096, tokenizer_sha256=sha256, data=data).write(temporary)
     for directory in (run, temporary):
         (directory / checkpoint.RECIPE_FILE).write_text(recipe)
-    checkpoint.commit(temporary, keep=1)
+    checkpoint.commit(temporary, keep=9)
 
 
 def evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
@@ -131,3 +135,164 @@ def test_blocks_that_are_too_short(
     arguments = ("--checkpoint", tmp_path / "calm", "--data", tmp_path / "store")
     assert evaluate(monkeypatch, *arguments) == 2
     assert "data.block_size 4: too short for an n-gram of 4 tokens" in capsys.readouterr().err
+
+
+@pytest.fixture
+def scored(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> list[str | Path]:
+    """Arguments that score a Transformer in the run directory ``tmp_path / "run"``."""
+    write_run(tiny_model("transformer", vocab_size=VOCAB), tmp_path / "run", tokenizer.fingerprint)
+    plan = plan_store([corpus], tokenizer, variant="tokens", block_size=24, patch_size=4)
+    write_store(tmp_path / "store", [corpus], tokenizer, plan)
+    arguments = ("--checkpoint", tmp_path / "run", "--data", tmp_path / "store", "--blocks", "2")
+    return [*arguments, "--json", tmp_path / "scores.json"]
+
+
+def without_override() -> None:
+    """Permission bits apply to root as well: CAP_DAC_OVERRIDE (1) leaves the set of what a new
+    program can have (PR_CAPBSET_DROP, 24). Others have never had it, and may not drop it."""
+    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
+
+
+def test_a_run_that_cannot_be_written_is_scored_and_shown(
+    tmp_path: Path, scored: list[str | Path]
+) -> None:
+    run = tmp_path / "run"
+    run.chmod(0o555)
+    done = subprocess.run(
+        [sys.executable, TOOL, *scored],
+        env=os.environ | {"PYTHONPATH": str(TOOL.parents[1])},
+        preexec_fn=without_override,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    run.chmod(0o755)
+    assert done.returncode == 0, done.stderr
+    # Said before the work, in one line.
+    assert done.stderr.splitlines()[0] == (
+        f"warning: {run / 'metrics.jsonl'}: cannot be written (Permission denied): the scores are "
+        "shown, not recorded; reports will lack them"
+    )
+    assert "BrierLM" in done.stdout and "cross_entropy" in done.stdout
+    assert json.loads((tmp_path / "scores.json").read_text())["step"] == 3
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "recipe.yaml"]
+
+
+def test_metrics_that_are_no_file_do_not_cost_the_scores(
+    tmp_path: Path,
+    scored: list[str | Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "run" / "metrics.jsonl").mkdir()
+    assert evaluate(monkeypatch, *scored) == 0
+    captured = capsys.readouterr()
+    assert "cannot be written (Is a directory): the scores are shown" in captured.err
+    assert "BrierLM" in captured.out and (tmp_path / "scores.json").is_file()
+
+
+def test_a_disk_that_fills_up_while_scoring_costs_the_record_alone(
+    tmp_path: Path,
+    scored: list[str | Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The kernel lets no file grow beyond a limit that half of the record reaches."""
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    before = b'{"step": 1, "loss": 1.0, "bytes": "\xff"}\n' * 300
+    metrics.write_bytes(before)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, limits[1]))
+        assert evaluate(monkeypatch, *scored) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    captured = capsys.readouterr()
+    assert "BrierLM" in captured.out and (tmp_path / "scores.json").is_file()
+    assert f"error: {metrics}: step 3 was not recorded (" in captured.err
+    assert metrics.read_bytes() == before
+    # With room again it is recorded, once.
+    assert evaluate(monkeypatch, *scored) == evaluate(monkeypatch, *scored) == 0
+    assert metrics.read_bytes().startswith(before)
+    assert metrics.read_bytes().count(b'"eval"') == 1
+
+
+def test_what_was_scored_before_an_error_is_shown(
+    tmp_path: Path,
+    scored: list[str | Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_run(tiny_model("transformer", vocab_size=VOCAB), tmp_path / "run", "0" * 64, step=4)
+    assert evaluate(monkeypatch, *scored, "--all-checkpoints") == 2
+    captured = capsys.readouterr()
+    assert "error: tokenizer sha256" in captured.err
+    assert captured.out.splitlines()[1].split()[0] == "3"
+    assert [result["step"] for result in json.loads((tmp_path / "scores.json").read_text())] == [3]
+
+
+@pytest.mark.parametrize(
+    ("block_size", "said"),
+    [
+        (24, None),
+        (48, "longer blocks exceed the trained context"),
+        (16, "less context than in training"),
+    ],
+)
+def test_blocks_of_another_size_are_named_everywhere(
+    block_size: int,
+    said: str | None,
+    tmp_path: Path,
+    corpus: Path,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Console, JSON, the record of the evaluation, and the report, also of an early record."""
+    model = tiny_model("transformer", vocab_size=VOCAB, block_steps=24)
+    write_run(model, tmp_path / "run", tokenizer.fingerprint)
+    plan = plan_store([corpus], tokenizer, variant="tokens", block_size=block_size, patch_size=4)
+    write_store(tmp_path / "store", [corpus], tokenizer, plan)
+    arguments = ("--checkpoint", tmp_path / "run", "--data", tmp_path / "store", "--blocks", "2")
+    assert evaluate(monkeypatch, *arguments, "--json", tmp_path / "scores.json") == 0
+    result = json.loads((tmp_path / "scores.json").read_text())
+    sizes = result["protocol"]["block_size"], result["protocol"]["trained_block_size"]
+    assert sizes == (block_size, 24)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert json.loads(metrics.read_text())["eval"] == result
+    output = capsys.readouterr().out
+    # Recorded before there was such a note: the same measurement, and the same note in a report.
+    early = result | {"protocol": dict(result["protocol"])}
+    early.pop("block_size_note", None)
+    del early["protocol"]["trained_block_size"]
+    metrics.write_text(json.dumps({"step": 3, "eval": early}) + "\n")
+    assert evaluate(monkeypatch, *arguments) == 0
+    assert "step 3: already in" in capsys.readouterr().err
+    write_report([tmp_path / "run"], tmp_path / "report")
+    words = (tmp_path / "report" / "report.md").read_text()
+    expected = f"scored on blocks of {block_size} tokens, trained on blocks of 24"
+    if said is None:
+        assert "block_size_note" not in result and "trained on blocks" not in output + words
+    else:
+        assert expected in result["block_size_note"] and said in result["block_size_note"]
+        assert output.count(f"warning: {expected}") == 1 and words.count(expected) == 1
+
+
+def test_an_imported_model_has_no_known_training_block_size(
+    tmp_path: Path,
+    corpus: Path,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_run(
+        tiny_model("transformer", vocab_size=VOCAB, block_steps=24), tmp_path / "run", None, 0
+    )
+    plan = plan_store([corpus], tokenizer, variant="tokens", block_size=48, patch_size=4)
+    write_store(tmp_path / "store", [corpus], tokenizer, plan)
+    arguments = ("--checkpoint", tmp_path / "run", "--data", tmp_path / "store", "--blocks", "2")
+    assert evaluate(monkeypatch, *arguments, "--json", tmp_path / "scores.json") == 0
+    result = json.loads((tmp_path / "scores.json").read_text())
+    assert result["protocol"]["trained_block_size"] is None
+    said = "not known, its configuration has positions for 24 tokens, and what comes after"
+    assert said in result["block_size_note"] and said in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from tiny_models import VOCAB, tiny_model
+from tokenizer_kinds import llama2_like, metaspace, wordpiece
 
 from calm_dist.data.latents import plan_store, write_store
 from calm_dist.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -77,7 +79,10 @@ def plain_loop(
             step = list((sample_exact if exact else sample_from_pool)(draw, temperature, rng))
         else:
             logits = model.logits(torch.tensor([context]))[0, -1].double()
-            step = [int(rng.choice(VOCAB, p=(logits / temperature).softmax(-1)))]
+            if temperature == 0:
+                step = [int(logits.argmax())]
+            else:
+                step = [int(rng.choice(VOCAB, p=(logits / temperature).softmax(-1)))]
         for token in step:
             if token == tokenizer.end_id:
                 return Generation(tokenizer.decode(new), new, "end")
@@ -109,7 +114,7 @@ def test_calm_equals_the_plain_loop(
         assert generate(model, tokenizer, prompt, seed=seed, method=method, **options) == expected
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("temperature", [0, 0.3, 1.0, 2.5])
 def test_transformer_equals_the_plain_loop(tokenizer: Tokenizer, temperature: float) -> None:
     model = tiny_model("transformer", block_steps=12, num_key_value_heads=2)
     for seed, prompt in enumerate(["", *PROMPTS, "longer than its block"]):
@@ -208,7 +213,7 @@ def test_bad_arguments(tokenizer: Tokenizer) -> None:
     for temperature in (0.0, -1.0, 1.5, float("nan"), float("inf"), 1e-310):
         with pytest.raises(UserError, match="temperature"):
             generate(calm, tokenizer, "", temperature=temperature)
-    for temperature in (0.0, -1.0, float("nan"), float("inf")):
+    for temperature in (-1.0, float("nan"), float("inf")):
         with pytest.raises(UserError, match="temperature"):
             generate(transformer, tokenizer, "", temperature=temperature)
     with pytest.raises(UserError, match="max_new_tokens 0"):
@@ -226,6 +231,57 @@ def test_the_coldest_temperature_takes_the_likeliest_token(tokenizer: Tokenizer)
     logits = model.logits(torch.tensor([[tokenizer.begin_id, *tokenizer.encode("ab")]]))[0, -1]
     found = generate(model, tokenizer, "ab", temperature=1e-300, max_new_tokens=1)
     assert found.tokens == [int(logits.argmax())]
+
+
+def test_greedy_decoding_has_no_chance_in_it(tokenizer: Tokenizer) -> None:
+    """The same text for every seed, alone and in a batch."""
+    model = tiny_model("transformer", block_steps=12)
+    options: dict[str, Any] = {"temperature": 0, "max_new_tokens": 30}
+    together = generate(model, tokenizer, PROMPTS, seed=SEEDS, **options)
+    for prompt, found in zip(PROMPTS, together, strict=True):
+        assert generate(model, tokenizer, prompt, seed=99, **options) == found
+    with pytest.raises(UserError, match=r"temperature 0.*no most likely patch"):
+        generate(tiny_model("calm"), tokenizer, "a", **options)
+
+
+def test_of_equally_likely_tokens_the_lowest_is_taken(tokenizer: Tokenizer) -> None:
+    """Of an output layer whose rows are all alike every token is as likely as any other."""
+    model = tiny_model("transformer")
+    weight = max(
+        (p for p in model.body.parameters() if p.dim() == 2 and p.shape[0] >= VOCAB),
+        key=lambda p: p.shape[0],
+    )
+    layers = [p for p in model.body.parameters() if p.shape == weight.shape]
+    for layer in layers:
+        layer[:] = layer[5].clone()
+    logits = model.logits(torch.tensor([[tokenizer.begin_id]]))[0, -1]
+    assert len(set(logits.tolist())) == 1
+    tokenizer.end_id = -1
+    found = generate(model, tokenizer, "ab", temperature=0, max_new_tokens=5)
+    assert found.tokens == [0] * 5
+
+
+@pytest.mark.parametrize("kind", ["calm", "transformer"])
+def test_what_exceeds_the_context_is_said(kind: str, tokenizer: Tokenizer) -> None:
+    """The note comes with the very token at which the cache is filled again, which `Contexts`
+    does where it needs more than its window of 8 steps."""
+    size = 4 if kind == "calm" else 1
+    model = dataclasses.replace(tiny_model(kind, block_steps=9), step=7)
+    tokenizer.end_id = -1
+    options: dict[str, Any] = {"temperature": 1.0, "seed": 1}
+    for prompt_tokens in (0, 2, size, 8 * size - 1, 8 * size, 100):
+        filled = prompt_tokens // size + 1
+        for new in (1, size, size + 1, 7 * size, 7 * size + 1, 8 * size, 8 * size + 1):
+            found = generate(model, tokenizer, "s" * prompt_tokens, max_new_tokens=new, **options)
+            steps_read = filled + -(-new // size) - 1
+            assert (found.note is not None) == (steps_read > 8), (prompt_tokens, new)
+            if filled > 8:
+                said = f"the prompt has {prompt_tokens} tokens, of which the last {8 * size} are"
+                assert found.note is not None and found.note.startswith(said)
+    assert f"trained on blocks of {9 * size} tokens" in str(found.note)
+    imported = dataclasses.replace(model, step=0)
+    note = generate(imported, tokenizer, "s" * 100, max_new_tokens=1, **options).note
+    assert f"whose configuration has positions for {9 * size} tokens" in str(note)
 
 
 def with_fingerprint(sha256: str | None, vocab_size: int) -> Any:
@@ -287,6 +343,22 @@ def test_tokenizer_is_found(tmp_path: Path) -> None:
         assert find(inside, path=store) == find(run, path="gone") == run / name
 
 
+@pytest.mark.parametrize("kind", ["calm", "transformer"])
+def test_texts_read_on_whatever_the_decoder_strips(kind: str, tmp_path: Path) -> None:
+    """Decoders that treat the beginning of a text in their own way; prompts that are filled with
+    begin tokens to whole patches of four."""
+    for number, make in enumerate((llama2_like, metaspace, wordpiece)):
+        tokenizer = make(tmp_path / f"{number}.json")
+        model = tiny_model(kind, vocab_size=tokenizer.vocab_size, block_steps=20, seed=number)
+        prompts = ["the sea", "the", "the sea is the sea", ""] * 12
+        seeds = list(range(len(prompts)))
+        found = generate(model, tokenizer, prompts, temperature=1.0, max_new_tokens=4, seed=seeds)
+        assert any(new.text.startswith(" ") for new in found)
+        for prompt, new in zip(prompts, found, strict=True):
+            whole = tokenizer.decode(tokenizer.encode(prompt) + new.tokens)
+            assert prompt + new.text == whole
+
+
 def saved(model: LoadedModel, tokenizer: Tokenizer, run: Path) -> Path:
     """A run directory that holds the model."""
     temporary = checkpoint.begin(run, 3)
@@ -332,13 +404,18 @@ def test_command_line(
     assert json.loads(file.read_text()) == found[1]
     assert (found[1]["step"], found[1]["stopped_by"]) == (3, two[1].stopped_by)
 
+    # The last of several temperatures counts.
+    assert run_tool(monkeypatch, *common, *one, "--temperature", "0") == 0
+    greedy = generate(model, tokenizer, "the s", temperature=0, max_new_tokens=9)
+    assert json.loads(file.read_text())["tokens"] == greedy.tokens != two[1].tokens
+
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--temperature", "1e400", "'1e400': must be a finite number above 0"),
-        ("--temperature", "nan", "'nan': must be a finite number above 0"),
-        ("--temperature", "0", "at 0 CALM has no most likely patch"),
+        ("--temperature", "1e400", "'1e400': must be a finite number, 0 or more"),
+        ("--temperature", "nan", "'nan': must be a finite number, 0 or more"),
+        ("--temperature", "-1", "'-1': must be a finite number, 0 or more"),
         ("--temperature", "1/0", "'1/0' is neither a number nor a fraction"),
         ("--temperature", "1/2/3", "'1/2/3' is neither a number nor a fraction"),
         ("--max-new-tokens", "0", "0: give a whole number from 1"),

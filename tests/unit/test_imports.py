@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[2] / "calm_dist"
 LAYERS = (
     {"errors"},
     {"redact"},
-    {"cli", "files", "randomness"},
+    {"cli", "files", "randomness", "scores"},
     {"recipe", "heads"},
     {"flops", "stages"},
     {"data", "models", "losses", "interop"},
@@ -32,7 +32,9 @@ LAYERS = (
 # The first imports it when it is called.
 HIGHER = {"interop/huggingface.py": "evaluation", "interop/convert.py": "evaluation"}
 # Plans and reports are made of recipes and metrics, where no training library need be.
-PLAIN = {"errors", "redact", "cli", "files", "heads", "recipe", "flops", "stages", "planner"}
+PLAIN = {
+    *("errors", "redact", "cli", "files", "scores", "heads", "recipe", "flops", "stages", "planner")
+}
 ONLY = {"planner": PLAIN, "reports": PLAIN | {"reports"}}
 # Models get their process groups handed in.
 NOT_IN_MODELS = ("torch.distributed", "deepspeed", "megatron.core.parallel_state")
@@ -49,6 +51,7 @@ WITHOUT_TORCH = (
     "calm_dist.reports.plan",
     "calm_dist.reports.report",
     "calm_dist.run_list",
+    "calm_dist.scores",
 )
 HEAVY = ("torch", "megatron", "deepspeed", "streaming")
 

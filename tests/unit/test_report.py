@@ -33,6 +33,7 @@ from calm_dist.reports.analysis import (
 from calm_dist.reports.content import missing_and_incomparable
 from calm_dist.reports.report import summarize, write_report
 from calm_dist.reports.runs import read_run
+from calm_dist.scores import MARK_EXPLAINED
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -368,6 +369,56 @@ def test_unlike_evaluations_are_called_incomparable(
     assert [e["step"] for e in read_run(experiment["calm"]).comparable_evaluations] == [400]
 
 
+def test_scores_of_noise_are_marked_everywhere_and_explained_once(
+    experiment: dict[str, Path], tmp_path: Path
+) -> None:
+    brier = {"brier": [0.0592, 0.0081, 0.0026, 0.001]}
+    noisy = evaluation(400, 0.6, **brier, brier_stderr=[0.0014, 0.0005, 0.0003, 0.0006])
+    with (experiment["calm"] / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(noisy) + "\n")
+    summary, page = report(experiment, tmp_path / "report")
+    calm, transformer = summary["models"]
+    assert calm["noisy_brier"] == [4] == calm["evaluations"][-1]["noisy_brier"]
+    assert calm["brier_stderr"] == noisy["eval"]["brier_stderr"]
+    # Of the others, as of all of early versions, no errors of Brier-n are known.
+    assert transformer["brier_stderr"] is None and transformer["noisy_brier"] == []
+    text, words = Outline(page).text, (tmp_path / "report" / "report.md").read_text()
+    for shown in (text, words.replace("\\*", "*")):
+        # Headline, the table of models, all evaluations.
+        assert shown.count("0.60*") >= 2 and shown.count("0.600* ± 0.100") == 2
+        assert shown.count(f"{MARK_EXPLAINED} (calm).") == shown.count(MARK_EXPLAINED) == 1
+        assert shown.count("5.92 ± 0.14") == 2 and "0.81 ± 0.05" in shown
+        assert "4.00 ± 0.10" in shown and "8.00" in shown
+    assert 'aria-label="BrierLM over training FLOPs. Last points: calm 0.60* at' in page
+    done = quickstart_summary(tmp_path)
+    assert (
+        "calm           BrierLM 0.60* ± 0.10 | Brier-1 5.92 ± 0.14 | Brier-2 0.81 ± 0.05 | " in done
+    )
+    assert "transformer    BrierLM 4.00 ± 0.10 | Brier-1 8.00 | Brier-2 2.00 | " in done
+    assert done.count(MARK_EXPLAINED) == 1
+
+
+def test_reports_without_noise_explain_no_mark(experiment: dict[str, Path], tmp_path: Path) -> None:
+    _, page = report(experiment, tmp_path / "report")
+    done = quickstart_summary(tmp_path)
+    assert MARK_EXPLAINED not in page + done and "BrierLM 2.00 ± 0.10 | " in done
+
+
+def quickstart_summary(out: Path) -> str:
+    """What the quickstart prints of ``out / "report"``."""
+    script = (TOOLS / "quickstart.sh").read_text()
+    function = script[script.index("summary() {") :]
+    function = function[: function.index("\n}\n") + 3]
+    return subprocess.run(
+        ["bash", "-ec", f"OUT={out}\n{function}summary"],
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout
+
+
 def test_resumed_and_broken_metrics_are_read(tmp_path: Path) -> None:
     run = make_run(
         tmp_path / "calm", "calm", [training(10, 5.0), training(20, 4.0), training(20, 3.0)]
@@ -455,7 +506,7 @@ def test_both_tools_write_the_same_report(experiment: dict[str, Path], tmp_path:
         (["--run", "nowhere"], "nowhere: no recipe.yaml in it"),
         (["--run", "nowhere", "--peak-tflops", "0"], "0: give a number from 0.001 to 1e06"),
         (["--run", "nowhere", "--peak-tflops", "1e-320"], "1e-320: give a number from 0.001"),
-        (["--run", "nowhere", "--out", ""], "--out: is empty; give a directory"),
+        (["--run", "nowhere", "--out", ""], "--out: is empty: give a directory"),
     ],
 )
 def test_wrong_options_are_refused(arguments: list[str], message: str) -> None:

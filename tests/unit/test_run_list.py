@@ -14,6 +14,7 @@ import pytest
 from calm_dist.errors import LaunchError, StoppedError
 from calm_dist.recipe import load_recipe
 from calm_dist.run_list import describe, list_runs, table
+from calm_dist.scores import MARK_EXPLAINED
 from calm_dist.training.metrics import MetricsLog
 from calm_dist.training.run_directory import end_recorded, hold, is_held, let_go, write_environment
 
@@ -75,7 +76,8 @@ def test_the_facts_of_a_run(tmp_path: Path) -> None:
         "path": str(run_dir), "name": "first try", "kind": "transformer", "state": "failed",
         "reason": "ended without a word: killed, or the machine went away", "step": 3, "steps": 10,
         "loss": pytest.approx(1 / 3), "tokens_per_second": 4096.0, "checkpoint": 2,
-        "brierlm": 5.5, "token_accuracy": None,
+        "brierlm": 5.5, "brierlm_stderr": None, "brier": None, "brier_stderr": None,
+        "noisy_brier": [], "token_accuracy": None,
     }  # fmt: skip
     # What a program reads.
     assert json.loads(json.dumps(row))
@@ -215,6 +217,34 @@ def test_of_one_step_the_larger_evaluation_counts(tmp_path: Path) -> None:
         record = {"step": step, "eval": {"brierlm": score, "protocol": {"blocks": blocks}}}
         append(run_dir, json.dumps(record) + "\n")
     assert describe(run_dir)["brierlm"] == 2.0
+
+
+def test_scores_are_listed_with_errors_and_marked(tmp_path: Path) -> None:
+    """Also those of early versions, without errors, and damaged ones."""
+    scores = {"brierlm": 0.6, "brierlm_stderr": 0.08, "brier": [0.0592, 0.0081, 0.0026, 0.001]}
+    stored = {
+        "a_noisy": scores | {"brier_stderr": [0.0014, 0.0005, 0.0003, 0.0006]},
+        "b_clear": scores | {"brier_stderr": [0.0014, 0.0005, 0.0003, 0.0002]},
+        "c_early": {"brierlm": 5.5},
+        "d_damaged": scores | {"brier": "x", "brier_stderr": [None, 1]},
+    }
+    for name, result in stored.items():
+        append(make_run(tmp_path / name), json.dumps({"step": 3, "eval": result}) + "\n")
+    rows = list_runs([tmp_path])
+    assert [row["noisy_brier"] for row in rows] == [[4], [], [], []]
+    assert rows[0]["brier_stderr"] == stored["a_noisy"]["brier_stderr"]
+    assert rows[3]["brier"] is None is rows[3]["brier_stderr"]
+    assert json.loads(json.dumps(rows)) == rows
+    lines = [re.split(r" {2,}", line) for line in table(rows).splitlines() if line[0] != " "]
+    assert [line[-3:] for line in lines[:-1]] == [
+        ["score", "Brier-1 x100", "Brier-2 x100"],
+        ["0.60* ± 0.08", "5.92 ± 0.14", "0.81 ± 0.05"],
+        ["0.60 ± 0.08", "5.92 ± 0.14", "0.81 ± 0.05"],
+        ["5.50", "–", "–"],
+        ["0.60 ± 0.08", "–", "–"],
+    ]
+    assert lines[-1] == [MARK_EXPLAINED]
+    assert MARK_EXPLAINED not in table(rows[1:])
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 import base64
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tokenizer_kinds import ids_of, llama2_like, metaspace, wordpiece
 
 from calm_dist.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from calm_dist.errors import DataError
@@ -32,6 +34,61 @@ def test_trained_tokenizer_round_trips_every_text(trained: Tokenizer) -> None:
     for text in [*TEXTS, unseen]:
         assert trained.decode(trained.encode(text)) == text
     assert trained.encode_batch(TEXTS) == [trained.encode(text) for text in TEXTS]
+
+
+CASES = {
+    "llama2_like": [
+        ("The sea", "▁is ▁the ▁sea", " is the sea"),
+        ("The sea", "▁i s", " is"),
+        ("The s", "e a", "ea"),
+        ("The sea ", "i s", "is"),
+        ("", "▁The ▁sea", "The sea"),
+        # Characters of several bytes, whole and split between the prompt's and the new tokens.
+        ("The é", "▁is", " is"),
+        ("é", "<0xC3> <0xA9>", "é"),
+        ("The sea", "<0xF0> <0x9F> <0x99> <0x82>", "🙂"),
+        ("The é", "<0x80>", "\N{REPLACEMENT CHARACTER}"),
+        ("The é", "<0x80> ▁sea", "\N{REPLACEMENT CHARACTER} sea"),
+    ],
+    "metaspace": [
+        ("The sea", "▁is ▁the ▁sea", " is the sea"),
+        ("The s", "e a", "ea"),
+        ("", "▁The ▁sea", "The sea"),
+        ("The sea", "▁ a", " a"),
+    ],
+    "wordpiece": [
+        ("The Sea", "is the sea .", " is the sea."),
+        ("un", "##aff ##able .", "affable."),
+        ("the sea", ".", "."),
+        # The blank of the prompt is no token, and is not there twice.
+        ("The sea ", "is", "is"),
+        ("", "the sea", "the sea"),
+        (" ", "the sea", "the sea"),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", [llama2_like, metaspace, wordpiece])
+def test_prompt_and_continuation_read_as_one_text(
+    kind: Callable[[Path], Tokenizer], tmp_path: Path
+) -> None:
+    tokenizer = kind(tmp_path / "tokenizer.json")
+    for prompt, names, expected in CASES[kind.__name__]:
+        new = ids_of(tokenizer, *names.split())
+        assert tokenizer.decode_continuation(prompt, new) == expected, (prompt, names)
+        # Begin tokens, with which prompts are filled, give no text in any of them.
+        whole = [tokenizer.begin_id, tokenizer.begin_id, *tokenizer.encode(prompt), *new]
+        assert tokenizer.decode(whole) == tokenizer.decode([*tokenizer.encode(prompt), *new])
+
+
+def test_byte_level_continuations(trained: Tokenizer, tmp_path: Path) -> None:
+    """Text is cut at every token, also within characters of several bytes."""
+    for tokenizer in (trained, load_tokenizer(write_ranks(tmp_path / "tokenizer.model"))):
+        for text in ("naïve 数 🙂 the cat", " the", "x\n\n y"):
+            assert tokenizer.decode_continuation("", tokenizer.encode(text)) == text
+            for cut in range(len(text)):
+                new = tokenizer.encode(text[cut:])
+                assert text[:cut] + tokenizer.decode_continuation(text[:cut], new) == text
 
 
 def test_special_names_in_text_stay_text(trained: Tokenizer) -> None:
