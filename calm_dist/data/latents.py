@@ -282,9 +282,11 @@ def write_parts(
             if documents is not None and not is_complete(out, part):
                 _write_part(out, documents, tokenizer, plan, part, blocks_per_shard, encode)
         missing = merge(out, tokenizer)
-    except OSError:
+    except OSError as error:
         # Another process may have finished the store and taken the parts away.
         if finished_store(out, plan) is None:
+            # A full disk has no file name of its own.
+            error.filename = error.filename or str(out)
             raise
         missing = []
     if not missing:

@@ -7,6 +7,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -186,25 +187,30 @@ def _write_splits(
     folder: Path, documents: Callable[[], Iterable[Document]], split_of: np.ndarray
 ) -> dict[str, dict[str, Any]]:
     counts = {split: {"documents": 0, "characters": 0} for split in SPLITS}
-    streams = {
-        split: (folder / f"{split}.jsonl").open("w", encoding="utf-8", newline="\n")
-        for split in SPLITS
-    }
+    done = 0
     try:
-        read = progress(documents(), len(split_of), label="split", unit="documents")
-        done = 0
-        for document in read:
-            if done == len(split_of):
-                raise _changed(len(split_of))
-            split = SPLITS[split_of[done]]
-            record = {"id": document.id, "text": document.text}
-            streams[split].write(json.dumps(record, ensure_ascii=False) + "\n")
-            counts[split]["documents"] += 1
-            counts[split]["characters"] += len(document.text)
-            done += 1
-    finally:
-        for stream in streams.values():
-            stream.close()
+        with ExitStack() as files:
+            streams = {
+                split: files.enter_context(
+                    (folder / f"{split}.jsonl").open("w", encoding="utf-8", newline="\n")
+                )
+                for split in SPLITS
+            }
+            read = progress(documents(), len(split_of), label="split", unit="documents")
+            for document in read:
+                if done == len(split_of):
+                    raise _changed(len(split_of))
+                split = SPLITS[split_of[done]]
+                record = {"id": document.id, "text": document.text}
+                streams[split].write(json.dumps(record, ensure_ascii=False) + "\n")
+                counts[split]["documents"] += 1
+                counts[split]["characters"] += len(document.text)
+                done += 1
+    except OSError as error:
+        raise DataError(
+            f"--out {folder.parent}: cannot be written ({error.strerror}); make room there, or "
+            "give another directory"
+        ) from error
     if done < len(split_of):
         raise _changed(len(split_of))
     return {
