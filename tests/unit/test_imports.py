@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "calm_dist"
 # A part imports from its own group and from the groups before it.
 LAYERS = (
     {"errors"},
-    {"cli", "files"},
+    {"cli", "files", "pickles"},
     {"recipe"},
     {"flops", "stages"},
     {"data", "models", "losses", "interop"},
