@@ -28,9 +28,20 @@ def load_autoencoder(directory: str | Path) -> Autoencoder:
 
 def build_autoencoder(config: AutoencoderConfig, tensors: Tensors, source: str) -> Autoencoder:
     """`load_autoencoder` from tensors; ``source`` says in errors where the sizes are from."""
+    layers = config.num_encoder_layers + config.num_decoder_layers
+    if layers > len(tensors.values):
+        raise CheckpointError(
+            f"{tensors.directory}: {source} asks for {layers} layers, the weights have only "
+            f"{len(tensors.values)} tensors"
+        )
     # Without memory: every weight comes from the file.
-    with torch.device("meta"):
-        model = Autoencoder(config)
+    try:
+        with torch.device("meta"):
+            model = Autoencoder(config)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{tensors.directory}: {source} asks for tensors larger than any can be ({error})"
+        ) from error
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     embedding, output = TIED_OUTPUT
     tensors = tensors.tied([TIED_OUTPUT])

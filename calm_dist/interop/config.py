@@ -11,6 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from calm_dist.errors import CheckpointError
+from calm_dist.interop.config_keys import (
+    NEUTRAL,
+    check_attention_kinds,
+    check_keys,
+    rope_theta,
+)
 from calm_dist.interop.layout import CONFIG_FILE, read_config, read_json
 from calm_dist.models.autoencoder import AutoencoderConfig
 from calm_dist.recipe import CalmRecipe, Recipe
@@ -24,13 +30,11 @@ AUTOENCODER_ARCHITECTURE = "Autoencoder"
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-# What neither model has, with the only value under which it is not missed.
-_WITHOUT: dict[str, Any] = {"hidden_act": "silu", "mlp_bias": False}
+# What the authors' configurations state of all that these models do not have.
+_WITHOUT = {key: NEUTRAL[key] for key in ("hidden_act", "mlp_bias")}
 _BODY_WITHOUT = _WITHOUT | {
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "rope_scaling": None,
-    "tie_word_embeddings": False,
+    key: NEUTRAL[key]
+    for key in ("attention_bias", "attention_dropout", "rope_scaling", "tie_word_embeddings")
 }
 _WRITTEN: dict[str, Any] = {
     "pretraining_tp": 1,
@@ -40,17 +44,20 @@ _WRITTEN: dict[str, Any] = {
     "transformers_version": "4.43.0",
 }
 _MAX_POSITIONS = 2048
+_LARGEST_NUMBER = 2**31
 # The body's and the head's fields, with the authors' defaults where they may be left out.
 _BODY_KEYS = ("vocab_size", "patch_size", "latent_size", "hidden_size", "intermediate_size",
               "num_hidden_layers", "num_attention_heads")  # fmt: skip
 _BODY_DEFAULTS = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "initializer_range": 0.02}
 _HEAD_DEFAULTS = {"noise_size": 64, "num_samples": 8, "beta": 1.0}
+_OTHER_KEYS = ("num_mlp_layers", "num_key_value_heads", "head_dim", "rope_parameters",
+               "rope_scaling", "layer_types")  # fmt: skip
 
 
 def is_autoencoder(directory: str | Path) -> bool:
     """Whether a released directory holds an autoencoder and no language model."""
     config = read_config(directory)
-    named = config.get("architectures") or []
+    named = _architectures(config, Path(directory) / CONFIG_FILE)
     return AUTOENCODER_ARCHITECTURE in named or (not named and "num_encoder_layers" in config)
 
 
@@ -63,7 +70,8 @@ def calm_values(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / CONFIG_FILE
     config = read_config(directory)
     kind = _head_kind(config, path)
-    _refuse(config, _BODY_WITHOUT, path)
+    check_keys(config, {*_BODY_KEYS, *_BODY_DEFAULTS, *_HEAD_DEFAULTS, *_OTHER_KEYS}, path)
+    check_attention_kinds(config, path)
     wanted = [*_BODY_KEYS, "num_mlp_layers", *(["noise_size"] if kind == "energy" else [])]
     if missing := [key for key in wanted if key not in config]:
         raise CheckpointError(
@@ -71,9 +79,11 @@ def calm_values(directory: str | Path) -> dict[str, Any]:
         )
     heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
     head_size = config.get("head_dim")
-    if head_size is not None and head_size * heads != config["hidden_size"]:
+    # Numbers: a text times a number is a text.
+    whole = isinstance(head_size, int) and isinstance(heads, int)
+    if head_size is not None and not (whole and head_size * heads == config["hidden_size"]):
         raise CheckpointError(
-            f"{path}: head_dim {head_size}; this backbone has heads of hidden_size / "
+            f"{path}: head_dim {head_size!r}; this backbone has heads of hidden_size / "
             "num_attention_heads"
         )
     positions, patch_size = (
@@ -89,6 +99,7 @@ def calm_values(directory: str | Path) -> dict[str, Any]:
         "kind": "calm",
         **{key: config[key] for key in _BODY_KEYS},
         **{key: config.get(key, default) for key, default in _BODY_DEFAULTS.items()},
+        "rope_theta": rope_theta(config, _BODY_DEFAULTS["rope_theta"], path),
         "num_key_value_heads": None if groups == heads else groups,
         "init": "released",
         "head": {
@@ -141,10 +152,11 @@ def autoencoder_values(directory: str | Path) -> AutoencoderConfig:
     config = read_config(directory)
     if "vocab_size" not in config or "latent_size" not in config:
         raise CheckpointError(f"{path}: is not the configuration of an autoencoder")
-    _refuse(config, _WITHOUT, path)
+    fields = {field.name: field for field in dataclasses.fields(AutoencoderConfig)}
+    # Its matrices are tied whatever the configuration says, as in the authors' class.
+    check_keys(config, {*fields, "tie_word_embeddings"}, path)
     # The released code has one dropout for both the latent and the tokens.
     config.setdefault("token_dropout", config.get("ae_dropout", 0.15))
-    fields = {field.name: field for field in dataclasses.fields(AutoencoderConfig)}
     values = {name: config[name] for name in fields if name in config}
     for name, value in values.items():
         _check_number(name, value, str(fields[name].type), path)
@@ -173,39 +185,48 @@ def autoencoder_config(
 
 
 def stated_token_ids(directory: str | Path, name: str = CONFIG_FILE) -> dict[str, int | None]:
-    """Those of `TOKEN_IDS` that a configuration file states."""
-    config = read_json(Path(directory) / name)
-    return {key: config[key] for key in TOKEN_IDS if key in config}
+    """Those of `TOKEN_IDS` that a configuration file states.
+
+    Raises:
+        CheckpointError: one is no number, and no list of numbers.
+    """
+    path = Path(directory) / name
+    config = read_json(path)
+    stated = {key: config[key] for key in TOKEN_IDS if key in config}
+    for key, value in stated.items():
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(number, int) and 0 <= number < 2**31 for number in ids):
+            raise CheckpointError(f"{path}: {key} {value!r:.200} is not the number of a token")
+    return stated
+
+
+def _architectures(config: Mapping[str, Any], path: Path) -> list[str]:
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise CheckpointError(f"{path}: architectures {named!r:.200} is not a list of names")
+    return named
 
 
 def _head_kind(config: Mapping[str, Any], path: Path) -> str:
     """The kind of the head; the class that wrote the weights says it, if any key does."""
-    named = config.get("architectures") or []
+    named = _architectures(config, path)
     kinds = [kind for kind, name in ARCHITECTURES.items() if name in named]
     if kinds:
         return kinds[0]
     kind = config.get("model_type") or "energy"
-    if named or kind not in ARCHITECTURES:
+    if named or not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise CheckpointError(
-            f"{path}: architectures {named}, model_type {kind!r}; a CALM is one of "
+            f"{path}: architectures {named}, model_type {kind!r:.200}; a CALM is one of "
             f"{', '.join(ARCHITECTURES.values())}"
         )
     return kind
 
 
-def _refuse(config: Mapping[str, Any], only: Mapping[str, Any], path: Path) -> None:
-    for key, value in only.items():
-        found = config.get(key, value)
-        if found != value and (found or value):
-            raise CheckpointError(f"{path}: {key} {found!r}; this model has only {value!r}")
-
-
 def _check_number(name: str, value: Any, kind: str, path: Path) -> None:
-    """Fields are whole numbers (sizes from 1, token ids from 0) or numbers from 0."""
-    if kind == "int":
-        smallest = 0 if name.endswith("_id") else 1
-        is_right = isinstance(value, int) and not isinstance(value, bool) and value >= smallest
-    else:
-        is_right = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
-    if not is_right:
-        raise CheckpointError(f"{path}: {name} {value!r} is not a {kind} that an autoencoder has")
+    """Fields are whole numbers (sizes from 1, token ids from 0) or finite numbers from 0."""
+    is_number = isinstance(value, int if kind == "int" else int | float)
+    smallest = 1 if kind == "int" and not name.endswith("_id") else 0
+    if not is_number or isinstance(value, bool) or not smallest <= value < _LARGEST_NUMBER:
+        raise CheckpointError(
+            f"{path}: {name} {value!r:.200} is not a {kind} that an autoencoder has"
+        )
