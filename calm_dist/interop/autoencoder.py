@@ -28,9 +28,20 @@ def load_autoencoder(directory: str | Path) -> Autoencoder:
 
 def build_autoencoder(config: AutoencoderConfig, tensors: Tensors, source: str) -> Autoencoder:
     """`load_autoencoder` from tensors; ``source`` says in errors where the sizes are from."""
+    layers = config.num_encoder_layers + config.num_decoder_layers
+    if layers > len(tensors.values):
+        raise CheckpointError(
+            f"{tensors.directory}: {source} asks for {layers} layers, the weights have only "
+            f"{len(tensors.values)} tensors"
+        )
     # Without memory: every weight comes from the file.
-    with torch.device("meta"):
-        model = Autoencoder(config)
+    try:
+        with torch.device("meta"):
+            model = Autoencoder(config)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{tensors.directory}: {source} asks for tensors larger than any can be ({error})"
+        ) from error
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     embedding, output = TIED_OUTPUT
     tensors = tensors.tied([TIED_OUTPUT])
@@ -82,30 +93,31 @@ def config_from_tensors(tensors: Tensors) -> AutoencoderConfig:
 
 
 def released_autoencoder(model: Autoencoder) -> dict[str, torch.Tensor]:
-    """All tensors of a released autoencoder, the tied one under both names and copied."""
+    """All tensors of a released autoencoder, the tied one under the name of the output matrix.
+
+    Under that name alone the authors' class (transformers 4.43) loads it into the one parameter
+    that both of its modules share. From a file with both names it makes two parameters, which
+    training moves apart; from one with the embedding alone, it leaves the output random.
+    """
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     embedding, output = TIED_OUTPUT
-    return weights | {output: weights[embedding].clone()}
+    weights[output] = weights.pop(embedding)
+    return weights
 
 
 def save_autoencoder(
     model: Autoencoder,
     directory: str | Path,
     token_ids: Mapping[str, int | None] | None = None,
-    *,
-    complete: bool = False,
 ) -> None:
     """Write ``config.json`` and ``model.safetensors`` into an existing directory.
 
+    The authors' class and `load_autoencoder` read both.
+
     Args:
         token_ids: begin, end and padding token for the configuration.
-        complete: with the tied output matrix, which doubles most of the file. The authors' class
-            asks for it, `load_autoencoder` does not.
     """
     directory = Path(directory)
     config = autoencoder_config(model.config, token_ids or {})
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    weights = released_autoencoder(model)
-    if not complete:
-        del weights[TIED_OUTPUT[1]]
-    write_weights(weights, directory)
+    write_weights(released_autoencoder(model), directory)

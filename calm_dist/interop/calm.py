@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,8 @@ class ReleasedCalm:
         # An absolute path of another machine: only its last part can lie here.
         local = Path(Path(given).name) if Path(given).is_absolute() else Path(given)
         for path in (Path(given), self.directory / local, self.directory.parent / local):
-            if (path / CONFIG_FILE).is_file():
+            # Not Path.is_file, which raises for names that no file can have.
+            if os.path.isfile(path / CONFIG_FILE):
                 return path
         return None
 

@@ -12,6 +12,12 @@ from typing import Any
 
 from calm_dist.errors import CheckpointError
 from calm_dist.heads import HeadRecipe, Released, all_specs
+from calm_dist.interop.config_keys import (
+    NEUTRAL,
+    check_attention_kinds,
+    check_keys,
+    rope_theta,
+)
 from calm_dist.interop.layout import CONFIG_FILE, read_config, read_json
 from calm_dist.models.autoencoder import AutoencoderConfig
 from calm_dist.recipe import CalmRecipe, Recipe
@@ -20,13 +26,11 @@ AUTOENCODER_ARCHITECTURE = "Autoencoder"
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-# What neither model has, with the only value under which it is not missed.
-_WITHOUT: dict[str, Any] = {"hidden_act": "silu", "mlp_bias": False}
+# What the authors' configurations state of all that these models do not have.
+_WITHOUT = {key: NEUTRAL[key] for key in ("hidden_act", "mlp_bias")}
 _BODY_WITHOUT = _WITHOUT | {
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "rope_scaling": None,
-    "tie_word_embeddings": False,
+    key: NEUTRAL[key]
+    for key in ("attention_bias", "attention_dropout", "rope_scaling", "tie_word_embeddings")
 }
 _WRITTEN: dict[str, Any] = {
     "pretraining_tp": 1,
@@ -36,17 +40,20 @@ _WRITTEN: dict[str, Any] = {
     "transformers_version": "4.43.0",
 }
 _MAX_POSITIONS = 2048
+_LARGEST_NUMBER = 2**31
 # The body's and the head's fields, with the authors' defaults where they may be left out.
 _BODY_KEYS = ("vocab_size", "patch_size", "latent_size", "hidden_size", "intermediate_size",
               "num_hidden_layers", "num_attention_heads")  # fmt: skip
 _BODY_DEFAULTS = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "initializer_range": 0.02}
 _HEAD_DEFAULTS = {"noise_size": 64, "num_samples": 8, "beta": 1.0}
+_OTHER_KEYS = ("num_mlp_layers", "num_key_value_heads", "head_dim", "rope_parameters",
+               "rope_scaling", "layer_types")  # fmt: skip
 
 
 def is_autoencoder(directory: str | Path) -> bool:
     """Whether a released directory holds an autoencoder and no language model."""
     config = read_config(directory)
-    named = config.get("architectures") or []
+    named = _architectures(config, Path(directory) / CONFIG_FILE)
     return AUTOENCODER_ARCHITECTURE in named or (not named and "num_encoder_layers" in config)
 
 
@@ -59,17 +66,20 @@ def calm_values(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / CONFIG_FILE
     config = read_config(directory)
     kind = _head_kind(config, path)
-    _refuse(config, _BODY_WITHOUT, path)
-    wanted = [*_BODY_KEYS, "num_mlp_layers", *_architectures()[kind].required]
+    check_keys(config, {*_BODY_KEYS, *_BODY_DEFAULTS, *_HEAD_DEFAULTS, *_OTHER_KEYS}, path)
+    check_attention_kinds(config, path)
+    wanted = [*_BODY_KEYS, "num_mlp_layers", *_released_heads()[kind].required]
     if missing := [key for key in wanted if key not in config]:
         raise CheckpointError(
             f"{path}: has no {', '.join(missing)}; it is not the configuration of a released CALM"
         )
     heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
     head_size = config.get("head_dim")
-    if head_size is not None and head_size * heads != config["hidden_size"]:
+    # Numbers: a text times a number is a text.
+    whole = isinstance(head_size, int) and isinstance(heads, int)
+    if head_size is not None and not (whole and head_size * heads == config["hidden_size"]):
         raise CheckpointError(
-            f"{path}: head_dim {head_size}; this backbone has heads of hidden_size / "
+            f"{path}: head_dim {head_size!r}; this backbone has heads of hidden_size / "
             "num_attention_heads"
         )
     positions, patch_size = (
@@ -85,6 +95,7 @@ def calm_values(directory: str | Path) -> dict[str, Any]:
         "kind": "calm",
         **{key: config[key] for key in _BODY_KEYS},
         **{key: config.get(key, default) for key, default in _BODY_DEFAULTS.items()},
+        "rope_theta": rope_theta(config, _BODY_DEFAULTS["rope_theta"], path),
         "num_key_value_heads": None if groups == heads else groups,
         "init": "released",
         "head": {
@@ -137,10 +148,11 @@ def autoencoder_values(directory: str | Path) -> AutoencoderConfig:
     config = read_config(directory)
     if "vocab_size" not in config or "latent_size" not in config:
         raise CheckpointError(f"{path}: is not the configuration of an autoencoder")
-    _refuse(config, _WITHOUT, path)
+    fields = {field.name: field for field in dataclasses.fields(AutoencoderConfig)}
+    # Its matrices are tied whatever the configuration says, as in the authors' class.
+    check_keys(config, {*fields, "tie_word_embeddings"}, path)
     # The released code has one dropout for both the latent and the tokens.
     config.setdefault("token_dropout", config.get("ae_dropout", 0.15))
-    fields = {field.name: field for field in dataclasses.fields(AutoencoderConfig)}
     values = {name: config[name] for name in fields if name in config}
     for name, value in values.items():
         _check_number(name, value, str(fields[name].type), path)
@@ -169,31 +181,48 @@ def autoencoder_config(
 
 
 def stated_token_ids(directory: str | Path, name: str = CONFIG_FILE) -> dict[str, int | None]:
-    """Those of `TOKEN_IDS` that a configuration file states."""
-    config = read_json(Path(directory) / name)
-    return {key: config[key] for key in TOKEN_IDS if key in config}
+    """Those of `TOKEN_IDS` that a configuration file states.
+
+    Raises:
+        CheckpointError: one is no number, and no list of numbers.
+    """
+    path = Path(directory) / name
+    config = read_json(path)
+    stated = {key: config[key] for key in TOKEN_IDS if key in config}
+    for key, value in stated.items():
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(number, int) and 0 <= number < 2**31 for number in ids):
+            raise CheckpointError(f"{path}: {key} {value!r:.200} is not the number of a token")
+    return stated
+
+
+def _architectures(config: Mapping[str, Any], path: Path) -> list[str]:
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise CheckpointError(f"{path}: architectures {named!r:.200} is not a list of names")
+    return named
 
 
 def _head_kind(config: Mapping[str, Any], path: Path) -> str:
     """The kind of the head; the class that wrote the weights says it, if any key does."""
-    named = config.get("architectures") or []
-    known = _architectures()
+    named = _architectures(config, path)
+    known = _released_heads()
     kinds = [kind for kind, head in known.items() if head.architecture in named]
     if kinds:
         return kinds[0]
-    model_type = config.get("model_type")
-    kinds = [kind for kind, head in known.items() if head.model_type == (model_type or None)]
+    model_type = config.get("model_type") or None
+    kinds = [kind for kind, head in known.items() if head.model_type == model_type]
     # The authors' training script takes the energy head by that name, too.
     kinds = kinds or [kind for kind in known if kind == model_type]
     if named or not kinds:
         raise CheckpointError(
-            f"{path}: architectures {named}, model_type {model_type!r}; a CALM is one of "
+            f"{path}: architectures {named}, model_type {model_type!r:.200}; a CALM is one of "
             f"{', '.join(head.architecture for head in known.values())}"
         )
     return kinds[0]
 
 
-def _architectures() -> dict[str, Released]:
+def _released_heads() -> dict[str, Released]:
     """The kinds of heads that the released layout has."""
     return {kind: spec.released for kind, spec in all_specs().items() if spec.released is not None}
 
@@ -208,24 +237,16 @@ def released_head(head: HeadRecipe) -> Released:
     if released is None:
         raise CheckpointError(
             f"model.head.kind: {head.kind}; the authors' released layout has no such head, only "
-            f"{', '.join(_architectures())}"
+            f"{', '.join(_released_heads())}"
         )
     return released
 
 
-def _refuse(config: Mapping[str, Any], only: Mapping[str, Any], path: Path) -> None:
-    for key, value in only.items():
-        found = config.get(key, value)
-        if found != value and (found or value):
-            raise CheckpointError(f"{path}: {key} {found!r}; this model has only {value!r}")
-
-
 def _check_number(name: str, value: Any, kind: str, path: Path) -> None:
-    """Fields are whole numbers (sizes from 1, token ids from 0) or numbers from 0."""
-    if kind == "int":
-        smallest = 0 if name.endswith("_id") else 1
-        is_right = isinstance(value, int) and not isinstance(value, bool) and value >= smallest
-    else:
-        is_right = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
-    if not is_right:
-        raise CheckpointError(f"{path}: {name} {value!r} is not a {kind} that an autoencoder has")
+    """Fields are whole numbers (sizes from 1, token ids from 0) or finite numbers from 0."""
+    is_number = isinstance(value, int if kind == "int" else int | float)
+    smallest = 1 if kind == "int" and not name.endswith("_id") else 0
+    if not is_number or isinstance(value, bool) or not smallest <= value < _LARGEST_NUMBER:
+        raise CheckpointError(
+            f"{path}: {name} {value!r:.200} is not a {kind} that an autoencoder has"
+        )

@@ -114,7 +114,7 @@ def export_checkpoint(
         raise UserError(f"{source}: is an autoencoder; it takes no --autoencoder")
     model = load_autoencoder(directory)
     with _written_aside(target) as partial:
-        save_autoencoder(model, partial, _token_ids_of_autoencoder(directory), complete=True)
+        save_autoencoder(model, partial, _token_ids_of_autoencoder(directory))
     return _report("autoencoder", directory, target, _count(model), [])
 
 
@@ -186,9 +186,7 @@ def _export_calm(directory: Path, target: Path, autoencoder: str | Path | None) 
         (partial / CONFIG_FILE).write_text(text, encoding="utf-8")
         write_weights(weights, partial)
         (partial / AUTOENCODER_DIRECTORY).mkdir()
-        save_autoencoder(
-            model.autoencoder, partial / AUTOENCODER_DIRECTORY, token_ids, complete=True
-        )
+        save_autoencoder(model.autoencoder, partial / AUTOENCODER_DIRECTORY, token_ids)
         if tokenizer is not None:
             shutil.copyfile(tokenizer.path, partial / _copied_name(tokenizer))
     return _report_calm(model, directory, target, [])

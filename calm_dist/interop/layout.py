@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,18 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing or holds something else.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text, parse_float=_number, parse_constant=_number)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: is no JSON object; the file is of something else")
     return values
+
+
+def _number(text: str) -> float:
+    """A number of a JSON file; Python's parser takes infinity and NaN for some."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is not a number of JSON, or too large for one")
+    return value

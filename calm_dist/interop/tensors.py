@@ -6,21 +6,26 @@ Files are mapped into memory where their format allows it: what is not asked for
 from __future__ import annotations
 
 import pickle
-import zipfile
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from calm_dist.errors import CheckpointError
 from calm_dist.files import follow_umask
 from calm_dist.interop.layout import WEIGHTS_FILE, weight_files
+from calm_dist.interop.names import TIED_OUTPUT
+from calm_dist.pickles import PickleBombError, load_weights
 
 # Older versions of transformers store what follows from the configuration.
 BUFFERS = ("rotary_emb.inv_freq",)
+# What torch's wrappers put before the name of every tensor: of compiled models, of DDP and FSDP.
+WRAPPERS = ("_orig_mod.", "module.")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -55,16 +60,34 @@ class Tensors:
         values, files = dict(self.values), dict(self.files)
         for left, right in pairs:
             if left in values and right in values:
-                if not torch.equal(values[left], values[right]):
-                    raise CheckpointError(
-                        f"{files[left]}: {left} and {right} differ, but are one parameter; the "
-                        "file is damaged or was put together from several checkpoints"
-                    )
+                self._check_equal(left, right)
                 continue
             for absent, present in ((left, right), (right, left)):
                 if present in values:
                     values[absent], files[absent] = values[present], files[present]
         return Tensors(self.directory, values, files)
+
+    def _check_equal(self, left: str, right: str) -> None:
+        one, other = self.values[left], self.values[right]
+        if torch.equal(one, other):
+            return
+        if one.shape != other.shape:
+            difference = f"have the shapes {tuple(one.shape)} and {tuple(other.shape)}"
+        else:
+            largest = (one.double() - other.double()).abs().max().item()
+            difference = f"differ by up to {largest:.3g}"
+        message = f"{self.files[left]}: {left} and {right} {difference}, but are one parameter here"
+        if (left, right) == TIED_OUTPUT and one.shape == other.shape:
+            raise CheckpointError(
+                f"{message}. The authors' class (transformers 4.43) makes two parameters of a "
+                "file that holds both and trains each for itself, so encoder and decoder of this "
+                "one use different matrices. Train again from a file that holds "
+                f"{right} alone, as export-hf writes it; or, if the reconstruction allows it, "
+                "remove one of both from this file"
+            )
+        raise CheckpointError(
+            f"{message}; the file is damaged or was put together from several checkpoints"
+        )
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], config: str) -> None:
         """Refuse what is not exactly the wanted tensors.
@@ -77,11 +100,14 @@ class Tensors:
             CheckpointError: naming file and tensor that is missing, unknown, of another shape or
                 not finite.
         """
+        unknown = sorted(self.values.keys() - shapes.keys())
         if missing := sorted(shapes.keys() - self.values.keys()):
+            others = f", and hold {_listed(unknown)}, which it does not know" if unknown else ""
             raise CheckpointError(
-                f"{self.directory}: the weights lack {_listed(missing)}, which {config} asks for"
+                f"{self.directory}: the weights lack {_listed(missing)}, which {config} asks "
+                f"for{others}"
             )
-        if unknown := sorted(self.values.keys() - shapes.keys()):
+        if unknown:
             raise CheckpointError(
                 f"{self.files[unknown[0]]}: holds {_listed(unknown)}, which {config} has no place "
                 "for"
@@ -102,6 +128,8 @@ class Tensors:
 def read_tensors(directory: str | Path) -> Tensors:
     """All weights of a model directory. Pickles are read as data only, never executed.
 
+    What a wrapper (`WRAPPERS`) has put before every name is left out; one line on stderr says so.
+
     Raises:
         CheckpointError: a file is missing, damaged, or holds anything but floating-point tensors.
     """
@@ -114,7 +142,25 @@ def read_tensors(directory: str | Path) -> Tensors:
             if name not in content:
                 raise CheckpointError(f"{file}: lacks {name}, which its index promises")
             values[name], files[name] = content[name], file
-    return Tensors(Path(directory), values, files)
+    values = {name: tensor for name, tensor in values.items() if not name.endswith(BUFFERS)}
+    tensors = Tensors(Path(directory), values, files)
+    prefix = _wrapper_prefix(tensors)
+    if not prefix:
+        return tensors
+    print(f"note: {directory}: {prefix!r} before every tensor's name is left out", file=sys.stderr)
+    return tensors.below(prefix)
+
+
+def _wrapper_prefix(tensors: Tensors) -> str:
+    """The names of wrappers, in any order and number, that every tensor's name begins with."""
+
+    def is_before_all(prefix: str) -> bool:
+        return bool(tensors.values) and all(name.startswith(prefix) for name in tensors)
+
+    prefix = ""
+    while found := next((w for w in WRAPPERS if is_before_all(prefix + w)), None):
+        prefix += found
+    return prefix
 
 
 def write_weights(values: dict[str, torch.Tensor], directory: Path) -> None:
@@ -133,28 +179,54 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:
-            content = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
+            content = load_weights(path, map_file=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: refused, it holds more than tensors and could run code; ask for it as "
             "safetensors"
         ) from error
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, EOFError) as error:
-        raise CheckpointError(f"{path}: damaged or no weights file ({_line(error)})") from error
+    except PickleBombError as error:
+        raise CheckpointError(
+            f"{path}: refused, it would take far more memory than its size explains "
+            f"({_line(error)}); ask for it as safetensors"
+        ) from error
+    except Exception as error:  # whatever its bytes lead to
+        raise CheckpointError(
+            f"{path}: refused, it is damaged or no weights file ({_line(error)}); get it again"
+        ) from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not named tensors")
     for name, tensor in content.items():
-        is_weight = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
-        if not is_weight or not tensor.is_floating_point() or tensor.is_meta:
-            kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise CheckpointError(f"{path}: {name} is no floating-point tensor ({kind})")
-    return {name: tensor for name, tensor in content.items() if not name.endswith(BUFFERS)}
+        _check_kind(path, name, tensor)
+    return dict(content)
+
+
+def _check_kind(path: Path, name: str, tensor: Any) -> None:
+    """Raises CheckpointError for what is no tensor of weights that lie in the file."""
+    if not isinstance(tensor, torch.Tensor):
+        raise CheckpointError(f"{path}: {name} is no tensor ({type(tensor).__name__})")
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+        raise CheckpointError(f"{path}: {name} is no plain tensor ({tensor.layout})")
+    if tensor.dtype not in DTYPES and not name.endswith(BUFFERS):
+        wanted = ", ".join(_type_name(dtype) for dtype in DTYPES)
+        raise CheckpointError(
+            f"{path}: {name} is {_type_name(tensor.dtype)}; weights are read as {wanted}, so write "
+            "the checkpoint in one of these"
+        )
+    # A pickle can spread one number over any shape.
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise CheckpointError(
+            f"{path}: {name} of shape {tuple(tensor.shape)} has only "
+            f"{tensor.untyped_storage().nbytes()} bytes in the file"
+        )
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _listed(names: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from calm_dist.data.tokenizer import Tokenizer, train_tokenizer
@@ -20,6 +22,7 @@ from calm_dist.evaluation.generate import generate
 from calm_dist.evaluation.load import load_model
 from calm_dist.interop.convert import export_checkpoint, import_checkpoint
 from calm_dist.interop.huggingface import load_autoencoder, load_calm
+from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
 from calm_dist.recipe import Recipe, load_recipe
 from calm_dist.training import checkpoint
 
@@ -35,8 +38,16 @@ def files_of(directory: Path) -> dict[str, bytes]:
     return {str(file.relative_to(directory)): file.read_bytes() for file in files}
 
 
+EMBEDDING, OUTPUT = "encoder.embed_tokens.weight", "decoder.lm_head_weight"
+
+
 def pickled(directory: Path) -> dict[str, torch.Tensor]:
     return torch.load(directory / "pytorch_model.bin", weights_only=True)
+
+
+def as_exported(released: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without the name from which the authors' class cannot restore a tied pair."""
+    return {n: t for n, t in released.items() if not n.endswith(EMBEDDING)}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +90,8 @@ def test_golden_there_and_back(tmp_path: Path, patch_size: int) -> None:
         (tmp_path / "released", source),
         (tmp_path / "released" / "autoencoder", GOLDEN / f"ae_k{patch_size}"),
     ):
-        exported, released = load_file(found / "model.safetensors"), pickled(expected)
+        exported = load_file(found / "model.safetensors")
+        released = as_exported(pickled(expected))
         assert exported.keys() == released.keys()
         for name, tensor in released.items():
             assert torch.equal(exported[name], tensor), name
@@ -113,6 +125,7 @@ def test_other_heads_there_and_back(tmp_path: Path, kind: str) -> None:
     import_checkpoint(source, tmp_path / "run")
     export_checkpoint(tmp_path / "run", tmp_path / "released")
     exported = load_file(tmp_path / "released" / "model.safetensors")
+    weights = as_exported(weights)
     assert exported.keys() == weights.keys()
     assert all(torch.equal(exported[name], tensor) for name, tensor in weights.items())
     values = json.loads((tmp_path / "released" / "config.json").read_text())
@@ -212,12 +225,110 @@ def test_autoencoder_there_and_back(tmp_path: Path, form: str) -> None:
 
     export_checkpoint(tmp_path / "ours", tmp_path / "released")
     exported = load_file(tmp_path / "released" / "model.safetensors")
+    weights = as_exported(weights)
     assert exported.keys() == weights.keys()
     assert all(torch.equal(exported[name], tensor) for name, tensor in weights.items())
     config = json.loads((tmp_path / "released" / "config.json").read_text())
     assert (
         config["pad_token_id"] == json.loads((source / "config.json").read_text())["pad_token_id"]
     )
+
+
+def with_their_names(model: Autoencoder) -> Autoencoder:
+    """Our modules as the authors' class registers them: one parameter under two names."""
+    model.decoder.lm_head_weight = model.encoder.embed_tokens.weight
+    return model.train().requires_grad_(True)
+
+
+def load_as_they_do(directory: Path) -> Autoencoder:
+    """`from_pretrained` of transformers 4.43, as far as it matters to tied parameters.
+
+    Where the file has the model's first tensor, in the model's dtype, each tensor of the file
+    becomes a parameter; otherwise it is copied into the parameters that are there.
+    """
+    weights = load_file(directory / "model.safetensors")
+    config = json.loads((directory / "config.json").read_text())
+    fields = {field.name for field in dataclasses.fields(AutoencoderConfig)}
+    torch.manual_seed(0)
+    model = with_their_names(
+        Autoencoder(AutoencoderConfig(**{k: v for k, v in config.items() if k in fields}))
+    )
+    first = next(iter(model.state_dict()))
+    assert first == EMBEDDING
+    missing = model.load_state_dict(weights, strict=False, assign=first in weights)
+    assert not missing.unexpected_keys
+    return model
+
+
+def train_as_they_do(model: Autoencoder) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tokens = torch.arange(32).reshape(2, 16)
+    for _ in range(3):
+        hidden = model.decoder(model.encode(tokens)[0]).flatten(-3, -2)
+        logits = F.linear(hidden, model.decoder.lm_head_weight)
+        F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("source", ["ours", "exported", "beside a calm", "inside a calm"])
+def test_authors_class_ties_what_we_write(tmp_path: Path, source: str) -> None:
+    """Loaded and trained by their rules, an autoencoder stays one that can be imported."""
+    if source in ("ours", "exported"):
+        import_checkpoint(GOLDEN / "ae_k4", tmp_path / "ours")
+        export_checkpoint(tmp_path / "ours", tmp_path / "exported")
+        directory = tmp_path / source
+    else:
+        import_checkpoint(GOLDEN / "calm_k4", tmp_path / "run")
+        export_checkpoint(tmp_path / "run", tmp_path / "calm")
+        directory = tmp_path / "calm" / "autoencoder"
+        if source == "inside a calm":
+            whole = load_file(tmp_path / "calm" / "model.safetensors")
+            inside = {n.removeprefix("ae_model."): t for n, t in whole.items() if "ae_model." in n}
+            save_file(inside, directory / "model.safetensors")
+
+    theirs = load_as_they_do(directory)
+    assert theirs.decoder.lm_head_weight is theirs.encoder.embed_tokens.weight
+    expected = pickled(GOLDEN / "ae_k4")
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+    train_as_they_do(theirs)
+    trained = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    assert not torch.equal(trained[OUTPUT], expected[OUTPUT])
+    save_file(trained, directory / "model.safetensors")
+    import_checkpoint(directory, tmp_path / "again")
+    ours = load_autoencoder(tmp_path / "again")
+    assert torch.equal(ours.output_weight, trained[OUTPUT])
+
+
+@pytest.mark.parametrize("place", ["autoencoder", "inside a calm"])
+def test_autoencoder_that_came_untied(tmp_path: Path, place: str) -> None:
+    """Of a file with both names their class makes two parameters, which ours cannot be."""
+    shutil.copytree(GOLDEN / "ae_k4", tmp_path / "ae_k4")
+    save_file(
+        {name: tensor.clone() for name, tensor in pickled(tmp_path / "ae_k4").items()},
+        tmp_path / "ae_k4" / "model.safetensors",
+    )
+    theirs = load_as_they_do(tmp_path / "ae_k4")
+    train_as_they_do(theirs)
+    weights = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    moved = (weights[EMBEDDING] - weights[OUTPUT]).abs().max().item()
+    assert moved > 0
+    source = tmp_path / "ae_k4"
+    if place == "inside a calm":
+        source = tmp_path / "calm_k4"
+        shutil.copytree(GOLDEN / "calm_k4", source)
+        shutil.rmtree(tmp_path / "ae_k4")
+        weights = pickled(source) | {f"ae_model.{name}": t for name, t in weights.items()}
+        (source / "pytorch_model.bin").unlink()
+    save_file({n: t.clone() for n, t in weights.items()}, source / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        import_checkpoint(source, tmp_path / "ours")
+    for part in (EMBEDDING, OUTPUT, f"{moved:.3g}", "4.43", "alone"):
+        assert part in str(caught.value), str(caught.value)
+    assert "damaged" not in str(caught.value)
+    assert not (tmp_path / "ours").exists()
 
 
 def test_tokenizer_that_does_not_fit(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[2] / "calm_dist"
 LAYERS = (
     {"errors"},
     {"redact"},
-    {"cli", "files", "randomness", "scores"},
+    {"cli", "files", "pickles", "randomness", "scores"},
     {"recipe", "heads"},
     {"flops", "stages"},
     {"data", "models", "losses", "interop"},

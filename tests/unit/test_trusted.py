@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
+import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,9 @@ from calm_dist.errors import CheckpointError
 from calm_dist.evaluation.load import load_model
 from calm_dist.files import file_sha256
 from calm_dist.interop.convert import import_checkpoint
+from calm_dist.pickles import check_pickle
 from calm_dist.training.checkpoint import MANIFEST, find_checkpoint
+from calm_dist.training.checkpoint.trusted import read_description
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -67,6 +72,60 @@ def test_code_in_the_common_part_is_refused(imported: Path, tmp_path: Path) -> N
     with pytest.raises(CheckpointError):
         load_model(imported)
     assert not (tmp_path / "made").exists()
+
+
+def nested_key() -> bytes:
+    key: tuple[object, ...] = ()
+    for _ in range(60):
+        key = (key, key)
+    return b"\x80\x04}" + pickle.dumps(key, protocol=4)[2:-1] + b"K\x00s."
+
+
+BOMBS = {
+    # Nine bytes, for which the interpreter's unpickler takes 4.3 GB.
+    "memo": b"\x80\x04Nr\xff\xff\xff\x1f.",
+    "later memo": b"\x80\x04N\x94]\x94r\xff\xff\xff\x1f0.",
+    "text memo": b"Np536870911\n.",
+    "shared key": nested_key(),
+    "shared list": b"\x80\x04]\x94" + b"(" + b"h\x00" * 20_000 + b"e.",
+    "string": b"\x80\x04\x8d" + struct.pack("<Q", 1 << 42) + b"abc.",
+    "bytes": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 42) + b"abc.",
+    "bytearray": b"\x80\x05\x96" + struct.pack("<Q", 1 << 42) + b"abc.",
+    "number": b"\x80\x04\x8b" + struct.pack("<i", 1 << 30) + b"abc.",
+    "frame": b"\x80\x04\x95" + struct.pack("<Q", 1 << 42) + b"N.",
+    "nested": b"\x80\x04" + b"]" * 100_000 + b"a" * 99_999 + b".",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_small_files_take_little_memory(imported: Path, name: str) -> None:
+    """Whatever a few bytes ask for; the limit is that of the whole process, above what it has."""
+    replace(imported, ".metadata", BOMBS[name])
+    with open("/proc/self/statm", encoding="utf-8") as file:
+        size = int(file.read().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (size + 500_000_000, limits[1]))
+    started = time.monotonic()
+    try:
+        with pytest.raises(CheckpointError, match=r"\.metadata: refused") as caught:
+            read_description(imported / "tensors" / ".metadata")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert time.monotonic() - started < 20
+    assert len(str(caught.value)) < 600
+    # It was refused for what it asks for, not because the limit was reached.
+    assert not isinstance(caught.value.__cause__, MemoryError)
+    with pytest.raises(CheckpointError, match=r"\.metadata: refused"):
+        load_model(imported)
+
+
+def test_descriptions_of_any_protocol_pass(imported: Path) -> None:
+    genuine = read_description(imported / "tensors" / ".metadata")
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        data = pickle.dumps(genuine, protocol=protocol)
+        check_pickle(data)
+        replace(imported, ".metadata", data)
+        load_model(imported)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04", b"no pickle at all"])

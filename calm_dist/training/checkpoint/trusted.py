@@ -1,13 +1,14 @@
 """What may be unpickled from a checkpoint.
 
 PyTorch's distributed checkpoints keep the shapes and places of tensors in a pickle, ``.metadata``,
-and read it with `pickle.load`, which runs whatever code a pickle names (torch 2.13). So it is read
-here first, by an unpickler that knows the names of such descriptions and no others. All other
-pickled parts are read with ``weights_only`` by the libraries themselves.
+and read it with `pickle.load`, which runs whatever code a pickle names (torch 2.13). So it is
+measured and read here first, by an unpickler that knows the names of such descriptions and no
+others. All other pickled parts are read with ``weights_only`` by the libraries themselves.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from calm_dist.errors import CheckpointError
+from calm_dist.pickles import check_pickle, load_weights
 
 DESCRIPTION = ".metadata"
 _OTHER_FILES = ("common.pt", "metadata.json")
@@ -40,7 +42,7 @@ _DESCRIPTIONS = {
 
 class _DescriptionUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        is_dtype = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
         if is_dtype or name in _DESCRIPTIONS.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}")
@@ -53,14 +55,15 @@ def read_description(path: Path) -> Metadata:
         CheckpointError: it does, is missing, or is damaged; nothing of it was executed.
     """
     try:
-        with path.open("rb") as file:
-            description = _DescriptionUnpickler(file).load()
+        data = path.read_bytes()
+        check_pickle(data)
+        description = _DescriptionUnpickler(io.BytesIO(data)).load()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # a damaged pickle raises whatever its bytes lead to
         raise CheckpointError(
-            f"{path}: refused, it is no description of tensors ({error}); restore the file, or "
-            "use another checkpoint"
+            f"{path}: refused, it is no description of tensors ({_line(error)}); restore the "
+            "file, or use another checkpoint"
         ) from error
     if not isinstance(description, Metadata):
         raise CheckpointError(f"{path}: refused, it is no description of tensors")
@@ -78,20 +81,22 @@ def tensor_files(directory: Path) -> set[str]:
     _check_other_files(directory)
     try:
         return _check_places(directory, description)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged ({error})") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # its values may be anything
+        raise CheckpointError(f"{path}: damaged ({_line(error)})") from error
 
 
 def _check_other_files(directory: Path) -> None:
     common, config = (directory / name for name in _OTHER_FILES)
     try:
-        torch.load(common, weights_only=True)
+        load_weights(common)
     except Exception as error:  # whatever its bytes lead to
-        raise CheckpointError(f"{common}: missing or damaged ({error})") from error
+        raise CheckpointError(f"{common}: missing or damaged ({_line(error)})") from error
     try:
         backend = json.loads(config.read_text(encoding="utf-8"))["sharded_backend"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{config}: missing or damaged ({error})") from error
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{config}: missing or damaged ({_line(error)})") from error
     if backend != "torch_dist":
         raise CheckpointError(f"{config}: damaged; it speaks of {backend!r}, not of torch_dist")
 
@@ -114,7 +119,17 @@ def _check_places(directory: Path, description: Metadata) -> set[str]:
             )
         if info.offset < 0 or info.length <= 0:
             raise CheckpointError(f"{path}: damaged; {index.fqn} is at no place of {file.name}")
+        if info.transform_descriptors:
+            raise CheckpointError(
+                f"{path}: refused, {index.fqn} is packed ({info.transform_descriptors!r:.80}); "
+                "tensors are stored as they are"
+            )
         if info.offset + info.length > file.stat().st_size:
             raise CheckpointError(f"{file}: too short for {index.fqn}, which {path} says is in it")
         names.add(info.relative_path)
     return names
+
+
+def _line(error: Exception) -> str:
+    """The first line of a message, which may quote much of a file."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

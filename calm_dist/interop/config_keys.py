@@ -1,0 +1,148 @@
+"""Keys of a released ``config.json`` that no section of a recipe takes.
+
+Each key is read, is known not to change what the model computes, or has only one value here. Any
+other is refused: a key that is passed over would give another model than the one that was trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from calm_dist.errors import CheckpointError
+
+# fmt: off
+LABELS = frozenset((
+    "architectures", "auto_map", "ae_path", "model_type", "name_or_path", "torch_dtype", "dtype",
+    "use_bfloat16", "transformers_version", "initializer_range", "max_position_embeddings",
+    "pretraining_tp", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
+    "decoder_start_token_id", "tokenizer_class", "prefix", "is_decoder", "attn_implementation",
+    "torchscript", "return_dict", "output_attentions", "output_hidden_states", "id2label",
+    "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params",
+    "tf_legacy_loss", "do_sample", "temperature", "top_k", "top_p", "typical_p", "min_length",
+    "max_length", "num_beams", "num_beam_groups", "num_return_sequences", "repetition_penalty",
+    "length_penalty", "diversity_penalty", "early_stopping", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id",
+    "suppress_tokens", "begin_suppress_tokens", "remove_invalid_values",
+    "exponential_decay_length_penalty", "output_scores", "return_dict_in_generate",
+))
+# fmt: on
+"""Of the file, its loading, its training and generation by transformers; those with a leading
+underscore are among them."""
+
+NEUTRAL: Mapping[str, Any] = {
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "tie_encoder_decoder": False,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "chunk_size_feed_forward": 0,
+    "pruned_heads": {},
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "qk_norm": False,
+    "use_qk_norm": False,
+    "qk_layernorm": False,
+    "qkv_bias": False,
+    "use_bias": False,
+    "partial_rotary_factor": 1.0,
+    "rotary_pct": 1.0,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "logits_scaling": 1.0,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "hidden_dropout": 0.0,
+    "residual_dropout": 0.0,
+    "embedding_dropout": 0.0,
+    "quantization_config": None,
+}
+"""The only value that each key may have, since this model is as if it had that. Null stands for
+it, too: it says that a key is not set."""
+
+_ROPE = ("rope_parameters", "rope_scaling")
+"""Of transformers 5, and of 4."""
+_ROPE_NEUTRAL = {"rope_type": "default", "type": "default", "factor": 1.0,
+                 "partial_rotary_factor": 1.0}  # fmt: skip
+_FULL_ATTENTION = "full_attention"
+
+
+def check_keys(config: Mapping[str, Any], read: Collection[str], path: Path) -> None:
+    """Refuse what asks for another model, or may do so.
+
+    Args:
+        read: keys that the caller takes or checks.
+
+    Raises:
+        CheckpointError: naming the key and its value.
+    """
+    for key, value in NEUTRAL.items():
+        if key not in read and key not in _ROPE:
+            _check_neutral(key, config.get(key), value, path)
+    known = {*read, *NEUTRAL, *LABELS}
+    unknown = [
+        key
+        for key, value in config.items()
+        if key not in known and not key.startswith("_") and value is not None
+    ]
+    if unknown:
+        listed = ", ".join(f"{key} {_short(config[key])}" for key in sorted(unknown)[:5])
+        raise CheckpointError(
+            f"{path}: {listed}: not known here, and might change what the model computes; remove "
+            "from the file what does not"
+        )
+
+
+def check_attention_kinds(config: Mapping[str, Any], path: Path) -> None:
+    """Raises CheckpointError where ``layer_types`` has others than full attention."""
+    kinds = config.get("layer_types")
+    if kinds is None:
+        return
+    if not isinstance(kinds, list) or any(kind != _FULL_ATTENTION for kind in kinds):
+        raise CheckpointError(
+            f"{path}: layer_types {_short(kinds)}; this model has only {_FULL_ATTENTION!r}"
+        )
+
+
+def rope_theta(config: Mapping[str, Any], default: float, path: Path) -> Any:
+    """The base of the positions, which may stand in three places; its type is not checked.
+
+    Raises:
+        CheckpointError: the places disagree, or one asks for scaled positions.
+    """
+    found = {"rope_theta": config.get("rope_theta")}
+    for key in _ROPE:
+        values = config.get(key)
+        if values is None:
+            continue
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path}: {key} {_short(values)} is not an object of its fields")
+        for name, value in values.items():
+            if name == "rope_theta":
+                found[f"{key}.{name}"] = value
+            elif value is not None:
+                _check_neutral(f"{key}.{name}", value, _ROPE_NEUTRAL.get(name), path)
+    stated = {key: value for key, value in found.items() if value is not None}
+    if not stated:
+        return default
+    values = list(stated.values())
+    if any(value != values[0] for value in values):
+        listed = ", ".join(f"{key} {_short(value)}" for key, value in stated.items())
+        raise CheckpointError(f"{path}: {listed} disagree; leave the one that was trained with")
+    return values[0]
+
+
+def _check_neutral(key: str, found: Any, value: Any, path: Path) -> None:
+    if found is None or found == value or (found is False and value is None):
+        return
+    raise CheckpointError(f"{path}: {key} {_short(found)}; this model has only {value!r}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
