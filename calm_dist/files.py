@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from calm_dist.errors import DataError
+from calm_dist.errors import DataError, UserError
 
 
 def file_sha256(path: Path) -> str:
@@ -23,6 +25,35 @@ def file_sha256(path: Path) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_small(path: Path, limit: int, error_type: type[UserError] = DataError) -> bytes:
+    """All bytes of a file of at most ``limit`` bytes.
+
+    Raises:
+        OSError: the file cannot be opened or read; callers say what it means to them.
+        UserError: of ``error_type``; it is larger, or no file: a pipe or a device might never end.
+    """
+    # Opening a pipe would otherwise wait for somebody to write into it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as stream:
+        status = os.fstat(stream.fileno())
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(status.st_mode):
+            raise error_type(f"{path}: is a pipe or a device; give a file")
+        data = stream.read(limit + 1)
+    if len(data) > limit:
+        raise error_type(
+            f"{path}: has {max(status.st_size, len(data)):,} bytes, more than the {limit:,} that "
+            "such a file can have; it is damaged, or another file"
+        )
+    return data
+
+
+def on_one_line(text: str) -> str:
+    """Text with its line breaks escaped, for ``printf %b`` of the shell, which gives it back."""
+    return text.replace("\\", "\\\\").replace("\n", "\\n")
 
 
 def finite(value: Any) -> Any:

@@ -15,15 +15,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import ValidationError
 
 from calm_dist.errors import RecipeError
+from calm_dist.files import read_small
 from calm_dist.recipe_checks import (
     describe_validation_errors,
     impossible_combinations,
     join_problems,
 )
+from calm_dist.recipe_overrides import apply_overrides
 from calm_dist.recipe_sections import (
     AutoencoderRecipe,
     AutoencoderSize,
@@ -43,7 +44,7 @@ from calm_dist.recipe_sections import (
     Training,
     TransformerRecipe,
 )
-from calm_dist.recipe_yaml import apply_overrides, parse_yaml
+from calm_dist.recipe_yaml import parse_yaml, write_yaml
 
 __all__ = [
     "AutoencoderRecipe",
@@ -64,6 +65,10 @@ __all__ = [
     "TransformerRecipe",
     "load_recipe",
 ]
+
+
+LARGEST_FILE = 1 << 20
+"""Bytes of a recipe file; a mixture of thousands of stores has fewer."""
 
 
 class Recipe(Section):
@@ -92,7 +97,7 @@ class Recipe(Section):
         try:
             recipe = cls.model_validate(dict(values))
         except ValidationError as error:
-            raise RecipeError(join_problems(describe_validation_errors(error, cls))) from error
+            raise RecipeError(describe_validation_errors(error, cls)) from error
         problems = impossible_combinations(recipe)
         if problems:
             raise RecipeError(join_problems(problems))
@@ -104,7 +109,7 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The recipe as resolved; `load_recipe` reads it back to an equal recipe."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return write_yaml(self.to_dict())
 
     @property
     def world_size(self) -> int:
@@ -264,21 +269,23 @@ class Recipe(Section):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file, apply ``a.b=value`` overrides (values are YAML) and check the result.
+    """Read a recipe file, apply ``a.b=value`` overrides (see `apply_overrides`), check the result.
 
     Raises:
         RecipeError: the file cannot be read, an override is malformed, or the recipe is wrong.
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_small(path, LARGEST_FILE, RecipeError).decode("utf-8")
+    except (OSError, ValueError) as error:
+        if isinstance(error, RecipeError):
+            raise
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise RecipeError(f"{path}: {reason}; give the path of a recipe file") from error
     values = parse_yaml(text, source=str(path))
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: not a mapping of sections; see the files in recipes/")
     try:
-        return Recipe.from_dict(apply_overrides(values, overrides))
+        return Recipe.from_dict(apply_overrides(values, overrides, Recipe))
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from error

@@ -195,6 +195,8 @@ train() {
   local arguments=("${RECIPE:-$ROOT/$1}" "${@:2}" "parallel.world_size=$TASKS") once=()
   [ -z "${CALM_CONTAINER:-}" ] || once=("${SRUN[@]}" --nodes=1 --ntasks=1)
   RUN_DIR=$("${once[@]}" "$PYTHON" "$ROOT/tools/preflight.py" "${arguments[@]}" | tail -n 1) || exit 2
+  # It is printed with escapes, since a name may have line breaks.
+  printf -v RUN_DIR %b "$RUN_DIR"
   open_logs "$RUN_DIR/logs"
   BEFORE=$(progress)
   say "restart $RESTART of $TOOL ${arguments[*]} in $RUN_DIR" \

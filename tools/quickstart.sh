@@ -139,7 +139,7 @@ PY
   for model in calm transformer; do
     logged python "$ROOT/tools/evaluate.py" --checkpoint "$OUT/$model" --data "$OUT/latents/test" \
       --all-checkpoints --json "$OUT/evaluation/$model.json"
-    logged python "$ROOT/tools/generate.py" --checkpoint "$OUT/$model" --prompt "$prompt" \
+    logged python "$ROOT/tools/generate.py" --checkpoint "$OUT/$model" --prompt="$prompt" \
       --max-new-tokens 64 --json "$OUT/evaluation/$model.text.json"
   done
 }
