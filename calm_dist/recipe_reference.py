@@ -52,13 +52,14 @@ python tools/train.py recipes/calm_m.yaml 'data.path=[{path: data/latents/books,
 
 A field that holds text, such as a path, gets all that follows the equals sign, as it is: blanks, \
 quotes and `#` belong to it. Where such a field may be absent, nothing or `null` means that it is. \
-Of `data.path`, what begins with `[` or `{` and is a list or a mapping in YAML is that; `./[a]` names \
-a store that is called so. All other values are YAML.
+Of `data.path`, what begins with `[` or `{` and is a list or a mapping in YAML is that; `./[a]` \
+names a store that is called so. All other values are YAML.
 
 An unknown field, a wrong type, a value out of range and an impossible combination are refused \
-before anything starts, all of them at once (of very many the first ten), each with the remedy. What does not go together is \
-listed in [layouts.md](layouts.md#refused-with-the-reason). A run writes its recipe, as resolved, \
-into its directory as `recipe.yaml`; `--dry-run` shows what it would be.
+before anything starts, all of them at once (of very many the first ten), each with the remedy. \
+What does not go together is listed in [layouts.md](layouts.md#refused-with-the-reason). A run \
+writes its recipe, as resolved, into its directory as `recipe.yaml`; `--dry-run` shows what it \
+would be.
 
 A field without default (–) may be absent; its meaning says what holds then."""
 
