@@ -11,13 +11,14 @@ Neither this module nor the ones that it imports need torch.
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import ValidationError
 
-from calm_dist.errors import RecipeError
+from calm_dist.errors import RecipeError, shown
 from calm_dist.files import read_small
 from calm_dist.recipe_checks import (
     describe_validation_errors,
@@ -167,7 +168,8 @@ class Recipe(Section):
 
         ``meta`` has the keys variant, block_size, patch_size, latent_size, vocab_size,
         tokenizer {sha256, file, pad_id} and autoencoder {file} or None; ``tokenizer.file`` is
-        the name of the copy inside the store.
+        the name of the copy inside the store. ``tokenizer`` also has begin_token and end_token,
+        but for stores of earlier versions.
 
         Raises:
             RecipeError: recipe and store contradict each other; both values are named.
@@ -205,6 +207,9 @@ class Recipe(Section):
         if self.data.tokenizer is None:
             file = f"{self.data.sources[0].path}/{meta['tokenizer']['file']}"
             stored["data"]["tokenizer"] = file
+        for name in ("begin_token", "end_token"):
+            if (token := meta["tokenizer"].get(name)) is not None:
+                stored["data"][name] = token
         return self._replace(stored)
 
     def with_autoencoder(self, config: Mapping[str, Any]) -> Self:
@@ -249,6 +254,14 @@ class Recipe(Section):
                 "model.replaced_token_id: absent, and the tokenizer has no padding token; give "
                 "the id of a token that never occurs in text, or set model.token_dropout=0"
             )
+        for name in ("begin_token", "end_token"):
+            wanted, stored = getattr(self.data, name), meta["tokenizer"].get(name)
+            if stored is not None and wanted not in (None, stored):
+                problems.append(
+                    f"data.{name}: {shown(wanted)} in the recipe, {shown(stored)} in the data "
+                    "store; leave the field out, or encode the corpus again with "
+                    f"--{name.replace('_', '-')} {shlex.quote(wanted)}"
+                )
         tokenizer = self.data.tokenizer
         if tokenizer is not None and Path(tokenizer).is_file():
             sha256 = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()

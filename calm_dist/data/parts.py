@@ -30,6 +30,7 @@ from calm_dist.errors import DataError
 
 PARTS = ".parts"
 _PLAN = "plan.json"
+_TOKEN_NAMES = ("begin_token", "end_token")
 
 
 def finished_store(out: str | Path, plan: StorePlan) -> StoreMeta | None:
@@ -80,6 +81,10 @@ def _refuse_other_plan(out: str | Path, present: dict[str, Any], plan: StorePlan
         if key == "autoencoder" and found and wanted:
             # The same weights at another path are the same autoencoder.
             found, wanted = found["sha256"], wanted["sha256"]
+        if key == "tokenizer" and isinstance(found, dict):
+            # The numbers of its tokens decide; earlier versions did not write their names.
+            found = {name: found.get(name) for name in wanted if name not in _TOKEN_NAMES}
+            wanted = {name: wanted[name] for name in found}
         if found != wanted:
             raise DataError(
                 f"--out {out}: holds a store with another {key} ({found} there, {wanted} now); "

@@ -34,6 +34,8 @@ def prepare_corpus(
     paths: Sequence[str | Path] = (),
     *,
     tokenizer: str | Path | None = None,
+    begin_token: str | None = None,
+    end_token: str | None = None,
     vocab_size: int = 512,
     seed: int = 0,
 ) -> bool:
@@ -43,6 +45,8 @@ def prepare_corpus(
         out: directory to write into.
         paths: corpus files, directories and globs; none: Python's standard library on disk.
         tokenizer: a tokenizer file to copy; None: a BPE is trained on the train split.
+        begin_token, end_token: its tokens around a document, as for `load_tokenizer`; the manifest
+            keeps them, and `encode_latents` is given them again.
         vocab_size: entries of a trained BPE.
         seed: decides which document goes to which split.
 
@@ -53,8 +57,15 @@ def prepare_corpus(
         DataError: a fault of the input, or ``out`` holds what was made from another input.
     """
     out = Path(out)
+    given = {"begin_token": begin_token, "end_token": end_token}
+    names = {role: name for role, name in given.items() if name is not None}
+    if names and tokenizer is None:
+        raise DataError(
+            "--begin-token, --end-token: name tokens of a tokenizer that is given with "
+            "--tokenizer; a trained one has its own"
+        )
     manifest_path = out / "corpus" / MANIFEST
-    made_from = _describe_input(paths, tokenizer, vocab_size, seed)
+    made_from = {**_describe_input(paths, tokenizer, names, vocab_size, seed), **names}
     present = _read_manifest(manifest_path)
     if present is not None:
         _refuse_other_input(manifest_path, present.get("made_from", {}), made_from)
@@ -65,7 +76,8 @@ def prepare_corpus(
     documents = _document_source(paths)
     manifest_path.parent.mkdir(parents=True, exist_ok=True)
     splits = _write_splits(out / "corpus", documents, seed)
-    tokenizer_file = _make_tokenizer(out, tokenizer, vocab_size, splits["train"]["documents"])
+    source = None if tokenizer is None else load_tokenizer(tokenizer, **names).path
+    tokenizer_file = _make_tokenizer(out, source, vocab_size, splits["train"]["documents"])
     manifest = {
         "made_from": made_from,
         "splits": splits,
@@ -77,7 +89,11 @@ def prepare_corpus(
 
 
 def _describe_input(
-    paths: Sequence[str | Path], tokenizer: str | Path | None, vocab_size: int, seed: int
+    paths: Sequence[str | Path],
+    tokenizer: str | Path | None,
+    token_names: dict[str, str],
+    vocab_size: int,
+    seed: int,
 ) -> dict[str, Any]:
     if paths:
         files = find_files(paths)
@@ -89,7 +105,7 @@ def _describe_input(
         corpus = {"corpus": f"standard library of Python {sys.version.split()[0]}"}
     if tokenizer is None:
         return {**corpus, "seed": seed, "tokenizer": f"BPE with {vocab_size} entries"}
-    given = load_tokenizer(tokenizer)
+    given = load_tokenizer(tokenizer, **token_names)
     return {**corpus, "seed": seed, "tokenizer": f"{given.path.name} {given.fingerprint}"}
 
 
@@ -159,12 +175,9 @@ def _write_splits(
     }
 
 
-def _make_tokenizer(
-    out: Path, given: str | Path | None, vocab_size: int, train_documents: int
-) -> Path:
-    if given is None:
+def _make_tokenizer(out: Path, source: Path | None, vocab_size: int, train_documents: int) -> Path:
+    if source is None:
         return _train(out, vocab_size, train_documents)
-    source = load_tokenizer(given).path
     # The kind of a tokenizer file is told by its suffix, which is therefore kept.
     target = out / f"tokenizer{'.json' if source.suffix == '.json' else '.model'}"
     if not (target.exists() and target.samefile(source)):

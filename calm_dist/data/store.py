@@ -45,6 +45,9 @@ class TokenizerInfo(_Strict):
     begin_id: NonNegative
     end_id: NonNegative
     pad_id: NonNegative | None
+    begin_token: str | None = None
+    end_token: str | None = None
+    """Names of these tokens; None in stores of earlier versions, which took the tokenizer's own."""
 
 
 class AutoencoderInfo(_Strict):
@@ -98,6 +101,10 @@ class StorePlan(_Strict):
         if self.parts == 1:
             # Such stores are the same, and have the fingerprint, as before there were parts.
             del values["parts"]
+        for name in ("begin_token", "end_token"):
+            # Of earlier versions, whose fingerprint is over what they wrote.
+            if values["tokenizer"][name] is None:
+                del values["tokenizer"][name]
         return values
 
 

@@ -41,6 +41,8 @@ _COMMON: dict[str, Callable[[StoreMeta], Any]] = {
         for name in ("variant", "block_size", "patch_size", "latent_size", "vocab_size")
     },
     "tokenizer": attrgetter("tokenizer.sha256"),
+    "begin token": attrgetter("tokenizer.begin_id"),
+    "end token": attrgetter("tokenizer.end_id"),
     "autoencoder": lambda meta: meta.autoencoder and meta.autoencoder.sha256,
 }
 

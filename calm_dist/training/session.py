@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 # A run cannot go on with another of these; what its data must keep, the stream checks.
 _FIXED = ("precision", "run.seed")
+_ENDS = ("data.begin_token", "data.end_token")
 _FREE_AFTER_IMPORT = ("model.init", "model.initializer_range")
 
 LIBRARIES = ("torch", "megatron-core", "deepspeed", "mosaicml-streaming", "flash-attn", "triton")
@@ -181,9 +182,11 @@ def _check_changes(run_dir: Path, recipe: Recipe) -> None:
         changed = {n: text for n, text in changed.items() if n.startswith("model.")}
         changed = {n: text for n, text in changed.items() if n not in _FREE_AFTER_IMPORT}
     refused = [text for n, text in changed.items() if n.startswith("model.") or n in _FIXED]
+    # Checkpoints of earlier versions do not name them.
+    refused += [text for n, text in changed.items() if n in _ENDS and before.get(n) is not None]
     if refused:
         raise CheckpointError(
-            f"{run_dir}: its checkpoints were written for another model or noise "
+            f"{run_dir}: its checkpoints were written for another model, noise or tokens "
             f"({', '.join(refused)}); use the recipe that lies in them, or another run.dir"
         )
     if changed:
