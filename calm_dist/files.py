@@ -27,7 +27,7 @@ def file_sha256(path: Path) -> str:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def read_small(path: Path, limit: int, error_type: type[UserError] = DataError) -> bytes:
+def read_bounded(path: Path, limit: int, error_type: type[UserError] = DataError) -> bytes:
     """All bytes of a file of at most ``limit`` bytes.
 
     Raises:
@@ -36,19 +36,19 @@ def read_small(path: Path, limit: int, error_type: type[UserError] = DataError) 
     """
     # Opening a pipe would otherwise wait for somebody to write into it.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    status = os.fstat(descriptor)
+    if stat.S_ISDIR(status.st_mode):
+        os.close(descriptor)
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     with os.fdopen(descriptor, "rb") as stream:
-        status = os.fstat(stream.fileno())
-        if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(status.st_mode):
             raise error_type(f"{path}: is a pipe or a device; give a file")
-        data = stream.read(limit + 1)
-    if len(data) > limit:
-        raise error_type(
-            f"{path}: has {max(status.st_size, len(data)):,} bytes, more than the {limit:,} that "
-            "such a file can have; it is damaged, or another file"
-        )
-    return data
+        if status.st_size > limit:
+            raise error_type(
+                f"{path}: has {status.st_size:,} bytes, more than the {limit:,} that such a file "
+                "can have; it is damaged, or another file"
+            )
+        return stream.read()
 
 
 def on_one_line(text: str) -> str:

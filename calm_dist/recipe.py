@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 from pydantic import ValidationError
 
 from calm_dist.errors import RecipeError, shown
-from calm_dist.files import read_small
+from calm_dist.files import read_bounded
 from calm_dist.recipe_checks import (
     describe_validation_errors,
     impossible_combinations,
@@ -289,7 +289,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        text = read_small(path, LARGEST_FILE, RecipeError).decode("utf-8")
+        text = read_bounded(path, LARGEST_FILE, RecipeError).decode("utf-8")
     except (OSError, ValueError) as error:
         if isinstance(error, RecipeError):
             raise

@@ -244,16 +244,17 @@ def record(run: Path, result: Mapping[str, Any]) -> bool:
     ):
         return False
     path = run / METRICS_FILE
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    # What is there may be damaged.
+    text = path.read_bytes() if path.exists() else b""
     with path.open("a", encoding="utf-8") as file:
-        separator = "" if not text or text.endswith("\n") else "\n"
+        separator = "" if not text or text.endswith(b"\n") else "\n"
         file.write(separator + json_line({"step": result["step"], "eval": result}))
     return True
 
 
 def _same_measurement(known: Mapping[str, Any] | None, result: Mapping[str, Any]) -> bool:
     names = ("data_fingerprint", "protocol", "seed")
-    return known is not None and all(known.get(name) == result[name] for name in names)
+    return isinstance(known, dict) and all(known.get(name) == result[name] for name in names)
 
 
 def table(results: Iterable[Mapping[str, Any]]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
 import os
+import re
 import sys
 import time
 import uuid
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from calm_dist.data.progress import Meter, duration
-from calm_dist.files import finite, replace_text
+from calm_dist.files import finite, read_bounded, replace_text
 
 _WANDB_SECONDS = 60
 """How long a start waits for wandb's server."""
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from calm_dist.recipe import Recipe
 
 METRICS_FILE = "metrics.jsonl"
+LARGEST_METRICS = 1 << 30
+"""Bytes of it; millions of steps have fewer."""
 
 _STEPS_TIMED = 100
 """The time left is estimated from so many of the last steps, evaluations and checkpoints between
@@ -190,7 +194,7 @@ def read_records(run_dir: str | Path) -> list[Record]:
     left out."""
     path = Path(run_dir) / METRICS_FILE
     records = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    for line in read_bounded(path, LARGEST_METRICS).splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
@@ -229,13 +233,10 @@ class WandbTracker:
         if mode == "online" and not (os.environ.get("WANDB_API_KEY") or _is_logged_in()):
             _say_offline("no API key is set; `wandb login` sets it", run_dir)
             mode = "offline"
-        id_file = run_dir / "wandb_id"
-        if not id_file.exists():
-            replace_text(id_file, uuid.uuid4().hex[:8] + "\n")
         options: dict[str, Any] = {
             "project": recipe.logging.project,
             "name": recipe.run.display_name,
-            "id": id_file.read_text(encoding="utf-8").strip(),
+            "id": _wandb_id(run_dir / "wandb_id"),
             "resume": "allow",
             "dir": run_dir,
             "config": recipe.to_dict(),
@@ -256,6 +257,17 @@ class WandbTracker:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _wandb_id(file: Path) -> str:
+    """The run's id in wandb; a new one where there is none, or the file is damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        known = read_bounded(file, 1000).decode("ascii").strip()
+        if re.fullmatch(r"[0-9a-zA-Z_-]+", known):
+            return known
+    new = uuid.uuid4().hex[:8]
+    replace_text(file, new + "\n")
+    return new
 
 
 def _is_logged_in() -> bool:

@@ -17,6 +17,8 @@ from calm_dist.files import replace_text
 
 LOCK_FILE = ".lock"
 ENVIRONMENT_FILE = "environment.json"
+LARGEST_ENVIRONMENT = 1 << 20
+"""Bytes of it."""
 ENDED = "ended"
 """Key of environment.json, absent while a start is at work and where it was killed."""
 
@@ -122,8 +124,8 @@ def end_recorded(run_dir: Path) -> Iterator[None]:
         raise
     finally:
         # A full disk must not hide why the run ended; what is there may be damaged.
-        with contextlib.suppress(OSError, ValueError):
-            environment = json.loads((run_dir / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+            environment = json.loads((run_dir / ENVIRONMENT_FILE).read_bytes())
             at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             write_environment(
                 run_dir, {**environment, ENDED: {"how": how, "time": at, "reason": reason}}
