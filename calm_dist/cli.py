@@ -20,6 +20,7 @@ from calm_dist.errors import (
     TrainingDivergedError,
     UnreachableError,
     UserError,
+    shortened,
 )
 from calm_dist.files import (
     FULL,
@@ -108,7 +109,7 @@ def _report(error: UserError) -> None:
     """Print an error once: every rank of a launch finds the same one in recipe and files."""
     same_everywhere = isinstance(error, RecipeError) or getattr(error, "reported", False)
     if not same_everywhere or os.environ.get("RANK", "0") == "0":
-        print(redact(f"error: {error}"), file=sys.stderr, flush=True)
+        print(redact(f"error: {shortened(str(error))}"), file=sys.stderr, flush=True)
 
 
 def at_least(minimum: int) -> Callable[[str], int]:

@@ -1,12 +1,20 @@
 """Errors that a user can mend.
 
 Every tool ends with exit code 2 and the message of such an error, without a traceback. A message
-names the field or file, the value found and the remedy.
+names the field or file, the value found and the remedy. `shown` and `listed` keep it short, however
+large what is found may be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+LONGEST_MESSAGE = 8000
+"""Characters of a message that are printed."""
+_LONGEST_VALUE = 200
+_MOST_NAMES = 10
 
 
 class UserError(ValueError):
@@ -74,3 +82,34 @@ def first_failure(failures: Sequence[DataError | None]) -> tuple[int, DataError]
     would meet, too, since it has to be mended; else the first."""
     found = [(rank, error) for rank, error in enumerate(failures) if error is not None]
     return min(found, key=lambda pair: isinstance(pair[1], UnreachableError), default=None)
+
+
+def shown(value: Any) -> str:
+    """A value for a message: its ``repr``, cut where it is long or deeply nested."""
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = brief.maxlong = _LONGEST_VALUE
+    brief.maxlevel = 3
+    try:
+        return brief.repr(value)
+    except ValueError:
+        # Python writes out no number of more than 4300 digits.
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else "a value"
+
+
+def listed(names: Iterable[Any], limit: int = _MOST_NAMES) -> str:
+    """Names for a message, joined by commas: the first ``limit``, and how many more there are."""
+    given = [str(name) for name in names]
+    words = [name if _is_short(name) else shown(name) for name in given[:limit]]
+    more = f" and {len(given) - limit:,} more" if len(given) > limit else ""
+    return ", ".join(words) + more
+
+
+def shortened(message: str) -> str:
+    """A message with no more characters than a person reads, and how many were left out."""
+    if len(message) <= LONGEST_MESSAGE:
+        return message
+    return f"{message[:LONGEST_MESSAGE]} … ({len(message) - LONGEST_MESSAGE:,} more characters)"
+
+
+def _is_short(name: str) -> bool:
+    return len(name) <= _LONGEST_VALUE and name.isprintable()

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from calm_dist.errors import DataError
+from calm_dist.errors import DataError, UserError
 
 NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 """What `flock` says where a file system does not have it."""
@@ -29,6 +29,35 @@ def file_sha256(path: Path) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_bounded(path: Path, limit: int, error_type: type[UserError] = DataError) -> bytes:
+    """All bytes of a file of at most ``limit`` bytes.
+
+    Raises:
+        OSError: the file cannot be opened or read; callers say what it means to them.
+        UserError: of ``error_type``; it is larger, or no file: a pipe or a device might never end.
+    """
+    # Opening a pipe would otherwise wait for somebody to write into it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    status = os.fstat(descriptor)
+    if stat.S_ISDIR(status.st_mode):
+        os.close(descriptor)
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    with os.fdopen(descriptor, "rb") as stream:
+        if not stat.S_ISREG(status.st_mode):
+            raise error_type(f"{path}: is a pipe or a device; give a file")
+        if status.st_size > limit:
+            raise error_type(
+                f"{path}: has {status.st_size:,} bytes, more than the {limit:,} that such a file "
+                "can have; it is damaged, or another file"
+            )
+        return stream.read()
+
+
+def on_one_line(text: str) -> str:
+    """Text with its line breaks escaped, for ``printf %b`` of the shell, which gives it back."""
+    return text.replace("\\", "\\\\").replace("\n", "\\n")
 
 
 def finite(value: Any) -> Any:

@@ -11,19 +11,21 @@ Neither this module nor the ones that it imports need torch.
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import ValidationError
 
-from calm_dist.errors import RecipeError
+from calm_dist.errors import RecipeError, shown
+from calm_dist.files import read_bounded
 from calm_dist.recipe_checks import (
     describe_validation_errors,
     impossible_combinations,
     join_problems,
 )
+from calm_dist.recipe_overrides import apply_overrides
 from calm_dist.recipe_sections import (
     AutoencoderRecipe,
     AutoencoderSize,
@@ -43,7 +45,7 @@ from calm_dist.recipe_sections import (
     Training,
     TransformerRecipe,
 )
-from calm_dist.recipe_yaml import apply_overrides, parse_yaml
+from calm_dist.recipe_yaml import parse_yaml, write_yaml
 from calm_dist.redact import redact_values
 
 __all__ = [
@@ -65,6 +67,10 @@ __all__ = [
     "TransformerRecipe",
     "load_recipe",
 ]
+
+
+LARGEST_FILE = 1 << 20
+"""Bytes of a recipe file; a mixture of thousands of stores has fewer."""
 
 
 class Recipe(Section):
@@ -93,7 +99,7 @@ class Recipe(Section):
         try:
             recipe = cls.model_validate(dict(values))
         except ValidationError as error:
-            raise RecipeError(join_problems(describe_validation_errors(error, cls))) from error
+            raise RecipeError(describe_validation_errors(error, cls)) from error
         problems = impossible_combinations(recipe)
         if problems:
             raise RecipeError(join_problems(problems))
@@ -109,7 +115,7 @@ class Recipe(Section):
         Secrets, such as a password in the URL of a store, are masked: this text is for files, and
         its reader has to give them again.
         """
-        return yaml.safe_dump(redact_values(self.to_dict()), sort_keys=False, allow_unicode=True)
+        return write_yaml(redact_values(self.to_dict()))
 
     @property
     def world_size(self) -> int:
@@ -167,7 +173,8 @@ class Recipe(Section):
 
         ``meta`` has the keys variant, block_size, patch_size, latent_size, vocab_size,
         tokenizer {sha256, file, pad_id} and autoencoder {file} or None; ``tokenizer.file`` is
-        the name of the copy inside the store.
+        the name of the copy inside the store. ``tokenizer`` also has begin_token and end_token,
+        but for stores of earlier versions.
 
         Raises:
             RecipeError: recipe and store contradict each other; both values are named.
@@ -205,6 +212,9 @@ class Recipe(Section):
         if self.data.tokenizer is None:
             file = f"{self.data.sources[0].path}/{meta['tokenizer']['file']}"
             stored["data"]["tokenizer"] = file
+        for name in ("begin_token", "end_token"):
+            if (token := meta["tokenizer"].get(name)) is not None:
+                stored["data"][name] = token
         return self._replace(stored)
 
     def with_autoencoder(self, config: Mapping[str, Any]) -> Self:
@@ -249,6 +259,14 @@ class Recipe(Section):
                 "model.replaced_token_id: absent, and the tokenizer has no padding token; give "
                 "the id of a token that never occurs in text, or set model.token_dropout=0"
             )
+        for name in ("begin_token", "end_token"):
+            wanted, stored = getattr(self.data, name), meta["tokenizer"].get(name)
+            if stored is not None and wanted not in (None, stored):
+                problems.append(
+                    f"data.{name}: {shown(wanted)} in the recipe, {shown(stored)} in the data "
+                    "store; leave the field out, or encode the corpus again with "
+                    f"--{name.replace('_', '-')} {shlex.quote(wanted)}"
+                )
         tokenizer = self.data.tokenizer
         if tokenizer is not None and Path(tokenizer).is_file():
             sha256 = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
@@ -269,21 +287,23 @@ class Recipe(Section):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file, apply ``a.b=value`` overrides (values are YAML) and check the result.
+    """Read a recipe file, apply ``a.b=value`` overrides (see `apply_overrides`), check the result.
 
     Raises:
         RecipeError: the file cannot be read, an override is malformed, or the recipe is wrong.
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bounded(path, LARGEST_FILE, RecipeError).decode("utf-8")
+    except (OSError, ValueError) as error:
+        if isinstance(error, RecipeError):
+            raise
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise RecipeError(f"{path}: {reason}; give the path of a recipe file") from error
     values = parse_yaml(text, source=str(path))
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: not a mapping of sections; see the files in recipes/")
     try:
-        return Recipe.from_dict(apply_overrides(values, overrides))
+        return Recipe.from_dict(apply_overrides(values, overrides, Recipe))
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from error

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel, ValidationError
+
+from calm_dist.errors import listed, shown
 
 if TYPE_CHECKING:
     from calm_dist.recipe import AutoencoderSize, Recipe
@@ -20,16 +22,29 @@ NO_OVERLAP_ON_CPU = "true on CPUs, where gloo gave silently wrong losses with it
 _UNION_TAGS = {"model": ("calm", "transformer", "autoencoder"), "path": ("store", "mixture")}
 
 
-def join_problems(problems: Sequence[str]) -> str:
-    """One message for all problems: the only one as it is, several as a list."""
-    if len(problems) == 1:
+_MOST_PROBLEMS = 10
+
+
+def join_problems(problems: Sequence[str], count: int | None = None) -> str:
+    """One message for all problems: the only one as it is, several as a list.
+
+    Args:
+        count: how many there are, where ``problems`` are the first of them.
+    """
+    count = len(problems) if count is None else count
+    if count == 1:
         return problems[0]
-    return f"{len(problems)} problems" + "".join(f"\n  - {problem}" for problem in problems)
+    lines = list(problems[:_MOST_PROBLEMS])
+    if count > len(lines):
+        lines.append(f"and {count - len(lines):,} more")
+    return f"{count:,} problems" + "".join(f"\n  - {line}" for line in lines)
 
 
-def describe_validation_errors(error: ValidationError, recipe_type: type[BaseModel]) -> list[str]:
-    """One line for each error that pydantic found: dotted field, value, remedy."""
-    return [_describe(dict(details), recipe_type) for details in error.errors(include_url=False)]
+def describe_validation_errors(error: ValidationError, recipe_type: type[BaseModel]) -> str:
+    """A message of one line for each error that pydantic found: dotted field, value, remedy."""
+    found = error.errors(include_url=False)
+    first = [_describe(dict(details), recipe_type) for details in found[:_MOST_PROBLEMS]]
+    return join_problems(first, len(found))
 
 
 def _describe(details: dict[str, Any], recipe_type: type[BaseModel]) -> str:
@@ -43,20 +58,20 @@ def _describe(details: dict[str, Any], recipe_type: type[BaseModel]) -> str:
         return f"{field}: missing; add it to the recipe"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         found = value.get("kind", "nothing") if isinstance(value, dict) else value
-        return f"{field}.kind: found {found!r}; use {' or '.join(_UNION_TAGS['model'])}"
+        return f"{field}.kind: found {shown(found)}; use {' or '.join(_UNION_TAGS['model'])}"
     if kind in ("model_type", "model_attributes_type"):
-        return f"{field}: found {value!r}; give a mapping of fields"
+        return f"{field}: found {shown(value)}; give a mapping of fields"
     if kind == "tuple_type":
         wanted = "a path, or a list of {path, weight}" if field == "data.path" else "a list"
-        return f"{field}: found {value!r}; give {wanted}"
+        return f"{field}: found {shown(value)}; give {wanted}"
     remedy = details["msg"]
-    return f"{field}: found {value!r}; {remedy[:1].lower()}{remedy[1:]}"
+    return f"{field}: found {shown(value)}; {remedy[:1].lower()}{remedy[1:]}"
 
 
 def _dotted(location: Sequence[str | int]) -> str:
     """``model.hidden_size`` for ("model", "calm", "hidden_size"): the union's tag is no key."""
     parts = [
-        str(part)
+        listed([part])
         for index, part in enumerate(location)
         if index == 0 or part not in _UNION_TAGS.get(str(location[index - 1]), ())
     ]
@@ -103,6 +118,7 @@ def _field_names(
 def impossible_combinations(recipe: Recipe) -> list[str]:
     """Every combination of well-typed fields that cannot be trained, with the reason."""
     checks = [
+        _text_problems,
         _shape_problems,
         _layout_problems,
         _overlap_problems,
@@ -113,14 +129,33 @@ def impossible_combinations(recipe: Recipe) -> list[str]:
     return [problem for check in checks for problem in check(recipe)]
 
 
+def _text_problems(recipe: Recipe) -> list[str]:
+    problems = [
+        f"{name}: {shown(value)} has a null character, which no file's name can have; take it out"
+        for name, value in _texts(recipe.to_dict())
+        if "\0" in value
+    ]
+    name = recipe.run.name
+    if name is not None and not name.isprintable():
+        problems.append(
+            f"run.name: {shown(name)} has a line break or another character that cannot be "
+            "shown; give one line of text"
+        )
+    return problems
+
+
+def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted name and value of each field that holds text."""
+    if isinstance(value, str):
+        yield name, value
+    items = value.items() if isinstance(value, dict) else ()
+    for key, inner in enumerate(value) if isinstance(value, list) else items:
+        yield from _texts(inner, f"{name}.{key}" if name else str(key))
+
+
 def _shape_problems(recipe: Recipe) -> list[str]:
     model, block_size = recipe.model, recipe.data.block_size
     problems = []
-    if recipe.run.name is not None and not recipe.run.name.isprintable():
-        problems.append(
-            f"run.name: {recipe.run.name!r} has a line break or another character that cannot be "
-            "shown; give one line of text"
-        )
     if not recipe.data.sources:
         problems.append("data.path: an empty list; name at least one store")
     if block_size is not None and block_size % model.patch_size:

@@ -41,8 +41,8 @@ _INTRODUCTION = """\
 Every field of a recipe, made from the types in `calm_dist/recipe_sections.py` by \
 `python -m calm_dist.recipe_reference > docs/recipes.md`; a test holds the two together.
 
-A recipe is a YAML file of sections. The command line overrides single fields by their dotted \
-names, with values in YAML:
+A recipe is a YAML file of sections, of at most 1 MiB and without aliases (`*name`). The command \
+line overrides single fields by their dotted names:
 
 ```bash
 python tools/train.py recipes/calm_m.yaml training.steps=1000 model.head.kind=flow --dry-run
@@ -50,10 +50,16 @@ python tools/train.py recipes/calm_m.yaml 'data.path=[{path: data/latents/books,
 {path: data/latents/web}]' --dry-run
 ```
 
+A field that holds text, such as a path, gets all that follows the equals sign, as it is: blanks, \
+quotes and `#` belong to it. Where such a field may be absent, nothing or `null` means that it is. \
+Of `data.path`, what begins with `[` or `{` and is a list or a mapping in YAML is that; `./[a]` \
+names a store that is called so. All other values are YAML.
+
 An unknown field, a wrong type, a value out of range and an impossible combination are refused \
-before anything starts, all of them at once, each with the remedy. What does not go together is \
-listed in [layouts.md](layouts.md#refused-with-the-reason). A run writes its recipe, as resolved, \
-into its directory as `recipe.yaml`; `--dry-run` shows what it would be.
+before anything starts, all of them at once (of very many the first ten), each with the remedy. \
+What does not go together is listed in [layouts.md](layouts.md#refused-with-the-reason). A run \
+writes its recipe, as resolved, into its directory as `recipe.yaml`; `--dry-run` shows what it \
+would be.
 
 A field without default (–) may be absent; its meaning says what holds then."""
 

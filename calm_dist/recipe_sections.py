@@ -192,6 +192,11 @@ class Data(Section):
     Streaming knows; or a list of ``{path, weight}``, from which blocks are drawn by weight."""
     tokenizer: str | None = None
     """Tokenizer file; the store's own copy where absent."""
+    begin_token: Text | None = None
+    """Name of the token that begins documents and fills prompts; the store's where absent."""
+    end_token: Text | None = None
+    """Name of the token that ends documents and generated texts; the store's where absent. One
+    token may be both."""
     block_size: Positive | None = None
     """Tokens per block, a multiple of the patch size; taken from the data store where absent."""
     latents: Literal["stored", "on_the_fly"] = "stored"

@@ -1,15 +1,13 @@
-"""Reading recipe text: strict YAML, and ``a.b=value`` overrides on top of it."""
+"""Recipes as text: strict YAML, in and out."""
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
-from calm_dist.errors import RecipeError
+from calm_dist.errors import RecipeError, shown
 
 
 class _Loader(yaml.SafeLoader):
@@ -17,8 +15,17 @@ class _Loader(yaml.SafeLoader):
 
     PyYAML follows YAML 1.1, in which ``3e-4`` is a string, ``off`` is a boolean, ``010`` is eight,
     ``1:30`` is ninety and the later of two equal keys wins silently. Here they are a float, a
-    string, no whole numbers and an error.
+    string, no whole numbers and an error. Aliases are an error, too: a few lines of them stand for
+    gigabytes.
     """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"alias *{event.anchor}: write the value itself", event.start_mark
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -29,7 +36,7 @@ class _Loader(yaml.SafeLoader):
                 )
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key_node.value!r} appears twice", key_node.start_mark
+                    None, None, f"key {shown(key_node.value)} appears twice", key_node.start_mark
                 )
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
@@ -53,6 +60,37 @@ _Loader.add_implicit_resolver(
 )
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either YAML 1.1 or `_Loader` would not read back as the same text."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    # Of other styles, PyYAML reads some characters (U+0085) back as line breaks.
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+# A table of its own, to which the loader's readings are added.
+_Dumper.yaml_implicit_resolvers = {
+    first: [
+        *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+        *_Loader.yaml_implicit_resolvers.get(first, []),
+    ]
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+}
+
+
+def write_yaml(values: Any) -> str:
+    """Plain values as YAML text, which `parse_yaml` reads back equal."""
+    return yaml.dump(
+        values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf")
+    )
+
+
 def parse_yaml(text: str, *, source: str) -> Any:
     """Parse YAML text; ``source`` names it in errors.
 
@@ -65,36 +103,9 @@ def parse_yaml(text: str, *, source: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "cannot be parsed"
-        raise RecipeError(f"{source}{place}: {problem}; correct the YAML") from error
-    except (ValueError, KeyError, RecursionError) as error:
+        problem = str(getattr(error, "problem", None) or "cannot be parsed")
+        raise RecipeError(f"{source}{place}: {problem[:300]}; correct the YAML") from error
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         # An explicit tag such as `!!int abc`, or thousands of brackets.
-        raise RecipeError(f"{source}: cannot be parsed ({error}); correct the YAML") from error
-
-
-def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of ``values`` with each ``a.b=value`` set; later overrides win.
-
-    Raises:
-        RecipeError: an override is not of that form, or runs through something without fields.
-    """
-    values = copy.deepcopy(values)
-    for override in overrides:
-        dotted, equals, text = override.partition("=")
-        names = dotted.split(".")
-        if not equals or not all(names):
-            raise RecipeError(
-                f"override {override!r}: not of the form section.field=value, for example "
-                "training.steps=20"
-            )
-        section = values
-        for name in names[:-1]:
-            if section.get(name) is None:
-                section[name] = {}
-            section = section[name]
-            if not isinstance(section, dict):
-                raise RecipeError(
-                    f"override {override!r}: {name} has no fields of its own; override it whole"
-                )
-        section[names[-1]] = parse_yaml(text, source=f"override {override!r}")
-    return values
+        reason = f"{type(error).__name__}: {error}"[:300]
+        raise RecipeError(f"{source}: cannot be parsed ({reason}); correct the YAML") from error

@@ -16,14 +16,17 @@ import yaml
 from calm_dist import scores
 from calm_dist.data.progress import duration
 from calm_dist.errors import UserError
+from calm_dist.files import read_bounded
+from calm_dist.recipe import LARGEST_FILE
 from calm_dist.scores import number
 from calm_dist.training import checkpoint
-from calm_dist.training.metrics import METRICS_FILE, compact
+from calm_dist.training.metrics import LARGEST_METRICS, METRICS_FILE, compact
 from calm_dist.training.run_directory import (
     ENDED,
     ENVIRONMENT_FILE,
     FAILED,
     FINISHED,
+    LARGEST_ENVIRONMENT,
     STOPPED,
     is_held,
 )
@@ -32,6 +35,7 @@ RUNNING, DAMAGED, NEW = "running", "damaged", "not started"
 _LONGEST_NAME = 80
 _RATE_OF = 20
 """Records over which the rate is the median."""
+_DEEPEST = 50
 # The C one is ten times as fast, where PyYAML was built with it.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -98,7 +102,7 @@ def describe(run_dir: Path) -> Row:
         if row["step"] is None:
             row["step"] = row["checkpoint"]
         row["state"], row["reason"] = _state(run_dir, row)
-    except _DamagedError as error:
+    except (_DamagedError, UserError) as error:
         row["reason"] = str(error)
     except OSError as error:
         name = Path(error.filename).name if error.filename else run_dir
@@ -113,8 +117,8 @@ class _DamagedError(Exception):
 def _recipe_facts(run_dir: Path) -> Row:
     """Read without the types, so that recipes of other versions are listed, too."""
     try:
-        with (run_dir / checkpoint.RECIPE_FILE).open(encoding="utf-8") as file:
-            recipe = yaml.load(file, _LOADER)
+        text = read_bounded(run_dir / checkpoint.RECIPE_FILE, LARGEST_FILE).decode("utf-8")
+        recipe = _load_yaml(text)
         kind, steps = recipe["model"]["kind"], int(recipe["training"]["steps"])
         name = recipe["run"].get("name") or run_dir.name
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError,
@@ -126,6 +130,18 @@ def _recipe_facts(run_dir: Path) -> Row:
     return {"name": _one_line(str(name)), "kind": _one_line(str(kind)), "steps": steps}
 
 
+def _load_yaml(text: str) -> Any:
+    """YAML without aliases, a few of which stand for gigabytes, and not nested so deeply that the C
+    loader would end the process (PyYAML 6.0)."""
+    depth = 0
+    for event in yaml.parse(text, _LOADER):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST or isinstance(event, yaml.AliasEvent):
+            raise ValueError("aliases, or deep nesting")
+    return yaml.load(text, _LOADER)
+
+
 def _one_line(text: str) -> str:
     """Text that does not tear a table."""
     return "".join(c if c.isprintable() else "?" for c in text[:_LONGEST_NAME])
@@ -133,7 +149,7 @@ def _one_line(text: str) -> str:
 
 def _metrics_facts(path: Path) -> Row:
     try:
-        data = path.read_bytes()
+        data = read_bounded(path, LARGEST_METRICS)
         idle = time.time() - path.stat().st_mtime
     except FileNotFoundError:
         return {}
@@ -217,11 +233,9 @@ def _state(run_dir: Path, row: Row) -> tuple[str, str | None]:
     if is_held(run_dir):
         return RUNNING, None
     try:
-        text = (run_dir / ENVIRONMENT_FILE).read_text(encoding="utf-8")
+        text = read_bounded(run_dir / ENVIRONMENT_FILE, LARGEST_ENVIRONMENT)
     except FileNotFoundError:
         return NEW, None
-    except UnicodeDecodeError:
-        text = ""
     try:
         ended = json.loads(text).get(ENDED)
         if ended is not None and ended["how"] not in (FINISHED, STOPPED, FAILED):

@@ -206,6 +206,8 @@ train() {
     6) CODE=6 && open_logs "logs" && finish ;;
     *) exit 2 ;;
   esac
+  # It is printed with escapes, since a name may have line breaks.
+  printf -v RUN_DIR %b "$RUN_DIR"
   open_logs "$RUN_DIR/logs"
   BEFORE=$(progress)
   say "restart $RESTART of $TOOL $(masked "${arguments[@]}") in $RUN_DIR" \

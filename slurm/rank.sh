@@ -4,7 +4,7 @@ set -euo pipefail
 
 rank=$(printf '%04d' "$SLURM_PROCID")
 restart=${SLURM_RESTART_COUNT:-0}
-if [[ $* == *tools/encode_latents.py* ]]; then
+if [[ ${2:-} == */tools/encode_latents.py ]]; then
   # Workers share nothing but the directory: the tasks of all of an array's jobs.
   array=$(((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}) / ${SLURM_ARRAY_TASK_STEP:-1}))
   worker=$((array * SLURM_STEP_NUM_TASKS + SLURM_PROCID))

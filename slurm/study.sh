@@ -57,7 +57,9 @@ AUTOENCODER=$STUDY/$AUTOENCODER_RECIPE
 PYTHON=${CALM_PYTHON:-$ROOT/.venv/bin/python}
 [ -n "${CALM_PYTHON:-}" ] || [ -x "$PYTHON" ] || PYTHON=python3
 command -v "$PYTHON" >/dev/null || die "CALM_PYTHON=$PYTHON: no such program"
-[[ $STUDY$DATA != *[[:space:]]* ]] || die "RUNS=$STUDY, DATA=$DATA: a path with blanks; give another"
+# The report's job gets its runs as words.
+[[ $STUDY$DATA != *[[:space:]*?[\\]* ]] ||
+  die "RUNS=$STUDY, DATA=$DATA: a path with blanks or one of * ? [ \\; give another"
 [ -n "${MODELS// /}" ] || die "--models: names none"
 [ -n "$DRY" ] || command -v sbatch >/dev/null || die "no sbatch here; run it where jobs are submitted"
 for split in train valid test; do
@@ -87,7 +89,12 @@ overrides_of() {
   done
   # What has no recipe computes where the trainings do.
   DEVICE=()
-  if [[ " ${ARGUMENTS[*]} " == *' parallel.device=cpu '* ]]; then DEVICE=(--device cpu); fi
+  for given in "${ARGUMENTS[@]}"; do
+    case $given in
+      parallel.device=cpu) DEVICE=(--device cpu) ;;
+      parallel.device=*) DEVICE=() ;;
+    esac
+  done
 }
 
 # facts_of NAME : into BLOCK_SIZE, PATCH_SIZE and STEPS, what its recipe says; refuses a bad one.
@@ -119,7 +126,7 @@ submit() {
   for job in $after; do [ "$job" = done ] || wait+=("$job"); done
   # SETTINGS reach the job also where the site's SBATCH_EXPORT says otherwise.
   command=(env "${SETTINGS[@]}" sbatch --parsable --export=ALL "--job-name=$NAME-$name"
-    "--output=$STUDY/logs/%x-%j.out")
+    "--output=${STUDY//%/%%}/logs/%x-%j.out")
   # A job that waits for one that failed would wait for ever without the second option.
   if [ ${#wait[@]} -gt 0 ]; then
     command+=("--dependency=$kind$(printf ':%s' "${wait[@]}")" --kill-on-invalid-dep=yes)

@@ -25,6 +25,7 @@ from calm_dist.cli import add_device, announce, at_least, run
 from calm_dist.data.formats import SUPPORTED
 
 if TYPE_CHECKING:
+    from calm_dist.data.tokenizer import Tokenizer
     from calm_dist.models.autoencoder import Autoencoder
 
 
@@ -39,6 +40,16 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--tokenizer", required=True, metavar="F", help="tokenizer.json or tokenizer.model"
+    )
+    parser.add_argument(
+        "--begin-token",
+        metavar="NAME",
+        help="token that begins documents (default: the tokenizer's own); may be the end token",
+    )
+    parser.add_argument(
+        "--end-token",
+        metavar="NAME",
+        help="token that ends documents (default: the tokenizer's own)",
     )
     parser.add_argument(
         "--corpus",
@@ -111,6 +122,11 @@ def load_encoder(directory: Path, device: str) -> Autoencoder:
     return load_autoencoder(directory).to(own_device(device))
 
 
+def report_lost(out: str, tokenizer: Tokenizer) -> None:
+    if lost := tokenizer.lost.report():
+        print(f"{out}: of what this process encoded, {lost}", flush=True)
+
+
 def main() -> None:
     args = parse_arguments()
     announce("loading libraries ...")
@@ -137,7 +153,7 @@ def main() -> None:
         # A directory in the released layout has no manifest of ours.
         if not (directory / "config.json").is_file():
             directory = find_checkpoint(directory)
-    tokenizer = load_tokenizer(args.tokenizer)
+    tokenizer = load_tokenizer(args.tokenizer, args.begin_token, args.end_token)
     corpus = find_files(args.corpus)
     corpus.report()
     refuse_corpus_in_store(args.out, corpus)
@@ -158,6 +174,8 @@ def main() -> None:
         print(f"{args.out}: already there and complete, {meta.num_blocks} blocks")
         return
 
+    if filling := tokenizer.describe_filling(plan.patch_size):
+        print(f"{args.out}: {filling}", flush=True)
     inputs = (corpus, tokenizer, plan)
     options: dict[str, Any] = {
         "autoencoder": None if directory is None else load_encoder(directory, args.device),
@@ -166,8 +184,10 @@ def main() -> None:
     }
     if args.worker is None:
         meta = write_store(args.out, *inputs, overwrite=args.overwrite, **options)
+        report_lost(args.out, tokenizer)
     else:
         missing = write_parts(Path(args.out), *inputs, worker=args.worker, **options)
+        report_lost(args.out, tokenizer)
         if missing:
             print(
                 f"{args.out}: the parts of worker {args.worker[0]}/{args.worker[1]} are done; "

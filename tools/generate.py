@@ -59,6 +59,12 @@ def parse_arguments() -> argparse.Namespace:
         help="limit of the exact method for one patch (default: 100000)",
     )
     parser.add_argument("--tokenizer", metavar="F", help="tokenizer file (default: the recipe's)")
+    for role in ("begin", "end"):
+        parser.add_argument(
+            f"--{role}-token",
+            metavar="NAME",
+            help=f"the tokenizer's token that {role}s documents (default: the recipe's)",
+        )
     parser.add_argument("--autoencoder", help="autoencoder checkpoint (default: the recipe's)")
     add_json(parser, "write the result, a list for several prompts; - is stdout")
     args = parser.parse_args()
@@ -96,14 +102,17 @@ def main() -> None:
     announce(f"loading {args.checkpoint} ...")
 
     from calm_dist.data.tokenizer import load_tokenizer
-    from calm_dist.evaluation.generate import find_tokenizer, generate
+    from calm_dist.evaluation.generate import find_tokenizer, generate, token_names
     from calm_dist.evaluation.load import load_model
 
     model = load_model(args.checkpoint, autoencoder=args.autoencoder)
     seeds = args.seed if len(args.seed) > 1 else args.seed * len(args.prompt)
     results = generate(
         model,
-        load_tokenizer(args.tokenizer or find_tokenizer(model)),
+        load_tokenizer(
+            args.tokenizer or find_tokenizer(model),
+            *token_names(model, args.begin_token, args.end_token),
+        ),
         args.prompt,
         temperature=args.temperature,
         max_new_tokens=args.max_new_tokens,

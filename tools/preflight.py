@@ -14,6 +14,7 @@ import argparse
 import os
 
 from calm_dist.cli import at_least, run
+from calm_dist.files import on_one_line
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ def main() -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if not arguments.node:
         resolve(recipe)
-        print(os.path.abspath(recipe.run.dir))
+        print(on_one_line(os.path.abspath(recipe.run.dir)))
         return
 
     from calm_dist.parallel.launch import read_world

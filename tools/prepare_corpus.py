@@ -34,6 +34,14 @@ def main() -> None:
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="use this tokenizer, train none")
     parser.add_argument(
+        "--begin-token",
+        metavar="NAME",
+        help="with --tokenizer: its token that begins documents; may be the end token",
+    )
+    parser.add_argument(
+        "--end-token", metavar="NAME", help="with --tokenizer: its token that ends documents"
+    )
+    parser.add_argument(
         "--vocab-size", type=int, default=512, help="entries of the trained BPE (default 512)"
     )
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the split (default 0)")
@@ -46,6 +54,8 @@ def main() -> None:
         args.out,
         args.corpus,
         tokenizer=args.tokenizer,
+        begin_token=args.begin_token,
+        end_token=args.end_token,
         vocab_size=args.vocab_size,
         seed=args.seed,
     )

@@ -2,12 +2,15 @@
 # From a fresh machine to a trained, scored and compared CALM on real text.
 #
 #   bash tools/quickstart.sh [OUT] [--corpus PATH...] [--tokenizer FILE]
+#                            [--begin-token NAME] [--end-token NAME]
 #
 #   OUT          where everything goes (default: runs/quickstart)
 #   --corpus     .txt, .jsonl or .json files, plain or with .gz, .xz, .bz2 or .zst,
 #                directories, quoted globs, none of which holds OUT or lies in it
 #                (default: the source text of Python's standard library)
 #   --tokenizer  tokenizer.json or tokenizer.model (default: a BPE is trained on the corpus)
+#   --begin-token, --end-token
+#                its tokens around a document, where it does not mark them itself; one may be both
 #
 # Starting it again goes on where it was stopped. A stage is skipped where its result is there and
 # was made from the same inputs; where they changed, the former result moves to OUT/previous.
@@ -25,7 +28,7 @@ absolute() {
   realpath --canonicalize-missing --no-symlinks "$1"
 }
 
-OUT='' CORPUS=() TOKENIZER=()
+OUT='' CORPUS=() TOKENIZER=() ENDS=()
 while [ $# -gt 0 ]; do
   case $1 in
     -h | --help)
@@ -43,6 +46,11 @@ while [ $# -gt 0 ]; do
     --tokenizer)
       [[ $# -gt 1 && $2 != --* ]] || die "--tokenizer: no file given"
       TOKENIZER=(--tokenizer "$(absolute "$2")")
+      shift 2
+      ;;
+    --begin-token | --end-token)
+      [[ $# -gt 1 && -n $2 && $2 != --* ]] || die "$1: no token given"
+      ENDS+=("$1=$2")
       shift 2
       ;;
     -*) die "$1: unknown option; see bash tools/quickstart.sh --help" ;;
@@ -70,6 +78,7 @@ TRANSFORMER=$ROOT/recipes/transformer_tiny.yaml
 
 corpus() {
   logged python "$ROOT/tools/prepare_corpus.py" --out "$OUT" "${CORPUS[@]}" "${TOKENIZER[@]}" \
+    "${ENDS[@]}" \
     --vocab-size "$(value "$AUTOENCODER" model vocab_size)"
 }
 
@@ -77,7 +86,7 @@ encode() {
   local store=$1 split=$2
   shift 2
   logged python "$ROOT/tools/encode_latents.py" --corpus "$OUT/corpus/$split.jsonl" \
-    --tokenizer "$(ls "$OUT"/tokenizer.*)" --out "$OUT/$store/$split" \
+    --tokenizer "$(ls "$OUT"/tokenizer.*)" "${ENDS[@]}" --out "$OUT/$store/$split" \
     --block-size "$(value "$CALM" data block_size)" ${redo:+--overwrite} "$@"
 }
 
@@ -140,7 +149,7 @@ PY
   for model in calm transformer; do
     logged python "$ROOT/tools/evaluate.py" --checkpoint "$OUT/$model" --data "$OUT/latents/test" \
       --all-checkpoints --json "$OUT/evaluation/$model.json"
-    logged python "$ROOT/tools/generate.py" --checkpoint "$OUT/$model" --prompt "$prompt" \
+    logged python "$ROOT/tools/generate.py" --checkpoint "$OUT/$model" --prompt="$prompt" \
       --max-new-tokens 64 --json "$OUT/evaluation/$model.text.json"
   done
 }

@@ -358,8 +358,10 @@ def pack_blocks(
 
     Each document stands between 1 to ``patch_size`` begin tokens (how many is a function of
     ``seed`` and the document's id) and one end token. A prompt that is left-filled with begin
-    tokens to whole patches therefore looks like the training text. Tokens after the last full
-    block are dropped.
+    tokens to whole patches therefore looks like the training text. Where one token is both, the
+    begin tokens of the next document are the end of this one: with one more, a patch of begin
+    tokens could be followed by another, which would end a generated text at once. Tokens after the
+    last full block are dropped.
 
     Yields:
         uint32 arrays of shape [block_size].
@@ -373,7 +375,8 @@ def pack_blocks(
             num_begin = 1 + int(key_fraction(seed, "begin", document.id) * patch_size)
             pieces.append(np.full(num_begin, tokenizer.begin_id, np.uint32))
             pieces.append(np.array(tokens, np.uint32))
-            pieces.append(np.array([tokenizer.end_id], np.uint32))
+            if tokenizer.end_id != tokenizer.begin_id:
+                pieces.append(np.array([tokenizer.end_id], np.uint32))
         waiting = np.concatenate(pieces)
         num_blocks = len(waiting) // block_size
         yield from waiting[: num_blocks * block_size].reshape(num_blocks, block_size)

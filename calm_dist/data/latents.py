@@ -137,6 +137,8 @@ def plan_store(
             begin_id=tokenizer.begin_id,
             end_id=tokenizer.end_id,
             pad_id=tokenizer.pad_id,
+            begin_token=tokenizer.begin_token,
+            end_token=tokenizer.end_token,
         ),
         autoencoder=info,
         corpus_sha256=corpus_sha256(find_files(corpus)),

@@ -42,6 +42,8 @@ _MDS_BYTES = 2**32 - 1
 _MDS_HEADER_BYTES = 1 << 16
 _MDS_OFFSET_BYTES = 4
 
+_TOKEN_NAMES = ("begin_token", "end_token")
+
 
 def finished_store(out: str | Path, plan: StorePlan) -> StoreMeta | None:
     """The finished store in ``out``, if it is there, complete, and what ``plan`` would write.
@@ -128,6 +130,10 @@ def _refuse_other_plan(out: str | Path, present: dict[str, Any], plan: StorePlan
         if key == "autoencoder" and found and wanted:
             # The same weights at another path are the same autoencoder.
             found, wanted = found["sha256"], wanted["sha256"]
+        if key == "tokenizer" and isinstance(found, dict):
+            # The numbers of its tokens decide; earlier versions did not write their names.
+            found = {name: found.get(name) for name in wanted if name not in _TOKEN_NAMES}
+            wanted = {name: wanted[name] for name in found}
         if found != wanted:
             raise DataError(
                 f"--out {out}: holds a store with another {key} ({found} there, {wanted} now); "

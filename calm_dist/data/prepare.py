@@ -41,6 +41,8 @@ def prepare_corpus(
     paths: CorpusPaths = (),
     *,
     tokenizer: str | Path | None = None,
+    begin_token: str | None = None,
+    end_token: str | None = None,
     vocab_size: int = 512,
     seed: int = 0,
 ) -> bool:
@@ -51,6 +53,8 @@ def prepare_corpus(
         paths: corpus files, directories and globs, none of which may hold ``out`` or lie in it;
             none: Python's standard library on disk.
         tokenizer: a tokenizer file to copy; None: a BPE is trained on the train split.
+        begin_token, end_token: its tokens around a document, as for `load_tokenizer`; the manifest
+            keeps them, and `encode_latents` is given them again.
         vocab_size: entries of a trained BPE.
         seed: decides which document goes to which split.
 
@@ -61,12 +65,19 @@ def prepare_corpus(
         DataError: a fault of the input, or ``out`` holds what was made from another input.
     """
     out = Path(out)
+    given = {"begin_token": begin_token, "end_token": end_token}
+    names = {role: name for role, name in given.items() if name is not None}
+    if names and tokenizer is None:
+        raise DataError(
+            "--begin-token, --end-token: name tokens of a tokenizer that is given with "
+            "--tokenizer; a trained one has its own"
+        )
     manifest_path = out / "corpus" / MANIFEST
     files = find_files(paths) if paths else None
     if files is not None:
         files.report()
         files.refuse_output(out, _written())
-    made_from = _describe_input(files, tokenizer, vocab_size, seed)
+    made_from = {**_describe_input(files, tokenizer, names, vocab_size, seed), **names}
     present = _read_manifest(manifest_path)
     if present is not None:
         _refuse_other_input(manifest_path, present["made_from"], made_from)
@@ -78,7 +89,8 @@ def prepare_corpus(
     split_of = _split_documents(documents, files, seed)
     manifest_path.parent.mkdir(parents=True, exist_ok=True)
     splits = _write_splits(out / "corpus", documents, split_of)
-    tokenizer_file = _make_tokenizer(out, tokenizer, vocab_size, splits["train"]["documents"])
+    source = None if tokenizer is None else load_tokenizer(tokenizer, **names).path
+    tokenizer_file = _make_tokenizer(out, source, vocab_size, splits["train"]["documents"])
     manifest = {
         "made_from": made_from,
         "splits": splits,
@@ -99,7 +111,11 @@ def _written() -> list[str]:
 
 
 def _describe_input(
-    files: CorpusFiles | None, tokenizer: str | Path | None, vocab_size: int, seed: int
+    files: CorpusFiles | None,
+    tokenizer: str | Path | None,
+    token_names: dict[str, str],
+    vocab_size: int,
+    seed: int,
 ) -> dict[str, Any]:
     if files is not None:
         corpus: dict[str, Any] = {
@@ -110,7 +126,7 @@ def _describe_input(
         corpus = {"corpus": f"standard library of Python {sys.version.split()[0]}"}
     if tokenizer is None:
         return {**corpus, "seed": seed, "tokenizer": f"BPE with {vocab_size} entries"}
-    given = load_tokenizer(tokenizer)
+    given = load_tokenizer(tokenizer, **token_names)
     return {**corpus, "seed": seed, "tokenizer": f"{given.path.name} {given.fingerprint}"}
 
 
@@ -225,12 +241,9 @@ def _changed(number: int) -> DataError:
     )
 
 
-def _make_tokenizer(
-    out: Path, given: str | Path | None, vocab_size: int, train_documents: int
-) -> Path:
-    if given is None:
+def _make_tokenizer(out: Path, source: Path | None, vocab_size: int, train_documents: int) -> Path:
+    if source is None:
         return _train(out, vocab_size, train_documents)
-    source = load_tokenizer(given).path
     # The kind of a tokenizer file is told by its suffix, which is therefore kept.
     target = out / f"tokenizer{'.json' if source.suffix == '.json' else '.model'}"
     if not (target.exists() and target.samefile(source)):

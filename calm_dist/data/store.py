@@ -12,15 +12,16 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from calm_dist.data.layout import INDEX, META, is_remote
-from calm_dist.errors import DataError
-from calm_dist.files import file_sha256
+from calm_dist.errors import DataError, listed, shown
+from calm_dist.files import file_sha256, read_bounded
 
 if TYPE_CHECKING:
     from calm_dist.data.download import Downloads
@@ -29,9 +30,15 @@ if TYPE_CHECKING:
 HASH = "sha256"
 
 Variant = Literal["fp16", "tokens"]
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Positive = Annotated[int, Field(gt=0, lt=2**63)]
+NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+Sha256 = Annotated[str, Field(pattern=f"^{_SHA256.pattern}$")]
+
+# Of meta.json, which has one, and of index.json, which has 600 for each shard.
+_LARGEST_META, _LARGEST_INDEX = 1 << 20, 1 << 28
+# MDS keeps places in a shard in 32 bits, and describes the columns at its beginning.
+_LARGEST_SHARD, _LARGEST_HEADER = 1 << 32, 1 << 16
 
 _SHARD_NAME = re.compile(r"shard\.\d{5,}\.mds")
 
@@ -48,6 +55,9 @@ class TokenizerInfo(_Strict):
     begin_id: NonNegative
     end_id: NonNegative
     pad_id: NonNegative | None
+    begin_token: str | None = None
+    end_token: str | None = None
+    """Names of these tokens; None in stores of earlier versions, which took the tokenizer's own."""
 
 
 class AutoencoderInfo(_Strict):
@@ -70,10 +80,19 @@ class StorePlan(_Strict):
     tokenizer: TokenizerInfo
     autoencoder: AutoencoderInfo | None
     corpus_sha256: Sha256
-    seed: int
+    seed: NonNegative
     parts: Positive = 1
     """Into how many parts the shuffled documents were cut; each drops the tail that fills no
     block."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.block_size % self.patch_size:
+            raise ValueError(f"block_size is no multiple of patch_size {self.patch_size}")
+        given = [value is not None for value in (self.latent_size, self.autoencoder)]
+        if given != [self.variant == "fp16"] * 2:
+            raise ValueError("latent_size and autoencoder belong to the variant fp16, both of them")
+        return self
 
     @property
     def num_patches(self) -> int:
@@ -90,10 +109,17 @@ class StorePlan(_Strict):
         return columns
 
     @property
+    def column_sizes(self) -> dict[str, int]:
+        """Bytes of each column of one sample."""
+        sizes = {"tokens": 4 * self.block_size}
+        if self.latent_size is not None:
+            sizes["mean"] = sizes["log_std"] = 2 * self.num_patches * self.latent_size
+        return sizes
+
+    @property
     def sample_bytes(self) -> int:
         """Size of one sample in a shard."""
-        latents = 2 * 2 * self.num_patches * self.latent_size if self.latent_size else 0
-        return 4 * self.block_size + latents
+        return sum(self.column_sizes.values())
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, in the form of ``meta.json``."""
@@ -101,6 +127,10 @@ class StorePlan(_Strict):
         if self.parts == 1:
             # Such stores are the same, and have the fingerprint, as before there were parts.
             del values["parts"]
+        for name in ("begin_token", "end_token"):
+            # Of earlier versions, whose fingerprint is over what they wrote.
+            if values["tokenizer"][name] is None:
+                del values["tokenizer"][name]
         return values
 
 
@@ -111,6 +141,12 @@ class StoreMeta(StorePlan):
     num_tokens: Positive
     fingerprint: Sha256
     """sha256 over the other fields and ``index.json``: it pins every byte of the store."""
+
+    @model_validator(mode="after")
+    def _counts_agree(self) -> Self:
+        if self.num_tokens != self.num_blocks * self.block_size:
+            raise ValueError("num_tokens is not num_blocks times block_size")
+        return self
 
 
 def fingerprint(fields: dict[str, Any], index: bytes) -> str:
@@ -146,7 +182,7 @@ def read_meta(path: str | Path, downloads: Downloads | None = None) -> StoreMeta
             "--autoencoder CKPT (for tokens without latents --variant tokens --patch-size K)"
         )
     try:
-        text = (path / META).read_text(encoding="utf-8")
+        text = read_bounded(path / META, _LARGEST_META)
     except OSError as error:
         raise DataError(
             f"data store {path}: has no readable {META}; it is unfinished or no store. Run "
@@ -156,10 +192,10 @@ def read_meta(path: str | Path, downloads: Downloads | None = None) -> StoreMeta
         return StoreMeta.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "JSON"
+        where = listed([".".join(map(str, first["loc"])) or "JSON"])
         raise DataError(
-            f"{path / META}: {where}: {first['msg']}; the file is damaged or of another version, "
-            "encode the corpus again"
+            f"{path / META}: {where}: {first['msg'][:300]}; the file is damaged or of another "
+            "version, encode the corpus again"
         ) from error
 
 
@@ -171,6 +207,7 @@ class Shard:
     samples: int
     size: int
     sha256: str
+    sample_bytes: int
 
     def changed(self) -> int:
         """When the file last changed in any way, in nanoseconds; DataError where it is missing."""
@@ -202,6 +239,25 @@ class Shard:
                 f"shard {self.path}: is damaged (sha256 {found[:12]}… instead of "
                 f"{self.sha256[:12]}…); copy or encode it again"
             )
+        self._check_places()
+
+    def _check_places(self) -> None:
+        """Raises DataError where samples do not lie one after the other up to the file's end.
+
+        Streaming would read whatever lies where the file says.
+        """
+        import numpy as np
+
+        try:
+            count, *places = np.fromfile(self.path, np.dtype("<u4"), self.samples + 2).tolist()
+        except (OSError, ValueError) as error:
+            raise DataError(f"shard {self.path}: cannot be read ({error})") from error
+        first = self.size - self.samples * self.sample_bytes
+        wanted = list(range(first, self.size + 1, self.sample_bytes))
+        if count != self.samples or places != wanted:
+            raise DataError(
+                f"shard {self.path}: its samples do not lie where they should; encode it again"
+            )
 
 
 def read_shards(path: str | Path, meta: StoreMeta) -> list[Shard]:
@@ -214,7 +270,7 @@ def read_shards(path: str | Path, meta: StoreMeta) -> list[Shard]:
     path = Path(path)
     file = path / INDEX
     try:
-        raw = file.read_bytes()
+        raw = read_bounded(file, _LARGEST_INDEX)
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror}); copy it again") from error
     if fingerprint(meta.to_dict(), raw) != meta.fingerprint:
@@ -225,16 +281,26 @@ def read_shards(path: str | Path, meta: StoreMeta) -> list[Shard]:
     # The fingerprint proves consistency, not good will: whoever wrote both files chose it.
     try:
         index = json.loads(raw)
+        _check_keys("index", index, ("shards", "version"))
         if index["version"] != 2:
-            raise ValueError(f"version {index['version']} instead of 2")
+            raise ValueError(f"version {shown(index['version'])} instead of 2")
         shards = [_shard(path, meta, entry) for entry in index["shards"]]
         if len({shard.path for shard in shards}) != len(shards):
             raise ValueError("shard names repeat")
         if sum(shard.samples for shard in shards) != meta.num_blocks:
             raise ValueError(f"samples do not add up to {meta.num_blocks}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{file}: is not the index of a data store: {error}") from error
+        reason = str(error)[:300]
+        raise DataError(f"{file}: is not the index of a data store: {reason}") from error
     return shards
+
+
+def _check_keys(what: str, found: Any, wanted: Iterable[str]) -> None:
+    """Streaming takes every key for an argument of its readers."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} is {shown(found)} instead of an object")
+    if others := sorted(found.keys() ^ set(wanted)):
+        raise ValueError(f"{what} has too many keys or too few: {listed(others)}")
 
 
 def _shard(path: Path, meta: StoreMeta, entry: dict[str, Any]) -> Shard:
@@ -247,16 +313,26 @@ def _shard(path: Path, meta: StoreMeta, entry: dict[str, Any]) -> Shard:
         "hashes": [HASH],
         "column_names": names,
         "column_encodings": [meta.columns[name] for name in names],
+        "column_sizes": [meta.column_sizes[name] for name in names],
     }
+    _check_keys("shard", entry, [*expected, "raw_data", "samples", "size_limit"])
     for key, value in expected.items():
         if entry[key] != value:
-            raise ValueError(f"shard {key} {entry[key]!r} instead of {value!r}")
-    if sum(entry["column_sizes"]) != meta.sample_bytes:
-        raise ValueError(f"column sizes {entry['column_sizes']} for {meta.sample_bytes} bytes")
-    raw = entry["raw_data"]
-    if not _SHARD_NAME.fullmatch(raw["basename"]):
-        raise ValueError(f"shard name {raw['basename']!r}")
-    samples, size, sha256 = entry["samples"], raw["bytes"], raw["hashes"][HASH]
-    if not (type(samples) is int and samples > 0 and type(size) is int):
-        raise ValueError(f"{samples!r} samples in {size!r} bytes")
-    return Shard(path / raw["basename"], samples, size, sha256)
+            raise ValueError(f"shard {key} {shown(entry[key])} instead of {shown(value)}")
+    raw, samples, limit = entry["raw_data"], entry["samples"], entry["size_limit"]
+    _check_keys("raw_data", raw, ("basename", "bytes", "hashes"))
+    _check_keys("hashes", raw["hashes"], (HASH,))
+    name, size, sha256 = raw["basename"], raw["bytes"], raw["hashes"][HASH]
+    if not (isinstance(name, str) and _SHARD_NAME.fullmatch(name)):
+        raise ValueError(f"shard name {shown(name)}")
+    if not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
+        raise ValueError(f"{HASH} {shown(sha256)} of {name}")
+    if limit is not None and not (type(limit) is int and limit > 0):
+        raise ValueError(f"size_limit {shown(limit)} of {name}")
+    if not (type(samples) is int and samples > 0 and type(size) is int and size < _LARGEST_SHARD):
+        raise ValueError(f"{shown(samples)} samples in {shown(size)} bytes")
+    # Before the samples: their number, their places and the end of the last, and a header.
+    header = size - samples * meta.sample_bytes - 4 * (samples + 2)
+    if not 0 <= header <= _LARGEST_HEADER:
+        raise ValueError(f"{samples} samples of {meta.sample_bytes} bytes in {size} bytes")
+    return Shard(path / name, samples, size, sha256, meta.sample_bytes)

@@ -48,6 +48,8 @@ _COMMON: dict[str, Callable[[StoreMeta], Any]] = {
         for name in ("variant", "block_size", "patch_size", "latent_size", "vocab_size")
     },
     "tokenizer": attrgetter("tokenizer.sha256"),
+    "begin token": attrgetter("tokenizer.begin_id"),
+    "end token": attrgetter("tokenizer.end_id"),
     "autoencoder": lambda meta: meta.autoencoder and meta.autoencoder.sha256,
 }
 
@@ -82,10 +84,17 @@ class Store:
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)} in {self._source.path}")
         number, _ = self._samples.spanner[index]
+        shard = self._source.shards[number]
         if number not in self._checked:
-            self._source.shards[number].check()
+            shard.check()
             self._checked.add(number)
-        return {"index": index, **self._samples[index]}
+        try:
+            return {"index": index, **self._samples[index]}
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise DataError(
+                f"shard {shard.path}: block {index} cannot be read ({error}); copy or encode it "
+                "again"
+            ) from error
 
 
 def open_store(path: str | Path) -> Store:

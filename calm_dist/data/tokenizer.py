@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import base64
 import binascii
+import difflib
+import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calm_dist.errors import DataError
+from calm_dist.data.lost_text import LostText, SymbolCounter
+from calm_dist.errors import DataError, listed, shown
 from calm_dist.files import file_sha256, replace_text
 
 if TYPE_CHECKING:
@@ -57,6 +61,14 @@ _LLAMA3_SPECIAL = (
 )
 
 
+_NO_UNKNOWN_TOKEN = (
+    "cannot encode a text; where it lacks an unknown token, give one that has it, or a byte-level "
+    "tokenizer"
+)
+# More entries than any tokenizer has: the number of a token is damaged.
+_MOST_ENTRIES = 1 << 24
+
+
 class Tokenizer(ABC):
     """Text to token ids and back, with known begin, end and (where there is one) pad tokens.
 
@@ -64,21 +76,44 @@ class Tokenizer(ABC):
         path: the file that it was loaded from.
         fingerprint: sha256 of that file.
         vocab_size: largest id + 1, special tokens included.
-        begin_id, end_id: the tokens around a document.
+        begin_token, end_token: the tokens around a document; one may be both.
+        begin_id, end_id: their numbers.
         pad_id: the padding token, or None.
+        lost: counts what the texts that were encoded have lost.
     """
 
-    def __init__(self, path: Path, vocab_size: int, special: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        vocab_size: int,
+        special: Mapping[str, int],
+        entries: Mapping[str, int],
+        begin_token: str | None,
+        end_token: str | None,
+    ) -> None:
+        """``special``: tokens that text never turns into; ``entries``: all that may be named."""
+        if vocab_size > _MOST_ENTRIES:
+            raise DataError(
+                f"tokenizer {path}: its largest token has number {vocab_size - 1:,}; the file is "
+                "damaged"
+            )
         self.path = path
         self.fingerprint = file_sha256(path)
         self.vocab_size = vocab_size
-        self.begin_id = _required(path, "begin", _BEGIN_NAMES, special)
-        self.end_id = _required(path, "end", _END_NAMES, special)
+        self.begin_token = begin_token or _own(path, "begin", _BEGIN_NAMES, special, entries)
+        self.end_token = end_token or _own(path, "end", _END_NAMES, special, entries)
+        self.begin_id = _number(path, "begin", self.begin_token, special, entries)
+        self.end_id = _number(path, "end", self.end_token, special, entries)
         self.pad_id = next((special[name] for name in _PAD_NAMES if name in special), None)
+        self.lost = LostText()
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without begin and end tokens."""
+        """Token ids of each text, without begin and end tokens; `lost` counts what they lack.
+
+        Raises:
+            DataError: it has no token for some text, and none that stands for unknown text.
+        """
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -110,21 +145,56 @@ class Tokenizer(ABC):
             text = text.removeprefix(" ")
         return text
 
+    def describe_filling(self, patch_size: int) -> str | None:
+        """How patches are filled where one token both begins and ends documents, else None."""
+        if self.begin_id != self.end_id:
+            return None
+        return (
+            f"{shown(self.begin_token)} begins and ends documents: 1 to {patch_size} of it stand "
+            "between two documents, and before a prompt, so that it fills whole patches"
+        )
 
-def _required(path: Path, role: str, names: Sequence[str], special: Mapping[str, int]) -> int:
+
+def _own(
+    path: Path, role: str, names: Sequence[str], special: Mapping[str, int], entries: Iterable[str]
+) -> str:
+    """The special token that has the role in published tokenizers."""
     for name in names:
         if name in special:
-            return special[name]
+            return name
+    unmarked = [name for name in names if name in entries]
+    found = f"its special tokens are {listed(special)}" if special else "it has no special token"
+    if unmarked:
+        found += f", and {listed(unmarked)} is not marked as special"
     raise DataError(
-        f"tokenizer {path}: has no {role} token; documents are joined by one end token and begin "
-        f"tokens, so add one of {', '.join(names)} to its special tokens"
+        f"tokenizer {path}: has no {role} token, such as {', '.join(names)}; {found}. Documents "
+        f"are joined by one end token and begin tokens: name one with --{role}-token (in recipes "
+        f"data.{role}_token); one token may be both"
     )
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def _number(
+    path: Path, role: str, name: str, special: Mapping[str, int], entries: Mapping[str, int]
+) -> int:
+    if name in entries:
+        return entries[name]
+    likely = [entry for entry in entries if entry in special or entry.startswith(("<", "["))]
+    near = difflib.get_close_matches(name[:100], likely, n=3)
+    hint = f"did you mean {listed(near)}?" if near else f"its special tokens are {listed(special)}"
+    raise DataError(f"tokenizer {path}: has no token {shown(name)} to {role} documents; {hint}")
+
+
+def load_tokenizer(
+    path: str | Path, begin_token: str | None = None, end_token: str | None = None
+) -> Tokenizer:
     """Load a Hugging Face ``tokenizer.json`` or a tiktoken-style ``tokenizer.model``.
 
     A directory stands for the tokenizer file in it.
+
+    Args:
+        path: the file.
+        begin_token, end_token: names of the tokens around a document, marked as special or not;
+            where absent, the special tokens that have these roles in published tokenizers.
 
     Raises:
         DataError: the file is missing or damaged, of another kind, or lacks a begin or end token.
@@ -137,8 +207,23 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise DataError(f"tokenizer {path}: no such file; give a tokenizer.json (Hugging Face) or "
                         "a tokenizer.model (tiktoken ranks, as Llama 3)")  # fmt: skip
     if path.suffix == ".json":
-        return _HuggingFaceTokenizer(path)
-    return _TiktokenTokenizer(path)
+        return _HuggingFaceTokenizer(path, begin_token, end_token)
+    return _TiktokenTokenizer(path, begin_token, end_token)
+
+
+@contextmanager
+def _library_errors(path: Path, problem: str) -> Iterator[None]:
+    """Turn bare exceptions of tokenizers and tiktoken, and panics of Rust, into a DataError."""
+    try:
+        yield
+    except (DataError, MemoryError):
+        raise
+    except BaseException as error:
+        # pyo3 derives it from BaseException, and gives it no name that could be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = str(error)[:300]
+        raise DataError(f"tokenizer {path}: {problem} ({reason})") from error
 
 
 def train_tokenizer(
@@ -186,53 +271,92 @@ def train_tokenizer(
 
 
 class _HuggingFaceTokenizer(Tokenizer):
-    def __init__(self, path: Path) -> None:
-        self._tokenizer = _load_json(path)
-        # Neither a template with begin and end tokens nor limits of length apply to a corpus.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        added = self._tokenizer.get_added_tokens_decoder()
+    def __init__(self, path: Path, begin_token: str | None, end_token: str | None) -> None:
+        import tokenizers
+
+        with _library_errors(path, "is not a Hugging Face tokenizer.json"):
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            # Neither a template with begin and end tokens nor limits of length apply to a corpus.
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            self._tokenizer.encode_special_tokens = True
+            entries = self._tokenizer.get_vocab(with_added_tokens=True)
+            added = self._tokenizer.get_added_tokens_decoder()
         special = {token.content: i for i, token in added.items() if token.special}
-        super().__init__(path, 1 + max(vocabulary.values(), default=-1), special)
+        size = 1 + max(entries.values(), default=-1)
+        super().__init__(path, size, special, entries, begin_token, end_token)
+        with _library_errors(path, "cannot be used"):
+            # Where they are plain entries of the file: text must not turn into them.
+            self._tokenizer.add_special_tokens(
+                [
+                    tokenizers.AddedToken(name, special=True, normalized=False)
+                    for name in {self.begin_token, self.end_token} - special.keys()
+                ]
+            )
+            may_drop = SymbolCounter.needed(self._tokenizer)
+            self._symbols = SymbolCounter(self._tokenizer) if may_drop else None
+        unknown = _unknown_token(self._tokenizer)
+        self._unknown_id = None if unknown is None else entries.get(unknown)
+        self.lost = LostText(None if self._unknown_id is None else unknown, may_drop)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        batch = self._encode(texts)
+        own = {self.begin_id, self.end_id} - {self._unknown_id}
+        for text, ids in zip(texts, batch, strict=True):
+            self.lost.tokens += len(ids)
+            self.lost.special += sum(map(ids.count, own))
+            if self._unknown_id is not None:
+                self.lost.unknown += ids.count(self._unknown_id)
+            if self._symbols is not None:
+                self.lost.dropped += self._symbols.dropped(text, ids)
+        return batch
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        with _library_errors(self.path, _NO_UNKNOWN_TOKEN):
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        with _library_errors(self.path, "cannot decode"):
+            return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
-def _load_json(path: Path) -> tokenizers.Tokenizer:
-    import tokenizers
+def _unknown_token(tokenizer: tokenizers.Tokenizer) -> str | None:
+    """The name of the token for unknown text, which need not be among the model's entries."""
+    from tokenizers import models
 
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for a file it cannot read
-        raise DataError(f"tokenizer {path}: is not a Hugging Face tokenizer.json ({error})") from (
-            error
-        )
+    if not isinstance(tokenizer.model, models.Unigram):
+        return tokenizer.model.unk_token
+    # Only what it writes says so (tokenizers 0.22).
+    model = json.loads(tokenizer.model.__getstate__())
+    return None if model["unk_id"] is None else model["vocab"][model["unk_id"]][0]
 
 
 class _TiktokenTokenizer(Tokenizer):
     """Byte-pair ranks in base64, one a line, with Llama 3's pattern and special tokens."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, begin_token: str | None, end_token: str | None) -> None:
         ranks = _load_ranks(path)
         num_reserved = _LLAMA3_NUM_SPECIAL - len(_LLAMA3_SPECIAL)
         reserved = [f"<|reserved_special_token_{2 + i}|>" for i in range(num_reserved)]
         special = {name: len(ranks) + i for i, name in enumerate([*_LLAMA3_SPECIAL, *reserved])}
-        self._encoding = _tiktoken_encoding(path, ranks, special)
+        with _library_errors(path, "is not a file of tiktoken ranks"):
+            self._encoding = _tiktoken_encoding(path, ranks, special)
         self._num_text_ids = len(ranks)
-        super().__init__(path, len(ranks) + _LLAMA3_NUM_SPECIAL, special)
+        size = len(ranks) + _LLAMA3_NUM_SPECIAL
+        super().__init__(path, size, special, special, begin_token, end_token)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+        with _library_errors(self.path, "cannot encode a text"):
+            batch = self._encoding.encode_ordinary_batch(
+                list(texts), num_threads=os.cpu_count() or 1
+            )
+        self.lost.tokens += sum(map(len, batch))
+        return batch
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._encoding.decode([int(i) for i in ids if i < self._num_text_ids])
+        with _library_errors(self.path, "cannot decode"):
+            return self._encoding.decode([int(i) for i in ids if i < self._num_text_ids])
 
 
 def _load_ranks(path: Path) -> dict[bytes, int]:
@@ -248,6 +372,13 @@ def _load_ranks(path: Path) -> dict[bytes, int]:
             ) from error
     if sorted(ranks.values()) != list(range(len(ranks))) or not ranks:
         raise DataError(f"tokenizer {path}: its ranks are not 0 to n-1; the file is damaged")
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing or b"" in ranks:
+        # tiktoken would panic at the first text that needs one.
+        raise DataError(
+            f"tokenizer {path}: has no ranks for {len(missing)} of the 256 single bytes; the file "
+            "is cut or damaged"
+        )
     return ranks
 
 

@@ -222,6 +222,10 @@ def check_store(model: LoadedModel, meta: StoreMeta) -> None:
     facts: list[tuple[str, str | int | None, str | int | None]] = [
         ("tokenizer sha256", meta.tokenizer.sha256, model.tokenizer_sha256),
     ]
+    for role in ("begin_token", "end_token"):
+        # Earlier versions did not write their names.
+        if (stored_name := getattr(meta.tokenizer, role)) is not None:
+            facts.append((role, stored_name, getattr(model.recipe.data, role)))
     vocab_size = model.recipe.model.vocab_size
     assert vocab_size is not None
     if vocab_size < meta.vocab_size:

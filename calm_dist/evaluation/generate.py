@@ -12,7 +12,7 @@ import torch
 
 from calm_dist.data.progress import progress
 from calm_dist.data.store import read_meta
-from calm_dist.errors import CheckpointError, DataError, UserError
+from calm_dist.errors import CheckpointError, DataError, UserError, shown
 from calm_dist.evaluation.contexts import Contexts, window_steps
 from calm_dist.evaluation.decoding import LazyPatches
 from calm_dist.evaluation.load import LoadedModel, tokenizer_file
@@ -321,6 +321,26 @@ def check_tokenizer(model: LoadedModel, tokenizer: Tokenizer) -> None:
             f"tokenizer {tokenizer.path}: {tokenizer.vocab_size} entries, but {model.checkpoint} "
             f"has {vocab_size}; give the model's tokenizer with --tokenizer"
         )
+
+
+def token_names(
+    model: LoadedModel, begin_token: str | None = None, end_token: str | None = None
+) -> tuple[str | None, str | None]:
+    """Names of the begin and end tokens that a model was trained with, or those that are given
+    for one that does not say.
+
+    Raises:
+        CheckpointError: others are given.
+    """
+    data = model.recipe.data
+    for role, given in (("begin", begin_token), ("end", end_token)):
+        trained = getattr(data, f"{role}_token")
+        if given is not None and trained not in (None, given):
+            raise CheckpointError(
+                f"--{role}-token {shown(given)}: {model.checkpoint} was trained with "
+                f"{shown(trained)}; leave the option out"
+            )
+    return data.begin_token or begin_token, data.end_token or end_token
 
 
 def find_tokenizer(model: LoadedModel) -> Path:

@@ -240,7 +240,8 @@ def _tokenizer_of(model: LoadedModel) -> Tokenizer | None:
     if path is None or not Path(path).is_file():
         return None
     same = model.tokenizer_sha256 in (None, file_sha256(Path(path)))
-    return load_tokenizer(path) if same else None
+    data = model.recipe.data
+    return load_tokenizer(path, data.begin_token, data.end_token) if same else None
 
 
 def _token_ids(run_dir: Path | None, tokenizer: Tokenizer | None) -> TokenIds:
@@ -260,9 +261,10 @@ def _token_ids_of_autoencoder(directory: Path) -> TokenIds:
     if stated := stated_token_ids(directory):
         return stated
     recipe = directory / checkpoint.RECIPE_FILE
-    path = load_recipe(recipe).data.tokenizer if recipe.is_file() else None
-    usable = path is not None and Path(path).is_file()
-    return _token_ids(None, load_tokenizer(path) if usable and path else None)
+    data = load_recipe(recipe).data if recipe.is_file() else None
+    if data is None or data.tokenizer is None or not Path(data.tokenizer).is_file():
+        return {}
+    return _token_ids(None, load_tokenizer(data.tokenizer, data.begin_token, data.end_token))
 
 
 def _copied_name(tokenizer: Tokenizer | None) -> str:

@@ -9,13 +9,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from calm_dist.errors import RecipeError, UserError
+from calm_dist.errors import RecipeError, UserError, listed
+from calm_dist.files import read_bounded
 from calm_dist.flops import Counts, count
 from calm_dist.recipe import Recipe, load_recipe
 
 Record = Mapping[str, Any]
 
 CPU = "cpu"
+# Bytes. Millions of steps; a few lines.
+_LARGEST_METRICS, _LARGEST_ENVIRONMENT = 1 << 30, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -162,13 +165,13 @@ def _read_environment(path: Path) -> tuple[Record, str | None]:
     if not path.exists():
         return {}, None
     try:
-        environment = json.loads(path.read_bytes())
+        environment = json.loads(read_bounded(path, _LARGEST_ENVIRONMENT))
     except (ValueError, RecursionError):
         environment = None
     if not isinstance(environment, dict):
         return {}, "environment.json is damaged."
     kept = {name: value for name, value in environment.items() if _is_environment(name, value)}
-    wrong = ", ".join(name for name in environment if name not in kept)
+    wrong = listed(name for name in environment if name not in kept)
     return kept, f"environment.json: the value of {wrong} is damaged." if wrong else None
 
 
@@ -188,7 +191,7 @@ def _read_records(path: Path) -> tuple[list[Record], int]:
     """
     records: list[Record] = []
     damaged = 0
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    for line in read_bounded(path, _LARGEST_METRICS).splitlines() if path.exists() else ():
         try:
             found = json.loads(line)
         except (ValueError, RecursionError):
@@ -231,7 +234,8 @@ _NOT_NEGATIVE = (
     "tokens_per_second",
     "step_seconds",
 )
-_LISTS = ("brier", "brier_stderr", "kl_per_dim")
+_LISTS: dict[str, int | None] = {"brier": 4, "brier_stderr": 4, "kl_per_dim": None}
+"""Lists of numbers, and how many: one for each length of n-grams, or any number."""
 _PROTOCOL = {
     "block_size": int,
     "patch_size": int,
@@ -248,7 +252,9 @@ def _fits(name: str, value: Any) -> bool:
     if name in _NUMBERS:
         return _is_number(value) and _has_sign(name, value)
     if name in _LISTS:
-        return isinstance(value, list) and all(v is not None and _is_number(v) for v in value)
+        if not isinstance(value, list) or _LISTS[name] not in (None, len(value)):
+            return False
+        return all(v is not None and _is_number(v) for v in value)
     if name == "protocol":
         return isinstance(value, dict) and all(
             type(value.get(part)) is kind for part, kind in _PROTOCOL.items()

@@ -467,6 +467,12 @@ def open_held_out(recipe: Recipe, training: StoreMeta) -> Store | None:
             f"({meta.tokenizer.sha256[:12]}…) than the training data "
             f"({training.tokenizer.sha256[:12]}…); encode it again with the same"
         )
+    ends = [(info.begin_id, info.end_id) for info in (meta.tokenizer, training.tokenizer)]
+    if ends[0] != ends[1]:
+        raise DataError(
+            f"evaluation.data: {path} has the begin and end tokens {ends[0]}, the training data "
+            f"{ends[1]}; encode it again with the same --begin-token and --end-token"
+        )
     if meta.block_size % recipe.model.patch_size:
         raise DataError(
             f"evaluation.data: {path} has blocks of {meta.block_size} tokens, no multiple of "

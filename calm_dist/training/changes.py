@@ -57,14 +57,21 @@ def check_changes(run_dir: Path, recipe: Recipe) -> None:
         changed = {n: text for n, text in changed.items() if n.startswith("model.")}
         changed = {n: text for n, text in changed.items() if n not in _FREE_AFTER_IMPORT}
     refused = [text for n, text in changed.items() if n.startswith("model.") or n in _FIXED]
+    refused += _other_ends(saved, changed)
     if refused:
         raise CheckpointError(
-            f"{run_dir}: its checkpoints were written for another model or noise "
+            f"{run_dir}: its checkpoints were written for another model, noise or tokens "
             f"({', '.join(refused)}); use the recipe that lies in them, or another run.dir"
         )
     if changed:
         print(f"changed since {directory.name}: {', '.join(changed.values())}", flush=True)
     _say_rates(RunState.read(directory).step, saved, recipe)
+
+
+def _other_ends(saved: Recipe, changed: dict[str, str]) -> list[str]:
+    """Begin and end tokens that differ; checkpoints of earlier versions do not name them."""
+    named = {f"data.{name}": getattr(saved.data, name) for name in ("begin_token", "end_token")}
+    return [text for n, text in changed.items() if named.get(n) is not None]
 
 
 def _say_rates(step: int, saved: Recipe, recipe: Recipe) -> None:
@@ -108,6 +115,7 @@ def _check_source(path: str, recipe: Recipe) -> None:
             and not field.startswith("model.autoencoder_size.")
         )
     ]
+    refused += _other_ends(saved, _changed(saved, recipe))
     if refused:
         raise CheckpointError(
             f"{name}: {directory} is of another model ({', '.join(refused)}); use the fields of "

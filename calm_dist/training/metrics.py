@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from calm_dist.data.progress import Meter, duration
-from calm_dist.files import finite, replace_text
+from calm_dist.files import finite, read_bounded, replace_text
 from calm_dist.redact import redact_arguments, redact_values
 from calm_dist.training.wandb_id import wandb_id
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from calm_dist.recipe import Recipe
 
 METRICS_FILE = "metrics.jsonl"
+LARGEST_METRICS = 1 << 30
+"""Bytes of it; millions of steps have fewer."""
 
 _STEPS_TIMED = 100
 """The time left is estimated from so many of the last steps, evaluations and checkpoints between
@@ -192,7 +194,7 @@ def read_records(run_dir: str | Path) -> list[Record]:
     left out."""
     path = Path(run_dir) / METRICS_FILE
     records = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    for line in read_bounded(path, LARGEST_METRICS).splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):

@@ -7,7 +7,8 @@ from pathlib import Path
 from calm_dist.data.download import Downloads
 from calm_dist.data.latents import check_tokenizer
 from calm_dist.data.store import StoreMeta, read_meta
-from calm_dist.errors import CheckpointError, RecipeError
+from calm_dist.data.tokenizer import load_tokenizer
+from calm_dist.errors import CheckpointError, RecipeError, shown
 from calm_dist.files import file_sha256
 from calm_dist.interop.layout import CONFIG_FILE, read_config, weights_file
 from calm_dist.recipe import AutoencoderSize, Recipe
@@ -40,6 +41,7 @@ def resolve(recipe: Recipe, *, missing_stores: bool = False) -> Recipe:
             continue
         meta = read_meta(source.path, Downloads.of(recipe.data))
         recipe = recipe.with_store(meta.to_dict())
+        _check_token_names(recipe, source.path, meta)
         _check_autoencoder(recipe, meta)
     return with_autoencoder_shape(recipe)
 
@@ -77,6 +79,29 @@ def encoder_sha256(recipe: Recipe) -> str | None:
     if model.kind != "calm" or recipe.data.latents != "on_the_fly" or model.autoencoder is None:
         return None
     return file_sha256(weights_file(autoencoder_directory(model.autoencoder)))
+
+
+def _check_token_names(recipe: Recipe, path: str, meta: StoreMeta) -> None:
+    """Tokens that the recipe names are those of a store that does not name them itself, as those
+    of earlier versions."""
+    for role in ("begin", "end"):
+        name = getattr(recipe.data, f"{role}_token")
+        if name is None or getattr(meta.tokenizer, f"{role}_token") is not None:
+            continue
+        file = Path(path) / meta.tokenizer.file
+        if not file.is_file():
+            raise RecipeError(
+                f"data.{role}_token: {shown(name)}, but {path} does not say whether it was made "
+                "with it; leave the field out, or encode the corpus again"
+            )
+        names = (recipe.data.begin_token, recipe.data.end_token)
+        number = getattr(load_tokenizer(file, *names), f"{role}_id")
+        stored = getattr(meta.tokenizer, f"{role}_id")
+        if number != stored:
+            raise RecipeError(
+                f"data.{role}_token: {shown(name)} is token {number}, but {path} was made with "
+                f"token {stored}; leave the field out, or encode the corpus again"
+            )
 
 
 def _check_autoencoder(recipe: Recipe, meta: StoreMeta) -> None:

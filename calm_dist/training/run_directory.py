@@ -19,6 +19,8 @@ from calm_dist.training.lease import HeldError, Lease, is_leased
 
 LOCK_FILE = ".lock"
 ENVIRONMENT_FILE = "environment.json"
+LARGEST_ENVIRONMENT = 1 << 20
+"""Bytes of it."""
 ENDED = "ended"
 """Key of environment.json, absent while a start is at work and where it was killed."""
 
@@ -153,9 +155,9 @@ def end_recorded(run_dir: Path, began: Callable[[], bool] = lambda: True) -> Ite
         raise
     finally:
         # A full disk must not hide why the run ended; what is there may be damaged.
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
             if began():
-                environment = json.loads((run_dir / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+                environment = json.loads((run_dir / ENVIRONMENT_FILE).read_bytes())
                 at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
                 ended = {"how": how, "time": at, "reason": reason}
                 write_environment(run_dir, {**environment, ENDED: ended})

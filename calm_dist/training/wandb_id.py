@@ -4,13 +4,15 @@ directory that it was copied from."""
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from pathlib import Path
 from typing import Any
 
-from calm_dist.files import replace_text
+from calm_dist.files import read_bounded, replace_text
 
 ID_FILE = "wandb_id"
+_LARGEST_FILE = 10_000
 
 
 def wandb_id(run_dir: Path) -> str:
@@ -53,8 +55,8 @@ def _read(file: Path) -> tuple[str, dict[str, Any] | None]:
     Raises:
         ValueError: the file holds no id.
     """
-    name, *rest = file.read_text(encoding="utf-8").split("\n", 1)
-    if not name.strip():
+    name, *rest = read_bounded(file, _LARGEST_FILE).decode().split("\n", 1)
+    if not re.fullmatch(r"[0-9a-zA-Z_-]+", name.strip()):
         raise ValueError(f"{file}: holds no id")
     try:
         place = json.loads(rest[0])

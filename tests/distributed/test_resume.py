@@ -108,7 +108,7 @@ def test_finished_run_is_left_alone_and_another_model_is_refused(
         process = launch(1, [*same, change])
         output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
         assert process.returncode != 0
-        assert "written for another model or noise" in output
+        assert "written for another model, noise or tokens" in output
         assert change.split("=")[0].removesuffix(".num_mlp_layers") in output
         assert training_records(run_dir) == before
 

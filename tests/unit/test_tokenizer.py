@@ -165,5 +165,7 @@ def test_tokenizer_without_begin_token_tells_what_to_add(
 ) -> None:
     other = tmp_path / "other.json"
     other.write_text(trained.path.read_text().replace("<|begin|>", "<|start|>"))
-    with pytest.raises(DataError, match=r"has no begin token.*add one of <\|begin\|>"):
+    with pytest.raises(
+        DataError, match=r"has no begin token.*special tokens are <\|start\|>.*--begin-token"
+    ):
         load_tokenizer(other)

@@ -151,7 +151,7 @@ def run_process(*command: str | Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def unbroken(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of one process that trained without a stop."""
-    run_dir = tmp_path_factory.mktemp("unbroken")
+    run_dir = tmp_path_factory.mktemp("unbroken") / "exp #3 'a' \"b\" $HOME [x]"
     done = run_process(TOOL, recipe_file, f"run.dir={run_dir}")
     assert done.returncode == 0, done.stderr
     return run_dir

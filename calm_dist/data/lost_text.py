@@ -1,0 +1,97 @@
+"""What a tokenizer loses of a text: characters that it knows no token for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from calm_dist.errors import shown
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+@dataclass
+class LostText:
+    """Counts over all texts that a tokenizer has encoded."""
+
+    unknown_token: str | None = None
+    """What stands for text without a token of its own, where there is such a token."""
+    may_drop: bool = False
+    """Whether text without a token can vanish without a trace in the tokens."""
+    tokens: int = 0
+    unknown: int = 0
+    """Tokens that are the unknown token."""
+    dropped: int = 0
+    """Characters (of byte-level tokenizers: bytes) that gave no token."""
+    special: int = 0
+    """Begin and end tokens that came out of the text itself."""
+
+    def report(self) -> str | None:
+        """A line on what was lost; None for a tokenizer that cannot lose anything, and did not."""
+        parts = []
+        if self.unknown_token is not None:
+            share = self.unknown / max(1, self.tokens)
+            parts.append(
+                f"{self.unknown:,} of {self.tokens:,} tokens ({share:.2%}) are the unknown token "
+                f"{shown(self.unknown_token)}"
+            )
+        if self.may_drop:
+            parts.append(
+                f"{self.dropped:,} characters were dropped, for which it has neither a token nor "
+                "an unknown token"
+            )
+        if self.special:
+            parts.append(f"{self.special:,} words of the text are its begin or end token")
+        return "; ".join(parts) or None
+
+
+class SymbolCounter:
+    """Counts the characters that a BPE without an unknown token passes over in silence.
+
+    Its tokens are made of the characters that it knows, so what their lengths lack of the text's,
+    after normalizer and pre-tokenizer, was dropped.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._lengths = {i: self._length(token) for token, i in tokenizer.get_vocab().items()}
+
+    @staticmethod
+    def needed(tokenizer: tokenizers.Tokenizer) -> bool:
+        """Whether this tokenizer can drop characters at all."""
+        from tokenizers import models, pre_tokenizers
+
+        model = tokenizer.model
+        if not isinstance(model, models.BPE) or model.unk_token is not None:
+            return False
+        if model.byte_fallback and all(
+            model.token_to_id(f"<0x{byte:02X}>") is not None for byte in range(256)
+        ):
+            return False
+        steps = [tokenizer.normalizer, tokenizer.pre_tokenizer]
+        byte_level = any(step is not None and b"ByteLevel" in step.__getstate__() for step in steps)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        return not (byte_level and all(model.token_to_id(c) is not None for c in alphabet))
+
+    def dropped(self, text: str, ids: Sequence[int]) -> int:
+        """Characters of ``text`` that are in none of its tokens ``ids``."""
+        normalizer, splitter = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
+        if normalizer is not None:
+            text = normalizer.normalize_str(text)
+        size = len(text)
+        if splitter is not None:
+            size = sum(len(piece) for piece, _ in splitter.pre_tokenize_str(text))
+        return max(0, size - sum(map(self._lengths.__getitem__, ids)))
+
+    def _length(self, token: str) -> int:
+        model = self._tokenizer.model
+        if model.byte_fallback and len(token) == 6 and token.startswith("<0x"):
+            try:
+                # Of the bytes of a character, the first counts.
+                return int(not 0x80 <= int(token[3:5], 16) < 0xC0)
+            except ValueError:
+                pass
+        prefix, suffix = model.continuing_subword_prefix, model.end_of_word_suffix
+        return len(token.removeprefix(prefix or "").removesuffix(suffix or ""))
