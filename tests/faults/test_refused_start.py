@@ -63,7 +63,7 @@ def stopped(
     [
         (["training.steps=9", "training.global_batch_size=4"], "data position is for global_batch"),
         (["training.steps=9", "data.seed=7"], "its data position is for"),
-        (["training.steps=9", "run.seed=7"], "written for another model or noise"),
+        (["training.steps=9", "run.seed=7"], "written for another model, noise or tokens"),
         (["training.steps=9", "data.path={tmp}/elsewhere"], "its data position is for"),
         (["training.steps=9", "data.path={tmp}/damaged"], "shard"),
     ],
