@@ -22,6 +22,8 @@ class Fact:
     label: str
     value: str
     addition: str = ""
+    details: tuple[str, ...] = ()
+    """Further lines below the number."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ def _score(entry: Record) -> Fact:
     if entry["brierlm"] is None:
         return Fact(label, MISSING, "no score" if entry["evaluation"] else "not evaluated")
     value, _, error = brierlm_text(entry).partition(" ")
-    others = ", ".join(f"Brier-{n} {brier_text(entry, n)}" for n in (1, 2))
-    return Fact(label, value, f"{error or 'no standard error'}; {others} (x100)")
+    details = tuple(f"Brier-{n} {brier_text(entry, n)}" for n in (1, 2))
+    return Fact(label, value, error or "no standard error", details)
 
 
 def _times(value: float | None) -> str:

@@ -17,7 +17,10 @@ def render_markdown(content: Content, *, images: bool = True) -> str:
     """
     lines = [f"# {_plain(content.title)}", "", _plain(content.lead), ""]
     lines += [
-        f"- {_plain(fact.label)}: **{_plain(fact.value)}** {_plain(fact.addition)}".rstrip()
+        (
+            f"- {_plain(fact.label)}: **{_plain(fact.value)}** "
+            + _plain("; ".join(filter(None, (fact.addition, *fact.details))))
+        ).rstrip()
         for fact in content.facts
     ]
     if content.notes:

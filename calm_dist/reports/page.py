@@ -36,6 +36,7 @@ def _facts(facts: tuple[Fact, ...]) -> str:
     cells = "".join(
         f"<div><dt>{escape(fact.label)}</dt><dd>{escape(fact.value)}"
         + (f" <small>{escape(fact.addition)}</small>" if fact.addition else "")
+        + "".join(f' <small class="line">{escape(line)}</small>' for line in fact.details)
         + "</dd></div>"
         for fact in facts
     )

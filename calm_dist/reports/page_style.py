@@ -38,6 +38,7 @@ p { max-width: 46rem; margin: .5rem 0; }
 .facts dt { color: var(--muted); font-size: .9rem; }
 .facts dd { margin: 0; font-size: 1.6rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 .facts dd small { font-size: .9rem; font-weight: 400; color: var(--muted); white-space: nowrap; }
+.facts dd .line { display: block; }
 .notes { border-left: 3px solid var(--series-2); padding: .1rem 1rem; margin: 1.5rem 0; }
 .notes ul { margin: .4rem 0; padding-left: 1.1rem; max-width: 46rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
