@@ -9,6 +9,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from calm_dist.errors import DataError
 from calm_dist.files import read_bounded, replace_text
 
 ID_FILE = "wandb_id"
@@ -27,7 +28,7 @@ def wandb_id(run_dir: Path) -> str:
     place = _place(run_dir)
     try:
         name, before = _read(file)
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError, DataError):
         name, before = _draw(), place
     if before is not None and _is_copy(place, before, name):
         old, name = name, _draw()
@@ -74,6 +75,6 @@ def _is_copy(place: dict[str, Any], before: dict[str, Any], name: str) -> bool:
         original = Path(before["path"])
         if _read(original / ID_FILE)[0] == name:
             return not original.samefile(place["path"])
-    except (OSError, ValueError):
+    except (OSError, ValueError, DataError):
         pass
     return bool(place["device"] == before["device"] and place["inode"] != before["inode"])

@@ -31,9 +31,10 @@ from calm_dist.recipe import LARGEST_FILE, load_recipe
 from calm_dist.reports.report import report_runs
 from calm_dist.reports.runs import read_run
 from calm_dist.run_list import DAMAGED, list_runs, table
-from calm_dist.training.metrics import _wandb_id, read_records
+from calm_dist.training.metrics import read_records
 from calm_dist.training.resolve import resolve
 from calm_dist.training.run_directory import FAILED, end_recorded
+from calm_dist.training.wandb_id import wandb_id
 
 ROOT = Path(__file__).parents[2]
 TRANSFORMER = ROOT / "recipes" / "transformer_tiny.yaml"
@@ -343,5 +344,5 @@ def test_a_damaged_wandb_id_is_replaced(tmp_path: Path) -> None:
     file = tmp_path / "wandb_id"
     for text in (b"\xff\xfe", b"", b"a b\n", b"x" * 2000):
         file.write_bytes(text)
-        new = _wandb_id(file)
-        assert len(new) == 8 and _wandb_id(file) == new
+        new = wandb_id(tmp_path)
+        assert len(new) == 8 and wandb_id(tmp_path) == new
