@@ -30,7 +30,8 @@ class DataError(UserError):
 
 
 class UnreachableError(DataError):
-    """An object store did not answer for longer than downloads are tried again.
+    """Data could not be read for a reason that may pass: an object store did not answer for longer
+    than downloads are tried again, or a reader process was killed.
 
     The only `UserError` that may be gone when the same command is started again: its exit code is
     one that schedulers act on.

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from calm_dist.data.download import DEFAULT, Downloads
 from calm_dist.data.guard import GuardedDataset, Source, open_source
 from calm_dist.data.layout import is_remote
+from calm_dist.data.readers import PREFETCHED, batches_of, check_room, hand_over, poll_seconds
 from calm_dist.data.remote import fetch_description
 from calm_dist.data.shared_names import RunNumber
 from calm_dist.data.store import StoreMeta
@@ -120,7 +121,9 @@ class TrainingStream:
         loader: DataLoader,
         metas: Sequence[StoreMeta],
         identity: dict[str, Any],
+        timeout_seconds: float,
     ) -> None:
+        self._timeout_seconds = timeout_seconds
         self._dataset, self._loader = dataset, loader
         self._identity = identity
         self._step = 0
@@ -147,7 +150,7 @@ class TrainingStream:
 
     def _epoch(self) -> Iterator[Batch]:
         try:
-            yield from self._loader
+            yield from batches_of(self._loader, self._timeout_seconds)
         except DataError as error:
             # From a worker process the message comes wrapped in that process's traceback.
             message = str(error).rstrip().rpartition(f"{type(error).__name__}: ")[2]
@@ -232,8 +235,12 @@ def open_training_stream(
 
     def fetch() -> None:
         if world.is_local_leader:
+            metas = []
             for path in given:
-                open_source(path, fetch_description(path, cache_dir, True, downloads)).check()
+                source = open_source(path, fetch_description(path, cache_dir, True, downloads))
+                source.check()
+                metas.append(source.meta)
+            check_room(metas, batch_size, num_workers, world.ranks_per_node)
 
     def read() -> list[Source]:
         sources = [open_source(path, fetch_description(path, cache_dir)) for path in given]
@@ -265,7 +272,8 @@ def open_training_stream(
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=_collate,
-        timeout=timeout_seconds if num_workers else 0,
+        timeout=poll_seconds(timeout_seconds) if num_workers else 0,
+        prefetch_factor=PREFETCHED if num_workers else None,
         persistent_workers=num_workers > 0,
     )
     identity = {
@@ -274,7 +282,8 @@ def open_training_stream(
         "global_batch_size": global_batch_size,
         "seed": seed,
     }
-    return TrainingStream(dataset, loader, [source.meta for source in sources], identity)
+    metas = [source.meta for source in sources]
+    return TrainingStream(dataset, loader, metas, identity, timeout_seconds)
 
 
 def _collate(samples: list[dict[str, Any]]) -> Batch:
@@ -288,7 +297,7 @@ def _collate(samples: list[dict[str, Any]]) -> Batch:
             stacked = np.stack([sample[name] for sample in samples])
             # By torch, which takes half as long as numpy from fp16.
             batch[name] = torch.from_numpy(stacked).to(dtype)
-    return batch
+    return hand_over(batch)
 
 
 def _check_world(world: World, replication: int) -> None:

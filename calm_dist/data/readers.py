@@ -1,0 +1,177 @@
+"""Reader processes: the room that their batches need, and how the end of one is noticed.
+
+What is private in torch's DataLoader (2.13) is used here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, get_worker_info
+
+from calm_dist.data.download import busy
+from calm_dist.data.store import StoreMeta
+from calm_dist.errors import DataError, UnreachableError
+
+SHARED_MEMORY = Path("/dev/shm")
+PREFETCHED = 2
+"""Batches that each reader process has ready; torch's default."""
+_REMEDY = (
+    "enlarge it (docker run --shm-size=…, or mount -o remount,size=… /dev/shm), use fewer "
+    "data.num_workers, or data.num_workers=0, which reads in the training process"
+)
+_POLL_SECONDS = 2.0
+_TIMED_OUT = "timed out after"
+
+
+def batch_bytes(meta: StoreMeta, batch_size: int) -> int:
+    """Bytes of one batch as readers hand it over: int64 tokens, fp32 latents."""
+    latents = 2 * 4 * meta.num_patches * meta.latent_size if meta.latent_size else 0
+    return batch_size * (8 + 8 * meta.block_size + latents)
+
+
+def check_room(
+    metas: Sequence[StoreMeta], batch_size: int, num_workers: int, num_ranks: int
+) -> None:
+    """Raises DataError where what the processes of a node share does not fit into its memory: the
+    batches that readers have ready, and the order of an epoch, which Streaming puts there.
+
+    Args:
+        metas: of the stores, whose blocks have one size.
+        batch_size: of a rank.
+        num_workers: reader processes of a rank.
+        num_ranks: on this node.
+    """
+    batches = PREFETCHED * num_workers * num_ranks
+    needed = 8 * sum(meta.num_blocks for meta in metas)
+    if metas:
+        needed += batches * batch_bytes(metas[0], batch_size)
+    if (free := _free_bytes()) is None or free >= needed:
+        return
+    raise DataError(
+        f"data.num_workers={num_workers}: the {batches} batches that readers have ready on this "
+        f"node, and the order of an epoch, need {needed / 1e6:,.1f} MB in {SHARED_MEMORY}, which "
+        f"has {free / 1e6:,.1f} MB free; {_REMEDY}"
+    )
+
+
+def _free_bytes() -> int | None:
+    try:
+        room = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return None
+    return room.f_bavail * room.f_frsize
+
+
+def hand_over(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Put a batch of a reader process where the training process sees it.
+
+    Otherwise torch does so in a thread of the reader, where a failure loses the batch and nobody
+    hears of it; or the kernel ends the reader (SIGBUS).
+
+    Raises:
+        DataError: there is no room.
+    """
+    if get_worker_info() is None:
+        return batch
+    needed = sum(tensor.nbytes for tensor in batch.values())
+    free = _free_bytes()
+    try:
+        if free is not None and free < needed:
+            raise RuntimeError(f"{free / 1e6:,.1f} MB are free")
+        return {name: tensor.share_memory_() for name, tensor in batch.items()}
+    except RuntimeError as error:
+        raise DataError(
+            f"{SHARED_MEMORY}: no room for a batch of {needed / 1e6:,.1f} MB ({error}); {_REMEDY}"
+        ) from error
+
+
+def poll_seconds(timeout_seconds: float) -> float:
+    """For the DataLoader: how long it waits before it looks whether its processes live."""
+    return min(_POLL_SECONDS, timeout_seconds)
+
+
+def batches_of(loader: DataLoader, timeout_seconds: float) -> Iterator[dict[str, torch.Tensor]]:
+    """The batches of a loader; its end, or that of a reader process, is noticed within seconds.
+
+    Args:
+        loader: with ``timeout=poll_seconds(…)`` where it has processes.
+        timeout_seconds: how long they may take for a batch, while no download is under way.
+
+    Raises:
+        UnreachableError: a reader process was killed, as by the system when memory is short.
+        DataError: one died for want of shared memory, or gave nothing in time.
+    """
+    iterator = _iterator(loader)
+    while True:
+        waiting_since = time.monotonic()
+        while True:
+            try:
+                batch = next(iterator)
+                break
+            except StopIteration:
+                return
+            except (RuntimeError, OSError, EOFError) as error:
+                _check_readers(iterator, error)
+                if _TIMED_OUT not in str(error):
+                    raise
+                if busy.until() > time.monotonic():
+                    waiting_since = time.monotonic()
+                if time.monotonic() - waiting_since >= timeout_seconds:
+                    raise DataError(
+                        f"data store: a reader process gave nothing in {timeout_seconds:.0f} s; "
+                        "data.num_workers=0 reads in the training process"
+                    ) from error
+        yield batch
+
+
+def _iterator(loader: DataLoader) -> Any:
+    """torch's iterator, without its handler of SIGCHLD, which raises for a dead reader in whatever
+    the main thread is doing."""
+    if threading.current_thread() is not threading.main_thread():
+        return _start(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        return _start(loader)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def _start(loader: DataLoader) -> Any:
+    try:
+        return iter(loader)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise DataError(
+            f"{SHARED_MEMORY}: no room for the queues of reader processes ({error.strerror}); "
+            f"{_REMEDY}"
+        ) from error
+
+
+def _check_readers(iterator: Any, error: Exception) -> None:
+    """Raises where a reader process is dead."""
+    for worker in getattr(iterator, "_workers", ()):
+        if not isinstance(error, RuntimeError):
+            # Its connection may break a moment before its end is known.
+            worker.join(0.5)
+        if worker.exitcode in (None, 0):
+            continue
+        how = f"code {worker.exitcode}"
+        if worker.exitcode < 0:
+            how = signal.Signals(-worker.exitcode).name
+        said = f"data store: a reader process died (process {worker.pid}, {how})"
+        if worker.exitcode == -signal.SIGBUS:
+            raise DataError(f"{said}: {SHARED_MEMORY} is full; {_REMEDY}") from error
+        raise UnreachableError(
+            f"{said}; it may have been killed for memory: use fewer data.num_workers, or 0, which "
+            "reads in the training process; start the same command again to go on"
+        ) from error
