@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 
+from calm_dist import flops
 from calm_dist.errors import CheckpointError
 from calm_dist.evaluation.decoding import GreedyDecoder
 from calm_dist.files import file_sha256
@@ -154,6 +156,7 @@ def load_model(
             f"{directory}: is an autoencoder; give the checkpoint of a CALM or a Transformer"
         )
     recipe = single_process_recipe(recipe)
+    _check_size(recipe, directory)
     state = RunState.read(directory)
     topology = single_process_topology(recipe, torch.device(device))
     decoder, decoder_sha256 = None, None
@@ -196,6 +199,7 @@ def load_released(
             tokenizer=str(tokenizer) if tokenizer else None,
         )
     )
+    released.check_size(recipe)
     topology = single_process_topology(recipe, torch.device(device))
     if given is None:
         decoder, decoder_sha256 = released.autoencoder_inside().to(topology.device), None
@@ -261,13 +265,31 @@ def _with_files_found(recipe: Recipe, directory: Path) -> Recipe:
     run_dir = checkpoint.run_directory(directory)
     for section, field in (("model", "autoencoder"), ("data", "tokenizer")):
         named = values[section].get(field)
-        if named is None or Path(named).exists():
+        # Not Path.exists, which raises for names that no file can have.
+        if named is None or os.path.exists(named):
             continue
         places = [directory, run_dir] if run_dir else [directory]
         near = (place / Path(named).name for place in places)
-        if (found := next(filter(Path.exists, near), None)) is not None:
+        if (found := next(filter(os.path.exists, near), None)) is not None:
             values[section][field] = str(found)
     return Recipe.from_dict(values)
+
+
+def _check_size(recipe: Recipe, directory: Path) -> None:
+    """Look at the size of the files before memory is taken for the model.
+
+    Raises:
+        CheckpointError: the recipe asks for far more than they have.
+    """
+    asked = flops.count(recipe, tokens=0).parameters
+    files = (directory / checkpoint.TENSORS).rglob("*")
+    held = sum(file.stat().st_size for file in files if file.is_file())
+    # In fp32 there are four bytes for each.
+    if 2 * asked > held:
+        raise CheckpointError(
+            f"{directory / checkpoint.RECIPE_FILE}: asks for {asked:.4g} parameters, the tensors "
+            f"beside it have only {held:.4g} bytes"
+        )
 
 
 def _load_autoencoder(

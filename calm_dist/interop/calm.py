@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from calm_dist import flops
 from calm_dist.errors import CheckpointError, RecipeError
 from calm_dist.interop.autoencoder import (
     build_autoencoder,
@@ -63,6 +64,21 @@ class ReleasedCalm:
             of_body[rule.ours].copy_(rule.join([tensors.values[name] for name in rule.released]))
         for name, parameter in of_head.items():
             parameter.copy_(tensors.values[prefixes[0] + name])
+
+    def check_size(self, recipe: Recipe) -> None:
+        """Look at the number of parameters before memory is taken for them.
+
+        Raises:
+            CheckpointError: the recipe, made of ``config.json``, asks for far more than the
+                weights have.
+        """
+        asked = flops.count(recipe, tokens=0).parameters
+        held = sum(tensor.numel() for tensor in self.tensors.values.values())
+        if asked > 2 * held:
+            raise CheckpointError(
+                f"{self.directory / CONFIG_FILE}: asks for {asked:.4g} parameters, the weights "
+                f"have only {held:.4g}"
+            )
 
     def autoencoder_directory(self) -> Path | None:
         """Where ``ae_path`` leads: as given, beside the weights, or beside their directory."""

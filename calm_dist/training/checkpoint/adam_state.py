@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -41,15 +41,31 @@ def load_adam(optimizer: torch.optim.AdamW, model: nn.Module, directory: Path, s
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
         tensors = load_file(path)
-        state = {
-            number: {
-                # One tensor each: a shared one would be counted up once per parameter.
-                "step": torch.tensor(float(steps)),
-                **{moment: tensors[f"{moment}.{names[p]}"] for moment in _MOMENTS},
-            }
-            for number, p in enumerate(order)
-        }
-    except (OSError, SafetensorError, KeyError) as error:
+    except Exception as error:  # whatever its bytes lead to
         raise CheckpointError(f"{path}: does not hold this optimizer's state ({error})") from error
+    for moment in _MOMENTS:
+        for parameter in order:
+            _check(path, f"{moment}.{names[parameter]}", parameter, tensors)
+    state = {
+        number: {
+            # One tensor each: a shared one would be counted up once per parameter.
+            "step": torch.tensor(float(steps)),
+            **{moment: tensors[f"{moment}.{names[p]}"] for moment in _MOMENTS},
+        }
+        for number, p in enumerate(order)
+    }
     # It also moves the tensors to where each parameter lies.
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _check(
+    path: Path, name: str, parameter: nn.Parameter, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    tensor = tensors.get(name)
+    if tensor is None:
+        raise CheckpointError(f"{path}: does not hold this optimizer's state (it has no {name})")
+    if tensor.shape != parameter.shape or tensor.dtype != parameter.dtype:
+        raise CheckpointError(
+            f"{path}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, its parameter is "
+            f"{parameter.dtype} of {tuple(parameter.shape)}"
+        )

@@ -116,7 +116,8 @@ def verify_description(directory: Path) -> None:
 
 
 def _verify_file(file: Path, expected: dict[str, int | str], read: bool) -> None:
-    if not file.is_file():
+    # Not Path.is_file, which raises for names that no file can have.
+    if not os.path.isfile(file):
         raise CheckpointError(f"{file}: missing, although the manifest lists it")
     size = file.stat().st_size
     if size != expected.get("bytes"):
