@@ -97,7 +97,7 @@ def test_matrices_that_were_trained_apart_are_refused(exported: Path, tmp_path: 
     save_file(tensors, exported / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
         import_checkpoint(exported, tmp_path / "again")
-    for part in (EMBEDDING, OUTPUT, f"{largest:.3g}", "trained with two matrices"):
+    for part in (EMBEDDING, OUTPUT, f"{largest:.3g}"):
         assert part in str(caught.value), caught.value
     assert "damaged" not in str(caught.value)
     assert not (tmp_path / "again").exists()

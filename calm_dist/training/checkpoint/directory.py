@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from calm_dist.errors import CheckpointError, DataError, UserError
+from calm_dist.errors import CheckpointError, DataError, UserError, shown
 from calm_dist.files import file_sha256
 from calm_dist.recipe import load_recipe
 from calm_dist.training.checkpoint.run_state import STATE_FILE, RunState
@@ -121,9 +121,11 @@ def _verify_file(file: Path, expected: dict[str, int | str], read: bool) -> None
         raise CheckpointError(f"{file}: missing, although the manifest lists it")
     size = file.stat().st_size
     if size != expected.get("bytes"):
-        raise CheckpointError(f"{file}: has {size} bytes, the manifest says {expected}")
+        raise CheckpointError(f"{file}: has {size} bytes, the manifest says {shown(expected)}")
     if read and (sha256 := _hash(file)) != expected.get("sha256"):
-        raise CheckpointError(f"{file}: damaged; sha256 {sha256}, the manifest says {expected}")
+        raise CheckpointError(
+            f"{file}: damaged; sha256 {sha256}, the manifest says {shown(expected)}"
+        )
 
 
 def _read_manifest(directory: Path) -> Described:
@@ -137,7 +139,9 @@ def _read_manifest(directory: Path) -> Described:
     for name, expected in manifest.items():
         inside = not Path(name).is_absolute() and ".." not in Path(name).parts
         if not inside or not isinstance(expected, dict):
-            raise CheckpointError(f"{path}: damaged; it has no place for {name!r}: {expected!r}")
+            raise CheckpointError(
+                f"{path}: damaged; it has no place for {shown(name)}: {shown(expected)}"
+            )
     return manifest
 
 
