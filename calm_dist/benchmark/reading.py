@@ -28,7 +28,7 @@ def data_pairs(device: torch.device) -> Iterator[Pair]:
 
     The last of the sizes is what the training step of the same name consumes.
     """
-    from streaming import StreamingDataset
+    from calm_dist.compat.streaming import StreamingDataset
 
     (step,) = step_pairs(device)
     consumed = step.work / median_seconds(step.ours, 3, device)

@@ -24,7 +24,7 @@ from calm_dist.recipe_sections import Data
 from calm_dist.redact import MASK, redact
 
 if TYPE_CHECKING:
-    from streaming.base.storage import CloudDownloader
+    from calm_dist.compat.streaming import CloudDownloader
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
 _CHUNK_BYTES = 64 << 10
@@ -292,13 +292,13 @@ def check_address(path: str) -> None:
 
 def downloader_for(remote: str) -> CloudDownloader:
     """What downloads from a URL: Streaming's client, for S3 with attempts of our own."""
-    from streaming.base.storage import CloudDownloader
+    from calm_dist.compat.streaming import CloudDownloader
 
     return _s3_downloader() if remote.startswith("s3://") else CloudDownloader.get(remote)
 
 
 def _s3_downloader() -> CloudDownloader:
-    from streaming.base.storage import S3Downloader
+    from calm_dist.compat.streaming import S3Downloader
 
     class PlainS3Downloader(S3Downloader):
         """One request an attempt, which shows the store's own error code and ends when no byte

@@ -17,12 +17,16 @@ from threading import Event
 from typing import Any
 
 import numpy as np
-from streaming.base import Stream, StreamingDataset
-from streaming.base.dataset import _ShardState
-from streaming.base.format import Reader
-from streaming.base.shared import SharedArray, SharedScalar
-from streaming.base.world import World
 
+from calm_dist.compat.streaming import (
+    Reader,
+    ShardState,
+    SharedArray,
+    SharedScalar,
+    Stream,
+    StreamingDataset,
+    World,
+)
 from calm_dist.data.download import (
     Downloads,
     InterruptedTransferError,
@@ -270,7 +274,7 @@ class GuardedDataset(StreamingDataset):
             if not isinstance(error, InterruptedTransferError):
                 self._number.tell_failure(_as_data_error(error))
                 self._failed_shard.set(shard_id + 1)
-            self._shard_states[shard_id] = _ShardState.REMOTE
+            self._shard_states[shard_id] = ShardState.REMOTE
             raise
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:

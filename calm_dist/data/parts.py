@@ -207,7 +207,7 @@ def write_shard(
         OSError: the disk is full or fails; or other workers have written this part, too, and
             merged all.
     """
-    from streaming.base import MDSWriter
+    from calm_dist.compat.streaming import MDSWriter
 
     if (out / META).is_file():
         raise FileExistsError(errno.EEXIST, "the store is finished", str(out / META))

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from streaming.base.storage import CloudUploader
-
+from calm_dist.compat.streaming import CloudUploader
 from calm_dist.data.download import DEFAULT, Downloads, check_address, downloader_for, transfer
 from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.data.progress import progress

@@ -22,13 +22,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import streaming.base.dataset as streaming_dataset
 import torch.distributed as dist
-from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS, SHM_TO_CLEAN
-from streaming.base.shared import SharedArray, SharedScalar, _get_path
-from streaming.base.shared import SharedMemory as StreamingSharedMemory
-from streaming.base.world import World
 
+from calm_dist.compat.streaming import (
+    BARRIER_FILELOCK,
+    CACHE_FILELOCK,
+    LOCALS,
+    SHM_TO_CLEAN,
+    SharedArray,
+    SharedScalar,
+    World,
+    dataset_module,
+    shared_path,
+)
+from calm_dist.compat.streaming import SharedMemory as StreamingSharedMemory
 from calm_dist.errors import DataError, UnreachableError
 from calm_dist.files import NO_FLOCK
 
@@ -64,12 +71,12 @@ class RunNumber:
     def shared_scalar(self, name: str) -> SharedScalar:
         """An int64, at first 0, that all processes of this run on this node share."""
         assert name in _OUR_NAMES
-        return SharedScalar(np.int64, _get_path(self.value, name))
+        return SharedScalar(np.int64, shared_path(self.value, name))
 
     def shared_array(self, name: str, size: int) -> SharedArray:
         """Such numbers, as many as ``size``."""
         assert name in _OUR_NAMES
-        return SharedArray(size, np.int64, _get_path(self.value, name))
+        return SharedArray(size, np.int64, shared_path(self.value, name))
 
     def tell_failure(self, error: DataError) -> None:
         """Tell all readers on this node why one of them fails; the first one is kept."""
@@ -91,15 +98,15 @@ class RunNumber:
         """Let a StreamingDataset that is built inside take this number instead of its own."""
 
         def get_shm_prefix(*_: Any, **__: Any) -> tuple[int, StreamingSharedMemory]:
-            name = _get_path(self.value, LOCALS)
+            name = shared_path(self.value, LOCALS)
             return self.value, StreamingSharedMemory(name=name, size=4)
 
-        original = streaming_dataset.get_shm_prefix
-        streaming_dataset.get_shm_prefix = get_shm_prefix
+        original = dataset_module.get_shm_prefix
+        dataset_module.get_shm_prefix = get_shm_prefix
         try:
             yield
         finally:
-            streaming_dataset.get_shm_prefix = original
+            dataset_module.get_shm_prefix = original
 
 
 def remove_leftovers() -> None:
@@ -149,7 +156,7 @@ def _lock(path: Path, wait: bool = True) -> int | None:
 def _remove_segments(number: int) -> None:
     for name in (*SHM_TO_CLEAN, *_OUR_NAMES):
         try:
-            segment = SharedMemory(_get_path(number, name))
+            segment = SharedMemory(shared_path(number, name))
         except FileNotFoundError:
             continue
         segment.close()
@@ -158,6 +165,6 @@ def _remove_segments(number: int) -> None:
 
 def _remove_files(number: int) -> None:
     for name in (BARRIER_FILELOCK, CACHE_FILELOCK):
-        (Path(tempfile.gettempdir()) / _get_path(number, name)).unlink(missing_ok=True)
+        (Path(tempfile.gettempdir()) / shared_path(number, name)).unlink(missing_ok=True)
     _failure_path(number).unlink(missing_ok=True)
     _lock_path(number).unlink(missing_ok=True)

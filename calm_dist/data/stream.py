@@ -20,10 +20,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from streaming.base import LocalDataset
-from streaming.base.world import World
 from torch.utils.data import DataLoader
 
+from calm_dist.compat.streaming import LocalDataset, World
 from calm_dist.data.download import DEFAULT, Downloads
 from calm_dist.data.guard import GuardedDataset, Source, open_source
 from calm_dist.data.layout import is_remote

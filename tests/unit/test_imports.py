@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "calm_dist"
 # A part imports from its own group and from the groups before it.
 LAYERS = (
     {"errors"},
-    {"redact"},
+    {"redact", "compat"},
     {"cli", "files", "pickles", "randomness", "scores"},
     {"recipe", "heads"},
     {"flops", "stages"},

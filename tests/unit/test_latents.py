@@ -133,7 +133,7 @@ def test_meta_names_all_that_the_store_was_made_from(inputs: Path, tmp_path: Pat
 def test_shards_and_index_equal_those_of_streamings_own_writer(
     inputs: Path, tmp_path: Path
 ) -> None:
-    from streaming.base import MDSWriter
+    from calm_dist.compat.streaming import MDSWriter
 
     write(inputs, tmp_path / "out", variant="tokens", autoencoder=None, patch_size=4)
     per_shard = SHARD_BYTES // (4 * BLOCK)
@@ -192,7 +192,7 @@ _KILLED_RUN = """
 import os, signal, sys
 from pathlib import Path
 from calm_dist.data import latents
-from streaming.base import MDSWriter
+from calm_dist.compat.streaming import MDSWriter
 import test_latents
 
 inputs, out = Path(sys.argv[1]), Path(sys.argv[2])

@@ -218,7 +218,7 @@ def test_worker_that_others_overtake_finds_the_finished_store(
     call: int,
 ) -> None:
     """Others: the same worker once more, and the one who has the rest and merges."""
-    from streaming.base import MDSWriter
+    from calm_dist.compat.streaming import MDSWriter
 
     owner = MDSWriter if owner == "MDSWriter" else owner
     out = tmp_path / "out"

@@ -1,0 +1,102 @@
+"""What is used of mosaicml-streaming 0.13.0, imported without what it does not need.
+
+Its package imports `vision`, which needs torchvision (the package index's is built for CUDA and
+does not load beside CPU torch), and `text`, `multimodal` and its own data loader, which import
+transformers: half a second of every process. They are hidden while it is imported, and afterwards
+load on first use, as for anybody else in this process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+_PACKAGES = ("streaming.vision", "streaming.text", "streaming.multimodal")
+_LOADER = "streaming.base.dataloader"
+
+
+@contextmanager
+def _hidden() -> Iterator[None]:
+    """Import `streaming` inside with empty modules in place of the heavy ones."""
+    absent = [name for name in (*_PACKAGES, _LOADER) if name not in sys.modules]
+    for name in absent:
+        sys.modules[name] = ModuleType(name)
+    if _LOADER in absent:
+        sys.modules[_LOADER].StreamingDataLoader = None  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
+
+
+def _load_later(module: ModuleType, attributes: dict[str, str]) -> None:
+    """Let attributes of a package, which it has from hidden modules, load when they are used."""
+    for name in attributes:
+        vars(module).pop(name, None)
+
+    def load(name: str) -> Any:
+        if name not in attributes:
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+        source = importlib.import_module(attributes[name])
+        value = source if source.__name__.endswith(f".{name}") else getattr(source, name)
+        setattr(module, name, value)
+        return value
+
+    module.__getattr__ = load  # type: ignore[method-assign]
+
+
+if "streaming" not in sys.modules:
+    with _hidden():
+        import streaming
+        import streaming.base
+    _load_later(
+        streaming,
+        {
+            **{name.rpartition(".")[2]: name for name in _PACKAGES},
+            "StreamingDataLoader": _LOADER,
+        },
+    )
+    _load_later(streaming.base, {"dataloader": _LOADER, "StreamingDataLoader": _LOADER})
+
+# The names behind underscores are private to Streaming.
+import streaming.base.dataset as dataset_module  # noqa: E402
+from streaming.base import LocalDataset, MDSWriter, Stream, StreamingDataset  # noqa: E402
+from streaming.base.constant import (  # noqa: E402
+    BARRIER_FILELOCK,
+    CACHE_FILELOCK,
+    LOCALS,
+    SHM_TO_CLEAN,
+)
+from streaming.base.dataset import _ShardState as ShardState  # noqa: E402
+from streaming.base.format import Reader  # noqa: E402
+from streaming.base.shared import SharedArray, SharedMemory, SharedScalar  # noqa: E402
+from streaming.base.shared import _get_path as shared_path  # noqa: E402
+from streaming.base.storage import CloudDownloader, CloudUploader, S3Downloader  # noqa: E402
+from streaming.base.world import World  # noqa: E402
+
+__all__ = [
+    "BARRIER_FILELOCK",
+    "CACHE_FILELOCK",
+    "LOCALS",
+    "SHM_TO_CLEAN",
+    "CloudDownloader",
+    "CloudUploader",
+    "LocalDataset",
+    "MDSWriter",
+    "Reader",
+    "S3Downloader",
+    "ShardState",
+    "SharedArray",
+    "SharedMemory",
+    "SharedScalar",
+    "Stream",
+    "StreamingDataset",
+    "World",
+    "dataset_module",
+    "shared_path",
+]
