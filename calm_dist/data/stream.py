@@ -180,7 +180,8 @@ class TrainingStream:
             if state.get(key) != value:
                 raise DataError(
                     f"checkpoint: its data position is for {key}={state.get(key)}, this run has "
-                    f"{value}; continue with the same stores, weights, batch size and seed"
+                    f"{value}; continue with the same stores, weights, batch size and seed, or "
+                    "begin a second stage on others with run.continue_from in another run.dir"
                 )
         self._step = state["steps_done"]
         epoch, step = divmod(self._step, self.steps_per_epoch)
