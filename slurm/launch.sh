@@ -202,7 +202,7 @@ train() {
   RUN_DIR=$("${once[@]}" "$PYTHON" "$ROOT/tools/preflight.py" "${arguments[@]}" | tail -n 1)
   case $? in
     0) ;;
-    # The store does not answer: without a run directory restarts cannot be counted, but limited.
+    # The store does not answer. There is no run directory yet: failures are counted in logs.
     6) CODE=6 && open_logs "logs" && finish ;;
     *) exit 2 ;;
   esac

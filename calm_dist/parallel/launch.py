@@ -183,15 +183,11 @@ def patience(timeout_seconds: float) -> float:
 
 
 def join_world(
-    world: World, device: torch.device, timeout_seconds: float, grace_seconds: float = 0.0
+    world: World, device: torch.device, timeout_seconds: float
 ) -> torch.distributed.Store:
     """Connect all processes (NCCL on GPUs, gloo on CPUs) and return their common store.
 
     A single process opens no port.
-
-    Args:
-        timeout_seconds: how long ranks wait for each other.
-        grace_seconds: how much longer one may be busy with downloads that are tried again.
 
     Raises:
         LaunchError: the port is taken.
@@ -202,7 +198,7 @@ def join_world(
     """
     import torch.distributed as dist
 
-    timeout = timedelta(seconds=timeout_seconds + grace_seconds)
+    timeout = timedelta(seconds=timeout_seconds)
     if world.size == 1:
         store: dist.Store = dist.HashStore()
     else:
@@ -213,7 +209,7 @@ def join_world(
         store=dist.PrefixStore("world", store),
         rank=world.rank,
         world_size=world.size,
-        timeout=timedelta(seconds=patience(timeout_seconds) + 30.0 + grace_seconds),
+        timeout=timedelta(seconds=patience(timeout_seconds) + 30.0),
         device_id=device if device.type == "cuda" else None,
     )
     return store

@@ -82,9 +82,9 @@ def launched(recipe: Recipe) -> Iterator[Session]:
     from calm_dist.training.watchdog import watched
 
     device = select_device(world, recipe.parallel.device)
-    store = join_world(
-        world, device, recipe.health.timeout_seconds, grace_seconds=recipe.data.patience_seconds
-    )
+    # A rank may be busy with downloads that are tried again.
+    seconds = recipe.health.timeout_seconds + recipe.data.patience_seconds
+    store = join_world(world, device, seconds)
     stop, phases = StopRequest(), Phases()
     with watched(store, world, phases, recipe.health.timeout_seconds), stop.listening():
         phases.enter("look at the run directory")
