@@ -14,7 +14,7 @@ MASK = "***"
 # A name whose last word is one of these names a secret, as ``hub.token`` and ``db-password`` do.
 _SECRET_WORDS = {
     *("password", "passwd", "passphrase", "passcode", "pwd", "pass", "pw"),
-    *("secret", "secrets", "token", "credential", "credentials", "signature", "sig"),
+    *("auth", "secret", "secrets", "token", "credential", "credentials", "signature", "sig"),
     *("apikey", "accesskey", "secretkey", "accountkey", "authorization", "bearer", "pat"),
 }
 # A name that contains one of these does, whatever follows: ``secret_name``, ``password2``.
@@ -47,6 +47,12 @@ _KNOWN_KEYS = re.compile(
     r"|AIza[A-Za-z0-9_-]{30,}|ya29\.[A-Za-z0-9_-]{20,}"
     r"|eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]*)?"
     r")(?![A-Za-z0-9])"
+)
+# ``X-Api-Key: value`` as a whole argument, also behind ``--header=``.
+_HEADER = re.compile(
+    r"(?P<kept>(?:--?[\w-]+=)?-{0,2}(?P<name>[A-Za-z][\w.-]*):\s*(?:(?:Bearer|Basic|Token)\s+)?)"
+    r"(?!//)\S.*",
+    re.DOTALL | re.IGNORECASE,
 )
 _BEARER = re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE)
 _PEM = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*-----|\Z)", re.DOTALL)
@@ -109,6 +115,10 @@ def redact_arguments(arguments: Sequence[str]) -> list[str]:
     masked, option = [], ""
     for argument in arguments:
         is_option = argument.startswith("-") and len(argument) > 1
+        if (header := _HEADER.fullmatch(argument)) and is_secret_name(header["name"]):
+            masked.append(f"{header['kept']}{MASK}")
+            option = ""
+            continue
         follows_name = is_secret_name(option.lstrip("-")) and not is_option
         if follows_name or (_is_bare_key(argument) and not _is_hash(option)):
             masked.append(MASK)

@@ -17,8 +17,9 @@ from typing import Protocol
 
 from calm_dist.errors import DataError
 
-# The dictionary of an .xz file may demand any amount of memory; `xz -9` makes files of 65 MiB.
-_XZ_MEMORY_BYTES = 1 << 30
+# The dictionary of an .xz file may demand any amount of memory; `xz -9` makes files of 65 MiB. So
+# may the window of a .zst file, up to 2 GiB with `zstd --long=31`.
+_MEMORY_BYTES = 1 << 30
 
 
 class Decoder(Protocol):
@@ -64,7 +65,7 @@ class _Zstd:
         import zstandard
 
         self._error = zstandard.ZstdError
-        self._inner = zstandard.ZstdDecompressor().decompressobj()
+        self._inner = zstandard.ZstdDecompressor(max_window_size=_MEMORY_BYTES).decompressobj()
 
     @property
     def eof(self) -> bool:
@@ -98,7 +99,7 @@ class Codec:
 
 CODECS = {
     ".gz": Codec(_Gzip, padding=True),
-    ".xz": Codec(lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, _XZ_MEMORY_BYTES), padding=True),
+    ".xz": Codec(lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, _MEMORY_BYTES), padding=True),
     ".bz2": Codec(bz2.BZ2Decompressor),
     # 4 bytes can stand for 128 KiB: a step gives at most 32 MiB.
     ".zst": Codec(_Zstd, step=1 << 10),
@@ -178,6 +179,12 @@ class Unpacked(io.RawIOBase):
             self._ready = memoryview(self._decoder.decompress(data, max_length))
             finished = self._decoder.eof
         except (zlib.error, lzma.LZMAError, OSError, EOFError, ValueError) as error:
+            if "memory" in str(error).lower():
+                raise DataError(
+                    f"corpus {self._path}: needs more than {_MEMORY_BYTES >> 20} MiB of memory to "
+                    f"unpack, the limit ({error}); compress it again with a smaller window or "
+                    "dictionary (zstd --long=27, xz -9)"
+                ) from error
             after = f", or other bytes follow its frame {self._frames}" if self._frames else ""
             raise DataError(
                 f"corpus {self._path}: damaged {self._suffix} file, near byte {start}{after} "

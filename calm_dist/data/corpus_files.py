@@ -138,6 +138,7 @@ class _Search:
     def result(self) -> CorpusFiles:
         if not self._paths:
             raise DataError("corpus: no path was given; name at least one file or directory")
+        self._refuse_compressed_twins()
         names = self._names
         if len(set(names)) < len(names):
             names = _names_from_common_directory(self._paths)
@@ -147,6 +148,21 @@ class _Search:
         return CorpusFiles(
             tuple(files), self._left_out, frozenset(self._directories), tuple(self._globs)
         )
+
+    def _refuse_compressed_twins(self) -> None:
+        """A file beside its own compressed form, as `gzip -k` leaves it, would be read twice, and
+        its documents get into several splits."""
+        known: dict[str, str] = {}
+        for path in self._paths:
+            found = format_of(os.path.basename(path))
+            plain = path if found is None else path[: len(path) - len(found.compression)]
+            other = known.setdefault(plain, path)
+            if other != path:
+                raise DataError(
+                    f"corpus {other} and {path}: have the same name but for the compression, and "
+                    "the same documents would be read twice; remove one of them, or rename it if "
+                    "it holds others"
+                )
 
     def add(self, given: str) -> None:
         if not given:

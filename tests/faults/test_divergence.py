@@ -184,7 +184,7 @@ def test_another_start_that_diverges_at_once_does_not_go_back_further(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_a_proven_checkpoint_nothing_is_set_aside(
+def test_without_a_proven_checkpoint_the_newest_sound_one_is_tried_once(
     kind: str, make: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
@@ -192,7 +192,17 @@ def test_without_a_proven_checkpoint_nothing_is_set_aside(
     fault_worker.bad_gradient(3, STEPS, 0)
     with pytest.raises(TrainingDivergedError, match=r"No finite step followed .*00002, the"):
         train(given)
-    assert kept(run_dir)[0] == 2
+    assert kept(run_dir) == [2]
+    # From there, and not even the first step is finite: its weights are damaged.
+    fault_worker.bad_gradient(1, STEPS, 0)
+    with pytest.raises(TrainingDivergedError, match="The next start begins with the first step"):
+        train(given)
+    assert kept(run_dir) == []
+    assert len(list((run_dir / "checkpoints").glob("*.diverged"))) >= 2
+    faultless.restore()  # type: ignore[attr-defined]
+    train(given)
+    assert len(curve(run_dir)) == STEPS
+    fault_worker.bad_gradient(3, STEPS, 0)
     other = make(tmp_path / "other", kind, checkpoint__every=1000, health__max_skipped_steps=3)
     with pytest.raises(TrainingDivergedError, match="There is no checkpoint: the next start"):
         train(other)

@@ -356,3 +356,26 @@ def test_same_step_again_replaces_it(tmp_path: Path) -> None:
 def test_missing_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nothing"):
         checkpoint.find_checkpoint(tmp_path / "nothing")
+
+
+def test_checkpoints_of_skipped_steps_are_used_last(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By evaluation, generation, export and `run.continue_from`; named, one is used, and said."""
+    for step, skipped in ((2, 0), (4, 0), (8, 3)):
+        temporary = checkpoint.begin(tmp_path, step)
+        for name in ("model.safetensors", "optimizer.safetensors", "config.json"):
+            (temporary / name).touch()
+        (temporary / checkpoint.RECIPE_FILE).write_text(AUTOENCODER)
+        state = RunState(step=step, skipped_in_a_row=skipped, data={"steps_done": step})
+        state.write(temporary)
+        checkpoint.commit(temporary, keep=10)
+    four, eight = (checkpoint.step_directory(tmp_path, step) for step in (4, 8))
+    assert checkpoint.find_checkpoint(tmp_path) == four
+    said = capsys.readouterr().err
+    assert said.count("passed over") == 1 and "its last 3 steps were skipped" in said
+    steps = [path.name[-1] for path in checkpoint.candidates(tmp_path, "run.continue_from")]
+    assert steps == ["4", "2", "8"]
+    capsys.readouterr()
+    assert checkpoint.find_checkpoint(eight) == eight
+    assert "the weights may be damaged" in capsys.readouterr().err

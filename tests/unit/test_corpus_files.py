@@ -25,6 +25,7 @@ from calm_dist.data.corpus import (
 )
 from calm_dist.data.latents import plan_store, write_parts, write_store
 from calm_dist.data.prepare import prepare_corpus
+from calm_dist.data.store import fingerprint
 from calm_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from calm_dist.errors import DataError
 
@@ -133,7 +134,11 @@ def test_splits_and_stores_are_those_of_the_first_version(old: Path, tmp_path: P
         ["."], tokenizer, variant="tokens", block_size=64, patch_size=4, seed=5, parts=2
     )
     meta = write_store(tmp_path / "store", ["."], tokenizer, plan, shard_bytes=1 << 16)
-    assert meta.fingerprint[:16] == "439f0915d5ac0e92"
+    # Of the fields that the first version wrote; meta.json names the begin and end token, too.
+    fields = meta.to_dict()
+    del fields["tokenizer"]["begin_token"], fields["tokenizer"]["end_token"]
+    index = (tmp_path / "store" / "index.json").read_bytes()
+    assert fingerprint(fields, index)[:16] == "439f0915d5ac0e92"
 
     ids = [f"document {i}" for i in range(4000)]
     digests = [
@@ -143,6 +148,17 @@ def test_splits_and_stores_are_those_of_the_first_version(old: Path, tmp_path: P
     assert digests == ["abc28ea34703578a", "582ae13e325a3f38"]
     assert split_documents(["0", "1", "2"], 0) == {"train": [1], "valid": [2], "test": [0]}
     assert split_documents(list("0123"), 1) == {"train": [1, 2], "valid": [0], "test": [3]}
+
+
+def test_a_file_beside_its_compressed_form_is_refused(tmp_path: Path) -> None:
+    """As ``gzip -k`` leaves them: the same documents would get into several splits."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "a.jsonl.gz").write_bytes(b"")
+    (tmp_path / "b.jsonl.zst").write_bytes(b"")
+    with pytest.raises(DataError, match=r"a\.jsonl and .*a\.jsonl\.gz: have the same name"):
+        find_files([tmp_path])
+    (tmp_path / "a.jsonl.gz").rename(tmp_path / "c.jsonl.gz")
+    assert len(find_files([tmp_path])) == 3
 
 
 def test_file_that_is_there_twice_is_refused(ov: Path, monkeypatch: pytest.MonkeyPatch) -> None:

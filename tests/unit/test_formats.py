@@ -140,7 +140,7 @@ def test_xz_that_wants_too_much_memory_is_refused(
     path = tmp_path / "a.txt.xz"
     path.write_bytes(lzma.compress(b"text", preset=6))
     assert texts(path) == ["text"]
-    monkeypatch.setattr(compressed, "_XZ_MEMORY_BYTES", 4 << 20)
+    monkeypatch.setattr(compressed, "_MEMORY_BYTES", 4 << 20)
     assert "Memory usage limit" in refusal(path)
 
 

@@ -21,6 +21,10 @@ SECRET_ARGUMENTS = [
     # (arguments, what must be gone, what they become)
     (["key=s3cr3t"], ["key=***"]),
     (["--token", "s3cr3t"], ["--token", "***"]),
+    (["--header", "Authorization: token s3cr3t"], ["--header", "Authorization: token ***"]),
+    (["--header=X-Api-Key: s3cr3t"], ["--header=X-Api-Key: ***"]),
+    (["--password:s3cr3t"], ["--password:***"]),
+    (["redis://h/?auth=s3cr3t"], ["redis://h/?auth=***"]),
     (["--token=s3cr3t"], ["--token=***"]),
     (["--hf-token", "s3cr3t", "--other"], ["--hf-token", "***", "--other"]),
     (["-token", "s3cr3t"], ["-token", "***"]),

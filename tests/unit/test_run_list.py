@@ -15,6 +15,7 @@ from calm_dist.errors import LaunchError, StoppedError
 from calm_dist.recipe import load_recipe
 from calm_dist.run_list import describe, list_runs, table
 from calm_dist.scores import MARK_EXPLAINED
+from calm_dist.training.checkpoint.run_state import RunState
 from calm_dist.training.metrics import MetricsLog
 from calm_dist.training.run_directory import end_recorded, hold, is_held, let_go, write_environment
 
@@ -100,6 +101,16 @@ def test_how_a_run_ended(
     row = describe(run_dir)
     assert (row["state"], row["reason"]) == (state, reason)
     assert json.loads((run_dir / "environment.json").read_text())["world_size"] == 1
+
+
+def test_a_run_that_ended_amid_skipped_steps_says_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    add_checkpoint(run, 3)
+    end(run, None)
+    state = RunState(step=3, skipped_in_a_row=2, data={"steps_done": 3})
+    state.write(run / "checkpoints" / "step_00000003")
+    row = describe(run)
+    assert row["state"] == "finished" and "its last 2 steps were skipped" in row["reason"]
 
 
 def test_a_run_at_work_is_seen_and_not_disturbed(tmp_path: Path) -> None:

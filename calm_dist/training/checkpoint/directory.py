@@ -200,12 +200,49 @@ def find_checkpoint(path: str | Path) -> Path:
         raise CheckpointError(f"{path}: no such directory; give a run directory or a checkpoint")
     if (path / MANIFEST).is_file():
         verify(path)
+        _warn_of_skipped(path)
         return path
     run_dir = path.parent if path.name == CHECKPOINTS else path
-    found = newest_valid(run_dir)
+    found = next(filter(_is_valid, sound_first(step_directories(run_dir))), None)
     if found is None:
         raise CheckpointError(f"{path}: holds no valid checkpoint; train first, or give another")
     return found
+
+
+def sound_first(found: list[Path]) -> list[Path]:
+    """Checkpoints, newest first, with those that were written amid skipped steps at the end: their
+    weights may be damaged. Says on stderr which are passed over for that.
+    """
+    skipping = [directory for directory in found if _skipped(directory)]
+    sound = [directory for directory in found if directory not in skipping]
+    newer = found[: found.index(sound[0])] if sound else []
+    for directory in newer:
+        pass_over(
+            f"{directory}: its last {_skipped(directory)} steps were skipped, their loss or "
+            f"gradient was not finite; {sound[0].name} is used, name the other one to use it"
+        )
+    if found and not sound:
+        _warn_of_skipped(found[0])
+    return sound + skipping
+
+
+def _skipped(directory: Path) -> int:
+    """Steps that were skipped just before a checkpoint; 0 where it is damaged, which its reader
+    will say."""
+    try:
+        return RunState.read(directory).skipped_in_a_row
+    except CheckpointError:
+        return 0
+
+
+def _warn_of_skipped(directory: Path) -> None:
+    if skipped := _skipped(directory):
+        print(
+            f"warning: {directory}: its last {skipped} steps were skipped, their loss or gradient "
+            "was not finite; the weights may be damaged",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def candidates(path: str | Path, name: str) -> list[Path]:
@@ -227,7 +264,7 @@ def candidates(path: str | Path, name: str) -> list[Path]:
     found = step_directories(path.parent if path.name == CHECKPOINTS else path)
     if not found:
         raise CheckpointError(f"{name}: {path}: holds no checkpoint; give another")
-    return found
+    return sound_first(found)
 
 
 def has_only_weights(directory: Path) -> bool:

@@ -31,6 +31,8 @@ from calm_dist.training.health import RunProgress
 
 DIVERGED = ".diverged"
 """Suffix of checkpoints that no finite step followed, once their run has given up."""
+TRIED = "tried"
+"""File that names the checkpoint that a run without a proven one tries once more."""
 PROVEN = "proven"
 """File that names the checkpoint that a run went back to, which a step had proven before."""
 
@@ -141,11 +143,7 @@ def go_back(run_dir: Path, progress: RunProgress) -> str:
         return f"There is no checkpoint: the next start begins with the first step. {remedy}"
     good = _newest_proven(found, progress.adam_steps)
     if good is None:
-        return (
-            f"No finite step followed {found[-1]}, the oldest checkpoint. {remedy} The next start "
-            f"continues from {found[0].name}; if its first steps are skipped again, its weights "
-            "are damaged: move the checkpoints away to start with the first step."
-        )
+        return f"{_without_proven(run_dir, found)} {remedy}"
     position = found.index(good)
     set_aside = ""
     if doubtful := found[:position]:
@@ -165,6 +163,40 @@ def go_back(run_dir: Path, progress: RunProgress) -> str:
             f"continue from {older}."
         )
     return advice
+
+
+def _without_proven(run_dir: Path, found: list[Path]) -> str:
+    """Set aside the checkpoints of skipped steps; the one before them, whose weights may be good,
+    is tried once more, and then set aside, too.
+
+    Returns:
+        What the next start begins with.
+    """
+    checkpoints = run_dir / CHECKPOINTS
+    state = _state(found[-1])
+    sound = [d for d in found if (s := _state(d)) is None or not s.skipped_in_a_row]
+    start = sound[0] if sound else None
+    with suppress(FileNotFoundError):
+        if start and (checkpoints / TRIED).read_text(encoding="utf-8").strip() == _identity(start):
+            start = None
+    doubtful = [d for d in found if start is None or d not in sound]
+    directories_of.set_aside(doubtful, DIVERGED)
+    text = f"No finite step followed {found[-1]}, the oldest checkpoint."
+    if doubtful:
+        text += f" Now named {', '.join(d.name + DIVERGED for d in doubtful)}."
+    if start is None:
+        (checkpoints / LATEST).unlink(missing_ok=True)
+        text += " The next start begins with the first step."
+    else:
+        replace_text(checkpoints / TRIED, f"{_identity(start)}\n")
+        replace_text(checkpoints / LATEST, start.name + "\n")
+        text += f" The next start tries {start} once more, and the one after it the first step."
+    if state is not None and state.continued_from is not None:
+        text += (
+            f" The weights come from {state.continued_from}: if none of its steps is finite, give "
+            "run.continue_from an older checkpoint."
+        )
+    return text
 
 
 def _newest_proven(found: Sequence[Path], updates: int) -> Path | None:
@@ -193,9 +225,9 @@ def _identity(directory: Path) -> str | None:
 def _remedy(run_dir: Path, progress: RunProgress) -> str:
     first = progress.step - progress.skipped_in_a_row + 1
     return (
-        f"Before it, lower training.learning_rate. If the data of steps {first} to {progress.step} "
-        "is bad instead, raise health.max_skipped_steps so that they are passed over, or train on "
-        f"other data in another run.dir with run.continue_from={run_dir}."
+        f"Before the next start, lower training.learning_rate. If the data of steps {first} to "
+        f"{progress.step} is bad instead, raise health.max_skipped_steps so that they are passed "
+        f"over, or train on other data in another run.dir with run.continue_from={run_dir}."
     )
 
 
