@@ -57,7 +57,7 @@ def _read(file: Path) -> tuple[str, dict[str, Any] | None]:
         ValueError: the file holds no id.
     """
     name, *rest = read_bounded(file, _LARGEST_FILE).decode().split("\n", 1)
-    if not re.fullmatch(r"[0-9a-zA-Z_-]+", name.strip()):
+    if not re.fullmatch(r"[0-9a-zA-Z_-]{1,128}", name.strip()):
         raise ValueError(f"{file}: holds no id")
     try:
         place = json.loads(rest[0])

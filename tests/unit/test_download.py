@@ -121,15 +121,16 @@ def test_faults_that_outlast_the_retries(
 
 
 def test_the_limit_of_time_and_none_of_retries(stored: Path, use: Use) -> None:
-    limited = Downloads(retries=1000, timeout_seconds=1.0, limit_seconds=2.0)
+    limited = Downloads(retries=1000, timeout_seconds=1.0, limit_seconds=5.0)
     with faulty_store(stored, Fault("meta.json", "SlowDown")) as store:
         with pytest.raises(UnreachableError, match="1 attempts failed"):
             read_meta(use(store), ONCE)
         began = time.monotonic()
-        with pytest.raises(UnreachableError, match=r"download_limit_seconds=2\)"):
+        with pytest.raises(UnreachableError, match=r"download_limit_seconds=5\)"):
             read_meta(store.url, limited)
-        assert time.monotonic() - began < 10
-        assert 3 < store.count("meta.json") < 100
+        assert time.monotonic() - began < 30
+        # One of the read before; a busy machine makes few more.
+        assert 2 < store.count("meta.json") < 100
 
 
 def test_a_stall_ends_after_the_timeout(stored: Path, use: Use) -> None:
