@@ -16,6 +16,8 @@ from calm_dist.errors import DataError, UserError
 
 NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 """What `flock` says where a file system does not have it."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What a write to a disk without room fails with."""
 
 
 def file_sha256(path: Path) -> str:
@@ -99,10 +101,6 @@ def process_started(pid: int) -> int | None:
     # The name before may hold spaces and parentheses.
     fields = text.rpartition(")")[2].split()
     return None if fields[0] in "ZX" else int(fields[19])
-
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
-"""What a write to a disk without room fails with."""
 
 
 def check_file_is_writable(path: str | Path) -> None:

@@ -20,7 +20,6 @@ from calm_dist.files import read_bounded
 from calm_dist.recipe import LARGEST_FILE
 from calm_dist.scores import number
 from calm_dist.training import checkpoint
-from calm_dist.training.checkpoint.run_state import RunState
 from calm_dist.training.metrics import LARGEST_METRICS, METRICS_FILE, compact
 from calm_dist.training.run_directory import (
     ENDED,
@@ -103,8 +102,8 @@ def describe(run_dir: Path) -> Row:
         if row["step"] is None:
             row["step"] = row["checkpoint"]
         row["state"], row["reason"] = _state(run_dir, row)
-        if row["reason"] is None:
-            row["reason"] = _skipping(run_dir)
+        if row["reason"] is None and (newest := checkpoint.step_directories(run_dir)):
+            row["reason"] = checkpoint.skipped_note(newest[0])
     except (_DamagedError, UserError) as error:
         row["reason"] = str(error)
     except OSError as error:
@@ -229,18 +228,6 @@ def _newest_checkpoint(run_dir: Path) -> int | None:
     for directory in checkpoint.step_directories(run_dir):
         if (directory / checkpoint.MANIFEST).is_file():
             return int(directory.name.removeprefix("step_"))
-    return None
-
-
-def _skipping(run_dir: Path) -> str | None:
-    """What to know of a run whose newest checkpoint was written amid skipped steps."""
-    for directory in checkpoint.step_directories(run_dir)[:1]:
-        with contextlib.suppress(UserError):
-            if skipped := RunState.read(directory).skipped_in_a_row:
-                return (
-                    f"{directory.name}: its last {skipped} steps were skipped, their loss or "
-                    "gradient was not finite; the weights may be damaged"
-                )
     return None
 
 

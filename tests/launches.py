@@ -114,19 +114,29 @@ def run_jobs(ranks: int, jobs: Jobs, directory: Path) -> None:
     run_worker(ranks, WORKER, listed, directory)
 
 
-def run_worker(ranks: int, worker: Path, jobs: list[dict[str, Any]], directory: Path) -> None:
-    """One launch of ``ranks`` processes of a worker script, which does all jobs."""
-    file = directory / f"jobs_{ranks}.json"
-    file.write_text(json.dumps(jobs), encoding="utf-8")
+def call(
+    command: list[str], *, cwd: Path | None = None, code: int = 0, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command that must end with ``code``; ``more`` is its environment's."""
     done = subprocess.run(
-        torchrun(ranks, worker, str(file)),
-        env=environment(),
+        command,
+        cwd=cwd,
+        env=environment(**more),
         capture_output=True,
         text=True,
         timeout=TIMEOUT_SECONDS,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
+    assert code == 0 or "Traceback" not in done.stderr
+    return done
+
+
+def run_worker(ranks: int, worker: Path, jobs: list[dict[str, Any]], directory: Path) -> None:
+    """One launch of ``ranks`` processes of a worker script, which does all jobs."""
+    file = directory / f"jobs_{ranks}.json"
+    file.write_text(json.dumps(jobs), encoding="utf-8")
+    call(torchrun(ranks, worker, str(file)))
 
 
 def free_port() -> int:

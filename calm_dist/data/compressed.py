@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from calm_dist.errors import DataError
 
@@ -34,50 +34,48 @@ class Decoder(Protocol):
     def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
 
 
-class _Gzip:
-    """zlib's object with the interface of `Decoder`; it checks the checksum and the length."""
+class _Adapted:
+    """A library's object, given the rest of the interface of `Decoder` by a subclass."""
 
-    def __init__(self) -> None:
-        self._inner = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-        self.needs_input = True
+    needs_input = True
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
 
     @property
     def eof(self) -> bool:
-        return self._inner.eof
+        return bool(self._inner.eof)
 
     @property
     def unused_data(self) -> bytes:
-        return self._inner.unused_data
+        return bytes(self._inner.unused_data)
+
+
+class _Gzip(_Adapted):
+    """zlib's; it checks the checksum and the length."""
+
+    def __init__(self) -> None:
+        super().__init__(zlib.decompressobj(wbits=16 + zlib.MAX_WBITS))
 
     def decompress(self, data: bytes, max_length: int, /) -> bytes:
-        text = self._inner.decompress(self._inner.unconsumed_tail + data, max_length)
+        text: bytes = self._inner.decompress(self._inner.unconsumed_tail + data, max_length)
         # Where the output is full, zlib may hold more of it without any input left.
         self.needs_input = len(text) < max_length and not self._inner.unconsumed_tail
         return text
 
 
-class _Zstd:
-    """zstandard's object with the interface of `Decoder`; it knows no limit of the output."""
-
-    needs_input = True
+class _Zstd(_Adapted):
+    """zstandard's, which has no limit on the output."""
 
     def __init__(self) -> None:
         import zstandard
 
         self._error = zstandard.ZstdError
-        self._inner = zstandard.ZstdDecompressor(max_window_size=_MEMORY_BYTES).decompressobj()
-
-    @property
-    def eof(self) -> bool:
-        return self._inner.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._inner.unused_data
+        super().__init__(zstandard.ZstdDecompressor(max_window_size=_MEMORY_BYTES).decompressobj())
 
     def decompress(self, data: bytes, max_length: int, /) -> bytes:
         try:
-            return self._inner.decompress(data)
+            return bytes(self._inner.decompress(data))
         except self._error as error:
             raise ValueError(str(error)) from error
 

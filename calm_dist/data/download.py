@@ -1,7 +1,7 @@
-"""Transfers from and to object stores: which faults pass, how often they are tried again, and until
-when a process that tries again must not be taken for one that hangs.
+"""Transfers from and to object stores: which faults are transient, how often they are retried, and
+how long a process that is retrying must not be reported as hung.
 
-What is private in Streaming 0.13.0 and its S3 client is used here and nowhere else.
+The private methods of Streaming's S3 client (0.13.0) are overridden here and nowhere else.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Downloads:
 
 
 DEFAULT = Downloads()
-"""Where there is no recipe."""
+"""The defaults, for callers without a recipe."""
 
 
 class _SharedNumber(Protocol):
@@ -102,7 +102,7 @@ class Fault(Enum):
 
     PASSING = "may succeed when it is tried again"
     CREDENTIALS = "the store refuses us"
-    MISSING = "there is no such object"
+    MISSING = "the object does not exist"
     LASTING = "will fail again"
 
 
@@ -130,17 +130,13 @@ _NETWORK_TYPES = {
     *("ServiceRequestError", "ServiceResponseError", "TransportError", "RetryError"),
     *("SSHException", "SSLError", "DataCorruption", "RetriesExceededError"),
 }
-_CREDENTIAL_TYPES = (
+_CREDENTIAL_TYPES = {
     *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"),
     *("ProfileNotFound", "NoAuthTokenError", "TokenRetrievalError", "UnauthorizedSSOTokenError"),
     *("SSOTokenLoadError", "DefaultCredentialsError", "RefreshError", "ClientAuthenticationError"),
-    *(
-        "AuthenticationException",
-        "CredentialUnavailableError",
-        "GatedRepoError",
-        "ConfigFileNotFound",
-    ),
-)
+    *("AuthenticationException", "CredentialUnavailableError", "GatedRepoError"),
+    "ConfigFileNotFound",
+}
 
 
 def fault_of(error: BaseException) -> Fault:
@@ -150,7 +146,7 @@ def fault_of(error: BaseException) -> Fault:
         names = {kind.__name__ for kind in type(cause).__mro__}
         if code in _PASSING_CODES or status in _PASSING_STATUS:
             return Fault.PASSING
-        if code in _CREDENTIAL_CODES or status in (401, 403) or names & set(_CREDENTIAL_TYPES):
+        if code in _CREDENTIAL_CODES or status in (401, 403) or names & _CREDENTIAL_TYPES:
             return Fault.CREDENTIALS
         if code in _MISSING_CODES or status == 404 or isinstance(cause, FileNotFoundError):
             return Fault.MISSING

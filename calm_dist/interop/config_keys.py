@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from calm_dist.errors import CheckpointError
+from calm_dist.errors import CheckpointError, shown
 
 # fmt: off
 LABELS = frozenset((
@@ -91,7 +91,7 @@ def check_keys(config: Mapping[str, Any], read: Collection[str], path: Path) -> 
         if key not in known and not key.startswith("_") and value is not None
     ]
     if unknown:
-        listed = ", ".join(f"{key} {_short(config[key])}" for key in sorted(unknown)[:5])
+        listed = ", ".join(f"{key} {shown(config[key])}" for key in sorted(unknown)[:5])
         raise CheckpointError(
             f"{path}: {listed}: not known here, and might change what the model computes; remove "
             "from the file what does not"
@@ -105,7 +105,7 @@ def check_attention_kinds(config: Mapping[str, Any], path: Path) -> None:
         return
     if not isinstance(kinds, list) or any(kind != _FULL_ATTENTION for kind in kinds):
         raise CheckpointError(
-            f"{path}: layer_types {_short(kinds)}; this model has only {_FULL_ATTENTION!r}"
+            f"{path}: layer_types {shown(kinds)}; this model has only {_FULL_ATTENTION!r}"
         )
 
 
@@ -121,7 +121,7 @@ def rope_theta(config: Mapping[str, Any], default: float, path: Path) -> Any:
         if values is None:
             continue
         if not isinstance(values, dict):
-            raise CheckpointError(f"{path}: {key} {_short(values)} is not an object of its fields")
+            raise CheckpointError(f"{path}: {key} {shown(values)} is not an object of its fields")
         for name, value in values.items():
             if name == "rope_theta":
                 found[f"{key}.{name}"] = value
@@ -132,7 +132,7 @@ def rope_theta(config: Mapping[str, Any], default: float, path: Path) -> Any:
         return default
     values = list(stated.values())
     if any(value != values[0] for value in values):
-        listed = ", ".join(f"{key} {_short(value)}" for key, value in stated.items())
+        listed = ", ".join(f"{key} {shown(value)}" for key, value in stated.items())
         raise CheckpointError(f"{path}: {listed} disagree; leave the one that was trained with")
     return values[0]
 
@@ -140,9 +140,4 @@ def rope_theta(config: Mapping[str, Any], default: float, path: Path) -> Any:
 def _check_neutral(key: str, found: Any, value: Any, path: Path) -> None:
     if found is None or found == value or (found is False and value is None):
         return
-    raise CheckpointError(f"{path}: {key} {_short(found)}; this model has only {value!r}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else text[:200] + "..."
+    raise CheckpointError(f"{path}: {key} {shown(found)}; this model has only {value!r}")

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from calm_dist.errors import CheckpointError
+from calm_dist.errors import CheckpointError, listed
 from calm_dist.models.patch_embedding import padded_vocab_size
 from calm_dist.recipe import CalmRecipe
 
@@ -66,9 +66,8 @@ def rules_for(model: CalmRecipe, parameters: Iterable[str]) -> list[Rule]:
     rules = list(body_rules(model))
     covered = {rule.ours for rule in rules}
     if without := [name for name in parameters if name not in covered]:
-        more = f" and {len(without) - 2} more" if len(without) > 2 else ""
         raise CheckpointError(
-            f"{', '.join(without[:2])}{more}: the authors' released layout has no place for these "
+            f"{listed(without, 2)}: the authors' released layout has no place for these "
             "weights of this model and would lose them; only models without them can be exchanged"
         )
     return rules

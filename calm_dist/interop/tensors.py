@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from calm_dist.errors import CheckpointError
+from calm_dist.errors import CheckpointError, listed
 from calm_dist.files import follow_umask
 from calm_dist.interop.layout import WEIGHTS_FILE, weight_files
 from calm_dist.interop.names import TIED_OUTPUT
@@ -102,15 +102,15 @@ class Tensors:
         """
         unknown = sorted(self.values.keys() - shapes.keys())
         if missing := sorted(shapes.keys() - self.values.keys()):
-            others = f", and hold {_listed(unknown)}, which it does not know" if unknown else ""
+            others = f", and hold {listed(unknown, 3)}, which it does not know" if unknown else ""
             raise CheckpointError(
-                f"{self.directory}: the weights lack {_listed(missing)}, which {config} asks "
+                f"{self.directory}: the weights lack {listed(missing, 3)}, which {config} asks "
                 f"for{others}"
             )
         if unknown:
             raise CheckpointError(
-                f"{self.files[unknown[0]]}: holds {_listed(unknown)}, which {config} has no place "
-                "for"
+                f"{self.files[unknown[0]]}: holds {listed(unknown, 3)}, which {config} has no "
+                "place for"
             )
         for name, shape in shapes.items():
             if tuple(self.values[name].shape) != shape:
@@ -227,8 +227,3 @@ def _type_name(dtype: torch.dtype) -> str:
 
 def _line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

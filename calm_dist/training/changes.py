@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from calm_dist.data.download import Downloads
-from calm_dist.data.store import read_meta
+from calm_dist.data.store import StoreMeta, read_meta
 from calm_dist.errors import CheckpointError, UserError
 from calm_dist.recipe import Recipe, load_recipe
 from calm_dist.redact import redact_values
@@ -103,10 +103,11 @@ def _check_source(path: str, recipe: Recipe) -> None:
             f"{name}: {path}: recipe or state of its checkpoints are damaged; give another"
         )
     remedy = f"give {name} a checkpoint of the same"
-    _check_tokenizer(directory, recipe, remedy)
+    meta = _check_tokenizer(directory, recipe, remedy)
+    changed = _changed(saved, recipe)
     refused = [
         text
-        for field, text in _changed(saved, recipe).items()
+        for field, text in changed.items()
         if field == "precision"
         or (
             field.startswith("model.")
@@ -115,13 +116,13 @@ def _check_source(path: str, recipe: Recipe) -> None:
             and not field.startswith("model.autoencoder_size.")
         )
     ]
-    refused += _other_ends(saved, _changed(saved, recipe))
+    refused += _other_ends(saved, changed)
     if refused:
         raise CheckpointError(
             f"{name}: {directory} is of another model ({', '.join(refused)}); use the fields of "
             "the recipe that lies in it, or leave run.continue_from out to train from the beginning"
         )
-    trained, given = RunState.read(directory).latents_sha256, latents_sha256(recipe)
+    trained, given = RunState.read(directory).latents_sha256, latents_sha256(recipe, meta)
     if trained is not None and given is not None and trained != given:
         raise CheckpointError(
             f"{name}: {directory} was trained on latents of the autoencoder of sha256 "
@@ -129,11 +130,15 @@ def _check_source(path: str, recipe: Recipe) -> None:
         )
 
 
-def latents_sha256(recipe: Recipe) -> str | None:
-    """Fingerprint of the autoencoder whose latents the recipe trains on, however they come."""
+def latents_sha256(recipe: Recipe, meta: StoreMeta) -> str | None:
+    """Fingerprint of the autoencoder whose latents the recipe trains on, however they come.
+
+    Args:
+        meta: of one of its stores, which all have the same.
+    """
     if recipe.model.kind != "calm":
         return None
-    stored = read_meta(recipe.data.sources[0].path, Downloads.of(recipe.data)).autoencoder
+    stored = meta.autoencoder
     return encoder_sha256(recipe) or (None if stored is None else stored.sha256)
 
 
@@ -148,17 +153,19 @@ def _newest_readable(directories: Sequence[Path]) -> tuple[Path | None, Recipe |
     return None, None
 
 
-def _check_tokenizer(directory: Path, recipe: Recipe, remedy: str) -> None:
-    """Raises CheckpointError where a checkpoint and the data speak of different tokens."""
+def _check_tokenizer(directory: Path, recipe: Recipe, remedy: str) -> StoreMeta:
+    """What the data's store holds; CheckpointError where a checkpoint is of other tokens."""
     trained = RunState.read(directory).tokenizer_sha256
     path = recipe.data.sources[0].path
-    given = read_meta(path, Downloads.of(recipe.data)).tokenizer.sha256
+    meta = read_meta(path, Downloads.of(recipe.data))
+    given = meta.tokenizer.sha256
     if trained not in (None, given):
         raise CheckpointError(
             f"{directory / checkpoint.STATE_FILE}: written with the tokenizer of sha256 "
             f"{trained[:12]}…, but {path} was made with {given[:12]}…; use the data of the same "
             f"tokenizer, or {remedy}"
         )
+    return meta
 
 
 def _changed(saved: Recipe, recipe: Recipe) -> dict[str, str]:

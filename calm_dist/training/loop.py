@@ -77,7 +77,7 @@ class Trainer:
         )
         self.phases.enter("load the checkpoint")
         self._encoder_sha256 = on_rank_zero(lambda: encoder_sha256(recipe))
-        self._latents_sha256 = on_rank_zero(lambda: latents_sha256(recipe))
+        self._latents_sha256 = on_rank_zero(lambda: latents_sha256(recipe, self._stream.metas[0]))
         self._batches = LookAhead(self._stream)
         self._checkpoints = CheckpointWriter(recipe, topology)
         self._resumed_from = self._resume()

@@ -89,7 +89,7 @@ def launched(recipe: Recipe) -> Iterator[Session]:
     with watched(store, world, phases, recipe.health.timeout_seconds), stop.listening():
         phases.enter("look at the run directory")
         try:
-            lock = on_rank_zero(lambda: prepare_run_directory(recipe, world))
+            lock = on_rank_zero(lambda: prepare_run_directory(recipe))
         except (UserError, OSError):
             # All ranks have it, and end at the same time. One with its groups still there has been
             # seen to abort on its way out.
@@ -156,7 +156,7 @@ def _introduction(recipe: Recipe, world: World) -> str:
     )
 
 
-def prepare_run_directory(recipe: Recipe, world: World) -> int:
+def prepare_run_directory(recipe: Recipe) -> int:
     """Hold the run directory, and see whether the recipe may go on in it.
 
     Returns:

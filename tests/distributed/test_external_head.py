@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launches import ALONE, ROOT, TIMEOUT_SECONDS, environment, recipe, torchrun, training_records
+from launches import ALONE, ROOT, call, recipe, torchrun, training_records
 
 PAGE = ROOT / "docs" / "howto" / "add_a_head.md"
 HEAD = ["model.head.kind=gaussian", "model.head.min_std=0.02"]
@@ -35,22 +35,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tool(package: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    def call(*command: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-        # The tools come from this checkout; the package stands beside what is on the path already.
-        path = f"{package}:{ROOT}"
-        done = subprocess.run(
-            list(map(str, command)),
-            env=environment(PYTHONPATH=path),
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_SECONDS,
-            check=False,
-        )
-        assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
-        assert code == 0 or "Traceback" not in done.stderr
-        return done
-
-    return call
+    # The tools come from this checkout; the package stands beside what is on the path already.
+    path = f"{package}:{ROOT}"
+    return lambda *command, code=0: call(list(map(str, command)), code=code, PYTHONPATH=path)
 
 
 def python(name: str) -> list[str]:
@@ -111,13 +98,7 @@ def test_faults_of_a_registered_head_are_named(
     other.mkdir()
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 0.1\n")
     (other / "entry_points.txt").write_text("[calm_dist.heads]\nbroken = no_such_module:HEAD\n")
-    broken = subprocess.run(
-        [*python("train.py"), str(calm_m), "--dry-run"],
-        env=environment(PYTHONPATH=f"{tmp_path}:{ROOT}"),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        check=False,
+    broken = call(
+        [*python("train.py"), str(calm_m), "--dry-run"], code=2, PYTHONPATH=f"{tmp_path}:{ROOT}"
     )
-    assert broken.returncode == 2 and "Traceback" not in broken.stderr
     assert "calm_dist.heads broken = no_such_module:HEAD of broken" in broken.stderr

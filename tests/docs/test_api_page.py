@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from launches import ALONE, ROOT, TIMEOUT_SECONDS, environment, recipe
+from launches import ALONE, ROOT, call, recipe
 
 PAGE = ROOT / "docs" / "api.md"
 
 
 def test_snippets_run(tmp_path: Path, tiny: Callable[..., list[str]], store: Path) -> None:
     overrides = tiny(tmp_path / "runs" / "calm", "calm", training__steps=2, **ALONE)
-    call([sys.executable, str(ROOT / "tools" / "train.py"), recipe("calm"), *overrides], tmp_path)
+    call([sys.executable, str(ROOT / "tools" / "train.py"), recipe("calm"), *overrides])
     (tmp_path / "data" / "latents").mkdir(parents=True)
     (tmp_path / "data" / "latents" / "test").symlink_to(store)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
@@ -26,19 +25,5 @@ def test_snippets_run(tmp_path: Path, tiny: Callable[..., list[str]], store: Pat
     assert len(snippets) >= 7
     script = tmp_path / "snippets.py"
     script.write_text("\n".join(snippets), encoding="utf-8")
-    printed = call([sys.executable, str(script)], tmp_path)
+    printed = call([sys.executable, str(script)], cwd=tmp_path).stdout
     assert "371,731,584 parameters" in printed
-
-
-def call(command: list[str], directory: Path) -> str:
-    done = subprocess.run(
-        command,
-        cwd=directory,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout

@@ -200,49 +200,43 @@ def find_checkpoint(path: str | Path) -> Path:
         raise CheckpointError(f"{path}: no such directory; give a run directory or a checkpoint")
     if (path / MANIFEST).is_file():
         verify(path)
-        _warn_of_skipped(path)
+        say_what_is_used(path, [path])
         return path
     run_dir = path.parent if path.name == CHECKPOINTS else path
-    found = next(filter(_is_valid, sound_first(step_directories(run_dir))), None)
+    directories = step_directories(run_dir)
+    found = next(filter(_is_valid, sound_first(directories)), None)
     if found is None:
         raise CheckpointError(f"{path}: holds no valid checkpoint; train first, or give another")
+    say_what_is_used(found, directories)
     return found
 
 
 def sound_first(found: list[Path]) -> list[Path]:
     """Checkpoints, newest first, with those that were written amid skipped steps at the end: their
-    weights may be damaged. Says on stderr which are passed over for that.
-    """
-    skipping = [directory for directory in found if _skipped(directory)]
-    sound = [directory for directory in found if directory not in skipping]
-    newer = found[: found.index(sound[0])] if sound else []
-    for directory in newer:
-        pass_over(
-            f"{directory}: its last {_skipped(directory)} steps were skipped, their loss or "
-            f"gradient was not finite; {sound[0].name} is used, name the other one to use it"
-        )
-    if found and not sound:
-        _warn_of_skipped(found[0])
-    return sound + skipping
+    weights may be damaged."""
+    return sorted(found, key=lambda directory: skipped_note(directory) is not None)
 
 
-def _skipped(directory: Path) -> int:
-    """Steps that were skipped just before a checkpoint; 0 where it is damaged, which its reader
-    will say."""
-    try:
-        return RunState.read(directory).skipped_in_a_row
-    except CheckpointError:
-        return 0
+def skipped_note(directory: Path) -> str | None:
+    """What to say of a checkpoint whose last steps were skipped; None for any other."""
+    state = RunState.read_if_whole(directory)
+    if state is None or not state.skipped_in_a_row:
+        return None
+    return (
+        f"{directory}: its last {state.skipped_in_a_row} steps were skipped, their loss or "
+        "gradient was not finite; the weights may be damaged"
+    )
 
 
-def _warn_of_skipped(directory: Path) -> None:
-    if skipped := _skipped(directory):
-        print(
-            f"warning: {directory}: its last {skipped} steps were skipped, their loss or gradient "
-            "was not finite; the weights may be damaged",
-            file=sys.stderr,
-            flush=True,
-        )
+def say_what_is_used(used: Path, of: list[Path]) -> None:
+    """Say on stderr that ``used`` was written amid skipped steps, or which newer ones ``of`` the
+    candidates `sound_first` has put behind it for that."""
+    if (note := skipped_note(used)) is not None:
+        print(f"warning: {note}", file=sys.stderr, flush=True)
+        return
+    for directory in of:
+        if directory.name > used.name and (note := skipped_note(directory)) is not None:
+            pass_over(f"{note}; {used.name} is used, name the other one to use it")
 
 
 def candidates(path: str | Path, name: str) -> list[Path]:
@@ -269,11 +263,8 @@ def candidates(path: str | Path, name: str) -> list[Path]:
 
 def has_only_weights(directory: Path) -> bool:
     """Whether a checkpoint has weights, but no state of optimizer and data to go on from."""
-    try:
-        return RunState.read(directory).weights_only
-    except CheckpointError:
-        # Damaged: whoever loads it will say so.
-        return False
+    state = RunState.read_if_whole(directory)
+    return state is not None and state.weights_only
 
 
 def run_directory(directory: Path) -> Path | None:

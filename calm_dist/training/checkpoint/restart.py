@@ -45,13 +45,16 @@ def source_for_all(path: str) -> Path:
         CheckpointError: there is none, on every rank.
     """
     name = "run.continue_from"
-    directory, passed_over = _first_whole(on_rank_zero(lambda: checkpoint.candidates(path, name)))
+    found = on_rank_zero(lambda: checkpoint.candidates(path, name))
+    directory, passed_over = _first_whole(found)
     if directory is None:
         refusal = CheckpointError(
             f"{name}: {path}: none of {passed_over} checkpoints is whole, see above; give another"
         )
         refusal.reported = True  # type: ignore[attr-defined]
         raise refusal
+    if dist.get_rank() == 0:
+        checkpoint.say_what_is_used(directory, found)
     return directory
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from calm_dist.errors import CheckpointError, DataError
+from calm_dist.errors import DataError
 from calm_dist.files import file_sha256, replace_text
 from calm_dist.recipe import Checkpoint
 from calm_dist.training.checkpoint import directory as directories_of
@@ -56,7 +56,7 @@ def commit(
         later = step_directories(run_dir)
         directories_of.set_aside(later[: later.index(final)])
         if updates is None:
-            state = _state(final)
+            state = RunState.read_if_whole(final)
             updates = 0 if state is None else state.adam_steps
         make_room(run_dir, keep, keep_every, updates)
     except OSError as error:
@@ -82,7 +82,7 @@ def make_room(run_dir: Path, keep: int, keep_every: int | None, updates: int) ->
 
 def _staying(found: Sequence[Path], keep: int, updates: int) -> set[Path]:
     """Of ``found``, newest first, those that stay beside multiples of ``keep_every``."""
-    states = {directory: _state(directory) for directory in found}
+    states = {directory: RunState.read_if_whole(directory) for directory in found}
     # A step that was skipped changes no weights: the newest of these says how far the run is.
     skipping = [
         d for d, s in states.items() if s and s.skipped_in_a_row and s.adam_steps >= updates
@@ -108,7 +108,7 @@ class Rotation:
         """See the module's `commit`."""
         with self._lock:
             keep, every = self._settings.keep, self._settings.keep_every
-            state = _state(temporary)
+            state = RunState.read_if_whole(temporary)
             self._updates = max(self._updates, state.adam_steps if state is not None else 0)
             commit(temporary, keep, every, self._updates)
             self._unproven = state.adam_steps if state is not None else None
@@ -154,7 +154,7 @@ def go_back(run_dir: Path, progress: RunProgress) -> str:
         names = ", ".join(directory.name + DIVERGED for directory in doubtful)
         set_aside = f"No finite step followed the newest checkpoints, now named {names}. "
     advice = f"{set_aside}The next start continues from {good}. {remedy}"
-    state = _state(good)
+    state = RunState.read_if_whole(good)
     if state is not None and state.adam_steps >= progress.adam_steps:
         # This start has come from there, and has made no update.
         older = found[position + 1].name if position + 1 < len(found) else "the first step"
@@ -173,8 +173,8 @@ def _without_proven(run_dir: Path, found: list[Path]) -> str:
         What the next start begins with.
     """
     checkpoints = run_dir / CHECKPOINTS
-    state = _state(found[-1])
-    sound = [d for d in found if (s := _state(d)) is None or not s.skipped_in_a_row]
+    state = RunState.read_if_whole(found[-1])
+    sound = [d for d in found if (s := RunState.read_if_whole(d)) is None or not s.skipped_in_a_row]
     start = sound[0] if sound else None
     with suppress(FileNotFoundError):
         if start and (checkpoints / TRIED).read_text(encoding="utf-8").strip() == _identity(start):
@@ -201,13 +201,13 @@ def _without_proven(run_dir: Path, found: list[Path]) -> str:
 
 def _newest_proven(found: Sequence[Path], updates: int) -> Path | None:
     """The newest of ``found`` that updates followed, in this start or in one that went back."""
-    known = [state.adam_steps for d in found if (state := _state(d)) is not None]
+    known = [state.adam_steps for d in found if (state := RunState.read_if_whole(d)) is not None]
     updates = max([updates, *known])
     gone_back_to = None
     with suppress(FileNotFoundError):
         gone_back_to = (found[0].parent / PROVEN).read_text(encoding="utf-8").strip()
     for directory in found:
-        state = _state(directory)
+        state = RunState.read_if_whole(directory)
         if state is not None and state.adam_steps < updates:
             return directory
         if gone_back_to is not None and _identity(directory) == gone_back_to:
@@ -247,13 +247,6 @@ def doubt(run_dir: Path, progress: RunProgress) -> str | None:
         f"{text}. {good} is the newest checkpoint that a finite step followed: to go back to "
         "it, move the newer ones away and start again with a lower training.learning_rate"
     )
-
-
-def _state(directory: Path) -> RunState | None:
-    """None where it is damaged, which whoever loads it will say."""
-    with suppress(CheckpointError):
-        return RunState.read(directory)
-    return None
 
 
 def _warn(run_dir: Path, error: OSError) -> None:

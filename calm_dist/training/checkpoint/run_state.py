@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,3 +75,10 @@ class RunState(BaseModel):
             where = ".".join(map(str, first["loc"])) or "the file"
             raise CheckpointError(f"{path}: damaged; {where}: {first['msg']}") from error
         return state
+
+    @classmethod
+    def read_if_whole(cls, directory: Path) -> RunState | None:
+        """`read`, or None where it is damaged, which whoever loads the checkpoint will report."""
+        with suppress(CheckpointError):
+            return cls.read(directory)
+        return None
