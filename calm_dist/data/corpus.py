@@ -235,7 +235,7 @@ def standard_library_documents() -> list[Document]:
 
 
 class DocumentIds:
-    """The ids of documents as 16 bytes each, of which the first six say the split.
+    """The ids of documents, 16 bytes each; the first six bytes decide the split.
 
     A document's split depends on ``(seed, id)`` alone, about 90, 5 and 5 percent; only where valid
     or test would stay empty, the document that came nearest to it is moved there.

@@ -62,7 +62,7 @@ class CorpusFiles(Sequence[CorpusFile]):
         return len(self.files)
 
     def summary(self) -> str:
-        """One line: how many files of which kind are read, and how many are left out."""
+        """One line: the number of files read and left out, by kind."""
         read = Counter(_kind(file.path.name) for file in self.files)
         text = f"corpus: {_counts(read)}"
         return f"{text}; left out: {_counts(self.left_out)}" if self.left_out else text
@@ -116,7 +116,7 @@ def find_files(paths: CorpusPaths) -> CorpusFiles:
 
     Raises:
         DataError: a path that does not exist or is not a file or directory, a glob without match, a
-            directory without corpus files, a file of another kind, or one that is there twice.
+            directory without corpus files, a file of an unknown kind, or a file found twice.
     """
     if isinstance(paths, CorpusFiles):
         return paths
@@ -244,7 +244,7 @@ class _Search:
             how = "" if other == path else f": {other} is the same file, by a link or another path"
             raise DataError(f"corpus {path}: is named twice{how}; name each file once")
         self._paths.append(path)
-        # Names of files may have bytes that are no text, documents' ids may not.
+        # A file name may hold bytes that are not text; a document id may not.
         self._names.append(name.encode("utf-8", "backslashreplace").decode())
 
 

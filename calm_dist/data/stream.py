@@ -233,28 +233,11 @@ def open_training_stream(
         weights = None
     global_batch_size = batch_size * (world.num_ranks // replication)
 
-    def fetch() -> None:
-        if world.is_local_leader:
-            metas = []
-            for path in given:
-                source = open_source(path, fetch_description(path, cache_dir, True, downloads))
-                source.check()
-                metas.append(source.meta)
-            check_room(metas, batch_size, num_workers, world.ranks_per_node)
+    def check_node(metas: list[StoreMeta]) -> None:
+        check_room(metas, batch_size, num_workers, world.ranks_per_node)
 
-    def read() -> list[Source]:
-        sources = [open_source(path, fetch_description(path, cache_dir)) for path in given]
-        _check_together(sources, weights, global_batch_size)
-        return sources
-
-    _on_all_ranks(fetch)
-    sources = _on_all_ranks(read)
-    fingerprints = [source.meta.fingerprint for source in sources]
-    for rank, others in enumerate(_gather(fingerprints)):
-        if others != fingerprints:
-            raise DataError(
-                f"data store {given}: rank {rank} and {world.rank} see different stores"
-            )
+    sources = _open_on_all_ranks(given, world, cache_dir, downloads, check_node)
+    _on_all_ranks(lambda: _check_together(sources, weights, global_batch_size))
 
     # It warns at each epoch that replication must be counted in its state; ours does.
     logging.getLogger("streaming.base.dataset").setLevel(logging.ERROR)
@@ -277,13 +260,49 @@ def open_training_stream(
         persistent_workers=num_workers > 0,
     )
     identity = {
-        "stores": fingerprints,
+        "stores": [source.meta.fingerprint for source in sources],
         "weights": list(weights) if weights else None,
         "global_batch_size": global_batch_size,
         "seed": seed,
     }
     metas = [source.meta for source in sources]
     return TrainingStream(dataset, loader, metas, identity, timeout_seconds)
+
+
+def _open_on_all_ranks(
+    paths: Sequence[str],
+    world: World,
+    cache_dir: str | Path | None,
+    downloads: Downloads,
+    check_node: Callable[[list[StoreMeta]], None],
+) -> list[Source]:
+    """The stores, the same on every rank. The first rank of each node fetches what describes them,
+    looks at their files, and calls ``check_node``.
+
+    Raises:
+        DataError: on every rank.
+    """
+
+    def fetch() -> None:
+        if world.is_local_leader:
+            metas = []
+            for path in paths:
+                source = open_source(path, fetch_description(path, cache_dir, True, downloads))
+                source.check()
+                metas.append(source.meta)
+            check_node(metas)
+
+    _on_all_ranks(fetch)
+    sources = _on_all_ranks(
+        lambda: [open_source(path, fetch_description(path, cache_dir)) for path in paths]
+    )
+    fingerprints = [source.meta.fingerprint for source in sources]
+    for rank, others in enumerate(_gather(fingerprints)):
+        if others != fingerprints:
+            raise DataError(
+                f"data store {list(paths)}: rank {rank} and {world.rank} see different stores"
+            )
+    return sources
 
 
 def _collate(samples: list[dict[str, Any]]) -> Batch:

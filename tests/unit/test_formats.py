@@ -134,6 +134,23 @@ def test_skippable_frames_of_zstd_hold_no_text(tmp_path: Path) -> None:
     assert texts(path) == [f"document {i}" for i in range(4)]
 
 
+@pytest.mark.parametrize("window_log", [27, 30, 31])
+def test_zst_of_large_windows(tmp_path: Path, window_log: int) -> None:
+    """As ``zstd --long`` writes them; a file beyond the limit is not called damaged."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(
+        3, window_log=window_log, write_content_size=False
+    )
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(compressor.compress(b"text") + compressor.flush())
+    if window_log <= 30:
+        assert texts(path) == ["text"]
+        return
+    with pytest.raises(DataError, match="needs more than 1024 MiB of memory") as caught:
+        texts(path)
+    assert "damaged" not in str(caught.value) and "zstd --long=27" in str(caught.value)
+
+
 def test_xz_that_wants_too_much_memory_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
