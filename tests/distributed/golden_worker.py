@@ -44,7 +44,7 @@ def train(job: dict[str, Any], world: Any, device: Any) -> None:
 
     recipe = load_recipe(Path(job["run"]) / "recipe.yaml", job["overrides"])
     recipe = resolve(recipe.with_world_size(world.size))
-    on_rank_zero(partial(prepare_run_directory, recipe, world))
+    on_rank_zero(partial(prepare_run_directory, recipe))
     on_rank_zero(partial(record_start, recipe, world))
     train_in_world(recipe, device)
 

@@ -40,7 +40,7 @@ def train(job: dict[str, Any], world: Any, device: Any) -> None:
     recipe = load_recipe(job["recipe"], job["overrides"]).with_world_size(world.size)
     recipe = resolve(recipe)
     Path(recipe.run.dir).mkdir(parents=True, exist_ok=True)
-    lock = on_rank_zero(partial(prepare_run_directory, recipe, world))
+    lock = on_rank_zero(partial(prepare_run_directory, recipe))
     topology = build_topology(recipe, device)
     begin = partial(on_rank_zero, partial(record_start, recipe, world))
     trainer = Trainer(recipe, topology, begin=begin)

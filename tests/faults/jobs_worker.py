@@ -45,7 +45,7 @@ def main() -> int:
         recipe = resolve(load_recipe(job["recipe"], job["overrides"]).with_world_size(world.size))
         run_dir = Path(recipe.run.dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        on_rank_zero(partial(prepare_run_directory, recipe, world))
+        on_rank_zero(partial(prepare_run_directory, recipe))
         on_rank_zero(partial(record_start, recipe, world))
         fault = dict(job["fault"])
         kind, rank = fault.pop("kind"), fault.pop("rank")
