@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from calm_dist.errors import CheckpointError
 from calm_dist.evaluation.load import load_model
@@ -117,6 +118,38 @@ def test_small_files_take_little_memory(imported: Path, name: str) -> None:
     assert not isinstance(caught.value.__cause__, MemoryError)
     with pytest.raises(CheckpointError, match=r"\.metadata: refused"):
         load_model(imported)
+
+
+class Getattr:
+    """Pickles as ``getattr(target, name)``."""
+
+    def __init__(self, target: object, name: str) -> None:
+        self.arguments = (target, name)
+
+    def __reduce__(self) -> tuple[object, tuple[object, str]]:
+        return getattr, self.arguments
+
+
+def test_descriptions_by_early_python_3_11_pass(
+    imported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3.11.0 to 3.11.3 (Debian 12) pickle a member of an enumeration as ``getattr`` of it; of
+    anything else that stays refused."""
+    genuine = read_description(imported / "tensors" / ".metadata")
+    monkeypatch.setattr(
+        _MEM_FORMAT_ENCODING,
+        "__reduce_ex__",
+        lambda member, protocol: (getattr, (type(member), member.name)),
+    )
+    data = pickle.dumps(genuine)
+    assert b"getattr" in data
+    replace(imported, ".metadata", data)
+    load_model(imported)
+    for target, name in ((torch.Size, "mro"), (_MEM_FORMAT_ENCODING, "mro")):
+        genuine.planner_data = Getattr(target, name)
+        replace(imported, ".metadata", pickle.dumps(genuine))
+        with pytest.raises(CheckpointError, match=r"\.metadata: refused"):
+            load_model(imported)
 
 
 def test_descriptions_of_any_protocol_pass(imported: Path) -> None:

@@ -15,7 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    Metadata,
+    MetadataIndex,
+)
 
 from calm_dist.errors import CheckpointError
 from calm_dist.pickles import check_pickle, load_weights
@@ -42,10 +46,19 @@ _DESCRIPTIONS = {
 
 class _DescriptionUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
         is_dtype = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
         if is_dtype or name in _DESCRIPTIONS.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _memory_format(kind: Any, name: str) -> _MEM_FORMAT_ENCODING:
+    """What Python 3.11.0 to 3.11.3 pickle as ``getattr`` of the enumeration; of nothing else."""
+    if kind is not _MEM_FORMAT_ENCODING:
+        raise pickle.UnpicklingError("it names builtins.getattr")
+    return _MEM_FORMAT_ENCODING[name]
 
 
 def read_description(path: Path) -> Metadata:
