@@ -46,7 +46,8 @@ _DESCRIPTIONS = {
 
 class _DescriptionUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("builtins", "getattr"):
+        # Pickles of protocol 2 have Python 2's name of the module.
+        if module in ("builtins", "__builtin__") and name == "getattr":
             return _memory_format
         is_dtype = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
         if is_dtype or name in _DESCRIPTIONS.get(module, ()):
