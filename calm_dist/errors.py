@@ -16,6 +16,14 @@ LONGEST_MESSAGE = 8000
 _LONGEST_VALUE = 200
 _MOST_NAMES = 10
 
+EXIT_BAD_INPUT = 2
+EXIT_PEER_LOST = 3
+EXIT_DIVERGED = 4
+EXIT_HUNG = 5
+EXIT_UNREACHABLE = 6
+# EX_TEMPFAIL of sysexits.h: not done, try again.
+EXIT_STOPPED = 75
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: a recipe, a file, a command line, a launch."""

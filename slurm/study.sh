@@ -103,7 +103,7 @@ facts_of() {
   [ -n "${FACTS[$1]:-}" ] || FACTS[$1]=$("$PYTHON" - "$ROOT" "recipes/$1.yaml" "${ARGUMENTS[@]}" <<'PY'
 import sys
 sys.path.insert(0, sys.argv[1])
-from calm_dist.cli import run
+from calm_dist.cli.console import run
 from calm_dist.recipe import load_recipe
 
 def main():

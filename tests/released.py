@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from calm_dist.errors import UserError
-from calm_dist.interop.calm import released_calm
 from calm_dist.interop.huggingface import load_calm
 from calm_dist.recipe import CalmRecipe
+from calm_dist.released.calm import released_calm
 
 GOLDEN = Path(__file__).parent / "golden"
 BIN, SAFE = "pytorch_model.bin", "model.safetensors"

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from calm_dist.cli import add_json, at_least, between, image_file, run, write_json
+from calm_dist.cli.console import add_json, at_least, between, image_file, run, write_json
 from calm_dist.errors import UserError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from calm_dist.cli import add_json, run, write_json
+from calm_dist.cli.console import add_json, run, write_json
 
 
 def parse_arguments() -> argparse.Namespace:

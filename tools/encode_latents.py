@@ -21,7 +21,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calm_dist.cli import add_device, announce, at_least, run
+from calm_dist.cli.console import add_device, announce, at_least, run
 from calm_dist.data.formats import SUPPORTED
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def main() -> None:
     )
     from calm_dist.data.parts import blocks_in_shard
     from calm_dist.data.tokenizer import load_tokenizer
-    from calm_dist.training.checkpoint import find_checkpoint
+    from calm_dist.runs.checkpoints import find_checkpoint
 
     if args.worker is not None:
         check_worker(args.out, args.worker, args.parts, overwrite=args.overwrite)

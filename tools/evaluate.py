@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 
-from calm_dist.cli import add_device, add_json, announce, at_least, run, write_json
+from calm_dist.cli.console import add_device, add_json, announce, at_least, run, write_json
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -59,9 +59,9 @@ def main() -> None:
 
     from calm_dist.data.stream import open_store
     from calm_dist.evaluation import evaluate
-    from calm_dist.evaluation.load import load_model
+    from calm_dist.inference.load import load_model
     from calm_dist.parallel.launch import own_device
-    from calm_dist.training.checkpoint import all_checkpoints, find_checkpoint
+    from calm_dist.runs.checkpoints import all_checkpoints, find_checkpoint
 
     paths = all_checkpoints(args.checkpoint) if args.all_checkpoints else []
     # Where there is no checkpoint at all, this says so.

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 
-from calm_dist.cli import add_json, run, writable_directory, write_json
+from calm_dist.cli.console import add_json, run, writable_directory, write_json
 from calm_dist.errors import UserError
 
 
 def parse_arguments() -> argparse.Namespace:
-    from calm_dist.reports.report import add_options
+    from calm_dist.cli.report_tool import add_options
 
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -64,7 +64,7 @@ def main() -> None:
         compare_paper(arguments)
         return
 
-    from calm_dist.reports.report import report_runs
+    from calm_dist.cli.report_tool import report_runs
 
     report_runs(arguments)
 

@@ -13,7 +13,7 @@ import sys
 from dataclasses import asdict
 from fractions import Fraction
 
-from calm_dist.cli import add_json, announce, at_least, run, write_json
+from calm_dist.cli.console import add_json, announce, at_least, run, write_json
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -102,8 +102,8 @@ def main() -> None:
     announce(f"loading {args.checkpoint} ...")
 
     from calm_dist.data.tokenizer import load_tokenizer
-    from calm_dist.evaluation.generate import find_tokenizer, generate, token_names
-    from calm_dist.evaluation.load import load_model
+    from calm_dist.inference.generate import find_tokenizer, generate, token_names
+    from calm_dist.inference.load import load_model
 
     model = load_model(args.checkpoint, autoencoder=args.autoencoder)
     seeds = args.seed if len(args.seed) > 1 else args.seed * len(args.prompt)

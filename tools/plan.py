@@ -17,11 +17,11 @@ import argparse
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from calm_dist.cli import add_json, at_least, between, image_file, run, write_json
+from calm_dist.cli.console import add_json, at_least, between, image_file, run, write_json
 from calm_dist.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
-    from calm_dist.planner.clusters import Cluster
+    from calm_dist.costs.clusters import Cluster
     from calm_dist.planner.storage import Reliability
     from calm_dist.recipe import Recipe
 
@@ -37,7 +37,7 @@ def main() -> None:
     if arguments.recipe is None:
         raise UserError("RECIPE: missing; give a recipe file, see recipes/")
 
-    from calm_dist.planner.report import format_full_plan, full_plan
+    from calm_dist.planner.full_plan import format_full_plan, full_plan
 
     recipe, cluster, gpus = _recipe_and_cluster(arguments)
     values = full_plan(recipe, cluster, _reliability(arguments), gpus)
@@ -101,7 +101,7 @@ def _refuse_ignored(arguments: argparse.Namespace) -> None:
 
 def _recipe_and_cluster(arguments: argparse.Namespace) -> tuple[Recipe, Cluster, int]:
     """The recipe as it is, the cluster, and its number of GPUs."""
-    from calm_dist.planner.clusters import preset
+    from calm_dist.costs.clusters import preset
 
     per_node, nodes = arguments.gpus_per_node, arguments.nodes
     if arguments.gpu == "local":
@@ -165,7 +165,7 @@ def _without_recipe(arguments: argparse.Namespace) -> None:
         _output(arguments, rows, format_published(rows))
         return
 
-    from calm_dist.planner.clusters import preset
+    from calm_dist.costs.clusters import preset
     from calm_dist.planner.scaling import format_scaling, plot_scaling, scaling
 
     if arguments.gpu == "local":

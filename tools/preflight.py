@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from calm_dist.cli import at_least, run
+from calm_dist.cli.console import at_least, run
 from calm_dist.files import on_one_line
 
 
@@ -43,7 +43,7 @@ def main() -> None:
         return
 
     from calm_dist.parallel.launch import read_world
-    from calm_dist.preflight import check_node
+    from calm_dist.training.preflight import check_node
 
     print(f"preflight: {check_node(recipe, read_world(), arguments.timeout)}", flush=True)
 

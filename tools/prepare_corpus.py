@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-from calm_dist.cli import at_least, run
+from calm_dist.cli.console import at_least, run
 from calm_dist.data.formats import SUPPORTED
 
 

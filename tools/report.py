@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from calm_dist.cli import add_json, run, writable_directory
+from calm_dist.cli.console import add_json, run, writable_directory
 
 
 def parse_arguments() -> argparse.Namespace:
-    from calm_dist.reports.report import add_options
+    from calm_dist.cli.report_tool import add_options
 
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -39,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
 
-    from calm_dist.reports.report import report_runs
+    from calm_dist.cli.report_tool import report_runs
 
     report_runs(arguments)
 

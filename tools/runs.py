@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 
-from calm_dist.cli import add_json, run, write_json
+from calm_dist.cli.console import add_json, run, write_json
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     add_json(parser)
     arguments = parser.parse_args()
 
-    from calm_dist.run_list import list_runs, table
+    from calm_dist.runs.listing import list_runs, table
 
     rows = list_runs(arguments.directories)
     if arguments.json != "-":

@@ -10,8 +10,8 @@ Starting the same command again goes on from the newest valid checkpoint of run.
 
 from __future__ import annotations
 
-from calm_dist.cli import run
-from calm_dist.command import run_training_tool
+from calm_dist.cli.console import run
+from calm_dist.cli.training_tool import run_training_tool
 from calm_dist.training.run import train
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from calm_dist import flops
 from calm_dist.benchmark.timing import environment, median_seconds
+from calm_dist.costs import flops
 from calm_dist.errors import RecipeError
 from calm_dist.parallel.noise import KeyedNoise
 from calm_dist.recipe import CalmRecipe, Recipe

@@ -11,11 +11,11 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from calm_dist import flops
 from calm_dist.benchmark.compare import peak_mib
 from calm_dist.benchmark.random_steps import RandomSteps
 from calm_dist.benchmark.timing import environment, seconds
-from calm_dist.evaluation.load import single_process_topology
+from calm_dist.costs import flops
+from calm_dist.inference.load import single_process_topology
 from calm_dist.models.heads import GenerativeHead
 from calm_dist.recipe import Recipe
 
@@ -57,7 +57,7 @@ def measure_model(
     """Time steps of a recipe for `one_device` on random blocks, then profile one more.
 
     Args:
-        peak_tflops: of the device, for MFU; default: the table of `calm_dist.flops`, by name.
+        peak_tflops: of the device, for MFU; default: the table of `calm_dist.costs.flops`, by name.
 
     Returns:
         A JSON-able dict: tokens_per_second and step_seconds (median), mfu and mfu_causal (None

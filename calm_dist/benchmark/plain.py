@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calm_dist.evaluation.brier import NGRAM
-from calm_dist.evaluation.sampling import pool_candidates
+from calm_dist.inference.sampling import pool_candidates
 from calm_dist.losses.autoencoder import TrainingNoise, kl_per_dimension
 from calm_dist.models.autoencoder import Autoencoder
 from calm_dist.models.heads.energy import ConditionedLinear, EnergyHead, HeadBlock

@@ -134,8 +134,8 @@ def _time_steps(case: dict[str, Any], repeats: int) -> dict[str, Any]:
     import torch.distributed as dist
 
     from calm_dist.benchmark.random_steps import RandomSteps
+    from calm_dist.costs.stages import work_shares
     from calm_dist.parallel.topology import build_topology, destroy_topology
-    from calm_dist.stages import work_shares
 
     recipe = _recipe(case, dist.get_world_size())
     topology = build_topology(recipe, torch.device("cpu"))

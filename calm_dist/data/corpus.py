@@ -27,9 +27,9 @@ from calm_dist.data.formats import (
     open_file,
     quoted,
 )
-from calm_dist.data.progress import Meter
 from calm_dist.errors import DataError
 from calm_dist.files import file_sha256
+from calm_dist.progress import Meter
 from calm_dist.randomness import key_fraction
 
 if TYPE_CHECKING:

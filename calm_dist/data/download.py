@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from calm_dist.data.layout import is_remote
 from calm_dist.errors import DataError, UnreachableError
-from calm_dist.recipe_sections import Data
+from calm_dist.recipe.sections import Data
 from calm_dist.redact import MASK, redact
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class InterruptedTransferError(Exception):
 
 @dataclass(frozen=True)
 class Downloads:
-    """How patient transfers are; the fields of `recipe_sections.Data` of these names."""
+    """How patient transfers are; the fields of `recipe.sections.Data` of these names."""
 
     retries: int = Data.model_fields["download_retries"].default
     timeout_seconds: float = Data.model_fields["download_timeout_seconds"].default

@@ -37,7 +37,6 @@ from calm_dist.data.parts import (
     remove_store,
     write_shard,
 )
-from calm_dist.data.progress import progress
 from calm_dist.data.store import (
     AutoencoderInfo,
     StoreMeta,
@@ -50,6 +49,7 @@ from calm_dist.data.store import (
 from calm_dist.data.tokenizer import Tokenizer
 from calm_dist.errors import DataError
 from calm_dist.files import file_sha256
+from calm_dist.progress import progress
 
 if TYPE_CHECKING:
     from calm_dist.models.autoencoder import Autoencoder

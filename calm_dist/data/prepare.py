@@ -25,10 +25,10 @@ from calm_dist.data.corpus import (
     standard_library_documents,
 )
 from calm_dist.data.corpus_files import CorpusPaths
-from calm_dist.data.progress import progress
 from calm_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from calm_dist.errors import DataError
 from calm_dist.files import file_sha256, replace_text
+from calm_dist.progress import progress
 
 MANIFEST = "manifest.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")

@@ -13,9 +13,9 @@ from pathlib import Path
 from calm_dist.compat.streaming import CloudUploader
 from calm_dist.data.download import DEFAULT, Downloads, check_address, downloader_for, transfer
 from calm_dist.data.layout import INDEX, META, is_remote
-from calm_dist.data.progress import progress
 from calm_dist.data.shared_names import scratch_directory
 from calm_dist.errors import DataError
+from calm_dist.progress import progress
 from calm_dist.redact import redact
 
 

@@ -1,1 +1,1 @@
-"""Evaluation: BrierLM, likelihood-free sampling, text generation."""
+"""Scores of trained models: BrierLM, cross entropy, reconstruction."""

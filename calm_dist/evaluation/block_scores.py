@@ -17,11 +17,11 @@ from calm_dist.evaluation.brier_tree import (
     scores_from_patches,
     scores_from_softmax,
 )
-from calm_dist.evaluation.generate import calm_recipe, decode_latents
+from calm_dist.inference.generate import calm_recipe, decode_latents
 from calm_dist.losses.energy import energy_score
 
 if TYPE_CHECKING:
-    from calm_dist.evaluation.load import LoadedModel
+    from calm_dist.inference.load import LoadedModel
 
 Block = Mapping[str, np.ndarray]
 """A sample of a data store."""

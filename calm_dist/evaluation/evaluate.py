@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 import torch
 
-from calm_dist.data.progress import progress
 from calm_dist.errors import DataError, UserError
 from calm_dist.evaluation.block_scores import (
     BlockScores,
@@ -22,8 +21,11 @@ from calm_dist.evaluation.block_scores import (
     score_transformer_block,
 )
 from calm_dist.evaluation.brier import NGRAM, Alignment, estimate_brierlm, ngram_starts
-from calm_dist.evaluation.generate import calm_recipe
 from calm_dist.files import check_file_is_writable
+from calm_dist.inference.generate import calm_recipe
+from calm_dist.progress import progress
+from calm_dist.runs import checkpoints
+from calm_dist.runs.metrics import METRICS_FILE, json_line, read_records
 from calm_dist.scores import (
     MARK_EXPLAINED,
     block_size_note,
@@ -31,13 +33,11 @@ from calm_dist.scores import (
     brierlm_text,
     noisy_brier,
 )
-from calm_dist.training import checkpoint
-from calm_dist.training.metrics import METRICS_FILE, json_line, read_records
 
 if TYPE_CHECKING:
     from calm_dist.data.store import StoreMeta
     from calm_dist.data.stream import Store
-    from calm_dist.evaluation.load import LoadedModel
+    from calm_dist.inference.load import LoadedModel
     from calm_dist.recipe import Recipe
 
 FURTHER = ("cross_entropy", "perplexity", "energy_loss", "reconstruction_accuracy")
@@ -101,7 +101,7 @@ def evaluate(
     """Score a model on held-out blocks.
 
     Args:
-        model: from `evaluation.load.load_model`.
+        model: from `inference.load.load_model`.
         store: from `data.stream.open_store`.
         settings: what is measured; the result's ``protocol`` repeats it.
         show_progress: report the blocks done on stderr.
@@ -246,8 +246,8 @@ def check_store(model: LoadedModel, meta: StoreMeta) -> None:
 
 def run_directory(directory: Path) -> Path | None:
     """The run directory that a step directory lies in, or None where it stands alone."""
-    run = checkpoint.run_directory(directory.resolve())
-    return run if run is not None and (run / checkpoint.RECIPE_FILE).is_file() else None
+    run = checkpoints.run_directory(directory.resolve())
+    return run if run is not None and (run / checkpoints.RECIPE_FILE).is_file() else None
 
 
 def record(run: Path, result: Mapping[str, Any]) -> bool:

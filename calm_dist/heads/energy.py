@@ -6,7 +6,7 @@ from calm_dist.heads.counting import affine_parameters, layer_norm_parameters, l
 from calm_dist.heads.spec import HeadRecipe, HeadSpec, Released
 
 # Accesses of element-wise kernels per sample and element of the hidden state, counted with a
-# TorchDispatchMode (see `planner.work`): a block; what comes before and after. Launches likewise.
+# TorchDispatchMode (see `costs.work`): a block; what comes before and after. Launches likewise.
 BLOCK_ACCESSES, OTHER_ACCESSES = 43, 29
 BLOCK_KERNELS, OTHER_KERNELS = 50, 120
 

@@ -22,7 +22,7 @@ from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from calm_dist.errors import RecipeError
-from calm_dist.recipe_types import Positive, Section
+from calm_dist.schema import Positive, Section
 
 GROUP = "calm_dist.heads"
 

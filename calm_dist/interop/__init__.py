@@ -1,1 +1,1 @@
-"""Other projects' file layouts."""
+"""Released models by name, and checkpoints converted from and to the released layout."""

@@ -20,23 +20,23 @@ from torch import nn
 
 from calm_dist.data.tokenizer import Tokenizer, load_tokenizer
 from calm_dist.errors import CheckpointError, DataError, UserError
-from calm_dist.evaluation.load import LoadedModel, load_model, load_released, tokenizer_file
 from calm_dist.files import file_sha256
-from calm_dist.interop.autoencoder import load_autoencoder, save_autoencoder
-from calm_dist.interop.calm import released_calm, released_recipe
-from calm_dist.interop.config import (
+from calm_dist.inference.load import LoadedModel, load_model, load_released, tokenizer_file
+from calm_dist.recipe import CalmRecipe, Recipe, load_recipe
+from calm_dist.released.autoencoder import load_autoencoder, save_autoencoder
+from calm_dist.released.calm import released_calm, released_recipe
+from calm_dist.released.config import (
     calm_config,
     is_autoencoder,
     released_head,
     stated_token_ids,
 )
-from calm_dist.interop.layout import CONFIG_FILE, weight_files
-from calm_dist.interop.names import released_shapes
-from calm_dist.interop.tensors import write_weights
-from calm_dist.recipe import CalmRecipe, Recipe, load_recipe
-from calm_dist.training import checkpoint
+from calm_dist.released.files import CONFIG_FILE, weight_files
+from calm_dist.released.names import released_shapes
+from calm_dist.released.tensors import write_weights
+from calm_dist.runs import checkpoints
+from calm_dist.runs.checkpoints.run_state import RunState
 from calm_dist.training.checkpoint import model_state
-from calm_dist.training.checkpoint.run_state import RunState
 from calm_dist.training.resolve import autoencoder_directory
 
 AUTOENCODER_DIRECTORY = "autoencoder"
@@ -104,8 +104,8 @@ def export_checkpoint(
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such directory; give a run directory or a checkpoint")
     directory = autoencoder_directory(source)
-    if (directory / checkpoint.MANIFEST).is_file():
-        checkpoint.verify(directory)
+    if (directory / checkpoints.MANIFEST).is_file():
+        checkpoints.verify(directory)
     if not (directory / CONFIG_FILE).is_file():
         return _export_calm(directory, target, autoencoder)
     if not is_autoencoder(directory):
@@ -136,10 +136,10 @@ def _import_calm(
         if tokenizer is not None:
             shutil.copyfile(tokenizer.path, partial / copied)
         shutil.copyfile(source / CONFIG_FILE, partial / RELEASED_CONFIG_FILE)
-        (partial / checkpoint.RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+        (partial / checkpoints.RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
         _write_first_checkpoint(model, recipe, partial, tokenizer)
     notes.append(
-        f"to go on training: tools/train.py {target / checkpoint.RECIPE_FILE} data.path=STORE, "
+        f"to go on training: tools/train.py {target / checkpoints.RECIPE_FILE} data.path=STORE, "
         f"which says {recipe.data.sources[0].path}; data.block_size={recipe.block_size} must be "
         "the store's"
     )
@@ -149,7 +149,7 @@ def _import_calm(
 def _write_first_checkpoint(
     model: LoadedModel, recipe: Recipe, run_dir: Path, tokenizer: Tokenizer | None
 ) -> None:
-    temporary = checkpoint.begin(run_dir, 0)
+    temporary = checkpoints.begin(run_dir, 0)
     model_state.save_weights(temporary, model.body, model.head)
     RunState(
         step=0,
@@ -157,12 +157,12 @@ def _write_first_checkpoint(
         weights_only=True,
         imported_from=str(model.checkpoint),
     ).write(temporary)
-    (temporary / checkpoint.RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-    checkpoint.commit(temporary, keep=1)
+    (temporary / checkpoints.RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    checkpoints.commit(temporary, keep=1)
 
 
 def _export_calm(directory: Path, target: Path, autoencoder: str | Path | None) -> dict[str, Any]:
-    recipe = load_recipe(directory / checkpoint.RECIPE_FILE)
+    recipe = load_recipe(directory / checkpoints.RECIPE_FILE)
     if recipe.model.kind != "calm":
         raise CheckpointError(
             f"{directory}: model.kind {recipe.model.kind}; the released layout is for CALM and "
@@ -172,7 +172,7 @@ def _export_calm(directory: Path, target: Path, autoencoder: str | Path | None) 
     model = load_model(directory, autoencoder=autoencoder)
     assert isinstance(model.recipe.model, CalmRecipe) and model.autoencoder is not None
     tokenizer = _tokenizer_of(model)
-    token_ids = _token_ids(checkpoint.run_directory(directory), tokenizer)
+    token_ids = _token_ids(checkpoints.run_directory(directory), tokenizer)
     path = str(target.resolve() / AUTOENCODER_DIRECTORY)
     config = calm_config(model.recipe, token_ids, path)
     weights = released_calm(
@@ -260,7 +260,7 @@ def _token_ids(run_dir: Path | None, tokenizer: Tokenizer | None) -> TokenIds:
 def _token_ids_of_autoencoder(directory: Path) -> TokenIds:
     if stated := stated_token_ids(directory):
         return stated
-    recipe = directory / checkpoint.RECIPE_FILE
+    recipe = directory / checkpoints.RECIPE_FILE
     data = load_recipe(recipe).data if recipe.is_file() else None
     if data is None or data.tokenizer is None or not Path(data.tokenizer).is_file():
         return {}

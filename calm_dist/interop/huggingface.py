@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calm_dist.interop.autoencoder import load_autoencoder, save_autoencoder
+from calm_dist.released.autoencoder import load_autoencoder, save_autoencoder
 
 if TYPE_CHECKING:
-    from calm_dist.evaluation.load import LoadedModel
+    from calm_dist.inference.load import LoadedModel
 
 __all__ = ["load_autoencoder", "load_calm", "save_autoencoder"]
 
@@ -22,7 +22,7 @@ def load_calm(
 ) -> LoadedModel:
     """A released CALM in eval mode, fp32, on Megatron's backbone, in this process alone.
 
-    It evaluates and generates like a model of `evaluation.load.load_model`.
+    It evaluates and generates like a model of `inference.load.load_model`.
 
     Args:
         directory: of the checkpoint.
@@ -35,6 +35,6 @@ def load_calm(
         CheckpointError: a file is missing, damaged, or of a model that the backbone cannot be.
     """
     # The whole model is assembled above this layer.
-    from calm_dist.evaluation.load import load_released
+    from calm_dist.inference.load import load_released
 
     return load_released(directory, autoencoder, device)

@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 
 from calm_dist.losses.linear_cross_entropy import linear_cross_entropy
-from calm_dist.models.autoencoder import Autoencoder
+
+
+class AutoencoderSettings(Protocol):
+    """The fields of `models.autoencoder.AutoencoderConfig` that the losses use."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def patch_size(self) -> int: ...
+    @property
+    def latent_size(self) -> int: ...
+    @property
+    def token_dropout(self) -> float: ...
+    @property
+    def ae_dropout(self) -> float: ...
+    @property
+    def replaced_token_id(self) -> int: ...
+    @property
+    def kl_weight(self) -> float: ...
+    @property
+    def kl_clamp(self) -> float: ...
+
+
+class TokenAutoencoder(Protocol):
+    """What the losses use of a `models.autoencoder.Autoencoder`, which documents it."""
+
+    @property
+    def config(self) -> AutoencoderSettings: ...
+    @property
+    def output_weight(self) -> torch.Tensor: ...
+    @property
+    def decoder(self) -> Callable[[torch.Tensor], torch.Tensor]: ...
+    def encode(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def decode(self, latents: torch.Tensor) -> torch.Tensor: ...
 
 
 class AutoencoderLoss(NamedTuple):
@@ -27,7 +61,7 @@ class TrainingNoise(NamedTuple):
 
 
 def draw_training_noise(
-    model: Autoencoder, tokens: torch.Tensor, generator: torch.Generator
+    model: TokenAutoencoder, tokens: torch.Tensor, generator: torch.Generator
 ) -> TrainingNoise:
     """Noise of one training step from a generator on the tokens' device."""
     config = model.config
@@ -51,7 +85,7 @@ def kl_per_dimension(mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
 
 
 def autoencoder_loss(
-    model: Autoencoder, tokens: torch.Tensor, noise: TrainingNoise
+    model: TokenAutoencoder, tokens: torch.Tensor, noise: TrainingNoise
 ) -> AutoencoderLoss:
     """K·CE + kl_weight·KL with the KL of every dimension raised to ``kl_clamp``.
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from calm_dist.losses.autoencoder import kl_per_dimension
-from calm_dist.models.autoencoder import Autoencoder
+from calm_dist.losses.autoencoder import TokenAutoencoder, kl_per_dimension
 
 COLLAPSED_NATS = 0.05
 ACTIVE_VARIANCE = 0.01
@@ -46,7 +45,7 @@ class Reconstruction:
         self.right_under_noise = torch.zeros(len(NOISE_SIZES), dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def add_block(self, model: Autoencoder, tokens: torch.Tensor, eps: torch.Tensor) -> None:
+    def add_block(self, model: TokenAutoencoder, tokens: torch.Tensor, eps: torch.Tensor) -> None:
         """Encode and decode one block without dropout.
 
         Args:
@@ -94,9 +93,11 @@ class Reconstruction:
         }
 
 
-def _tokens_right(model: Autoencoder, latents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def _tokens_right(
+    model: TokenAutoencoder, latents: torch.Tensor, tokens: torch.Tensor
+) -> torch.Tensor:
     """How many of tokens [T] are the most likely ones given latents [T/K, l]."""
-    size = model.patch_size
+    size = model.config.patch_size
     patches = max(1, CHUNK_LOGITS // (size * model.config.vocab_size))
     parts = zip(latents.split(patches), tokens.split(patches * size), strict=True)
     return sum(

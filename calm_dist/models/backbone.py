@@ -30,11 +30,11 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
+from calm_dist.costs.stages import chunk_sizes
 from calm_dist.models.attention import CachedSelfAttention, CoreAttention, RMSNorm
 from calm_dist.models.kv_cache import SLOT_MULTIPLE, KeyValueCache
 from calm_dist.models.patch_embedding import PatchEmbedding, TokenEmbedding
 from calm_dist.recipe import BackboneRecipe, Recipe
-from calm_dist.stages import chunk_sizes
 
 
 def transformer_config(recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:

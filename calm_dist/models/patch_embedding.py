@@ -17,7 +17,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
-from calm_dist.recipe_checks import VOCAB_MULTIPLE
+from calm_dist.recipe.checks import VOCAB_MULTIPLE
 
 LAYER_NORM_EPS = 1e-6
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from calm_dist.randomness import key_seed
-from calm_dist.recipe_sections import CalmRecipe, Initialization
+from calm_dist.recipe.sections import CalmRecipe, Initialization
 
 InitStd = Callable[[str, torch.Size], float]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from calm_dist.planner.clusters import Cluster
+from calm_dist.costs.clusters import Cluster
 from calm_dist.recipe import Recipe
 
 

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from calm_dist.costs.clusters import Cluster, Rates
 from calm_dist.errors import UserError
-from calm_dist.planner.clusters import Cluster, Rates
 
 # Sizes of a small model's layers: rows of activations, hidden, intermediate.
 ROWS, HIDDEN, INTERMEDIATE, HEADS = 1024, 512, 1408, 4

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from calm_dist import flops
+from calm_dist.costs import flops
+from calm_dist.costs.clusters import Cluster
+from calm_dist.costs.memory import Memory, layer_counts, stage_memory
 from calm_dist.errors import UserError
-from calm_dist.planner.clusters import Cluster
-from calm_dist.planner.memory import Memory, layer_counts, stage_memory
 from calm_dist.planner.steptime import StepTime, peak_flops, step_time
 from calm_dist.planner.storage import (
     HOUR,

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from calm_dist import flops
-from calm_dist.planner.clusters import PRESETS
+from calm_dist.costs import flops
+from calm_dist.costs.clusters import PRESETS
 from calm_dist.planner.predict import Prediction, predict
 from calm_dist.recipe import Recipe
 

@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from calm_dist.costs.clusters import Cluster
 from calm_dist.errors import UserError
-from calm_dist.planner.clusters import Cluster
+from calm_dist.planner.full_plan import layout_overrides
 from calm_dist.planner.predict import training_cost
-from calm_dist.planner.report import layout_overrides
 from calm_dist.planner.search import search
 from calm_dist.planner.storage import Reliability
 from calm_dist.recipe import Recipe

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from calm_dist.costs.clusters import Cluster
 from calm_dist.errors import RecipeError
-from calm_dist.planner.clusters import Cluster
 from calm_dist.planner.predict import Prediction, predict
 from calm_dist.recipe import Recipe
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from calm_dist import flops
-from calm_dist.planner.clusters import Cluster
+from calm_dist.costs import flops
+from calm_dist.costs.clusters import Cluster
+from calm_dist.costs.memory import FP32_BYTES, body_parameters, element_bytes, layer_counts
+from calm_dist.costs.work import micro_batch_work, optimizer_work, positions
 from calm_dist.planner.collectives import Group, Groups, groups, send
-from calm_dist.planner.memory import FP32_BYTES, body_parameters, element_bytes, layer_counts
-from calm_dist.planner.work import micro_batch_work, optimizer_work, positions
 from calm_dist.recipe import Recipe
 
 # Of a micro-batch's time, in which gradients can be reduced meanwhile.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from calm_dist import flops
-from calm_dist.planner.clusters import Cluster
-from calm_dist.planner.memory import (
+from calm_dist.costs import flops
+from calm_dist.costs.clusters import Cluster
+from calm_dist.costs.memory import (
     ADAM_MOMENTS_BYTES,
     FP32_BYTES,
     body_parameters,

@@ -1,1 +1,1 @@
-"""What a user looks at: plans before a run, comparisons and reports after it."""
+"""Comparisons of models and reports of runs, for people and as JSON."""

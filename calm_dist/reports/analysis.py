@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from calm_dist.flops import count_autoencoder, peak_flops
-from calm_dist.reports.runs import CPU, Record, Run, conditions
+from calm_dist.costs.flops import count_autoencoder, peak_flops
+from calm_dist.runs.records import CPU, Record, Run, conditions
 from calm_dist.scores import noisy_brier
 
 MIN_CORRELATED = 3
@@ -194,7 +194,7 @@ def efficiency(run: Run, peak_tflops: float | None) -> dict[str, Any]:
     """Throughput against what the hardware can do, and what the run cost; None where not known.
 
     Args:
-        peak_tflops: of one device; where absent, the table of `calm_dist.flops` by the GPU's name.
+        peak_tflops: of one device; where absent, by the GPU's name from `costs.flops`.
     """
     ranks, device, rate = run.ranks, run.device, run.tokens_per_second
     peak = None if peak_tflops is None else peak_tflops * 1e12

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from calm_dist import flops
+from calm_dist.costs import flops
 from calm_dist.recipe import Recipe
 
 PAPER_TOKENS = 500_000_000_000

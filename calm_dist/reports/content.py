@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from calm_dist.reports.plots import Plot
-from calm_dist.reports.runs import CPU, Record, Run, conditions, first_of_kind
 from calm_dist.reports.tables import MISSING, Table, compact
+from calm_dist.runs.records import CPU, Record, Run, conditions, first_of_kind
 from calm_dist.scores import MARK_EXPLAINED, block_size_note, brier_text, brierlm_text
 
 

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calm_dist.flops import Part
+from calm_dist.costs.flops import Part
 from calm_dist.reports.analysis import Point
-from calm_dist.reports.runs import Run
 from calm_dist.reports.tables import compact, power_of_ten
+from calm_dist.runs.records import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

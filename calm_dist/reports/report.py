@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections import Counter
@@ -11,7 +10,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from calm_dist.cli import between, write_json
 from calm_dist.errors import UserError
 from calm_dist.reports import sections
 from calm_dist.reports.analysis import (
@@ -24,7 +22,7 @@ from calm_dist.reports.analysis import (
 from calm_dist.reports.content import Content, headline, missing_and_incomparable
 from calm_dist.reports.markdown import render_markdown
 from calm_dist.reports.page import render_page
-from calm_dist.reports.runs import Run, conditions, first_of_kind, read_run
+from calm_dist.runs.records import Run, conditions, first_of_kind, read_run
 from calm_dist.scores import noisy_brier
 
 AUTOENCODER_FACTS = (
@@ -48,37 +46,6 @@ EVALUATION_FACTS = (
 )
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a report of runs, but for ``--run``, ``--out`` and ``--json``."""
-    parser.add_argument("--autoencoder", metavar="RUN", help="run directory of the autoencoder")
-    parser.add_argument(
-        "--peak-tflops",
-        type=between(1e-3, 1e6),
-        metavar="X",
-        help="TFLOP/s that one device can reach, for MFU; known for A100, H100, H200 and B200",
-    )
-
-
-def report_runs(arguments: argparse.Namespace) -> None:
-    """Do what the command line asks for: write files, print where, or print the report itself.
-
-    Raises:
-        UserError: see `write_report`.
-    """
-    models, autoencoder = _read(arguments.runs, arguments.autoencoder)
-    summary = summarize(models, autoencoder, arguments.peak_tflops)
-    if arguments.out:
-        _write(summary, models, autoencoder, Path(arguments.out))
-    if arguments.json:
-        write_json(summary, arguments.json)
-    if arguments.json == "-":
-        return
-    if arguments.out:
-        print(Path(arguments.out) / "index.html")
-    elif not arguments.json:
-        print(render_markdown(_content(summary, models, autoencoder), images=False))
-
-
 def write_report(
     runs: Sequence[str | Path],
     out: str | Path,
@@ -99,15 +66,20 @@ def write_report(
     Raises:
         UserError: a directory is no run, is of the wrong kind, or ``out`` cannot be written.
     """
-    models, autoencoder_run = _read(runs, autoencoder)
+    models, autoencoder_run = read_runs(runs, autoencoder)
     summary = summarize(models, autoencoder_run, peak_tflops)
-    _write(summary, models, autoencoder_run, Path(out))
+    write_files(summary, models, autoencoder_run, Path(out))
     return summary
 
 
-def _read(
+def read_runs(
     runs: Sequence[str | Path], autoencoder: str | Path | None
 ) -> tuple[list[Run], Run | None]:
+    """The models' runs, each once and under a name of its own, and the autoencoder's.
+
+    Raises:
+        UserError: a directory is no run, or of the wrong kind.
+    """
     # Patterns of a shell may give one directory twice.
     once = {os.path.realpath(path): path for path in reversed(runs)}
     models = [read_run(path) for path in reversed(once.values())]
@@ -125,10 +97,11 @@ def _read(
     return named, autoencoder_run
 
 
-def _write(
+def write_files(
     summary: dict[str, Any], models: Sequence[Run], autoencoder: Run | None, out: Path
 ) -> None:
-    content = _content(summary, models, autoencoder)
+    """Write the files of a report; see `write_report`."""
+    content = report_content(summary, models, autoencoder)
     page, words = render_page(content), render_markdown(content)
     try:
         (out / "plots").mkdir(parents=True, exist_ok=True)
@@ -143,7 +116,10 @@ def _write(
         raise UserError(f"--out {out}: cannot write there ({error.strerror})") from error
 
 
-def _content(summary: dict[str, Any], models: Sequence[Run], autoencoder: Run | None) -> Content:
+def report_content(
+    summary: dict[str, Any], models: Sequence[Run], autoencoder: Run | None
+) -> Content:
+    """What the page and the text of a report show."""
     title, lead, facts = headline(summary)
     points = evaluated_points(models)
     costs = [*summary["models"], *([summary["autoencoder"]] if autoencoder else [])]
@@ -171,7 +147,7 @@ def summarize(
     """The content of report.json. What a run lacks is null.
 
     ``autoencoder``: the last evaluation of its run. ``models``: one entry a run;
-    ``train_flops`` = FLOPs per token of `calm_dist.flops` (as the released code executes them) x
+    ``train_flops`` = FLOPs per token of `costs.flops` (as the released code executes them) x
     measured tokens. ``comparison``: the first CALM over the first Transformer. ``pareto_front``,
     ``correlation`` and totals: see `reports.analysis`.
     """

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from calm_dist.flops import Part
+from calm_dist.costs.flops import Part
 from calm_dist.reports import plots
 from calm_dist.reports.analysis import Point, compared_evaluations
 from calm_dist.reports.content import Section
 from calm_dist.reports.plots import Plot
-from calm_dist.reports.runs import CPU, Record, Run
 from calm_dist.reports.tables import (
     MISSING,
     Cell,
@@ -22,6 +21,7 @@ from calm_dist.reports.tables import (
     short,
     text,
 )
+from calm_dist.runs.records import CPU, Record, Run
 from calm_dist.scores import brier, brier_text, brierlm_text
 
 NOTHING = "No run has records to show here."

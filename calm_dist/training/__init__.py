@@ -1,1 +1,1 @@
-"""Training runs: loop, optimizer, checkpoints, metrics."""
+"""Training runs: loop, optimizer, checkpoints of tensors."""

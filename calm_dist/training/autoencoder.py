@@ -23,7 +23,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from calm_dist.data.download import Downloads
-from calm_dist.data.progress import progress
 from calm_dist.data.store import StoreMeta
 from calm_dist.data.stream import Batch, Store, open_store, open_training_stream
 from calm_dist.errors import (
@@ -33,7 +32,6 @@ from calm_dist.errors import (
     StoppedError,
     TrainingDivergedError,
 )
-from calm_dist.interop.huggingface import load_autoencoder, save_autoencoder
 from calm_dist.losses.autoencoder import (
     AutoencoderLoss,
     TrainingNoise,
@@ -45,9 +43,14 @@ from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
 from calm_dist.models.weights import init_std, initialize_module
 from calm_dist.parallel.launch import patience
 from calm_dist.parallel.rank_zero import on_rank_zero
+from calm_dist.progress import progress
 from calm_dist.randomness import key_seed
 from calm_dist.recipe import Recipe
-from calm_dist.training import checkpoint
+from calm_dist.released.autoencoder import load_autoencoder, save_autoencoder
+from calm_dist.runs import checkpoints
+from calm_dist.runs.checkpoints.run_state import RunState
+from calm_dist.runs.metrics import MetricsLog
+from calm_dist.runs.run_progress import RunProgress
 from calm_dist.training.batches import LookAhead
 from calm_dist.training.checkpoint.adam_state import load_adam, save_adam
 from calm_dist.training.checkpoint.attempts import Attempts
@@ -58,9 +61,6 @@ from calm_dist.training.checkpoint.restart import (
     taken_over,
     tidy,
 )
-from calm_dist.training.checkpoint.run_state import RunState
-from calm_dist.training.health import RunProgress
-from calm_dist.training.metrics import MetricsLog
 from calm_dist.training.phases import Phases
 from calm_dist.training.schedule import learning_rate
 from calm_dist.training.session import launched
@@ -232,7 +232,7 @@ class AutoencoderTrainer:
         self._resumed_from = self._resume()
         check_room(recipe)
         self._attempts = Attempts()
-        self._rotation = checkpoint.Rotation(self.run_dir, recipe.checkpoint)
+        self._rotation = checkpoints.Rotation(self.run_dir, recipe.checkpoint)
         self._metrics: MetricsLog | None = None
         if self.rank == 0:
             self._announce()
@@ -259,7 +259,7 @@ class AutoencoderTrainer:
         if self._metrics is not None:
             self._metrics.close()
         self._attempts.finish()
-        if self.rank == 0 and (doubt := checkpoint.doubt(self.run_dir, self.progress)):
+        if self.rank == 0 and (doubt := checkpoints.doubt(self.run_dir, self.progress)):
             print(doubt, file=sys.stderr, flush=True)
         if result.data_failed:
             self._batches.check()
@@ -289,7 +289,7 @@ class AutoencoderTrainer:
                 self._evaluate()
                 self.phases.enter("checkpoint", step - 1)
                 self._attempts.forget()
-                temporary = checkpoint.step_directory(self.run_dir, step).with_suffix(".tmp")
+                temporary = checkpoints.step_directory(self.run_dir, step).with_suffix(".tmp")
                 self._attempts.make(temporary, lambda: on_rank_zero(self._save))
             if ends:
                 return result
@@ -298,7 +298,7 @@ class AutoencoderTrainer:
         try:
             self.progress.count(skipped, self.recipe.health.max_skipped_steps)
         except TrainingDivergedError as error:
-            what_next = on_rank_zero(lambda: checkpoint.go_back(self.run_dir, self.progress))
+            what_next = on_rank_zero(lambda: checkpoints.go_back(self.run_dir, self.progress))
             raise TrainingDivergedError(f"{error}. {what_next}") from None
         if self.rank == 0:
             self._rotation.step_taken(self.progress.adam_steps)
@@ -392,7 +392,7 @@ class AutoencoderTrainer:
 
     def _save(self) -> None:
         """Write and commit a checkpoint, on one rank."""
-        temporary = checkpoint.begin(self.run_dir, self.progress.step)
+        temporary = checkpoints.begin(self.run_dir, self.progress.step)
         try:
             save_autoencoder(self.model, temporary)
             save_adam(self.optimizer, self.model, temporary)
@@ -404,7 +404,7 @@ class AutoencoderTrainer:
             tokenizer_sha256=self._stream.metas[0].tokenizer.sha256,
             data=self._stream.state_dict(self.progress.step),
         ).write(temporary)
-        (temporary / checkpoint.RECIPE_FILE).write_text(self.recipe.to_yaml(), encoding="utf-8")
+        (temporary / checkpoints.RECIPE_FILE).write_text(self.recipe.to_yaml(), encoding="utf-8")
         self._rotation.commit(temporary)
 
     def _resume(self) -> Path | None:

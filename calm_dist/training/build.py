@@ -17,7 +17,6 @@ from megatron.core.transformer import TransformerConfig
 from torch import nn
 
 from calm_dist.errors import RecipeError
-from calm_dist.interop.huggingface import load_autoencoder
 from calm_dist.models.backbone import Backbone, transformer_config
 from calm_dist.models.heads import GenerativeHead, make_head
 from calm_dist.models.initialize import initialize_backbone
@@ -27,7 +26,8 @@ from calm_dist.parallel.pipeline import CalmForwardStep, ForwardStep, Transforme
 from calm_dist.parallel.topology import Topology
 from calm_dist.parallel.zero_head import ZeroHead
 from calm_dist.recipe import CalmRecipe, Recipe
-from calm_dist.recipe_checks import NO_OVERLAP_ON_CPU
+from calm_dist.recipe.checks import NO_OVERLAP_ON_CPU
+from calm_dist.released.autoencoder import load_autoencoder
 from calm_dist.training.optimizer import build_body_optimizer
 from calm_dist.training.resolve import autoencoder_directory
 

@@ -13,8 +13,8 @@ from calm_dist.data.store import StoreMeta, read_meta
 from calm_dist.errors import CheckpointError, UserError
 from calm_dist.recipe import Recipe, load_recipe
 from calm_dist.redact import redact_values
-from calm_dist.training import checkpoint
-from calm_dist.training.checkpoint.run_state import RunState
+from calm_dist.runs import checkpoints
+from calm_dist.runs.checkpoints.run_state import RunState
 from calm_dist.training.resolve import encoder_sha256
 from calm_dist.training.schedule import learning_rate
 
@@ -44,7 +44,7 @@ def check_changes(run_dir: Path, recipe: Recipe) -> None:
         CheckpointError: the checkpoints of the run, or those of ``run.continue_from`` where it has
             none, are of another model, noise or tokenizer.
     """
-    own = checkpoint.step_directories(run_dir)
+    own = checkpoints.step_directories(run_dir)
     if not own and recipe.run.continue_from is not None:
         _check_source(recipe.run.continue_from, recipe)
     directory, saved = _newest_readable(own)
@@ -52,7 +52,7 @@ def check_changes(run_dir: Path, recipe: Recipe) -> None:
         return
     _check_tokenizer(directory, recipe, "use another run.dir")
     changed = _changed(saved, recipe)
-    if checkpoint.has_only_weights(directory):
+    if checkpoints.has_only_weights(directory):
         # They say nothing of how to go on, nor of how weights would be drawn.
         changed = {n: text for n, text in changed.items() if n.startswith("model.")}
         changed = {n: text for n, text in changed.items() if n not in _FREE_AFTER_IMPORT}
@@ -97,7 +97,7 @@ def _say_rates(step: int, saved: Recipe, recipe: Recipe) -> None:
 def _check_source(path: str, recipe: Recipe) -> None:
     """Raises CheckpointError where the weights of ``run.continue_from`` do not fit the recipe."""
     name = "run.continue_from"
-    directory, saved = _newest_readable(checkpoint.candidates(path, name))
+    directory, saved = _newest_readable(checkpoints.candidates(path, name))
     if directory is None or saved is None:
         raise CheckpointError(
             f"{name}: {path}: recipe or state of its checkpoints are damaged; give another"
@@ -147,9 +147,9 @@ def _newest_readable(directories: Sequence[Path]) -> tuple[Path | None, Recipe |
     for directory in directories:
         # A damaged one is reported and passed over when checkpoints are loaded.
         with suppress(UserError, OSError):
-            checkpoint.verify_description(directory)
+            checkpoints.verify_description(directory)
             RunState.read(directory)
-            return directory, load_recipe(directory / checkpoint.RECIPE_FILE)
+            return directory, load_recipe(directory / checkpoints.RECIPE_FILE)
     return None, None
 
 
@@ -161,7 +161,7 @@ def _check_tokenizer(directory: Path, recipe: Recipe, remedy: str) -> StoreMeta:
     given = meta.tokenizer.sha256
     if trained not in (None, given):
         raise CheckpointError(
-            f"{directory / checkpoint.STATE_FILE}: written with the tokenizer of sha256 "
+            f"{directory / checkpoints.STATE_FILE}: written with the tokenizer of sha256 "
             f"{trained[:12]}…, but {path} was made with {given[:12]}…; use the data of the same "
             f"tokenizer, or {remedy}"
         )

@@ -20,7 +20,10 @@ from calm_dist.parallel.pipeline import micro_batches
 from calm_dist.parallel.rank_zero import on_rank_zero
 from calm_dist.parallel.topology import Topology
 from calm_dist.recipe import Recipe
-from calm_dist.training import checkpoint
+from calm_dist.runs import checkpoints
+from calm_dist.runs.checkpoints.run_state import STATE_FILE, RunState
+from calm_dist.runs.metrics import MetricsLog
+from calm_dist.runs.run_progress import RunProgress
 from calm_dist.training.batches import LookAhead
 from calm_dist.training.build import build_parts
 from calm_dist.training.changes import latents_sha256
@@ -32,10 +35,7 @@ from calm_dist.training.checkpoint.restart import (
     taken_over,
     tidy,
 )
-from calm_dist.training.checkpoint.run_state import STATE_FILE, RunState
 from calm_dist.training.checkpoint.writer import CheckpointWriter
-from calm_dist.training.health import RunProgress
-from calm_dist.training.metrics import MetricsLog
 from calm_dist.training.optimizer import JointOptimizer, StepResult
 from calm_dist.training.phases import Phases
 from calm_dist.training.resolve import encoder_sha256
@@ -108,7 +108,7 @@ class Trainer:
         self._checkpoints.finish()
         if self._metrics is not None:
             self._metrics.close()
-            if doubt := checkpoint.doubt(self.run_dir, self.progress):
+            if doubt := checkpoints.doubt(self.run_dir, self.progress):
                 print(doubt, file=sys.stderr, flush=True)
         if result.data_failed:
             self._batches.check()
@@ -153,7 +153,7 @@ class Trainer:
         except TrainingDivergedError as error:
             # What is being written is from before, and worth having.
             self._checkpoints.wait()
-            what_next = on_rank_zero(lambda: checkpoint.go_back(self.run_dir, self.progress))
+            what_next = on_rank_zero(lambda: checkpoints.go_back(self.run_dir, self.progress))
             raise TrainingDivergedError(f"{error}. {what_next}") from None
 
     def train_step(self, batch: Batch) -> StepResult:

@@ -10,9 +10,9 @@ from calm_dist.data.store import StoreMeta, read_meta
 from calm_dist.data.tokenizer import load_tokenizer
 from calm_dist.errors import CheckpointError, RecipeError, shown
 from calm_dist.files import file_sha256
-from calm_dist.interop.layout import CONFIG_FILE, read_config, weights_file
 from calm_dist.recipe import AutoencoderSize, Recipe
-from calm_dist.training.checkpoint import find_checkpoint
+from calm_dist.released.files import CONFIG_FILE, read_config, weights_file
+from calm_dist.runs.checkpoints import find_checkpoint
 
 
 def resolve(recipe: Recipe, *, missing_stores: bool = False) -> Recipe:

@@ -13,17 +13,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calm_dist.data.progress import duration
 from calm_dist.errors import UserError
 from calm_dist.files import replace_text
 from calm_dist.parallel.launch import World, join_world, read_world, select_device
 from calm_dist.parallel.processes import children_die_with_us
+from calm_dist.progress import duration
 from calm_dist.recipe import Recipe
 from calm_dist.redact import redact_arguments
+from calm_dist.runs.directory import end_recorded, hold, let_go, write_environment
 from calm_dist.training.changes import check_changes
 from calm_dist.training.phases import Phases
 from calm_dist.training.resolve import resolve
-from calm_dist.training.run_directory import end_recorded, hold, let_go, write_environment
 from calm_dist.training.stop import StopRequest
 
 if TYPE_CHECKING:

@@ -20,9 +20,10 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from calm_dist.cli import EXIT_HUNG, EXIT_PEER_LOST
 from calm_dist.data.download import busy
 from calm_dist.errors import (
+    EXIT_HUNG,
+    EXIT_PEER_LOST,
     HungError,
     PeerLostError,
     StoppedError,
@@ -61,7 +62,7 @@ def watched(
 ) -> Iterator[None]:
     """Watch over the block, which the main thread runs: name who died or hangs.
 
-    A rank that hangs ends this process with code 5 (`cli.EXIT_HUNG`) from another thread.
+    A rank that hangs ends this process with code 5 (`errors.EXIT_HUNG`) from another thread.
 
     Raises:
         PeerLostError: communication failed, because another rank died.

@@ -19,7 +19,7 @@ from typing import Any
 
 from world import joined_world
 
-from calm_dist.cli import run
+from calm_dist.cli.console import run
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ class Start:
     def __init__(self, job: dict[str, Any], world_size: int, device: Any) -> None:
         from calm_dist.parallel.topology import build_topology
         from calm_dist.recipe import load_recipe
-        from calm_dist.training import checkpoint
+        from calm_dist.runs import checkpoints
         from calm_dist.training.build import build_parts
         from calm_dist.training.checkpoint import model_state
 
@@ -64,7 +64,7 @@ class Start:
         self.recipe = recipe.with_world_size(world_size)
         self.topology = build_topology(self.recipe, device)
         self.parts = build_parts(self.recipe, self.topology)
-        directory = checkpoint.newest_valid(Path(job["run"]))
+        directory = checkpoints.newest_valid(Path(job["run"]))
         assert directory is not None
         parts = self.parts
         model_state.start_from_weights(

@@ -9,8 +9,8 @@ from typing import Any
 
 from launches import recipe
 
-from calm_dist.planner.clusters import Cluster
-from calm_dist.planner.memory import stage_memory
+from calm_dist.costs.clusters import Cluster
+from calm_dist.costs.memory import stage_memory
 from calm_dist.recipe import Recipe, load_recipe
 
 WORKER = Path(__file__).with_name("planner_worker.py")
@@ -98,7 +98,7 @@ def stage_of(recipe: Recipe, rank: int) -> int:
 
 
 def head_gradients(recipe: Recipe, stage: int) -> int:
-    from calm_dist import flops
+    from calm_dist.costs import flops
 
     parallel, model = recipe.parallel, recipe.model
     if model.kind != "calm" or stage != parallel.pipeline_parallel_size - 1:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from world import joined_world
 
-from calm_dist.cli import run
+from calm_dist.cli.console import run
 
 # Operators that move no bytes, those whose bytes the planner leaves to the matrix products, and
 # collectives.

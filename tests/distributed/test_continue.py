@@ -24,8 +24,8 @@ from launches import (
 from calm_dist.files import file_sha256
 from calm_dist.parallel.launch import World
 from calm_dist.recipe import load_recipe
-from calm_dist.training import checkpoint
-from calm_dist.training.checkpoint.run_state import RunState
+from calm_dist.runs import checkpoints
+from calm_dist.runs.checkpoints.run_state import RunState
 from calm_dist.training.resolve import resolve
 
 TOOLS = {"calm": "train.py", "transformer": "train.py", "autoencoder": "train_autoencoder.py"}
@@ -107,7 +107,7 @@ def test_weights_moments_and_count_are_those_of_the_source(
     kind: str, sources: dict[str, Path], tiny: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     """Beside an ordinary resume of the source: equal to the bit, and so is a step of both."""
-    from calm_dist.evaluation.load import single_process_topology
+    from calm_dist.inference.load import single_process_topology
     from calm_dist.training.checkpoint import model_state
     from calm_dist.training.loop import Trainer
 
@@ -163,7 +163,7 @@ def one_process(
     assert f"continues from {sources['calm']}/checkpoints/step_00000004 (step 4)" in done.stdout
     assert "count of 4 updates are taken over; data, step counter and learning-rate" in done.stdout
     assert contents(sources["calm"]) == before
-    state = RunState.read(checkpoint.find_checkpoint(root / "run"))
+    state = RunState.read(checkpoints.find_checkpoint(root / "run"))
     assert (state.step, state.adam_steps, state.adam_steps_before) == (STEPS, 7, 4)
     assert state.continued_from is not None and state.continued_from.endswith("step_00000004")
     # Its own checkpoint wins, even where the source is gone.
@@ -172,7 +172,7 @@ def one_process(
     )
     assert again.returncode == 0, again.stderr
     assert f"at step {STEPS}" in again.stdout and "continues from" not in again.stdout
-    state = RunState.read(checkpoint.find_checkpoint(root / "run"))
+    state = RunState.read(checkpoints.find_checkpoint(root / "run"))
     assert (state.step, state.adam_steps, state.adam_steps_before) == (STEPS + 1, 8, 4)
     return training_records(root / "run")
 
@@ -227,7 +227,7 @@ def test_autoencoder_continues(
     done = start("autoencoder", tiny(tmp_path / "run", "autoencoder", **more))
     assert done.returncode == 0, done.stderr
     assert "continues from" in done.stdout and "step_00000004 (step 4)" in done.stdout
-    before, after = map(checkpoint.find_checkpoint, (sources["autoencoder"], tmp_path / "run"))
+    before, after = map(checkpoints.find_checkpoint, (sources["autoencoder"], tmp_path / "run"))
     assert json.loads((after / "config.json").read_text())["kl_weight"] == 0.01
     # So small a rate changes no weight.
     weights = [load_file(path / "model.safetensors") for path in (before, after)]

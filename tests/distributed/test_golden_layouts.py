@@ -12,11 +12,11 @@ import torch
 from launches import ROOT, run_worker, training_records
 from safetensors.torch import load_file
 
-from calm_dist.evaluation.load import load_model
-from calm_dist.interop.calm import released_calm
+from calm_dist.inference.load import load_model
 from calm_dist.interop.convert import export_checkpoint, import_checkpoint
 from calm_dist.interop.huggingface import load_calm
 from calm_dist.recipe import CalmRecipe, load_recipe
+from calm_dist.released.calm import released_calm
 
 GOLDEN = ROOT / "tests" / "golden"
 WORKER = Path(__file__).with_name("golden_worker.py")

@@ -334,7 +334,7 @@ def test_what_cpus_cannot_do_is_refused(
     import torch
 
     from calm_dist.errors import RecipeError
-    from calm_dist.evaluation.load import single_process_recipe, single_process_topology
+    from calm_dist.inference.load import single_process_recipe, single_process_topology
     from calm_dist.recipe import load_recipe
     from calm_dist.training.build import build_parts
     from calm_dist.training.resolve import resolve

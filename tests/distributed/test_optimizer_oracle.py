@@ -35,7 +35,7 @@ def plain(
 def plain_training(overrides: list[str]) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step of a loop without Megatron's DDP and DeepSpeed."""
     from calm_dist.data.stream import open_training_stream
-    from calm_dist.evaluation.load import single_process_recipe, single_process_topology
+    from calm_dist.inference.load import single_process_recipe, single_process_topology
     from calm_dist.losses.energy import energy_score_reference
     from calm_dist.models.backbone import transformer_config
     from calm_dist.parallel.launch import World

@@ -10,8 +10,7 @@ import pytest
 from launches import run_worker
 from planner_jobs import WORKER, compare_bytes, job, measured
 
-from calm_dist.heads.energy import BLOCK_ACCESSES, OTHER_ACCESSES
-from calm_dist.planner.work import (
+from calm_dist.costs.work import (
     ADAM_ACCESSES,
     HEAD_ADAM_ACCESSES,
     LAYER_HIDDEN,
@@ -19,6 +18,7 @@ from calm_dist.planner.work import (
     NORM_COMPOSITE,
     ZERO_ACCESSES,
 )
+from calm_dist.heads.energy import BLOCK_ACCESSES, OTHER_ACCESSES
 
 HIDDEN, INTERMEDIATE, POSITIONS, SAMPLES = 128, 320, 8 * 16, 8
 SIZES = {

@@ -15,7 +15,7 @@ from typing import Any
 
 from world import joined_world
 
-from calm_dist.cli import run
+from calm_dist.cli.console import run
 
 
 def main() -> None:
@@ -32,9 +32,9 @@ def train(job: dict[str, Any], world: Any, device: Any) -> None:
     from calm_dist.parallel.rank_zero import on_rank_zero
     from calm_dist.parallel.topology import build_topology, destroy_topology
     from calm_dist.recipe import load_recipe
+    from calm_dist.runs.directory import let_go
     from calm_dist.training.loop import Trainer
     from calm_dist.training.resolve import resolve
-    from calm_dist.training.run_directory import let_go
     from calm_dist.training.session import prepare_run_directory, record_start
 
     recipe = load_recipe(job["recipe"], job["overrides"]).with_world_size(world.size)

@@ -11,8 +11,8 @@ import os
 import time
 from typing import Any
 
-from calm_dist.cli import run
-from calm_dist.command import run_training_tool
+from calm_dist.cli.console import run
+from calm_dist.cli.training_tool import run_training_tool
 from calm_dist.recipe import Recipe
 
 FOREVER = 10_000.0

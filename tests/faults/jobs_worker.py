@@ -17,7 +17,7 @@ from typing import Any
 
 import fault_worker
 
-from calm_dist.cli import run
+from calm_dist.cli.console import run
 
 
 def main() -> int:

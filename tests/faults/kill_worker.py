@@ -14,8 +14,8 @@ import os
 import signal
 from typing import Any
 
-from calm_dist.cli import run
-from calm_dist.command import run_training_tool
+from calm_dist.cli.console import run
+from calm_dist.cli.training_tool import run_training_tool
 from calm_dist.recipe import Recipe
 
 

@@ -28,8 +28,8 @@ from calm_dist.errors import StoppedError, TrainingDivergedError
 from calm_dist.files import file_sha256
 from calm_dist.parallel.launch import World, join_world
 from calm_dist.recipe import Recipe, load_recipe
-from calm_dist.training import checkpoint
-from calm_dist.training.checkpoint.run_state import RunState
+from calm_dist.runs import checkpoints
+from calm_dist.runs.checkpoints.run_state import RunState
 from calm_dist.training.resolve import resolve
 from calm_dist.training.stop import StopRequest
 
@@ -84,7 +84,7 @@ def make(tiny: Callable[..., list[str]]) -> Callable[..., Recipe]:
 
 def train(given: Recipe, stop: StopRequest | None = None) -> None:
     """A start in this process."""
-    from calm_dist.evaluation.load import single_process_topology
+    from calm_dist.inference.load import single_process_topology
     from calm_dist.training.autoencoder import AutoencoderTrainer
     from calm_dist.training.loop import Trainer
 
@@ -99,7 +99,7 @@ def train(given: Recipe, stop: StopRequest | None = None) -> None:
 
 
 def kept(run_dir: Path) -> list[int]:
-    return sorted(RunState.read(d).step for d in checkpoint.step_directories(run_dir))
+    return sorted(RunState.read(d).step for d in checkpoints.step_directories(run_dir))
 
 
 def curve(run_dir: Path) -> list[float]:
@@ -149,7 +149,7 @@ def test_next_start_goes_on_from_the_last_good_checkpoint(
     assert max(kept(run_dir)) == good
     message = str(diverged.value)
     assert "health.max_skipped_steps=6). No finite step followed" in message
-    assert f"continues from {checkpoint.step_directory(run_dir, good)}" in message
+    assert f"continues from {checkpoints.step_directory(run_dir, good)}" in message
     assert (run_dir / "checkpoints" / "latest").read_text().strip() == f"step_{good:08d}"
     named = re.findall(r"step_\d{8}\.diverged", message)
     assert named and all((run_dir / "checkpoints" / name).is_dir() for name in named)
@@ -226,7 +226,7 @@ def test_a_stop_while_steps_are_skipped_replaces_no_good_checkpoint(
         train(given, stop)
     # The last good one, that of the last update, and how far the run is.
     assert kept(run_dir) == [6, 10] or kept(run_dir) == [6, 8, 10]
-    assert RunState.read(checkpoint.step_directory(run_dir, 10)).skipped_in_a_row == 3
+    assert RunState.read(checkpoints.step_directory(run_dir, 10)).skipped_in_a_row == 3
     assert "step_00000006 is the newest checkpoint that a finite" in capsys.readouterr().err
     # It counts on: step 14 is the seventh.
     with pytest.raises(TrainingDivergedError, match=r"step 14: .*for 7 steps"):
@@ -295,13 +295,13 @@ def test_two_ranks_killed_while_they_skip(tmp_path: Path, tiny: Callable[..., li
     codes, _ = start(signal=int(signal.SIGKILL), at=11)
     assert codes == [-9, -9]
     assert 6 in kept(run_dir)
-    manifest = file_sha256(checkpoint.step_directory(run_dir, 6) / "manifest.json")
+    manifest = file_sha256(checkpoints.step_directory(run_dir, 6) / "manifest.json")
     codes, outputs = start()
     assert codes == [DIVERGED, DIVERGED], outputs
     assert "continues from" in outputs[0] and "step_00000006" in outputs[0]
-    assert file_sha256(checkpoint.step_directory(run_dir, 6) / "manifest.json") == manifest
+    assert file_sha256(checkpoints.step_directory(run_dir, 6) / "manifest.json") == manifest
     fault = {"kind": "nothing", "rank": -1, "step": 0}
     codes, outputs = start()
     assert codes == [0, 0], outputs
-    assert f"resumed from {checkpoint.step_directory(run_dir, 6)} at step 6" in outputs[0]
+    assert f"resumed from {checkpoints.step_directory(run_dir, 6)} at step 6" in outputs[0]
     assert all(map(math.isfinite, curve(run_dir))) and len(curve(run_dir)) == STEPS

@@ -25,7 +25,7 @@ from launches import (
 )
 
 from calm_dist.parallel.peers import Status
-from calm_dist.run_list import describe
+from calm_dist.runs.listing import describe
 from calm_dist.training.watchdog import BACKWARD, WAITING, WORKING, find_culprits
 
 WORKER = Path(__file__).with_name("fault_worker.py")

@@ -12,7 +12,7 @@ import pytest
 from launches import ALONE, ROOT, TIMEOUT_SECONDS, environment, recipe
 
 from calm_dist.files import file_sha256
-from calm_dist.run_list import describe
+from calm_dist.runs.listing import describe
 
 KINDS = {"calm": "train.py", "autoencoder": "train_autoencoder.py"}
 

@@ -23,8 +23,8 @@ from calm_dist.data.tokenizer import load_tokenizer
 from calm_dist.errors import CheckpointError, LaunchError
 from calm_dist.files import file_sha256
 from calm_dist.recipe import Recipe, load_recipe
-from calm_dist.training import checkpoint
-from calm_dist.training.checkpoint.run_state import RunState
+from calm_dist.runs import checkpoints
+from calm_dist.runs.checkpoints.run_state import RunState
 from calm_dist.training.resolve import resolve
 from calm_dist.training.session import prepare_run_directory
 
@@ -79,12 +79,12 @@ def test_json_without_dry_run(tmp_path: Path, tiny: Callable[..., list[str]]) ->
 
 def write_checkpoint(run_dir: Path, step: int, text: str, tokenizer_sha256: str) -> Path:
     """What of a checkpoint is read before any tensor."""
-    temporary = checkpoint.begin(run_dir, step)
+    temporary = checkpoints.begin(run_dir, step)
     (temporary / "recipe.yaml").write_text(text)
     RunState(step=step, tokenizer_sha256=tokenizer_sha256, data={"steps_done": step}).write(
         temporary
     )
-    return checkpoint.commit(temporary, keep=9)
+    return checkpoints.commit(temporary, keep=9)
 
 
 def test_newest_readable_checkpoint_says_what_may_not_change(
@@ -213,5 +213,5 @@ def test_training_without_flock(
         capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    assert checkpoint.step_directories(run_dir)
+    assert checkpoints.step_directories(run_dir)
     assert not (run_dir / ".lock.held").exists()

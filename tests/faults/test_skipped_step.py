@@ -13,7 +13,7 @@ from calm_dist.errors import TrainingDivergedError
 from calm_dist.parallel.launch import World
 from calm_dist.parallel.topology import Topology
 from calm_dist.recipe import Recipe, load_recipe
-from calm_dist.training.health import RunProgress
+from calm_dist.runs.run_progress import RunProgress
 from calm_dist.training.resolve import resolve
 
 
@@ -26,7 +26,7 @@ def given(request: pytest.FixtureRequest, tmp_path: Path, tiny: Callable[..., li
 
 @pytest.fixture
 def topology(given: Recipe) -> Iterator[Topology]:
-    from calm_dist.evaluation.load import single_process_topology
+    from calm_dist.inference.load import single_process_topology
 
     World(0, 1, 0, 1, "", 0, "test").export()
     yield single_process_topology(given, torch.device("cpu"))

@@ -18,7 +18,7 @@ from launches import (
     training_records,
 )
 
-from calm_dist.run_list import describe
+from calm_dist.runs.listing import describe
 
 STOPPED = 75
 

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="the energy kernel needs triton: pip instal
 
 from calm_dist.losses.energy import energy_score_reference  # noqa: E402
 from calm_dist.losses.energy_kernel import fused_energy_score  # noqa: E402
-from calm_dist.models.heads import EnergyHead  # noqa: E402
+from calm_dist.models.heads.energy import EnergyHead  # noqa: E402
 from calm_dist.parallel.noise import KeyedNoise  # noqa: E402
 from calm_dist.recipe import HeadRecipe  # noqa: E402
 

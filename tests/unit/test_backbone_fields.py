@@ -13,12 +13,12 @@ import torch
 from launches import ALONE, WORKER, recipe, run_worker, training_records
 from tiny_models import tiny_model
 
-from calm_dist import flops
+from calm_dist.costs import flops
+from calm_dist.costs.memory import body_parameters
 from calm_dist.errors import CheckpointError
-from calm_dist.interop.calm import ReleasedCalm, released_calm
-from calm_dist.interop.tensors import Tensors
-from calm_dist.planner.memory import body_parameters
 from calm_dist.recipe import BackboneRecipe, CalmRecipe
+from calm_dist.released.calm import ReleasedCalm, released_calm
+from calm_dist.released.tensors import Tensors
 
 # Another value of each field for a model of width 16 (32 in the trainings) with 4 heads.
 CHANGES: dict[str, object] = {

@@ -23,7 +23,7 @@ from calm_dist.data.store import fingerprint
 from calm_dist.data.tokenizer import Tokenizer, load_tokenizer
 from calm_dist.errors import CheckpointError, DataError, RecipeError
 from calm_dist.evaluation.evaluate import check_store
-from calm_dist.evaluation.generate import token_names
+from calm_dist.inference.generate import token_names
 from calm_dist.recipe import Recipe, load_recipe
 from calm_dist.training.resolve import resolve
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny_models import VOCAB, tiny_model
 
-from calm_dist import flops
 from calm_dist.benchmark import growth, model, plain, ranks, reading
 from calm_dist.benchmark.compare import Pair, compare, table
 from calm_dist.benchmark.pairs import zipf_tokens
+from calm_dist.costs import flops
 from calm_dist.data.stream import open_training_stream
 from calm_dist.evaluation.brier_tree import scores_from_softmax
 from calm_dist.recipe import load_recipe

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calm_dist.evaluation.brier import NGRAM
 from calm_dist.evaluation.brier_tree import _branch_outputs, cache_size, scores_from_patches
-from calm_dist.evaluation.generate import decode_latents
+from calm_dist.inference.generate import decode_latents
 from calm_dist.interop.huggingface import load_calm
 
 GOLDEN = Path(__file__).parents[1] / "golden"

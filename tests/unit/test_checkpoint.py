@@ -14,8 +14,8 @@ import pytest
 from calm_dist.errors import CheckpointError
 from calm_dist.files import file_sha256
 from calm_dist.interop.convert import import_checkpoint
-from calm_dist.training import checkpoint
-from calm_dist.training.checkpoint.run_state import RunState
+from calm_dist.runs import checkpoints
+from calm_dist.runs.checkpoints.run_state import RunState
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 AUTOENCODER = (Path(__file__).parents[2] / "recipes" / "autoencoder_tiny.yaml").read_text()
@@ -23,20 +23,20 @@ AUTOENCODER = (Path(__file__).parents[2] / "recipes" / "autoencoder_tiny.yaml").
 
 def write(run_dir: Path, step: int, keep: int = 10, keep_every: int | None = None) -> Path:
     """A checkpoint with the files of an autoencoder's."""
-    temporary = checkpoint.begin(run_dir, step)
+    temporary = checkpoints.begin(run_dir, step)
     (temporary / "model.safetensors").write_bytes(bytes(range(256)) * (step + 1))
     (temporary / "optimizer.safetensors").touch()
     (temporary / "config.json").write_text("{}")
     (temporary / "recipe.yaml").write_text(AUTOENCODER)
     RunState(step=step, data={"steps_done": step}).write(temporary)
-    return checkpoint.commit(temporary, keep, keep_every)
+    return checkpoints.commit(temporary, keep, keep_every)
 
 
 def test_newest_is_found_from_run_directory_checkpoints_or_itself(tmp_path: Path) -> None:
     write(tmp_path, 5)
     newest = write(tmp_path, 10)
     for path in (tmp_path, tmp_path / "checkpoints", newest):
-        assert checkpoint.find_checkpoint(path) == newest
+        assert checkpoints.find_checkpoint(path) == newest
     assert (tmp_path / "checkpoints" / "latest").read_text().strip() == newest.name
 
 
@@ -49,18 +49,18 @@ def test_the_newest_and_multiples_are_kept(
 ) -> None:
     for step in range(1, 8):
         write(tmp_path, step, keep, keep_every)
-    names = [path.name for path in checkpoint.all_checkpoints(tmp_path)]
+    names = [path.name for path in checkpoints.all_checkpoints(tmp_path)]
     assert names == [f"step_{step:08d}" for step in kept]
 
 
 def test_files_that_were_described_are_not_read_again(tmp_path: Path) -> None:
-    temporary = checkpoint.begin(tmp_path, 1)
+    temporary = checkpoints.begin(tmp_path, 1)
     (temporary / "a").write_bytes(b"x")
-    checkpoint.describe_files(temporary, [temporary / "a"], rank=3)
+    checkpoints.describe_files(temporary, [temporary / "a"], rank=3)
     (temporary / "a").write_bytes(b"y")
     (temporary / "b").write_bytes(b"z")
-    final = checkpoint.commit(temporary, keep=1)
-    manifest = json.loads((final / checkpoint.MANIFEST).read_text())
+    final = checkpoints.commit(temporary, keep=1)
+    manifest = json.loads((final / checkpoints.MANIFEST).read_text())
     assert sorted(manifest) == ["a", "b"]
     assert manifest["a"]["sha256"] != file_sha256(final / "a")
     assert manifest["b"]["sha256"] == file_sha256(final / "b")
@@ -84,7 +84,7 @@ def edit(file: Path, change: Callable[[dict], object]) -> None:
 
 def agree(directory: Path) -> None:
     """Make the manifest say what is there: what no hash shows must be found otherwise."""
-    path = directory / checkpoint.MANIFEST
+    path = directory / checkpoints.MANIFEST
     names = json.loads(path.read_text())
     described = {
         name: {"bytes": (directory / name).stat().st_size, "sha256": file_sha256(directory / name)}
@@ -184,25 +184,25 @@ def test_damaged_checkpoint_is_passed_over_and_named(
     damage(bad)
     if consistent:
         agree(bad)
-    assert checkpoint.find_checkpoint(tmp_path) == good
+    assert checkpoints.find_checkpoint(tmp_path) == good
     assert f"checkpoint passed over: {bad / named}" in capsys.readouterr().err
     if name != "no manifest":
         with pytest.raises(CheckpointError, match=named):
-            checkpoint.find_checkpoint(bad)
+            checkpoints.find_checkpoint(bad)
 
 
 def test_several_processes_share_the_reading(tmp_path: Path) -> None:
     directory = write(tmp_path, 5)
     for part in range(3):
-        checkpoint.verify(directory, part, 3)
-    names = sorted(json.loads((directory / checkpoint.MANIFEST).read_text()))
+        checkpoints.verify(directory, part, 3)
+    names = sorted(json.loads((directory / checkpoints.MANIFEST).read_text()))
     flip(directory / "model.safetensors")
     for part in range(3):
         if names.index("model.safetensors") % 3 != part:
-            checkpoint.verify(directory, part, 3)
+            checkpoints.verify(directory, part, 3)
             continue
         with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged"):
-            checkpoint.verify(directory, part, 3)
+            checkpoints.verify(directory, part, 3)
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +210,7 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with tensors in Megatron's format."""
     run = tmp_path_factory.mktemp("language_model") / "run"
     import_checkpoint(GOLDEN / "calm_k4", run)
-    return checkpoint.find_checkpoint(run)
+    return checkpoints.find_checkpoint(run)
 
 
 def rewrite_description(directory: Path, change: Callable[[dict], object]) -> None:
@@ -273,11 +273,11 @@ def test_tensor_files_hold_what_their_description_says(
     damage, message = TENSOR_DAMAGES[name]
     copy = tmp_path / language_model.name
     shutil.copytree(language_model, copy)
-    checkpoint.verify(copy)
+    checkpoints.verify(copy)
     damage(copy)
     agree(copy)
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.verify(copy)
+        checkpoints.verify(copy)
 
 
 def test_damaged_later_checkpoints_do_not_cost_a_new_one(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_damaged_later_checkpoints_do_not_cost_a_new_one(tmp_path: Path) -> None
     for step in (20, 30):
         (write(tmp_path, step) / "state.json").write_text("damaged")
     new = write(tmp_path, 10, keep=1)
-    assert checkpoint.find_checkpoint(tmp_path) == new
+    assert checkpoints.find_checkpoint(tmp_path) == new
     found = (tmp_path / "checkpoints").glob("step_*")
     # What was removed may still be on its way.
     names = sorted(path.name for path in found if path.suffix != ".tmp")
@@ -298,9 +298,9 @@ def test_damaged_checkpoints_are_not_counted_as_kept(tmp_path: Path) -> None:
         write(tmp_path, step)
     flip(tmp_path / "checkpoints" / "step_00000005" / "model.safetensors")
     # What a start does, when it goes on from the step before.
-    checkpoint.set_aside([tmp_path / "checkpoints" / "step_00000005"])
+    checkpoints.set_aside([tmp_path / "checkpoints" / "step_00000005"])
     write(tmp_path, 6, keep=2)
-    names = [path.name for path in checkpoint.all_checkpoints(tmp_path)]
+    names = [path.name for path in checkpoints.all_checkpoints(tmp_path)]
     assert names == ["step_00000004", "step_00000006"]
 
 
@@ -308,7 +308,7 @@ def test_damaged_checkpoints_are_not_counted_as_kept(tmp_path: Path) -> None:
 def test_other_names_are_no_checkpoints(tmp_path: Path, name: str) -> None:
     good = write(tmp_path, 8)
     (tmp_path / "checkpoints" / name).mkdir()
-    assert checkpoint.find_checkpoint(tmp_path) == good
+    assert checkpoints.find_checkpoint(tmp_path) == good
     write(tmp_path, 8)
 
 
@@ -321,41 +321,41 @@ def test_what_lies_in_the_way_is_replaced(tmp_path: Path, place: str) -> None:
         (checkpoints / place).mkdir()
     else:
         (checkpoints / place).symlink_to(tmp_path / "nowhere")
-    assert checkpoint.find_checkpoint(write(tmp_path, 5)).name == "step_00000005"
-    assert checkpoint.find_checkpoint(write(tmp_path, 6)).name == "step_00000006"
+    assert checkpoints.find_checkpoint(write(tmp_path, 5)).name == "step_00000005"
+    assert checkpoints.find_checkpoint(write(tmp_path, 6)).name == "step_00000006"
 
 
 def test_half_a_part_of_the_manifest_costs_only_time(tmp_path: Path) -> None:
-    temporary = checkpoint.begin(tmp_path, 1)
+    temporary = checkpoints.begin(tmp_path, 1)
     (temporary / "a").write_bytes(b"x")
-    checkpoint.describe_files(temporary, [temporary / "a"], rank=0)
+    checkpoints.describe_files(temporary, [temporary / "a"], rank=0)
     part = next(temporary.glob("*.part"))
     part.write_bytes(part.read_bytes()[:20])
-    final = checkpoint.commit(temporary, keep=1)
-    assert list(json.loads((final / checkpoint.MANIFEST).read_text())) == ["a"]
+    final = checkpoints.commit(temporary, keep=1)
+    assert list(json.loads((final / checkpoints.MANIFEST).read_text())) == ["a"]
 
 
 def test_half_written_directory_is_no_checkpoint(tmp_path: Path) -> None:
-    temporary = checkpoint.begin(tmp_path, 5)
+    temporary = checkpoints.begin(tmp_path, 5)
     (temporary / "state.json").write_text("{}")
     with pytest.raises(CheckpointError, match="no valid checkpoint"):
-        checkpoint.find_checkpoint(tmp_path)
-    assert checkpoint.newest_valid(tmp_path) is None
+        checkpoints.find_checkpoint(tmp_path)
+    assert checkpoints.newest_valid(tmp_path) is None
     # The next attempt at the same step starts empty.
-    assert list(checkpoint.begin(tmp_path, 5).iterdir()) == []
-    checkpoint.clean(tmp_path)
+    assert list(checkpoints.begin(tmp_path, 5).iterdir()) == []
+    checkpoints.clean(tmp_path)
     assert not temporary.exists()
 
 
 def test_same_step_again_replaces_it(tmp_path: Path) -> None:
     write(tmp_path, 5)
     again = write(tmp_path, 5)
-    assert checkpoint.find_checkpoint(tmp_path) == again
+    assert checkpoints.find_checkpoint(tmp_path) == again
 
 
 def test_missing_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nothing"):
-        checkpoint.find_checkpoint(tmp_path / "nothing")
+        checkpoints.find_checkpoint(tmp_path / "nothing")
 
 
 def test_checkpoints_of_skipped_steps_are_used_last(
@@ -363,19 +363,19 @@ def test_checkpoints_of_skipped_steps_are_used_last(
 ) -> None:
     """By evaluation, generation, export and `run.continue_from`; named, one is used, and said."""
     for step, skipped in ((2, 0), (4, 0), (8, 3)):
-        temporary = checkpoint.begin(tmp_path, step)
+        temporary = checkpoints.begin(tmp_path, step)
         for name in ("model.safetensors", "optimizer.safetensors", "config.json"):
             (temporary / name).touch()
-        (temporary / checkpoint.RECIPE_FILE).write_text(AUTOENCODER)
+        (temporary / checkpoints.RECIPE_FILE).write_text(AUTOENCODER)
         state = RunState(step=step, skipped_in_a_row=skipped, data={"steps_done": step})
         state.write(temporary)
-        checkpoint.commit(temporary, keep=10)
-    four, eight = (checkpoint.step_directory(tmp_path, step) for step in (4, 8))
-    assert checkpoint.find_checkpoint(tmp_path) == four
+        checkpoints.commit(temporary, keep=10)
+    four, eight = (checkpoints.step_directory(tmp_path, step) for step in (4, 8))
+    assert checkpoints.find_checkpoint(tmp_path) == four
     said = capsys.readouterr().err
     assert said.count("passed over") == 1 and "its last 3 steps were skipped" in said
-    steps = [path.name[-1] for path in checkpoint.candidates(tmp_path, "run.continue_from")]
+    steps = [path.name[-1] for path in checkpoints.candidates(tmp_path, "run.continue_from")]
     assert steps == ["4", "2", "8"]
     capsys.readouterr()
-    assert checkpoint.find_checkpoint(eight) == eight
+    assert checkpoints.find_checkpoint(eight) == eight
     assert "the weights may be damaged" in capsys.readouterr().err

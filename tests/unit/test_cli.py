@@ -12,7 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from calm_dist.cli import add_json, at_least, image_file, run, writable_directory, write_json
+from calm_dist.cli.console import (
+    add_json,
+    at_least,
+    image_file,
+    run,
+    writable_directory,
+    write_json,
+)
 from calm_dist.errors import HungError, PeerLostError, RecipeError, TrainingDivergedError, UserError
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -161,7 +168,10 @@ def call(tool: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[
 def test_every_tool_refuses_json_before_it_works(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     target = str(tmp_path / "file" / "x.json")
-    shared = {"train.py", "train_autoencoder.py"}  # their --json is in calm_dist/command.py
+    shared = {
+        "train.py",
+        "train_autoencoder.py",
+    }  # for --json see cli/training_tool.py
     for tool in sorted(TOOLS.glob("*.py")):
         if "add_json" not in tool.read_text() and tool.name not in shared:
             continue
@@ -202,7 +212,7 @@ def test_numbers_out_of_range_are_refused(text: str) -> None:
 
 LIBRARY = """
 import sys, warnings
-import calm_dist.cli
+import calm_dist.cli.console
 
 library = {"__name__": "megatron.core.something"}
 exec("import warnings; warn = lambda: warnings.warn('will go away', FutureWarning)", library)
@@ -213,7 +223,7 @@ def main():
     warnings.warn("about our own code")
     library["fail"]()
 
-calm_dist.cli.run(main)
+calm_dist.cli.console.run(main)
 """
 
 

@@ -28,7 +28,7 @@ def test_other_packages_stay_as_they_are() -> None:
     """Streaming's own modules load for others in the process, and nothing heavy loads for us."""
     code = """
 import sys
-import calm_dist.data.stream, calm_dist.run_list
+import calm_dist.data.stream, calm_dist.runs.listing
 print([name for name in ("transformers", "torchvision") if name in sys.modules])
 import streaming
 print(streaming.StreamingDataLoader.__module__, streaming.base.StreamingDataLoader.__name__)

@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from calm_dist.data.tokenizer import Tokenizer, train_tokenizer
 from calm_dist.errors import CheckpointError, DataError, UserError
-from calm_dist.evaluation.generate import generate
-from calm_dist.evaluation.load import load_model
+from calm_dist.inference.generate import generate
+from calm_dist.inference.load import load_model
 from calm_dist.interop.convert import export_checkpoint, import_checkpoint
 from calm_dist.interop.huggingface import load_autoencoder, load_calm
 from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
 from calm_dist.recipe import Recipe, load_recipe
-from calm_dist.training import checkpoint
+from calm_dist.runs import checkpoints
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -154,8 +154,8 @@ def test_export_import_export_gives_the_same_files(tmp_path: Path, worded: Path)
 def test_imported_run(tmp_path: Path, worded: Path, tokenizer: Tokenizer) -> None:
     """It is evaluated and generated from like any other, also where it is moved to."""
     import_checkpoint(worded, tmp_path / "run")
-    assert checkpoint.find_checkpoint(tmp_path / "run").name == "step_00000000"
-    state = json.loads((checkpoint.find_checkpoint(tmp_path / "run") / "state.json").read_text())
+    assert checkpoints.find_checkpoint(tmp_path / "run").name == "step_00000000"
+    state = json.loads((checkpoints.find_checkpoint(tmp_path / "run") / "state.json").read_text())
     assert state["weights_only"] is True and state["adam_steps"] == 0
     assert state["tokenizer_sha256"] == tokenizer.fingerprint
     assert files_of(tmp_path / "run" / "autoencoder") == {
@@ -391,10 +391,10 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path) -> None:
 def transformer_run(directory: Path) -> Path:
     """A checkpoint of the discrete baseline, as far as an export looks at it."""
     values: dict[str, Any] = load_recipe(ROOT / "recipes" / "transformer_tiny.yaml").to_dict()
-    temporary = checkpoint.begin(directory, 1)
+    temporary = checkpoints.begin(directory, 1)
     (temporary / "recipe.yaml").write_text(Recipe.from_dict(values).to_yaml())
     (temporary / "state.json").write_text("{}")
-    checkpoint.commit(temporary, keep=1)
+    checkpoints.commit(temporary, keep=1)
     return directory
 
 

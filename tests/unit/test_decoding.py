@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calm_dist.evaluation.decoding import GreedyDecoder, LazyPatches
+from calm_dist.inference.decoding import GreedyDecoder, LazyPatches
 from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
 
 COARSE = torch.cpu._is_vnni_supported()

@@ -18,8 +18,8 @@ from calm_dist.data.store import StoreMeta
 from calm_dist.errors import DataError, UserError
 from calm_dist.evaluation import block_scores
 from calm_dist.evaluation import evaluate as evaluation
-from calm_dist.evaluation.decoding import GreedyDecoder
 from calm_dist.evaluation.evaluate import EvaluationSettings, evaluate
+from calm_dist.inference.decoding import GreedyDecoder
 from calm_dist.recipe import CalmRecipe, Recipe
 from calm_dist.scores import MARK_EXPLAINED
 from calm_dist.training.build import build_head

@@ -17,12 +17,12 @@ from tiny_models import tiny_model
 
 from calm_dist.data.latents import plan_store, write_store
 from calm_dist.data.tokenizer import Tokenizer, train_tokenizer
-from calm_dist.evaluation.load import LoadedModel
-from calm_dist.interop.autoencoder import save_autoencoder
+from calm_dist.inference.load import LoadedModel
+from calm_dist.released.autoencoder import save_autoencoder
 from calm_dist.reports.report import write_report
-from calm_dist.training import checkpoint
+from calm_dist.runs import checkpoints
+from calm_dist.runs.checkpoints.run_state import RunState
 from calm_dist.training.checkpoint import model_state
-from calm_dist.training.checkpoint.run_state import RunState
 
 TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
 TEXT = [f"a small text, number {number}: {number * number}" for number in range(60)]
@@ -50,13 +50,13 @@ def write_run(model: LoadedModel, run: Path, tokenizer_sha256: str | None, step:
         save_autoencoder(model.autoencoder, run / "autoencoder", {})
         values["model"]["autoencoder"] = str(run / "autoencoder")
     recipe = type(model.recipe).from_dict(values).to_yaml()
-    temporary = checkpoint.begin(run, step)
+    temporary = checkpoints.begin(run, step)
     model_state.save_weights(temporary, model.body, model._head)
     sha256, data = tokenizer_sha256, {"steps_done": step}
     RunState(step=step, tokens=4096, tokenizer_sha256=sha256, data=data).write(temporary)
     for directory in (run, temporary):
-        (directory / checkpoint.RECIPE_FILE).write_text(recipe)
-    checkpoint.commit(temporary, keep=9)
+        (directory / checkpoints.RECIPE_FILE).write_text(recipe)
+    checkpoints.commit(temporary, keep=9)
 
 
 def evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from calm_dist import flops
+from calm_dist.costs import flops
 from calm_dist.errors import RecipeError
 from calm_dist.recipe import AutoencoderSize, CalmRecipe, load_recipe
 from calm_dist.reports.comparison_paper import (

@@ -1,7 +1,7 @@
 """Every recipe's closed form against torch's FLOP counter on the trainer's own modules.
 
 The modules live on the meta device: nothing is computed, every matrix product is counted. The
-counter counts attention in full, whatever the mask, as `calm_dist.flops` does by default.
+counter counts attention in full, whatever the mask, as `calm_dist.costs.flops` does by default.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from calm_dist import flops
-from calm_dist.evaluation.load import single_process_topology
+from calm_dist.costs import flops
 from calm_dist.heads import all_specs
+from calm_dist.inference.load import single_process_topology
 from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig, Encoder
 from calm_dist.models.backbone import Backbone, transformer_config
 from calm_dist.models.heads import make_head

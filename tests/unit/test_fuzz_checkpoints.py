@@ -20,12 +20,12 @@ from fuzz import json_mutations, mutations
 from safetensors.torch import load_file, save_file
 
 from calm_dist.errors import UserError
-from calm_dist.evaluation.load import load_model
 from calm_dist.files import file_sha256
+from calm_dist.inference.load import load_model
 from calm_dist.interop.convert import import_checkpoint
 from calm_dist.interop.huggingface import load_autoencoder, load_calm
-from calm_dist.run_list import describe
-from calm_dist.training.checkpoint import MANIFEST, find_checkpoint
+from calm_dist.runs.checkpoints import MANIFEST, find_checkpoint
+from calm_dist.runs.listing import describe
 from calm_dist.training.checkpoint.adam_state import load_adam, save_adam
 
 GOLDEN = Path(__file__).parents[1] / "golden"

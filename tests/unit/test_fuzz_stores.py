@@ -21,6 +21,7 @@ from test_begin_end_tokens import ALONE, byte_level, plain
 from test_tokenizer import write_ranks
 from tokenizers import models
 
+from calm_dist.cli.report_tool import report_runs
 from calm_dist.data.latents import plan_store, write_store
 from calm_dist.data.store import fingerprint, read_meta, read_shards
 from calm_dist.data.stream import open_store
@@ -28,13 +29,12 @@ from calm_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from calm_dist.errors import DataError, UserError
 from calm_dist.files import file_sha256
 from calm_dist.recipe import LARGEST_FILE, load_recipe
-from calm_dist.reports.report import report_runs
-from calm_dist.reports.runs import read_run
-from calm_dist.run_list import DAMAGED, list_runs, table
-from calm_dist.training.metrics import read_records
+from calm_dist.runs.directory import FAILED, end_recorded
+from calm_dist.runs.listing import DAMAGED, list_runs, table
+from calm_dist.runs.metrics import read_records
+from calm_dist.runs.records import read_run
+from calm_dist.runs.wandb_id import wandb_id
 from calm_dist.training.resolve import resolve
-from calm_dist.training.run_directory import FAILED, end_recorded
-from calm_dist.training.wandb_id import wandb_id
 
 ROOT = Path(__file__).parents[2]
 TRANSFORMER = ROOT / "recipes" / "transformer_tiny.yaml"

@@ -20,18 +20,18 @@ from tokenizer_kinds import llama2_like, metaspace, wordpiece
 from calm_dist.data.latents import plan_store, write_store
 from calm_dist.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from calm_dist.errors import CheckpointError, DataError, UserError
-from calm_dist.evaluation.generate import (
+from calm_dist.inference.generate import (
     Generation,
     check_tokenizer,
     decode_latents,
     find_tokenizer,
     generate,
 )
-from calm_dist.evaluation.load import LoadedModel
-from calm_dist.evaluation.sampling import sample_exact, sample_from_pool
-from calm_dist.training import checkpoint
+from calm_dist.inference.load import LoadedModel
+from calm_dist.inference.sampling import sample_exact, sample_from_pool
+from calm_dist.runs import checkpoints
+from calm_dist.runs.checkpoints.run_state import RunState
 from calm_dist.training.checkpoint import model_state
-from calm_dist.training.checkpoint.run_state import RunState
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["s", "sea", "the s", "the "]  # 1, 3, 5 and 4 tokens
@@ -361,12 +361,12 @@ def test_texts_read_on_whatever_the_decoder_strips(kind: str, tmp_path: Path) ->
 
 def saved(model: LoadedModel, tokenizer: Tokenizer, run: Path) -> Path:
     """A run directory that holds the model."""
-    temporary = checkpoint.begin(run, 3)
+    temporary = checkpoints.begin(run, 3)
     model_state.save_weights(temporary, model.body, None)
     sha256 = tokenizer.fingerprint
     RunState(step=3, tokens=60, tokenizer_sha256=sha256, data={"steps_done": 3}).write(temporary)
-    (temporary / checkpoint.RECIPE_FILE).write_text(model.recipe.to_yaml())
-    checkpoint.commit(temporary, keep=1)
+    (temporary / checkpoints.RECIPE_FILE).write_text(model.recipe.to_yaml())
+    checkpoints.commit(temporary, keep=1)
     return run
 
 

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from calm_dist.evaluation.brier import brier_scores
-from calm_dist.evaluation.load import LoadedModel
-from calm_dist.evaluation.sampling import pool_candidates
-from calm_dist.interop.calm import released_calm
+from calm_dist.inference.load import LoadedModel
+from calm_dist.inference.sampling import pool_candidates
 from calm_dist.interop.huggingface import load_calm
 from calm_dist.losses.energy import energy_score
 from calm_dist.models.heads.base import Draw
 from calm_dist.recipe import CalmRecipe
+from calm_dist.released.calm import released_calm
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 # max|a-b| / max|b|

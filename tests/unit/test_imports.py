@@ -12,30 +12,17 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "calm_dist"
 
-# A part imports from its own group and from the groups before it.
-LAYERS = (
-    {"errors"},
-    {"redact", "compat"},
-    {"cli", "files", "pickles", "randomness", "scores"},
-    {"recipe", "heads"},
-    {"flops", "stages"},
-    {"data", "models", "losses", "interop"},
-    {"parallel"},
-    {"training"},
-    {"evaluation"},
-    {"planner"},
-    {"reports"},
-    {"benchmark"},
-    {"command", "preflight", "run_list"},
+# A room imports from itself and from the rooms before it. One module alone, such as ``errors``, is
+# in the room of that name at the top of the list.
+BASE = ("errors", "redact", "files", "pickles", "progress", "randomness", "schema", "scores")
+ROOMS = (
+    *("compat", "heads", "recipe", "costs", "flops", "planner", "runs", "losses", "models", "data"),
+    *("released", "parallel", "training", "inference", "interop", "evaluation", "reports"),
+    *("benchmark", "cli"),
 )
-# What these need lies above their part: whole models, of which the data knows only autoencoders.
-# The first imports it when it is called.
-HIGHER = {"interop/huggingface.py": "evaluation", "interop/convert.py": "evaluation"}
 # Plans and reports are made of recipes and metrics, where no training library need be.
-PLAIN = {
-    *("errors", "redact", "cli", "files", "scores", "heads", "recipe", "flops", "stages", "planner")
-}
-ONLY = {"planner": PLAIN, "reports": PLAIN | {"reports"}}
+PLAIN = {*BASE, "heads", "recipe", "costs", "planner"}
+ONLY = {"planner": PLAIN, "reports": PLAIN | {"runs", "reports"}}
 # Models get their process groups handed in.
 NOT_IN_MODELS = ("torch.distributed", "deepspeed", "megatron.core.parallel_state")
 # The package index's torchvision does not load beside CPU torch.
@@ -43,14 +30,14 @@ NOWHERE = ("torchvision", "tools")
 
 WITHOUT_TORCH = (
     "calm_dist",
-    "calm_dist.cli",
+    "calm_dist.cli.console",
     "calm_dist.recipe",
-    "calm_dist.flops",
-    "calm_dist.planner.report",
+    "calm_dist.costs.flops",
+    "calm_dist.planner.full_plan",
     "calm_dist.planner.scaling",
-    "calm_dist.reports.plan",
+    "calm_dist.planner.dry_run",
     "calm_dist.reports.report",
-    "calm_dist.run_list",
+    "calm_dist.runs.listing",
     "calm_dist.scores",
 )
 HEAVY = ("torch", "megatron", "deepspeed", "streaming")
@@ -67,17 +54,17 @@ def imported_modules(file: Path) -> Iterator[str]:
             yield from (f"{node.module}.{name.name}" for name in node.names)
 
 
-def part_of(module: str) -> str:
-    """The part of the package that a module name such as ``calm_dist.recipe_checks.x`` is in."""
-    name = module.split(".")[1]
-    return "recipe" if name.startswith("recipe_") else name
+def room_of(module: str) -> str:
+    """The room of a module such as ``calm_dist.recipe.checks``."""
+    return module.split(".")[1]
 
 
-def allowed_parts(part: str) -> set[str]:
-    if part in ONLY:
-        return ONLY[part]
-    position = next(i for i, layer in enumerate(LAYERS) if part in layer)
-    return set().union(*LAYERS[: position + 1])
+def allowed_rooms(room: str) -> set[str]:
+    if room in ONLY:
+        return ONLY[room]
+    if room in BASE:
+        return set(BASE)
+    return {*BASE, *ROOMS[: ROOMS.index(room) + 1]}
 
 
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
@@ -85,24 +72,39 @@ FILES = sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__in
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_imports_go_one_way(file: Path) -> None:
-    place = file.relative_to(PACKAGE)
-    part = part_of("calm_dist." + place.parts[0].removesuffix(".py"))
-    part = HIGHER.get(place.as_posix(), part)
+    room = room_of("calm_dist." + file.relative_to(PACKAGE).parts[0].removesuffix(".py"))
     imported = set(imported_modules(file))
     own = {name for name in imported if name.startswith("calm_dist.")} - {"calm_dist.__version__"}
-    wrong = {name for name in own if part_of(name) not in allowed_parts(part)}
-    assert not wrong, f"{part} may import {sorted(allowed_parts(part))} only"
+    wrong = {name for name in own if room_of(name) not in allowed_rooms(room)}
+    assert not wrong, f"{room} may import {sorted(allowed_rooms(room))} only"
 
-    forbidden = NOWHERE + (NOT_IN_MODELS if part == "models" else ())
+    forbidden = NOWHERE + (NOT_IN_MODELS if room == "models" else ())
     assert not [
         name for name in imported if f"{name}.".startswith(tuple(f"{f}." for f in forbidden))
     ]
 
 
-def test_every_part_has_a_place() -> None:
-    parts = {part_of("calm_dist." + file.relative_to(PACKAGE).parts[0].removesuffix(".py"))
-             for file in FILES}  # fmt: skip
-    assert parts == set().union(*LAYERS)
+def test_every_room_has_a_place() -> None:
+    rooms = {file.relative_to(PACKAGE).parts[0].removesuffix(".py") for file in FILES}
+    assert rooms == {*BASE, *ROOMS}
+
+
+def test_no_circles_between_modules() -> None:
+    """Neither at run time nor for types; a package stands for what its ``__init__`` imports."""
+    names = {
+        ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        for file in FILES
+    }
+    edges = {}
+    for file in FILES:
+        name = ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
+        found = (imported if imported in names else imported.rpartition(".")[0]
+                 for imported in imported_modules(file))  # fmt: skip
+        edges[name.removesuffix(".__init__")] = {other for other in found if other in names}
+    # Whatever imports nothing that is left goes, until nothing can go.
+    while leaves := {name for name, found in edges.items() if not found & edges.keys() - {name}}:
+        edges = {name: found for name, found in edges.items() if name not in leaves}
+    assert not edges
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)

@@ -30,8 +30,8 @@ from safetensors.torch import load_file, save_file
 
 from calm_dist.errors import CheckpointError, UserError
 from calm_dist.interop.huggingface import load_autoencoder, load_calm
-from calm_dist.interop.names import to_released
 from calm_dist.recipe import CalmRecipe
+from calm_dist.released.names import to_released
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import torch
 from released import assert_is_golden, copy_released, edit_config, refused
 from safetensors.torch import load_file
 
-from calm_dist.interop.config import calm_values
 from calm_dist.interop.huggingface import load_autoencoder, load_calm
+from calm_dist.released.config import calm_values
 
 
 @pytest.fixture

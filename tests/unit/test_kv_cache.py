@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny_models import VOCAB, tiny_model
 
-from calm_dist.evaluation.contexts import Contexts
-from calm_dist.evaluation.load import LoadedModel
+from calm_dist.inference.contexts import Contexts
+from calm_dist.inference.load import LoadedModel
 
 STEPS = 20
 TOLERANCE = 1e-5

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from calm_dist.errors import LaunchError
-from calm_dist.training import lease
-from calm_dist.training.lease import LEASE_FILE, HeldError, Lease, is_leased
+from calm_dist.runs import lease
+from calm_dist.runs.lease import LEASE_FILE, HeldError, Lease, is_leased
 
 CODE = """
 import sys, time
 from pathlib import Path
-from calm_dist.cli import run
-from calm_dist.training.run_directory import hold, is_held, let_go
+from calm_dist.cli.console import run
+from calm_dist.runs.directory import hold, is_held, let_go
 def main():
     run_dir = Path(sys.argv[2])
     if sys.argv[1] == "look":
@@ -127,7 +127,7 @@ def test_a_lease_is_that_of_its_process_only(tmp_path: Path) -> None:
 
 
 def test_the_same_error_as_with_flock(tmp_path: Path) -> None:
-    from calm_dist.training.run_directory import hold, let_go
+    from calm_dist.runs.directory import hold, let_go
 
     lock = hold(tmp_path)
     with pytest.raises(LaunchError, match=f"another run is at work in {tmp_path} \\(process"):

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from calm_dist import flops
+from calm_dist.costs import flops
+from calm_dist.planner.dry_run import format_plan, plan
 from calm_dist.recipe import load_recipe
-from calm_dist.reports.plan import format_plan, plan
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL_RECIPES = Path(__file__).parents[1] / "recipes"

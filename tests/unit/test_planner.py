@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from calm_dist import flops
+from calm_dist.costs import flops
+from calm_dist.costs.clusters import PRESETS, Rates, preset
+from calm_dist.costs.memory import stage_memory
 from calm_dist.errors import RecipeError, UserError
-from calm_dist.planner.clusters import PRESETS, Rates, preset
 from calm_dist.planner.collectives import Group, groups
-from calm_dist.planner.memory import stage_memory
+from calm_dist.planner.full_plan import BEST, format_full_plan, full_plan, layout_overrides
 from calm_dist.planner.predict import predict, training_cost
 from calm_dist.planner.published import PUBLISHED
-from calm_dist.planner.report import BEST, format_full_plan, full_plan, layout_overrides
 from calm_dist.planner.scaling import MODELS, scaling_recipe
 from calm_dist.planner.search import search
 from calm_dist.planner.steptime import step_time

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from calm_dist.data import progress as module
-from calm_dist.data.progress import duration, progress
+from calm_dist import progress as module
+from calm_dist.progress import duration, progress
 
 
 def seconds_per_item(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
@@ -62,7 +62,7 @@ def test_durations(seconds: float, text: str) -> None:
 
 BARS = """
 import sys, time
-from calm_dist.data.progress import Meter
+from calm_dist.progress import Meter
 with Meter(3, label="train", unit="steps") as meter:
     for step in range(3):
         time.sleep(0.2)

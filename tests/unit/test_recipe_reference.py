@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from calm_dist.recipe import load_recipe
-from calm_dist.recipe_reference import reference
+from calm_dist.recipe.reference import reference
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_the_page_is_current() -> None:
     assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == reference(), (
-        "run: python -m calm_dist.recipe_reference > docs/recipes.md"
+        "run: python -m calm_dist.recipe.reference > docs/recipes.md"
     )
 
 

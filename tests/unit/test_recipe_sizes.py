@@ -9,7 +9,7 @@ import torch
 from test_flops import PUBLISHED_SIZES
 from torch import nn
 
-from calm_dist.evaluation.load import single_process_recipe, single_process_topology
+from calm_dist.inference.load import single_process_recipe, single_process_topology
 from calm_dist.models.autoencoder import Autoencoder
 from calm_dist.models.backbone import Backbone, transformer_config
 from calm_dist.models.heads import make_head

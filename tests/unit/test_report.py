@@ -22,8 +22,8 @@ from made_runs import (
     training,
 )
 
+from calm_dist.costs.flops import count, encoder_flops
 from calm_dist.errors import UserError
-from calm_dist.flops import count, encoder_flops
 from calm_dist.reports.analysis import (
     Point,
     correlation,
@@ -32,7 +32,7 @@ from calm_dist.reports.analysis import (
 )
 from calm_dist.reports.content import missing_and_incomparable
 from calm_dist.reports.report import summarize, write_report
-from calm_dist.reports.runs import read_run
+from calm_dist.runs.records import read_run
 from calm_dist.scores import MARK_EXPLAINED
 
 TOOLS = Path(__file__).parents[2] / "tools"

@@ -13,11 +13,11 @@ import pytest
 
 from calm_dist.errors import LaunchError, StoppedError
 from calm_dist.recipe import load_recipe
-from calm_dist.run_list import describe, list_runs, table
+from calm_dist.runs.checkpoints.run_state import RunState
+from calm_dist.runs.directory import end_recorded, hold, is_held, let_go, write_environment
+from calm_dist.runs.listing import describe, list_runs, table
+from calm_dist.runs.metrics import MetricsLog
 from calm_dist.scores import MARK_EXPLAINED
-from calm_dist.training.checkpoint.run_state import RunState
-from calm_dist.training.metrics import MetricsLog
-from calm_dist.training.run_directory import end_recorded, hold, is_held, let_go, write_environment
 
 ROOT = Path(__file__).parents[2]
 VALUES = {"loss": 1.5, "grad_norm": 1.0, "learning_rate": 0.1}

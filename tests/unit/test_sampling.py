@@ -16,7 +16,7 @@ import pytest
 from scipy.stats import chisquare
 
 from calm_dist.errors import UserError
-from calm_dist.evaluation import sampling
+from calm_dist.inference import sampling
 
 PROBABILITIES = np.array([0.45, 0.3, 0.15, 0.1])
 PATCHES = np.array([[7, 1], [7, 2], [3, 1], [0, 0]])

@@ -14,8 +14,8 @@ import pytest
 import wandb
 
 from calm_dist.recipe import Recipe, Training
-from calm_dist.training import metrics
-from calm_dist.training.metrics import METRICS_FILE, MetricsLog, read_records
+from calm_dist.runs import metrics
+from calm_dist.runs.metrics import METRICS_FILE, MetricsLog, read_records
 from calm_dist.training.schedule import learning_rate
 
 
@@ -270,7 +270,7 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from calm_dist.recipe import load_recipe
-from calm_dist.training.metrics import MetricsLog
+from calm_dist.runs.metrics import MetricsLog
 
 directory = Path(sys.argv[1])
 log = MetricsLog(load_recipe(directory / "recipe.yaml"), directory, resume_step=0)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from calm_dist import flops
+from calm_dist.costs import flops
+from calm_dist.costs.stages import chunk_sizes, stage_layers, work_shares
 from calm_dist.errors import RecipeError
 from calm_dist.recipe import Recipe, load_recipe
-from calm_dist.stages import chunk_sizes, stage_layers, work_shares
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

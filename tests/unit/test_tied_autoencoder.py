@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from calm_dist.errors import CheckpointError
-from calm_dist.interop.autoencoder import load_autoencoder
 from calm_dist.interop.convert import export_checkpoint, import_checkpoint
 from calm_dist.models.autoencoder import Autoencoder
+from calm_dist.released.autoencoder import load_autoencoder
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EMBEDDING, OUTPUT = "encoder.embed_tokens.weight", "decoder.lm_head_weight"

@@ -24,13 +24,13 @@ from calm_dist.data.store import read_meta
 from calm_dist.data.stream import open_training_stream
 from calm_dist.data.tokenizer import train_tokenizer
 from calm_dist.errors import CheckpointError
-from calm_dist.evaluation.load import load_model
+from calm_dist.inference.load import load_model
 from calm_dist.interop.huggingface import load_autoencoder
 from calm_dist.parallel.launch import World, join_world
 from calm_dist.recipe import load_recipe
+from calm_dist.runs.checkpoints import find_checkpoint
+from calm_dist.runs.metrics import read_records
 from calm_dist.training.autoencoder import AutoencoderTrainer, autoencoder_config, block_noise
-from calm_dist.training.checkpoint import find_checkpoint
-from calm_dist.training.metrics import read_records
 from calm_dist.training.resolve import resolve
 
 REPOSITORY = Path(__file__).parents[2]
@@ -43,16 +43,16 @@ WORDS = "the cat sat on a mat and saw that dog run"
 # Runs the tool and dies while it writes the checkpoint of step 8, before that one is whole.
 DIES_IN_SECOND_CHECKPOINT = """
 import os, runpy, signal, sys
-from calm_dist.training import checkpoint
+from calm_dist.runs import checkpoints
 
-commit = checkpoint.Rotation.commit
+commit = checkpoints.Rotation.commit
 
 def commit_once(self, temporary):
     if "00000008" in temporary.name:
         os.kill(os.getpid(), signal.SIGKILL)
     return commit(self, temporary)
 
-checkpoint.Rotation.commit = commit_once
+checkpoints.Rotation.commit = commit_once
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -15,12 +15,12 @@ import torch
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from calm_dist.errors import CheckpointError
-from calm_dist.evaluation.load import load_model
 from calm_dist.files import file_sha256
+from calm_dist.inference.load import load_model
 from calm_dist.interop.convert import import_checkpoint
 from calm_dist.pickles import check_pickle
-from calm_dist.training.checkpoint import MANIFEST, find_checkpoint
-from calm_dist.training.checkpoint.trusted import read_description
+from calm_dist.runs.checkpoints import MANIFEST, find_checkpoint
+from calm_dist.runs.checkpoints.trusted import read_description
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from calm_dist.training.wandb_id import wandb_id
+from calm_dist.runs.wandb_id import wandb_id
 
 # Trains nothing: opens the tracker of a run, as each start does, and logs one step.
 START = """
 import sys
 from pathlib import Path
 from calm_dist.recipe import Recipe
-from calm_dist.training.metrics import MetricsLog
+from calm_dist.runs.metrics import MetricsLog
 
 run_dir, step = Path(sys.argv[1]), int(sys.argv[2])
 recipe = Recipe.from_dict({

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from calm_dist.evaluation.load import LoadedModel, single_process_topology
+from calm_dist.inference.load import LoadedModel, single_process_topology
 from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
 from calm_dist.models.backbone import transformer_config
 from calm_dist.models.heads.energy import LAYER_NORM_EPS
@@ -31,7 +31,7 @@ def tiny_model(
     noise: float | None = None,
     **model: Any,
 ) -> LoadedModel:
-    """A model of `evaluation.load` without a checkpoint, its weights a function of ``seed``.
+    """A model of `inference.load` without a checkpoint, its weights a function of ``seed``.
 
     A small ``noise`` (energy head) leaves few patches likely. ``model`` holds further fields of
     the recipe's ``model`` section.

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from calm_dist.errors import CheckpointError
-from calm_dist.interop.tensors import save_tensors
-from calm_dist.training.checkpoint import OPTIMIZER_FILE
+from calm_dist.released.tensors import save_tensors
+from calm_dist.runs.checkpoints import OPTIMIZER_FILE
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

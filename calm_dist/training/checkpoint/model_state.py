@@ -16,7 +16,8 @@ from torch import nn
 
 from calm_dist.parallel.topology import Topology
 from calm_dist.parallel.zero_head import ZeroHead
-from calm_dist.training.checkpoint import TENSORS, tensor_files
+from calm_dist.runs.checkpoints import TENSORS
+from calm_dist.training.checkpoint import tensor_files
 from calm_dist.training.checkpoint.optimizer_state import (
     load_optimizer_state,
     optimizer_state,

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from calm_dist import flops
+from calm_dist.costs import flops
 from calm_dist.errors import CheckpointError
 from calm_dist.parallel.rank_zero import on_rank_zero
 from calm_dist.recipe import Recipe
-from calm_dist.training import checkpoint
-from calm_dist.training.checkpoint.run_state import RunState
+from calm_dist.runs import checkpoints
+from calm_dist.runs.checkpoints.run_state import RunState
 
 
 def newest_valid_for_all(run_dir: Path) -> Path | None:
@@ -25,11 +25,11 @@ def newest_valid_for_all(run_dir: Path) -> Path | None:
         CheckpointError: there are checkpoints, and none is whole; on every rank.
     """
     directory, passed_over = _first_whole(
-        on_rank_zero(lambda: checkpoint.step_directories(run_dir))
+        on_rank_zero(lambda: checkpoints.step_directories(run_dir))
     )
     if directory is None and passed_over:
         refusal = CheckpointError(
-            f"{run_dir / checkpoint.CHECKPOINTS}: none of {passed_over} checkpoints is whole, see "
+            f"{run_dir / checkpoints.CHECKPOINTS}: none of {passed_over} checkpoints is whole, see "
             "above; mend them, or remove them to start from the beginning"
         )
         refusal.reported = True  # type: ignore[attr-defined]
@@ -45,7 +45,7 @@ def source_for_all(path: str) -> Path:
         CheckpointError: there is none, on every rank.
     """
     name = "run.continue_from"
-    found = on_rank_zero(lambda: checkpoint.candidates(path, name))
+    found = on_rank_zero(lambda: checkpoints.candidates(path, name))
     directory, passed_over = _first_whole(found)
     if directory is None:
         refusal = CheckpointError(
@@ -54,7 +54,7 @@ def source_for_all(path: str) -> Path:
         refusal.reported = True  # type: ignore[attr-defined]
         raise refusal
     if dist.get_rank() == 0:
-        checkpoint.say_what_is_used(directory, found)
+        checkpoints.say_what_is_used(directory, found)
     return directory
 
 
@@ -74,7 +74,7 @@ def _first_whole(candidates: list[Path]) -> tuple[Path | None, int]:
     for number, directory in enumerate(candidates):
         problem = None
         try:
-            checkpoint.verify(directory, rank, size)
+            checkpoints.verify(directory, rank, size)
         except Exception as error:  # damage has no end of forms, and none may end a restart
             problem = str(error) or type(error).__name__
         problems: list[str | None] = [None] * size
@@ -83,7 +83,7 @@ def _first_whole(candidates: list[Path]) -> tuple[Path | None, int]:
         if not found:
             return directory, number
         if rank == 0:
-            checkpoint.pass_over(found[0])
+            checkpoints.pass_over(found[0])
     return None, len(candidates)
 
 
@@ -92,10 +92,10 @@ def tidy(run_dir: Path, start: Path | None) -> None:
     ``.damaged`` what was passed over for ``start``; a collective of the world."""
 
     def work() -> None:
-        (run_dir / checkpoint.CHECKPOINTS).mkdir(exist_ok=True)
-        checkpoint.clean(run_dir)
-        found = checkpoint.step_directories(run_dir)
-        checkpoint.set_aside(found[: found.index(start)] if start is not None else [])
+        (run_dir / checkpoints.CHECKPOINTS).mkdir(exist_ok=True)
+        checkpoints.clean(run_dir)
+        found = checkpoints.step_directories(run_dir)
+        checkpoints.set_aside(found[: found.index(start)] if start is not None else [])
 
     on_rank_zero(work)
 
@@ -110,7 +110,7 @@ def room(recipe: Recipe) -> int:
     per_parameter = 12 if recipe.precision == "fp32" else 14
     needed = per_parameter * flops.count(recipe, tokens=0).parameters
     # What a killed run left half-written is removed before the first step.
-    left = Path(recipe.run.dir).glob(f"{checkpoint.CHECKPOINTS}/step_*.tmp/**/*")
+    left = Path(recipe.run.dir).glob(f"{checkpoints.CHECKPOINTS}/step_*.tmp/**/*")
     free = shutil.disk_usage(recipe.run.dir).free + sum(f.stat().st_size for f in left)
     if free < needed:
         raise CheckpointError(

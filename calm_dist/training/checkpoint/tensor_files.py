@@ -45,9 +45,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from calm_dist.errors import CheckpointError, is_lost_connection
 from calm_dist.parallel.processes import stand_back
 from calm_dist.parallel.rank_zero import RankZeroTask
-from calm_dist.training.checkpoint import describe_files
+from calm_dist.runs.checkpoints import describe_files
+from calm_dist.runs.checkpoints.trusted import DESCRIPTION, read_description
 from calm_dist.training.checkpoint.staging import Staging
-from calm_dist.training.checkpoint.trusted import DESCRIPTION, read_description
 
 State = dict[str, Any]
 

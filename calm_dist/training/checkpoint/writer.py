@@ -14,11 +14,11 @@ from calm_dist.parallel.processes import hurry
 from calm_dist.parallel.rank_zero import on_rank_zero
 from calm_dist.parallel.topology import Topology
 from calm_dist.recipe import Recipe
-from calm_dist.training import checkpoint
+from calm_dist.runs import checkpoints
+from calm_dist.runs.checkpoints.run_state import RunState
 from calm_dist.training.build import Parts
 from calm_dist.training.checkpoint import model_state
 from calm_dist.training.checkpoint.attempts import Attempts
-from calm_dist.training.checkpoint.run_state import RunState
 from calm_dist.training.checkpoint.staging import not_forked
 from calm_dist.training.checkpoint.tensor_files import TensorWriter
 
@@ -38,7 +38,7 @@ class CheckpointWriter:
         self._started, self._waited, self._polls = 0.0, 0.0, 0
         self._committed: str | None = None
         self._attempts = Attempts()
-        self._rotation = checkpoint.Rotation(Path(recipe.run.dir), recipe.checkpoint)
+        self._rotation = checkpoints.Rotation(Path(recipe.run.dir), recipe.checkpoint)
 
     def prepare(self, parts: Parts) -> None:
         """Once the optimizers have states: make the first checkpoint as cheap as later ones."""
@@ -55,7 +55,7 @@ class CheckpointWriter:
         self._attempts.forget()
         self._started, self._waited, self._polls = time.perf_counter(), 0.0, 0
         run_dir = Path(self._recipe.run.dir)
-        self._temporary = checkpoint.step_directory(run_dir, state.step).with_suffix(".tmp")
+        self._temporary = checkpoints.step_directory(run_dir, state.step).with_suffix(".tmp")
         urgent = is_last or not self._recipe.checkpoint.asynchronous
         self._attempt(lambda: self._start(parts, state, urgent))
         if not self._recipe.checkpoint.asynchronous:
@@ -94,10 +94,10 @@ class CheckpointWriter:
         run_dir = Path(self._recipe.run.dir)
 
         def begin() -> Path:
-            temporary = checkpoint.begin(run_dir, state.step)
-            (temporary / checkpoint.TENSORS).mkdir()
+            temporary = checkpoints.begin(run_dir, state.step)
+            (temporary / checkpoints.TENSORS).mkdir()
             state.write(temporary)
-            (temporary / checkpoint.RECIPE_FILE).write_text(self._recipe_text, encoding="utf-8")
+            (temporary / checkpoints.RECIPE_FILE).write_text(self._recipe_text, encoding="utf-8")
             return temporary
 
         temporary = on_rank_zero(begin)
@@ -106,7 +106,7 @@ class CheckpointWriter:
         memory = list(model_state.memory(parts.chunks, tensors))
         request = self._writer.plan(
             tensors,
-            temporary / checkpoint.TENSORS,
+            temporary / checkpoints.TENSORS,
             urgent,
             lambda: self._rotation.commit(temporary),
         )

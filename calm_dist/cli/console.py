@@ -1,0 +1,215 @@
+"""What all command-line tools share: errors as exit codes, types of options, JSON output."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from calm_dist.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DIVERGED,
+    EXIT_HUNG,
+    EXIT_PEER_LOST,
+    EXIT_STOPPED,
+    EXIT_UNREACHABLE,
+    HungError,
+    PeerLostError,
+    RecipeError,
+    StoppedError,
+    TrainingDivergedError,
+    UnreachableError,
+    UserError,
+    shortened,
+)
+from calm_dist.files import (
+    FULL,
+    check_directory_is_writable,
+    check_file_is_writable,
+    finite,
+)
+from calm_dist.redact import redact
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a tool's ``main`` and exit with 0, its own code, or the code of its error.
+
+    2 for a `UserError` or a file that cannot be used, 3 for a `PeerLostError`, 4 for a
+    `TrainingDivergedError`, 5 for a `HungError`, 6 for an `UnreachableError`, 75 for a
+    `StoppedError`; all with a message instead of a traceback.
+    """
+    _silence_library_warnings()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files may have bytes that are no text; stderr shows them like this anyway.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        code = main()
+        # Not left to the interpreter's end, which could only print a traceback.
+        sys.stdout.flush()
+    except UserError as error:
+        _report(error)
+        code = EXIT_UNREACHABLE if isinstance(error, UnreachableError) else EXIT_BAD_INPUT
+    except BrokenPipeError:
+        # The reader of our output (head, less) went away: not an error of ours.
+        sys.stderr.close()
+        code = 0
+    except OSError as error:
+        if error.filename is None and error.errno not in FULL:
+            raise
+        place = "output" if error.filename is None else error.filename
+        print(redact(f"error: {place}: {error.strerror}"), file=sys.stderr, flush=True)
+        code = EXIT_BAD_INPUT
+    except (PeerLostError, TrainingDivergedError) as error:
+        print(redact(f"error: {error}"), file=sys.stderr, flush=True)
+        code = EXIT_PEER_LOST if isinstance(error, PeerLostError) else EXIT_DIVERGED
+    except HungError:
+        # The rank that found it out has said so.
+        code = EXIT_HUNG
+    except StoppedError as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped, file=sys.stderr, flush=True)
+        code = EXIT_STOPPED
+    except KeyboardInterrupt:
+        code = 130
+    _drop_what_stdout_refuses()
+    sys.exit(code or 0)
+
+
+def _drop_what_stdout_refuses() -> None:
+    """The interpreter would try to write it once more, and replace the exit code by 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _silence_library_warnings() -> None:
+    """Libraries warn dozens of times about their own deprecations and about optional packages;
+    none of it is for the user of a tool. Errors, and warnings about our code, are not touched;
+    ``PYTHONWARNINGS=default`` or ``python -W`` shows all."""
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=r"(?!calm_dist\b|__main__$)")
+
+
+def announce(text: str) -> None:
+    """Say on a terminal what the seconds before the first result go into; logs do without."""
+    if sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
+
+
+def _report(error: UserError) -> None:
+    """Print an error once: every rank of a launch finds the same one in recipe and files."""
+    same_everywhere = isinstance(error, RecipeError) or getattr(error, "reported", False)
+    if not same_everywhere or os.environ.get("RANK", "0") == "0":
+        print(redact(f"error: {shortened(str(error))}"), file=sys.stderr, flush=True)
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """A type for argparse: a whole number from ``minimum`` up to the largest seed."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if not minimum <= value < 2**63:
+            raise argparse.ArgumentTypeError(
+                f"{value}: give a whole number from {minimum}, below 2^63"
+            )
+        return value
+
+    return number
+
+
+def between(smallest: float, largest: float) -> Callable[[str], float]:
+    """A type for argparse: a number from ``smallest`` to ``largest``."""
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not smallest <= value <= largest:
+            limits = f"{smallest:g} to {largest:g}".replace("e+", "e")
+            raise argparse.ArgumentTypeError(f"{text}: give a number from {limits}")
+        return value
+
+    return number
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the option ``--device`` of a tool that computes in one process."""
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="auto: a GPU where there is one (default)",
+    )
+
+
+def writable_file(text: str) -> str:
+    """A type for argparse: a file that the tool's result can be written to, checked at once."""
+    return _writable(text, check_file_is_writable, "file")
+
+
+def writable_directory(text: str) -> str:
+    """A type for argparse: a directory, there or not, that files can be written to."""
+    return _writable(text, check_directory_is_writable, "directory")
+
+
+def image_file(text: str) -> str:
+    """A type for argparse: a file that a plot can be written to."""
+    if not text.endswith((".svg", ".png")):
+        raise argparse.ArgumentTypeError(f"{text}: give a file that ends in .svg or .png")
+    return writable_file(text)
+
+
+def _writable(text: str, check: Callable[[str], None], what: str, or_else: str = "") -> str:
+    if not text:
+        raise argparse.ArgumentTypeError(f"is empty: give a {what}{or_else}")
+    try:
+        check(text)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text}: cannot be written ({error.strerror}); give a writable {what}{or_else}"
+        ) from error
+    return text
+
+
+def add_json(
+    parser: argparse.ArgumentParser, text: str = "write JSON to F, or to stdout for -"
+) -> None:
+    """Add the option ``--json`` of a tool, whose value is for `write_json`.
+
+    A file that cannot be written is refused while the command line is read: before any work.
+    """
+
+    def target(value: str) -> str:
+        if value == "-":
+            return value
+        return _writable(value, check_file_is_writable, "file", ", or - for stdout")
+
+    parser.add_argument("--json", metavar="F", type=target, help=text)
+
+
+def write_json(value: Any, target: str | Path) -> None:
+    """Write ``value`` as JSON to a file, or to stdout for ``-``; what is not finite is null.
+
+    Tools print their result before, so that a disk that has filled up since does not cost it.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    text = json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
+    if str(target) == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        path = Path(target)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"--json {target}: cannot write ({error.strerror}); "
+            "give a writable file or - for stdout"
+        ) from error

@@ -1,0 +1,1 @@
+"""What a training costs, from shapes: parameters, FLOPs, bytes and time of its parts. No torch."""

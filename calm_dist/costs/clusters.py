@@ -1,0 +1,110 @@
+"""What a plan assumes of a machine: data sheets, and fractions of them that training reaches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from calm_dist.costs import flops
+from calm_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast the kernels of this package run; every number can be replaced on the command line.
+
+    The fractions are assumptions, not measurements: this package has not been timed on GPUs yet.
+    """
+
+    matmul_fraction: float = 0.70
+    """Of peak FLOP/s in matrix products of a layer's shape. Products of 8,192 x 8,192 reach 0.75 to
+    0.8 on these chips, within their power limit; a layer's are smaller."""
+    attention_fraction: float = 0.40
+    """Of peak FLOP/s in causal attention, forward and backward: what FlashAttention-2 reaches on an
+    H100 with heads of 128 (its paper: 0.73 on an A100; arXiv 2307.08691)."""
+    bandwidth_fraction: float = 0.80
+    """Of memory bandwidth in element-wise kernels on large tensors."""
+    link_fraction: float = 0.80
+    """Of a link's bandwidth in collectives of large messages."""
+    dispatch_seconds: float = 5e-6
+    """Between the launches of two kernels by PyTorch, in eager mode."""
+    draws_per_second: float = float("inf")
+    """Normal numbers a second; infinite: as fast as they can be written."""
+    synchronous: bool = False
+    """Whether launching adds to a kernel's time (CPUs) or goes on beside it (GPUs)."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """One kind of GPU, and how they are connected. Bandwidths in bytes/s, of one GPU, one way."""
+
+    name: str
+    peak_flops: float
+    """FLOP/s of dense products in bf16."""
+    fp32_flops: float
+    """The same in fp32 without TF32, which torch does not use by default."""
+    memory: float
+    """Bytes."""
+    memory_bandwidth: float
+    node_bandwidth: float
+    """Between GPUs of a node."""
+    network_bandwidth: float
+    """Between nodes."""
+    node_latency: float = 4e-6
+    """Seconds of one step of a collective inside a node, launch included (assumption)."""
+    network_latency: float = 12e-6
+    """The same between nodes (assumption)."""
+    gpus_per_node: int = 8
+    reserved: float = 3e9
+    """Bytes that driver, cuBLAS workspaces and NCCL's buffers take (assumption)."""
+    on_cpu: bool = False
+    price: float | None = None
+    """Of one GPU for an hour; prices differ too much between sites for a default."""
+    rates: Rates = Rates()
+
+    @property
+    def usable_memory(self) -> float:
+        return self.memory - self.reserved
+
+    def with_rates(self, **values: Any) -> Cluster:
+        """The cluster with other `Rates`."""
+        return replace(self, rates=replace(self.rates, **values))
+
+
+def _gpu(
+    name: str, chip: str, memory: float, bandwidth: float, node: float, network: float
+) -> Cluster:
+    """A preset with the peaks that MFU is measured against."""
+    peaks = [flops.peak_flops(chip, precision) for precision in ("bf16", "fp32")]
+    assert peaks[0] is not None and peaks[1] is not None
+    return Cluster(name, peaks[0], peaks[1], memory, bandwidth, node, network)
+
+
+# Networks are those of NVIDIA's own DGX machines: one network card a GPU. NVLink is given there
+# both ways together.
+PRESETS = {
+    cluster.name: cluster
+    for cluster in (
+        # A100 80GB SXM data sheet: 2,039 GB/s, NVLink 600 GB/s. DGX A100: 8 cards of 200 Gb/s.
+        _gpu("a100-sxm-80", "A100", 80e9, 2.039e12, 300e9, 25e9),
+        # H100 SXM data sheet: 3.35 TB/s, NVLink 900 GB/s. DGX H100: 8 cards of 400 Gb/s.
+        _gpu("h100-sxm", "H100", 80e9, 3.35e12, 450e9, 50e9),
+        # H200 SXM data sheet: 141 GB, 4.8 TB/s. DGX H200: 8 of 400 Gb/s.
+        _gpu("h200-sxm", "H200", 141e9, 4.8e12, 450e9, 50e9),
+        # DGX B200 data sheet: 1,440 GB, 64 TB/s of 8 GPUs; NVLink 5 1.8 TB/s; 8 of 400 Gb/s.
+        _gpu("b200", "B200", 180e9, 8e12, 900e9, 50e9),
+    )
+}
+
+
+def preset(name: str) -> Cluster:
+    """The cluster of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return PRESETS[name]
+    except KeyError:
+        known = ", ".join(PRESETS)
+        raise UserError(f"--gpu {name}: unknown; use one of {known}, or local") from None

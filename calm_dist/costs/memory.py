@@ -1,0 +1,262 @@
+"""Bytes on each rank of a training, from its recipe alone.
+
+What is kept between steps follows the trainer: the body under Megatron's mixed-precision optimizer,
+copied on every replica (the distributed one shards its own state); the head under a ZeRO engine
+over all ranks of the last stage. What a step adds is what autograd keeps for the backward pass,
+counted tensor by tensor, at the moment when that is most.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from calm_dist.costs import flops
+from calm_dist.costs.stages import chunk_sizes
+from calm_dist.recipe import AutoencoderRecipe, CalmRecipe, Recipe, TransformerRecipe
+from calm_dist.recipe.checks import VOCAB_MULTIPLE
+
+ADAM_MOMENTS_BYTES = 8
+FP32_BYTES = 4
+# Of `losses.energy`: positions that are scored at a time, and of `parallel.zero_head`: the largest
+# bucket in which DeepSpeed gathers gradients.
+SCORE_CHUNK = 64
+ZERO_BUCKET = 500_000_000
+# Tensors of a chunk's draws that live together: the draws, their noise, a product of both.
+SCORE_COPIES = 3
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank of a pipeline stage when most is in use."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    """Of embedding, body and output layer, for all micro-batches in flight."""
+    head_samples: int = 0
+    """The head's activations, which are mostly those of its N samples."""
+    energy_score: int = 0
+    """Draws of the posterior, a chunk of positions at a time."""
+    buffers: int = 0
+    """Buckets and gathered sequences of the libraries. The fused AdamW has no temporaries."""
+
+    @property
+    def kept(self) -> int:
+        """What stays between steps."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+    @property
+    def largest(self) -> str:
+        """Name of the largest part."""
+        parts = vars(self)
+        return max(parts, key=parts.__getitem__)
+
+    def __add__(self, other: Memory) -> Memory:
+        mine, theirs = vars(self), vars(other)
+        return Memory(**{name: mine[name] + theirs[name] for name in mine})
+
+
+def layer_counts(recipe: Recipe) -> list[int]:
+    """Layers of each pipeline stage."""
+    return [sum(chunks) for chunks in chunk_sizes(recipe)]
+
+
+def stage_memory(
+    recipe: Recipe, stage: int, *, layers: int | None = None, on_cpu: bool | None = None
+) -> Memory:
+    """Memory of a rank of pipeline stage ``stage``.
+
+    Args:
+        layers: of the stage, where `layer_counts` is known already.
+        on_cpu: whether norms are torch's composite form, as on CPUs, which keeps more; default:
+            where ``parallel.device`` is cpu.
+
+    Raises:
+        RecipeError: the recipe leaves a size to its data store; `Recipe.with_store` fills it in.
+    """
+    model = recipe.model
+    on_cpu = recipe.parallel.device == "cpu" if on_cpu is None else on_cpu
+    if model.kind == "autoencoder":
+        return _autoencoder(recipe, model)
+    layers = layer_counts(recipe)[stage] if layers is None else layers
+    memory = _body_state(recipe, body_parameters(recipe, stage, layers))
+    body, last, layer, gradients = _body_activations(recipe, model, stage, layers, on_cpu)
+    head = Memory()
+    if model.kind == "calm" and stage == recipe.parallel.pipeline_parallel_size - 1:
+        head = _head(recipe, model)
+    again = layer if recipe.parallel.recompute else 0
+    after = last + head.head_samples
+    # When the backward pass of the last layer begins, what follows the layers is gone.
+    body += max(last, again - head.head_samples)
+    buffers = _gathered_sequence(recipe, model) + max(0, again + gradients - max(after, again))
+    return memory + head + Memory(activations=body, buffers=buffers)
+
+
+def body_parameters(recipe: Recipe, stage: int, layers: int) -> int:
+    """Parameters of embedding, ``layers`` layers, norms and output layer on a rank of a stage."""
+    model = recipe.model
+    assert model.kind != "autoencoder"
+    tensor, last = (
+        recipe.parallel.tensor_parallel_size,
+        recipe.parallel.pipeline_parallel_size - 1,
+    )
+    d, f = model.hidden_size, model.intermediate_size
+    products = 2 * d * (d + key_value_size(model)) + 3 * d * f
+    parameters = layers * (products // tensor + model.layer_norm_parameters)
+    if stage == 0:
+        parameters += table_parameters(recipe)
+        if model.kind == "calm":
+            # Column- and row-parallel linears; the second bias and the norm are on every rank.
+            split = 2 * (model.patch_size + 1) * d * d + 2 * d
+            parameters += split // tensor + 3 * d
+    if stage == last:
+        parameters += d
+        if model.kind == "transformer":
+            parameters += table_parameters(recipe)
+    return parameters
+
+
+def table_parameters(recipe: Recipe) -> int:
+    """Parameters of a rank's part of the embedding, or of the output layer."""
+    model = recipe.model
+    rows = -(-flops.known_size(model, "vocab_size") // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    return rows * model.hidden_size // recipe.parallel.tensor_parallel_size
+
+
+def key_value_size(model: CalmRecipe | TransformerRecipe) -> int:
+    """Width of all keys, or of all values."""
+    return model.hidden_size * model.key_value_heads // model.num_attention_heads
+
+
+def element_bytes(recipe: Recipe) -> int:
+    """Bytes of a weight or an activation."""
+    return FP32_BYTES if recipe.precision == "fp32" else 2
+
+
+def chunks_in_flight(recipe: Recipe, stage: int) -> int:
+    """Forward passes whose backward is still due, at most, in 1F1B or its interleaved form."""
+    stages, chunks = recipe.parallel.pipeline_parallel_size, recipe.parallel.chunks_per_stage
+    forwards = recipe.num_micro_batches * chunks
+    if chunks == 1:
+        return min(stages - stage, forwards)
+    return min(2 * (stages - stage - 1) + (chunks - 1) * stages + 1, forwards)
+
+
+def head_shards(recipe: Recipe) -> int:
+    """Ranks of the last stage that share a replica's positions."""
+    return recipe.parallel.tensor_parallel_size * recipe.parallel.context_parallel_size
+
+
+def _body_state(recipe: Recipe, parameters: int) -> Memory:
+    precise = recipe.precision == "fp32"
+    state = parameters * (ADAM_MOMENTS_BYTES + (0 if precise else FP32_BYTES))
+    if recipe.parallel.distributed_optimizer:
+        state //= recipe.data_parallel_size * recipe.parallel.context_parallel_size
+    return Memory(
+        weights=parameters * element_bytes(recipe),
+        # bf16 accumulates gradients in fp32 and keeps fp32 master weights.
+        gradients=parameters * FP32_BYTES,
+        optimizer=state,
+    )
+
+
+def _body_activations(
+    recipe: Recipe, model: CalmRecipe | TransformerRecipe, stage: int, layers: int, on_cpu: bool
+) -> tuple[int, int, int, int]:
+    """Bytes for all micro-batches in flight on a stage, of what follows the last layer (the head
+    aside), of one whole layer, and of the gradients that its backward pass makes."""
+    parallel = recipe.parallel
+    tensor, d = parallel.tensor_parallel_size, model.hidden_size
+    width, pieces = element_bytes(recipe), parallel.context_parallel_size
+    block = recipe.training.micro_batch_size * recipe.padded_length
+    positions = block // pieces
+    along_sequence = tensor if parallel.use_sequence_parallel else 1
+    kv = key_value_size(model)
+    # Input and output; the composite form also keeps the normalised input, both in fp32.
+    per_element = 2 * FP32_BYTES + width if on_cpu else 2 * width
+    norm = per_element * d
+    # q, k and v in one tensor, of which the values are a view; rotated q and k; the output.
+    attention = 3 * d + 3 * kv
+    if not on_cpu and recipe.training.micro_batch_size > 1:
+        # Brought from batch first to sequence first.
+        attention += d
+    # Gate and up in one tensor, SiLU of the gate, Megatron's copy of up, the product.
+    mlp = 5 * model.intermediate_size
+    layer = positions * (2 * norm / along_sequence + (attention + mlp) * width / tensor)
+    if model.qk_norm:
+        layer += positions * per_element * (d + kv) / tensor
+    if pieces > 1:
+        # Keys and values of all pieces, as the last piece attends to.
+        layer += block * 2 * kv * width / tensor
+    kept = positions * d * width / along_sequence if parallel.recompute else layer
+    in_flight = chunks_in_flight(recipe, stage)
+    total = in_flight * layers / parallel.chunks_per_stage * kept
+    if stage == 0 and model.kind == "calm":
+        # Concatenated embeddings, both sides of SiLU, the LayerNorm's input.
+        total += in_flight * positions * (model.patch_size * d + 4 * d / tensor + d) * width
+    last = 0.0
+    if stage == parallel.pipeline_parallel_size - 1:
+        last = positions * norm / along_sequence
+        if model.kind == "transformer":
+            # The softmax, in fp32; in bf16 the logits lie beside it.
+            copies = FP32_BYTES + (width if width < FP32_BYTES else 0)
+            last += positions * (table_parameters(recipe) // d) * copies
+    # Of the hidden state in and out of the MLP, of the product, of SiLU, and of gate and up.
+    gradients = positions * width * (2 * d + 4 * model.intermediate_size / tensor)
+    return int(total), int(last), int(layer), int(gradients)
+
+
+def _gathered_sequence(recipe: Recipe, model: CalmRecipe | TransformerRecipe) -> int:
+    """Where sequence-parallel ranks gather a layer's input, and its gradient before it is cut."""
+    if not recipe.parallel.use_sequence_parallel:
+        return 0
+    positions = recipe.padded_length // recipe.parallel.context_parallel_size
+    rows = recipe.training.micro_batch_size * positions
+    return 2 * rows * model.hidden_size * element_bytes(recipe)
+
+
+def _head(recipe: Recipe, model: CalmRecipe) -> Memory:
+    """The generative head in its ZeRO engine, on one rank of the last stage."""
+    parallel, head = recipe.parallel, model.head
+    parameters = flops.head_parameters(model)
+    ranks, stage = head_shards(recipe) * recipe.data_parallel_size, parallel.zero_stage
+    width = element_bytes(recipe)
+    positions = recipe.training.micro_batch_size * recipe.padded_length // head_shards(recipe)
+    hidden, latent = flops.head_sizes(model)
+    # ZeRO-1 and 2 keep fp32 master weights in fp32 training, too.
+    master = 0 if stage == 3 and recipe.precision == "fp32" else FP32_BYTES
+    score = 0
+    if head.spec.scores_energy:
+        chunk = min(SCORE_CHUNK, positions)
+        score = SCORE_COPIES * chunk * head.posterior_samples * latent * FP32_BYTES
+    return Memory(
+        weights=parameters * width // (ranks if stage == 3 else 1),
+        gradients=parameters * FP32_BYTES // (ranks if stage >= 2 else 1),
+        optimizer=parameters * (ADAM_MOMENTS_BYTES + master) // ranks,
+        head_samples=positions * head.spec.activation_elements(head, hidden, latent) * width,
+        energy_score=score,
+        buffers=min(parameters, ZERO_BUCKET) * width,
+    )
+
+
+def _autoencoder(recipe: Recipe, model: AutoencoderRecipe) -> Memory:
+    """The autoencoder with fp32 weights on every rank; bf16 applies to activations only."""
+    width, patch_size = element_bytes(recipe), model.patch_size
+    parameters = flops.count(recipe, tokens=0).parameters
+    layers = model.num_encoder_layers + model.num_decoder_layers
+    # Rows of a patch that go through MLP blocks: half of the layers see K tokens, half see one.
+    rows = layers * (patch_size + 1) / 2
+    elements = rows * (2 * model.hidden_size + 4 * model.intermediate_size)
+    logits = patch_size * flops.known_size(model, "vocab_size") * (width + FP32_BYTES)
+    patches = recipe.training.micro_batch_size * recipe.num_patches
+    return Memory(
+        weights=parameters * FP32_BYTES,
+        gradients=parameters * FP32_BYTES,
+        optimizer=parameters * ADAM_MOMENTS_BYTES,
+        activations=int(patches * (elements * width + logits)),
+    )

@@ -1,0 +1,223 @@
+"""What the ranks of a pipeline stage do for one micro-batch, forward and backward: products,
+attention, bytes of element-wise kernels, launches. Seconds follow from a cluster's rates.
+
+Bytes and launches of element-wise kernels were counted in this package's own steps with a
+TorchDispatchMode (every operator's inputs and outputs); tests/distributed/test_planner_bytes.py
+counts the bytes again. Units: accesses of one element, for each position, forward and backward
+together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from calm_dist.costs import flops
+from calm_dist.costs.clusters import Cluster
+from calm_dist.costs.memory import (
+    FP32_BYTES,
+    SCORE_CHUNK,
+    body_parameters,
+    element_bytes,
+    head_shards,
+    key_value_size,
+    table_parameters,
+)
+from calm_dist.recipe import CalmRecipe, Recipe, TransformerRecipe
+
+# One RMSNorm: torch's fused kernel; its composite form on CPUs.
+NORM_FUSED, NORM_COMPOSITE = 5, 31
+# Of a layer, per element of the hidden state: rotary positions, cuts of q, k and v, residuals, two
+# norms aside; per element of the MLP's width: SiLU, the product, Megatron's copy of up.
+LAYER_HIDDEN, LAYER_INTERMEDIATE = 61, 16
+LAYER_KERNELS = 80
+# Embeddings of all tokens, SiLU and LayerNorm of the compressor, per element of the hidden state.
+COMPRESSOR_HIDDEN, COMPRESSOR_KERNELS = 40, 40
+# Of the energy score, per element of a draw, in fp32; and for each chunk of positions.
+DRAW_ACCESSES, SCORE_KERNELS = 7, 35
+# Of the cross entropy, per logit, in fp32.
+LOGIT_ACCESSES, LOGIT_KERNELS = 10, 40
+# Norm, clipping and torch's fused AdamW, per parameter, fp32; of the head with a norm in fp64 and
+# the copy of the new weight.
+ADAM_ACCESSES, HEAD_ADAM_ACCESSES = 11, 15
+# DeepSpeed's copies of the head's gradient, per parameter.
+ZERO_ACCESSES = 13
+# FlashAttention computes the scores again: five products backward for two forward.
+ATTENTION_BACKWARD = 2.5
+
+
+@dataclass(frozen=True)
+class Work:
+    """One part of a micro-batch's work on one rank."""
+
+    products: float = 0.0
+    """FLOPs of matrix products."""
+    attention: float = 0.0
+    """FLOPs of causal attention that are executed."""
+    traffic: float = 0.0
+    """Bytes that element-wise kernels read and write."""
+    draws: float = 0.0
+    """Normal numbers."""
+    kernels: float = 0.0
+    """Launches."""
+
+    def seconds(self, cluster: Cluster, peak: float) -> float:
+        """Roofline: each kind of work at its rate, and not faster than kernels are launched."""
+        rates = cluster.rates
+        busy = (
+            self.products / (peak * rates.matmul_fraction)
+            + self.attention / (peak * rates.attention_fraction)
+            + self.traffic / (cluster.memory_bandwidth * rates.bandwidth_fraction)
+            + self.draws / rates.draws_per_second
+        )
+        launching = self.kernels * rates.dispatch_seconds
+        return busy + launching if rates.synchronous else max(busy, launching)
+
+
+def micro_batch_work(recipe: Recipe, stage: int, layers: int, cluster: Cluster) -> dict[str, Work]:
+    """Work of a rank of a stage with ``layers`` layers for one micro-batch, by part; collectives
+    not counted."""
+    model, parallel = recipe.model, recipe.parallel
+    assert model.kind != "autoencoder"
+    forward, both = _layer(recipe, model, cluster)
+    parts = {
+        "layers": _times(both, layers),
+        "gradient accumulation": _accumulation(recipe, stage, layers),
+    }
+    if parallel.recompute:
+        parts["recomputation"] = _times(forward, layers)
+    if stage == 0 and model.kind == "calm":
+        parts["patch compressor"] = _compressor(recipe, model)
+    if stage == parallel.pipeline_parallel_size - 1:
+        if model.kind == "calm":
+            parts["head"] = _head(recipe, model)
+            if model.head.spec.scores_energy:
+                parts["energy score"] = _score(recipe, model)
+        else:
+            parts["output layer"] = _output_layer(recipe, model)
+    return parts
+
+
+def optimizer_work(recipe: Recipe, stage: int, layers: int) -> Work:
+    """AdamW and clearing of gradients on a rank of a stage, once a step."""
+    model, parallel = recipe.model, recipe.parallel
+    assert model.kind != "autoencoder"
+    parameters = float(body_parameters(recipe, stage, layers))
+    copies = recipe.data_parallel_size * parallel.context_parallel_size
+    accesses = parameters * ADAM_ACCESSES / (copies if parallel.distributed_optimizer else 1)
+    if model.kind == "calm" and stage == parallel.pipeline_parallel_size - 1:
+        shards = head_shards(recipe) * recipe.data_parallel_size
+        accesses += flops.head_parameters(model) * HEAD_ADAM_ACCESSES / shards
+    return Work(traffic=(accesses + parameters) * FP32_BYTES)
+
+
+def positions(recipe: Recipe) -> int:
+    """Steps of the body that a rank computes for one micro-batch."""
+    return (
+        recipe.training.micro_batch_size
+        * recipe.padded_length
+        // recipe.parallel.context_parallel_size
+    )
+
+
+def _layer(
+    recipe: Recipe, model: CalmRecipe | TransformerRecipe, cluster: Cluster
+) -> tuple[Work, Work]:
+    """A layer's forward pass, and forward and backward together."""
+    parallel = recipe.parallel
+    tensor, rows = parallel.tensor_parallel_size, positions(recipe)
+    d, f, kv = model.hidden_size, model.intermediate_size, key_value_size(model)
+    along_sequence = tensor if parallel.use_sequence_parallel else 1
+    products = (flops.attention_flops(d, 0, kv) + flops.mlp_flops(d, f)) * rows / tensor
+    # The last piece of a block attends to most: of C pieces to all but half of its own.
+    seen = 1 - 1 / (2 * parallel.context_parallel_size)
+    attention = seen * 4 * d * recipe.padded_length * rows / tensor
+    norm = NORM_COMPOSITE if cluster.on_cpu else NORM_FUSED
+    elements = 2 * norm * d / along_sequence
+    elements += (LAYER_HIDDEN * d + LAYER_INTERMEDIATE * f) / tensor
+    if model.qk_norm:
+        elements += norm * (d + kv) / tensor
+    traffic = elements * rows * element_bytes(recipe)
+    forward = Work(products, attention, traffic / 3, kernels=LAYER_KERNELS / 3)
+    both = Work(
+        flops.BACKWARD_AND_FORWARD * products,
+        (1 + ATTENTION_BACKWARD) * attention,
+        traffic,
+        kernels=LAYER_KERNELS,
+    )
+    return forward, both
+
+
+def _compressor(recipe: Recipe, model: CalmRecipe) -> Work:
+    rows, d = positions(recipe), model.hidden_size
+    tensor, width = recipe.parallel.tensor_parallel_size, element_bytes(recipe)
+    products = flops.compressor_flops(d, model.patch_size) * rows / tensor
+    return Work(
+        flops.BACKWARD_AND_FORWARD * products,
+        traffic=COMPRESSOR_HIDDEN * d * rows * width,
+        kernels=COMPRESSOR_KERNELS,
+    )
+
+
+def _head(recipe: Recipe, model: CalmRecipe) -> Work:
+    """All samples of this rank's shard of positions."""
+    head = model.head
+    rows = positions(recipe) / recipe.parallel.tensor_parallel_size
+    products = flops.head_flops(model, head.num_samples, share_condition=True) * rows
+    elements = head.spec.traffic_elements(head, *flops.head_sizes(model))
+    width = element_bytes(recipe)
+    copies = ZERO_ACCESSES * flops.head_parameters(model) * width
+    return Work(
+        flops.BACKWARD_AND_FORWARD * products,
+        traffic=elements * head.num_samples * rows * width + copies,
+        kernels=head.spec.kernels(head),
+    )
+
+
+def _score(recipe: Recipe, model: CalmRecipe) -> Work:
+    """The energy score of all samples against M draws, chunk by chunk."""
+    head, latent = model.head, flops.known_size(model, "latent_size")
+    rows = positions(recipe) / recipe.parallel.tensor_parallel_size
+    draws = rows * head.posterior_samples * latent
+    # Distances and their gradient, to the draws and between samples.
+    others = head.posterior_samples + head.num_samples
+    products = 4 * head.num_samples * others * latent * rows
+    blocks = recipe.training.micro_batch_size
+    chunks = blocks * -(-rows // (blocks * SCORE_CHUNK))
+    return Work(
+        products,
+        traffic=DRAW_ACCESSES * draws * FP32_BYTES,
+        draws=draws,
+        kernels=SCORE_KERNELS * chunks,
+    )
+
+
+def _output_layer(recipe: Recipe, model: TransformerRecipe) -> Work:
+    rows, words = positions(recipe), table_parameters(recipe) // model.hidden_size
+    width = element_bytes(recipe)
+    # In bf16 logits and their gradient are converted.
+    accesses = LOGIT_ACCESSES * FP32_BYTES + (0 if width == FP32_BYTES else 2 * (width + 4))
+    return Work(
+        flops.BACKWARD_AND_FORWARD * flops.linear_flops(model.hidden_size, words) * rows,
+        traffic=accesses * words * rows,
+        kernels=LOGIT_KERNELS,
+    )
+
+
+def _accumulation(recipe: Recipe, stage: int, layers: int) -> Work:
+    """Gradients of a micro-batch, added in fp32; those of an embedding come as a whole table."""
+    width, table = element_bytes(recipe), table_parameters(recipe) if stage == 0 else 0
+    parameters = body_parameters(recipe, stage, layers)
+    return Work(
+        traffic=parameters * (width + 2 * FP32_BYTES) + 2 * table * width,
+        kernels=12 * layers,
+    )
+
+
+def _times(work: Work, number: float) -> Work:
+    return Work(
+        work.products * number,
+        work.attention * number,
+        work.traffic * number,
+        work.draws * number,
+        work.kernels * number,
+    )

@@ -1,0 +1,1 @@
+"""Trained models in one process: loading, generation, sampling, decoding."""

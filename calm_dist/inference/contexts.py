@@ -1,0 +1,67 @@
+"""Texts that grow step by step, with the model's KV cache over them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calm_dist.inference.load import LoadedModel
+
+
+def window_steps(model: LoadedModel) -> int:
+    """The most steps that a model predicts from: its block's, but for the last one."""
+    return max(1, model.recipe.block_size // model.recipe.model.patch_size - 1)
+
+
+class Contexts:
+    """What the next steps of several texts are predicted from; a step is a patch or a token.
+
+    The window of a model is one step shorter than its block, whose last step predicts nothing in
+    training. A text that outgrows it goes on from its newest half, as if it began there: the cache
+    holds rotated keys, so it is filled again, once every half window.
+
+    What is computed for a text depends on its own tokens alone, bit for bit: it is filled in by
+    itself, each later step has the same shape however many texts there are, and attends to its own
+    text alone. (On CPU with MKL 2024.2, for hidden sizes that are multiples of 4; of others, a row
+    of a matrix product may be rounded by where it stands.)
+    """
+
+    def __init__(self, model: LoadedModel, texts: list[list[int]], max_new_steps: int) -> None:
+        """``texts``: tokens in whole steps, at least one step each; at least one text."""
+        self._model = model
+        self._step_size: int = model.recipe.model.patch_size
+        self._window = window_steps(model)
+        self._texts = [text[-self._window * self._step_size :] for text in texts]
+        longest = max(map(len, self._texts)) // self._step_size + max_new_steps
+        self._cache = model.new_cache(len(texts), min(longest, self._window))
+
+    def start(self) -> Tensor:
+        """What follows each text: hidden states (CALM) or logits [texts, d or V]."""
+        return torch.cat([self._fill(row) for row in range(len(self._texts))])
+
+    def extend(self, rows: list[int], steps: list[list[int]]) -> Tensor:
+        """Go on with some of the texts alone, one more step each; returns what follows them."""
+        if len(rows) < len(self._texts):
+            self._cache = self._cache.select(rows)
+            self._texts = [self._texts[row] for row in rows]
+        for row, step in enumerate(steps):
+            if self._cache.lengths[row] == self._window:
+                self._halve(row)
+            self._texts[row] = self._texts[row] + step
+        return self._predict(torch.tensor(steps), slice(0, len(steps)))
+
+    def _halve(self, row: int) -> None:
+        """Keep half a window, of which the newest step is still to come."""
+        kept = max(1, self._window // 2) - 1
+        text = self._texts[row]
+        self._texts[row] = text[len(text) - kept * self._step_size :]
+        self._cache.clear(row)
+        if kept > 0:
+            self._fill(row)
+
+    def _fill(self, row: int) -> Tensor:
+        return self._predict(torch.tensor([self._texts[row]]), slice(row, row + 1))
+
+    def _predict(self, tokens: Tensor, rows: slice) -> Tensor:
+        run = self._model.hidden if self._model.kind == "calm" else self._model.logits
+        return run(tokens, cache=self._cache.select(rows))[:, -1]

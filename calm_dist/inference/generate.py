@@ -1,0 +1,368 @@
+"""Continue prompts with a CALM or with the discrete Transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, overload
+
+import numpy as np
+import torch
+
+from calm_dist.data.store import read_meta
+from calm_dist.errors import CheckpointError, DataError, UserError, shown
+from calm_dist.inference.contexts import Contexts, window_steps
+from calm_dist.inference.decoding import LazyPatches
+from calm_dist.inference.load import LoadedModel, tokenizer_file
+from calm_dist.inference.sampling import (
+    DEFAULT_MAX_DRAWS,
+    DEFAULT_POOL_SIZE,
+    exponent_parts,
+    sample_exact,
+    sample_from_pool,
+)
+from calm_dist.progress import progress
+from calm_dist.recipe import CalmRecipe
+from calm_dist.runs import checkpoints
+
+if TYPE_CHECKING:
+    from calm_dist.data.tokenizer import Tokenizer
+
+Method = Literal["auto", "exact", "pool"]
+Sampler = Callable[[torch.Tensor, np.random.Generator], list[int]]
+"""Hidden state or logits of a text, and the randomness of this step -> the next tokens."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A continuation of a prompt."""
+
+    text: str
+    """The new text, without the prompt: the prompt with it behind reads as one text."""
+    tokens: list[int]
+    """The new tokens, without the end token."""
+    stopped_by: Literal["end", "length"]
+    """``end``: the model ended the text; ``length``: ``max_new_tokens`` was reached."""
+    note: str | None = field(default=None, compare=False)
+    """Where prompt and text exceed the context of the model: what it did not read."""
+
+
+@overload
+def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str], too
+    model: LoadedModel,
+    tokenizer: Tokenizer,
+    prompts: str,
+    *,
+    temperature: float = ...,
+    max_new_tokens: int = ...,
+    seed: int | Sequence[int] = ...,
+    method: Method = ...,
+    pool_size: int = ...,
+    max_draws: int = ...,
+    show_progress: bool = ...,
+) -> Generation: ...
+
+
+@overload
+def generate(
+    model: LoadedModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    temperature: float = ...,
+    max_new_tokens: int = ...,
+    seed: int | Sequence[int] = ...,
+    method: Method = ...,
+    pool_size: int = ...,
+    max_draws: int = ...,
+    show_progress: bool = ...,
+) -> list[Generation]: ...
+
+
+@torch.no_grad()
+def generate(
+    model: LoadedModel,
+    tokenizer: Tokenizer,
+    prompts: str | Sequence[str],
+    *,
+    temperature: float = 0.5,
+    max_new_tokens: int = 128,
+    seed: int | Sequence[int] = 0,
+    method: Method = "auto",
+    pool_size: int = DEFAULT_POOL_SIZE,
+    max_draws: int = DEFAULT_MAX_DRAWS,
+    show_progress: bool = False,
+) -> Generation | list[Generation]:
+    """Continue prompts until the end token or exactly ``max_new_tokens`` new tokens.
+
+    A prompt is left-filled with begin tokens, as documents are in training: for CALM with 1..K of
+    them to a multiple of K, for the Transformer with one. Of a prompt longer than the model's
+    window (its block less one step) the newest part is read; a text that grows beyond it goes on
+    from its newest half (see `Contexts`).
+
+    The randomness of a text's n-th step comes from its seed and n alone: a prompt is continued in
+    the same way alone and together with others.
+
+    Args:
+        model: from `inference.load.load_model`.
+        tokenizer: the one that the model was trained with.
+        prompts: a prompt, or any number of them of any lengths, which share each step.
+        temperature: CALM: in (0, 1], see `inference.sampling`; Transformer: of the softmax, 0 or
+            more. At 0 it takes the most likely token, of equally likely ones that of the lowest id.
+        seed: at least 0: one for every prompt, or a sequence of one for each.
+        method: CALM only. ``pool`` (T = 1/n), ``exact`` (any T), ``auto``: the pool where T = 1/n.
+        pool_size: draws in a pool.
+        max_draws: limit of the exact method for one patch.
+        show_progress: report the steps done on stderr.
+
+    Returns:
+        a `Generation`, or a list of them for a sequence of prompts.
+
+    Raises:
+        CheckpointError: the tokenizer is not the model's.
+        UserError: an argument is out of range, or the exact method used up its draws.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(texts)
+    _check(texts, seeds, max_new_tokens)
+    check_tokenizer(model, tokenizer)
+    sampler = (
+        patch_sampler(model, temperature, method, pool_size, max_draws)
+        if model.kind == "calm"
+        else _token_sampler(temperature)
+    )
+    rows = [
+        GrowingText(tokenizer.encode(text), seed) for text, seed in zip(texts, seeds, strict=True)
+    ]
+    if rows:
+        continue_texts(model, rows, sampler, tokenizer, max_new_tokens, show_progress=show_progress)
+    generations = [
+        Generation(
+            tokenizer.decode_continuation(text, row.new),
+            row.new,
+            row.stopped_by,
+            # The end token is a token, too.
+            context_note(model, len(row.prompt), len(row.new) + (row.stopped_by == "end")),
+        )
+        for text, row in zip(texts, rows, strict=True)
+    ]
+    return generations[0] if isinstance(prompts, str) else generations
+
+
+def context_note(model: LoadedModel, prompt_tokens: int, new_tokens: int) -> str | None:
+    """What the model did not read of a prompt and its continuation, if anything."""
+    size, block_size = model.recipe.model.patch_size, model.recipe.block_size
+    window = window_steps(model) * size
+    known = f"trained on blocks of {block_size} tokens"
+    if model.step == 0:
+        known = f"whose configuration has positions for {block_size} tokens"
+    # Filled with begin tokens; the last step is not read.
+    filled = (prompt_tokens // size + 1) * size
+    if filled > window:
+        begun = f"the prompt has {prompt_tokens} tokens, of which the last {window} are read"
+    elif filled + (-(-new_tokens // size) - 1) * size > window:
+        begun = f"the text outgrows the {window} tokens that are read at once"
+    else:
+        return None
+    return f"{begun} by a model {known}; a text that outgrows them goes on from its newest half"
+
+
+def _check(prompts: list[str], seeds: list[int], max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens {max_new_tokens}: must be at least 1")
+    if len(seeds) != len(prompts):
+        raise UserError(
+            f"seed: {len(seeds)} seeds for {len(prompts)} prompts; give one, or one for each"
+        )
+    if min(seeds, default=0) < 0:
+        raise UserError(f"seed {min(seeds)}: must be at least 0")
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"prompt {prompt!r}: character {error.start} is no Unicode text; give UTF-8"
+            ) from error
+
+
+@dataclass
+class GrowingText:
+    """A text that grows."""
+
+    prompt: list[int]
+    seed: int
+    new: list[int] = field(default_factory=list)
+    stopped_by: Literal["end", "length"] = "length"
+
+    def take(self, step: list[int], end_id: int, max_new_tokens: int) -> bool:
+        """Add the tokens of a step; returns whether the text goes on."""
+        for token in step:
+            if token == end_id:
+                self.stopped_by = "end"
+                return False
+            self.new.append(token)
+            if len(self.new) == max_new_tokens:
+                return False
+        return True
+
+
+def continue_texts(
+    model: LoadedModel,
+    rows: list[GrowingText],
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    max_new_tokens: int,
+    *,
+    show_progress: bool = False,
+) -> None:
+    """Let all rows grow until each has stopped; those that have cost nothing more."""
+    size = model.recipe.model.patch_size
+    texts = [[tokenizer.begin_id] * (size - len(row.prompt) % size) + row.prompt for row in rows]
+    most_steps = -(-max_new_tokens // size)
+    contexts = Contexts(model, texts, most_steps)
+    outputs = contexts.start()
+    numbers: Iterable[int] = range(most_steps)
+    if show_progress:
+        unit = "patches" if model.kind == "calm" else "tokens"
+        numbers = progress(numbers, most_steps, label="generate", unit=unit)
+    for number in numbers:
+        steps = []
+        for row, output in zip(rows, outputs, strict=True):
+            stream = np.random.SeedSequence(row.seed, spawn_key=(number,))
+            steps.append(sampler(output, np.random.default_rng(stream)))
+        going = [
+            index
+            for index, (row, step) in enumerate(zip(rows, steps, strict=True))
+            if row.take(step, tokenizer.end_id, max_new_tokens)
+        ]
+        if not going:
+            return
+        rows = [rows[index] for index in going]
+        outputs = contexts.extend(going, [steps[index] for index in going])
+
+
+def patch_sampler(
+    model: LoadedModel, temperature: float, method: Method, pool_size: int, max_draws: int
+) -> Sampler:
+    """Hidden state [d] -> the next patch.
+
+    The draws of a text go through head and decoder together, but not together with those of other
+    texts: there are enough of them to keep both busy, and a number of draws that depends on the
+    batch would change the rounding of each.
+    """
+    _, fraction = exponent_parts(temperature)
+    exact = method == "exact" or (method == "auto" and fraction != 0)
+
+    def sample(hidden: torch.Tensor, rng: np.random.Generator) -> list[int]:
+        generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+
+        def draw(count: int) -> LazyPatches:
+            noise = model.head.draw_noise(generator, count, 1).to(hidden)
+            return LazyPatches(model.decoder, model.head.sample(hidden[None], noise)[:, 0])
+
+        if exact:
+            return list(sample_exact(draw, temperature, rng, max_draws=max_draws))
+        return list(sample_from_pool(draw, temperature, rng, pool_size=pool_size))
+
+    return sample
+
+
+def _token_sampler(temperature: float) -> Sampler:
+    """Logits [V] -> the next token, drawn from the softmax; at temperature 0 the most likely one,
+    of equally likely ones that of the lowest id."""
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature {temperature:g}: must be 0 or a positive number")
+
+    def sample(logits: torch.Tensor, rng: np.random.Generator) -> list[int]:
+        if temperature == 0:
+            # numpy says which of several largest it takes: the first.
+            return [int(logits.float().cpu().numpy().argmax())]
+        # The largest logit becomes 0, so that no temperature, however small, makes an infinity.
+        scores = logits.double().cpu()
+        chances = ((scores - scores.max()) / temperature).softmax(-1).numpy()
+        return [int(rng.choice(len(chances), p=chances))]
+
+    return sample
+
+
+def calm_recipe(model: LoadedModel) -> CalmRecipe:
+    """The ``model`` section of a CALM's recipe."""
+    recipe = model.recipe.model
+    assert isinstance(recipe, CalmRecipe)
+    return recipe
+
+
+def decode_latents(model: LoadedModel, latents: torch.Tensor) -> torch.Tensor:
+    """The most likely tokens ``[n, K]`` of latents ``[n, l]``."""
+    hidden = model.decoder.hidden(latents)
+    return model.decoder.tokens(hidden.flatten(0, 1)).view(hidden.shape[:2])
+
+
+def check_tokenizer(model: LoadedModel, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer that the model was not trained with.
+
+    A model that does not record its tokenizer takes any that fits; its vocabulary may be larger.
+
+    Raises:
+        CheckpointError: another fingerprint, or more entries than the model's vocabulary.
+    """
+    trained_with = model.tokenizer_sha256
+    if trained_with is not None and trained_with != tokenizer.fingerprint:
+        raise CheckpointError(
+            f"tokenizer {tokenizer.path}: sha256 {tokenizer.fingerprint[:12]}…, but "
+            f"{model.checkpoint} was trained with {trained_with[:12]}…; give that one "
+            "with --tokenizer"
+        )
+    vocab_size = model.recipe.model.vocab_size
+    assert vocab_size is not None
+    if tokenizer.vocab_size > vocab_size:
+        raise CheckpointError(
+            f"tokenizer {tokenizer.path}: {tokenizer.vocab_size} entries, but {model.checkpoint} "
+            f"has {vocab_size}; give the model's tokenizer with --tokenizer"
+        )
+
+
+def token_names(
+    model: LoadedModel, begin_token: str | None = None, end_token: str | None = None
+) -> tuple[str | None, str | None]:
+    """Names of the begin and end tokens that a model was trained with, or those that are given
+    for one that does not say.
+
+    Raises:
+        CheckpointError: others are given.
+    """
+    data = model.recipe.data
+    for role, given in (("begin", begin_token), ("end", end_token)):
+        trained = getattr(data, f"{role}_token")
+        if given is not None and trained not in (None, given):
+            raise CheckpointError(
+                f"--{role}-token {shown(given)}: {model.checkpoint} was trained with "
+                f"{shown(trained)}; leave the option out"
+            )
+    return data.begin_token or begin_token, data.end_token or end_token
+
+
+def find_tokenizer(model: LoadedModel) -> Path:
+    """The tokenizer that a checkpoint's recipe names, or the copy in its run directory or store.
+
+    Raises:
+        DataError: none of them is there.
+    """
+    data = model.recipe.data
+    if data.tokenizer is not None and Path(data.tokenizer).is_file():
+        return Path(data.tokenizer)
+    run = checkpoints.run_directory(model.checkpoint) or model.checkpoint
+    candidates = [tokenizer_file(run)]
+    for source in data.sources:
+        try:
+            candidates.append(Path(source.path) / read_meta(source.path).tokenizer.file)
+        except DataError:
+            continue
+    for candidate in candidates:
+        if candidate is not None and candidate.is_file():
+            return candidate
+    raise DataError(
+        f"data.tokenizer {data.tokenizer}: not found, and no copy in {run} or in data.path "
+        f"{', '.join(source.path for source in data.sources)}; give the file with --tokenizer"
+    )

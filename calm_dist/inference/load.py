@@ -1,0 +1,304 @@
+"""A trained language model in one plain process: no launcher, no port, no optimizer."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+
+from calm_dist.costs import flops
+from calm_dist.errors import CheckpointError
+from calm_dist.files import file_sha256
+from calm_dist.inference.decoding import GreedyDecoder
+from calm_dist.models.autoencoder import Autoencoder
+from calm_dist.models.backbone import Backbone, transformer_config
+from calm_dist.models.heads import GenerativeHead
+from calm_dist.models.kv_cache import KeyValueCache
+from calm_dist.parallel import cpu
+from calm_dist.parallel.launch import World, join_world
+from calm_dist.parallel.topology import Topology, build_topology, destroy_topology
+from calm_dist.recipe import CalmRecipe, Recipe, load_recipe
+from calm_dist.released.autoencoder import load_autoencoder
+from calm_dist.released.calm import read_calm, released_recipe
+from calm_dist.released.files import weight_files
+from calm_dist.runs import checkpoints
+from calm_dist.runs.checkpoints.run_state import RunState
+from calm_dist.training.build import build_body, build_head
+from calm_dist.training.checkpoint import model_state
+from calm_dist.training.resolve import autoencoder_directory
+
+_ROWS_AT_ONCE = {"cpu": 8, "cuda": 64}
+"""Texts that take a step together: as many as cost little more than one."""
+
+_alone: Topology | None = None
+"""The groups of this process, once there are some."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A CALM or a discrete Transformer in eval mode, fp32, on ``device``."""
+
+    recipe: Recipe
+    checkpoint: Path
+    step: int
+    tokens_seen: int
+    tokenizer_sha256: str | None
+    """None where it is not known: a released checkpoint names no tokenizer."""
+    device: torch.device
+    body: Backbone
+    _head: GenerativeHead | None
+    autoencoder: Autoencoder | None
+    autoencoder_sha256: str | None
+
+    @property
+    def kind(self) -> str:
+        """``calm`` or ``transformer``."""
+        return self.recipe.model.kind
+
+    @property
+    def head(self) -> GenerativeHead:
+        """The generative head of a CALM."""
+        assert self._head is not None
+        return self._head
+
+    @cached_property
+    def decoder(self) -> GreedyDecoder:
+        """From the latents of a CALM to tokens."""
+        assert self.autoencoder is not None
+        return GreedyDecoder(self.autoencoder)
+
+    def new_cache(self, rows: int, steps: int) -> KeyValueCache:
+        """An empty cache for ``rows`` texts of at most ``steps`` steps (patches or tokens) each."""
+        return self.body.new_cache(rows, steps)
+
+    def hidden(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> torch.Tensor:
+        """CALM: hidden states of all patches, tokens [B, T] -> [B, T/K, d].
+
+        Args:
+            positions: rotary position of each patch [T/K]; default 0, 1, 2, ..., or what follows
+                the cache.
+            mask: [T/K, held + T/K], True where a patch may attend to one that the cache holds or
+                to one of these; default causal.
+            cache: what row b has seen before, to which the tokens are added: they follow it, each
+                row at its own length.
+        """
+        assert self.kind == "calm"
+        steps = tokens.shape[1] // self.recipe.model.patch_size
+        return self._run(tokens, steps, positions, mask, cache)
+
+    def logits(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> torch.Tensor:
+        """Transformer: next-token logits, tokens [B, T] -> [B, T, V].
+
+        The arguments are those of `hidden`. With a cache and no ``positions``, logits are those of
+        the last token: [B, 1, V].
+        """
+        assert self.kind == "transformer"
+        logits = self._run(tokens, tokens.shape[1], positions, mask, cache)
+        return logits[..., : self.recipe.model.vocab_size]
+
+    @torch.no_grad()
+    def _run(
+        self,
+        tokens: torch.Tensor,
+        steps: int,
+        positions: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        cache: KeyValueCache | None,
+    ) -> torch.Tensor:
+        tokens = tokens.to(self.device)
+        if cache is None or steps > 1 or positions is not None:
+            return self.body(tokens, steps, positions, mask, cache).transpose(0, 1)
+        # One step for each text. Matrix products round differently for different numbers of rows;
+        # with always as many, a text comes out the same bits alone and in a batch.
+        size = _ROWS_AT_ONCE[self.device.type]
+        outputs = []
+        for start in range(0, cache.num_rows, size):
+            part = cache.select(slice(start, start + size))
+            filled = F.pad(tokens[start : start + size], (0, 0, 0, size - part.num_rows))
+            outputs.append(self.body(filled, 1, None, None, part).transpose(0, 1)[: part.num_rows])
+        return torch.cat(outputs)
+
+
+def load_model(
+    path: str | Path, autoencoder: str | Path | None = None, device: str = "cpu"
+) -> LoadedModel:
+    """Load a checkpoint of any layout into this process.
+
+    Args:
+        path: a run directory (its newest valid checkpoint) or a checkpoint.
+        autoencoder: overrides the recipe's ``model.autoencoder`` (CALM).
+
+    Raises:
+        CheckpointError: the checkpoint or the autoencoder is missing, damaged or does not fit.
+    """
+    directory = checkpoints.find_checkpoint(path)
+    recipe = _with_files_found(load_recipe(directory / checkpoints.RECIPE_FILE), directory)
+    if recipe.model.kind == "autoencoder":
+        raise CheckpointError(
+            f"{directory}: is an autoencoder; give the checkpoint of a CALM or a Transformer"
+        )
+    recipe = single_process_recipe(recipe)
+    _check_size(recipe, directory)
+    state = RunState.read(directory)
+    topology = single_process_topology(recipe, torch.device(device))
+    decoder, decoder_sha256 = None, None
+    if isinstance(recipe.model, CalmRecipe):
+        given = autoencoder or recipe.model.autoencoder
+        decoder, decoder_sha256 = _load_autoencoder(given, topology.device)
+    body, head = _build_model(recipe, topology)
+    model_state.load_weights(directory, body, head)
+    return LoadedModel(
+        recipe,
+        directory,
+        state.step,
+        state.tokens,
+        state.tokenizer_sha256,
+        topology.device,
+        body,
+        head,
+        decoder,
+        decoder_sha256,
+    )
+
+
+def load_released(
+    directory: str | Path, autoencoder: str | Path | None = None, device: str = "cpu"
+) -> LoadedModel:
+    """Load a CALM in the authors' layout; see `interop.huggingface.load_calm`."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory}: no such directory; give the directory of a released checkpoint"
+        )
+    released = read_calm(directory)
+    given = autoencoder or released.autoencoder_directory()
+    tokenizer = tokenizer_file(directory)
+    recipe = single_process_recipe(
+        released_recipe(
+            directory,
+            run_dir=str(directory),
+            autoencoder=str(given) if given else None,
+            tokenizer=str(tokenizer) if tokenizer else None,
+        )
+    )
+    released.check_size(recipe)
+    topology = single_process_topology(recipe, torch.device(device))
+    if given is None:
+        decoder, decoder_sha256 = released.autoencoder_inside().to(topology.device), None
+    else:
+        decoder, decoder_sha256 = _load_autoencoder(given, topology.device)
+    recipe = recipe.with_autoencoder(asdict(decoder.config))
+    body, head = _build_model(recipe, topology)
+    assert isinstance(recipe.model, CalmRecipe) and head is not None
+    released.copy_into(recipe.model, body, head)
+    return LoadedModel(
+        recipe, directory, 0, 0, None, topology.device, body, head, decoder, decoder_sha256
+    )
+
+
+def single_process_recipe(recipe: Recipe) -> Recipe:
+    """The same model without parallelism, in fp32."""
+    values = recipe.to_dict()
+    values["parallel"] = {"world_size": 1}
+    values["precision"] = "fp32"
+    values["training"]["global_batch_size"] = values["training"]["micro_batch_size"] = 1
+    return Recipe.from_dict(values)
+
+
+def single_process_topology(recipe: Recipe, device: torch.device) -> Topology:
+    """Groups of one rank, made without opening a port and shared by all models of the process.
+
+    Gloo keeps threads for every group, so that a process that made new ones for each model would
+    run out of them.
+    """
+    global _alone
+    cpu.install()
+    if not dist.is_initialized():
+        join_world(World(0, 1, 0, 1, "", 0, "single process"), device, timeout_seconds=60.0)
+    if parallel_state.is_initialized():
+        made = parallel_state.get_tensor_model_parallel_group()
+        if _alone is not None and _alone.groups.tp is made and _alone.device == device:
+            return _alone
+        destroy_topology()
+    _alone = build_topology(recipe, device)
+    return _alone
+
+
+def tokenizer_file(directory: Path) -> Path | None:
+    """The tokenizer that lies in a directory, if there is one."""
+    files = (directory / name for name in ("tokenizer.json", "tokenizer.model"))
+    return next(filter(Path.is_file, files), None)
+
+
+def _build_model(recipe: Recipe, topology: Topology) -> tuple[Backbone, GenerativeHead | None]:
+    """Frozen body and head, in eval mode, whose weights are yet to be loaded."""
+    body = build_body(recipe, transformer_config(recipe, torch.float32), topology, None)
+    head = None
+    if isinstance(recipe.model, CalmRecipe):
+        head = build_head(recipe.model, recipe.run.seed).to(topology.device)
+        head.eval().requires_grad_(False)
+    return body.eval().requires_grad_(False), head
+
+
+def _with_files_found(recipe: Recipe, directory: Path) -> Recipe:
+    """The recipe with its autoencoder and tokenizer beside the checkpoint, or in the run
+    directory, where the paths that it names are gone: a run may be moved as a whole."""
+    values = recipe.to_dict()
+    run_dir = checkpoints.run_directory(directory)
+    for section, field in (("model", "autoencoder"), ("data", "tokenizer")):
+        named = values[section].get(field)
+        # Not Path.exists, which raises for names that no file can have.
+        if named is None or os.path.exists(named):
+            continue
+        places = [directory, run_dir] if run_dir else [directory]
+        near = (place / Path(named).name for place in places)
+        if (found := next(filter(os.path.exists, near), None)) is not None:
+            values[section][field] = str(found)
+    return Recipe.from_dict(values)
+
+
+def _check_size(recipe: Recipe, directory: Path) -> None:
+    """Look at the size of the files before memory is taken for the model.
+
+    Raises:
+        CheckpointError: the recipe asks for far more than they have.
+    """
+    asked = flops.count(recipe, tokens=0).parameters
+    files = (directory / checkpoints.TENSORS).rglob("*")
+    held = sum(file.stat().st_size for file in files if file.is_file())
+    # In fp32 there are four bytes for each.
+    if 2 * asked > held:
+        raise CheckpointError(
+            f"{directory / checkpoints.RECIPE_FILE}: asks for {asked:.4g} parameters, the tensors "
+            f"beside it have only {held:.4g} bytes"
+        )
+
+
+def _load_autoencoder(
+    path: str | Path | None, device: torch.device
+) -> tuple[Autoencoder, str | None]:
+    """An autoencoder and the sha256 of its weights, which several files have not."""
+    if path is None or not Path(path).is_dir():
+        raise CheckpointError(f"model.autoencoder: {path} is no directory; give --autoencoder")
+    directory = autoencoder_directory(path)
+    files = list(weight_files(directory))
+    sha256 = file_sha256(files[0]) if len(files) == 1 else None
+    return load_autoencoder(directory).to(device), sha256

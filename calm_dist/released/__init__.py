@@ -1,0 +1,1 @@
+"""The layout of the released checkpoints: names, configurations, tensors; both ways."""

@@ -1,0 +1,173 @@
+"""Language models in the authors' released layout: reading, filling a model, naming its tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from calm_dist.costs import flops
+from calm_dist.errors import CheckpointError, RecipeError
+from calm_dist.models.autoencoder import Autoencoder
+from calm_dist.recipe import CalmRecipe, Recipe
+from calm_dist.released.autoencoder import (
+    build_autoencoder,
+    config_from_tensors,
+    released_autoencoder,
+)
+from calm_dist.released.config import calm_values, released_head
+from calm_dist.released.files import CONFIG_FILE, read_config
+from calm_dist.released.names import (
+    AUTOENCODER,
+    released_shapes,
+    rules_for,
+    to_released,
+)
+from calm_dist.released.tensors import Tensors, read_tensors
+
+DATA_PATH = "data/latents/train"
+"""``data.path`` of a recipe for a released checkpoint: the one of recipes/calm_m.yaml."""
+
+
+@dataclass(frozen=True)
+class ReleasedCalm:
+    """The weights of a released language model, which stay in their files until they are used."""
+
+    directory: Path
+    tensors: Tensors
+
+    @torch.no_grad()
+    def copy_into(self, model: CalmRecipe, body: nn.Module, head: nn.Module) -> None:
+        """Fill a whole body and a head of this recipe with the weights, in their own dtype.
+
+        Raises:
+            CheckpointError: a tensor is missing, unknown or of another shape.
+        """
+        prefixes = released_head(model.head).prefixes
+        of_head = dict(head.named_parameters())
+        tensors = self.tensors.tied(
+            (prefixes[0] + name, prefix + name) for prefix in prefixes[1:] for name in of_head
+        )
+        shapes = released_shapes(model) | {
+            prefix + name: tuple(parameter.shape)
+            for prefix in prefixes
+            for name, parameter in of_head.items()
+        }
+        inside = {name: tuple(tensors.values[name].shape) for name in _autoencoder_names(tensors)}
+        tensors.check(shapes | inside, CONFIG_FILE)
+        of_body = dict(body.named_parameters())
+        for rule in rules_for(model, of_body):
+            of_body[rule.ours].copy_(rule.join([tensors.values[name] for name in rule.released]))
+        for name, parameter in of_head.items():
+            parameter.copy_(tensors.values[prefixes[0] + name])
+
+    def check_size(self, recipe: Recipe) -> None:
+        """Look at the number of parameters before memory is taken for them.
+
+        Raises:
+            CheckpointError: the recipe, made of ``config.json``, asks for far more than the
+                weights have.
+        """
+        asked = flops.count(recipe, tokens=0).parameters
+        held = sum(tensor.numel() for tensor in self.tensors.values.values())
+        if asked > 2 * held:
+            raise CheckpointError(
+                f"{self.directory / CONFIG_FILE}: asks for {asked:.4g} parameters, the weights "
+                f"have only {held:.4g}"
+            )
+
+    def autoencoder_directory(self) -> Path | None:
+        """Where ``ae_path`` leads: as given, beside the weights, or beside their directory."""
+        given = read_config(self.directory).get("ae_path")
+        if not isinstance(given, str) or not given:
+            return None
+        # An absolute path of another machine: only its last part can lie here.
+        local = Path(Path(given).name) if Path(given).is_absolute() else Path(given)
+        for path in (Path(given), self.directory / local, self.directory.parent / local):
+            # Not Path.is_file, which raises for names that no file can have.
+            if os.path.isfile(path / CONFIG_FILE):
+                return path
+        return None
+
+    def autoencoder_inside(self) -> Autoencoder:
+        """The autoencoder among the weights.
+
+        Raises:
+            CheckpointError: there is none, or it is not whole.
+        """
+        tensors = self.tensors.below(AUTOENCODER)
+        if not tensors.values:
+            given = read_config(self.directory).get("ae_path")
+            raise CheckpointError(
+                f"{self.directory}: ae_path {given!r} is no directory here, and the weights hold "
+                f"no {AUTOENCODER}*; give the autoencoder's directory (--autoencoder)"
+            )
+        return build_autoencoder(
+            config_from_tensors(tensors), tensors, f"the autoencoder inside ({AUTOENCODER}*)"
+        )
+
+
+def read_calm(directory: str | Path) -> ReleasedCalm:
+    """The weights of a released language model.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    return ReleasedCalm(Path(directory), read_tensors(directory))
+
+
+def released_recipe(
+    directory: str | Path,
+    *,
+    run_dir: str,
+    autoencoder: str | None = None,
+    tokenizer: str | None = None,
+) -> Recipe:
+    """A recipe that goes on with a released language model as recipes/calm_m.yaml trains.
+
+    Args:
+        directory: of the released checkpoint.
+        run_dir, autoencoder, tokenizer: ``run.dir``, ``model.autoencoder``, ``data.tokenizer``.
+
+    Raises:
+        CheckpointError: the configuration is not of a CALM, or the backbone cannot be it.
+    """
+    values = calm_values(directory)
+    values["run"] = {"dir": run_dir}
+    values["model"]["autoencoder"] = autoencoder
+    values["data"] |= {"path": DATA_PATH, "tokenizer": tokenizer}
+    values["training"] = {"steps": 250_000, "micro_batch_size": 1, "global_batch_size": 256}
+    values |= {"precision": "bf16", "checkpoint": {"keep": 3}}
+    try:
+        return Recipe.from_dict(values)
+    except RecipeError as error:
+        raise CheckpointError(f"{Path(directory) / CONFIG_FILE}: {error}") from error
+
+
+def released_calm(
+    model: CalmRecipe,
+    body: Mapping[str, torch.Tensor],
+    head: Mapping[str, torch.Tensor],
+    autoencoder: Autoencoder | None = None,
+) -> dict[str, torch.Tensor]:
+    """Tensors of a whole CALM (weights, or gradients) under all their released names.
+
+    Each has memory of its own, as safetensors asks for; most of it is the given tensors' own.
+    """
+    released = to_released(model, body)
+    first, *others = released_head(model.head).prefixes
+    for name, tensor in head.items():
+        released[first + name] = tensor
+        released |= {prefix + name: tensor.clone() for prefix in others}
+    if autoencoder is not None:
+        inside = released_autoencoder(autoencoder)
+        released |= {AUTOENCODER + name: tensor for name, tensor in inside.items()}
+    return {name: tensor.detach().contiguous() for name, tensor in released.items()}
+
+
+def _autoencoder_names(tensors: Tensors) -> list[str]:
+    return [name for name in tensors if name.startswith(AUTOENCODER)]

@@ -1,0 +1,252 @@
+"""``config.json`` of the released checkpoints: to and from the sections of a recipe.
+
+Keys and defaults are those of the authors' ``CALMConfig`` and ``AutoencoderConfig``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from calm_dist.errors import CheckpointError
+from calm_dist.heads import HeadRecipe, Released, all_specs
+from calm_dist.models.autoencoder import AutoencoderConfig
+from calm_dist.recipe import CalmRecipe, Recipe
+from calm_dist.released.config_keys import (
+    NEUTRAL,
+    check_attention_kinds,
+    check_keys,
+    rope_theta,
+)
+from calm_dist.released.files import CONFIG_FILE, read_config, read_json
+
+AUTOENCODER_ARCHITECTURE = "Autoencoder"
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+# What the authors' configurations state of all that these models do not have.
+_WITHOUT = {key: NEUTRAL[key] for key in ("hidden_act", "mlp_bias")}
+_BODY_WITHOUT = _WITHOUT | {
+    key: NEUTRAL[key]
+    for key in ("attention_bias", "attention_dropout", "rope_scaling", "tie_word_embeddings")
+}
+_WRITTEN: dict[str, Any] = {
+    "pretraining_tp": 1,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    # The version that the authors' classes are written for.
+    "transformers_version": "4.43.0",
+}
+_MAX_POSITIONS = 2048
+_LARGEST_NUMBER = 2**31
+# The body's and the head's fields, with the authors' defaults where they may be left out.
+_BODY_KEYS = ("vocab_size", "patch_size", "latent_size", "hidden_size", "intermediate_size",
+              "num_hidden_layers", "num_attention_heads")  # fmt: skip
+_BODY_DEFAULTS = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "initializer_range": 0.02}
+_HEAD_DEFAULTS = {"noise_size": 64, "num_samples": 8, "beta": 1.0}
+_OTHER_KEYS = ("num_mlp_layers", "num_key_value_heads", "head_dim", "rope_parameters",
+               "rope_scaling", "layer_types")  # fmt: skip
+
+
+def is_autoencoder(directory: str | Path) -> bool:
+    """Whether a released directory holds an autoencoder and no language model."""
+    config = read_config(directory)
+    named = _architectures(config, Path(directory) / CONFIG_FILE)
+    return AUTOENCODER_ARCHITECTURE in named or (not named and "num_encoder_layers" in config)
+
+
+def calm_values(directory: str | Path) -> dict[str, Any]:
+    """What ``config.json`` says, as the ``model`` and ``data`` sections of a recipe.
+
+    Raises:
+        CheckpointError: a key is missing, or asks for what this model does not have.
+    """
+    path = Path(directory) / CONFIG_FILE
+    config = read_config(directory)
+    kind = _head_kind(config, path)
+    check_keys(config, {*_BODY_KEYS, *_BODY_DEFAULTS, *_HEAD_DEFAULTS, *_OTHER_KEYS}, path)
+    check_attention_kinds(config, path)
+    wanted = [*_BODY_KEYS, "num_mlp_layers", *_released_heads()[kind].required]
+    if missing := [key for key in wanted if key not in config]:
+        raise CheckpointError(
+            f"{path}: has no {', '.join(missing)}; it is not the configuration of a released CALM"
+        )
+    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
+    head_size = config.get("head_dim")
+    # Numbers: a text times a number is a text.
+    whole = isinstance(head_size, int) and isinstance(heads, int)
+    if head_size is not None and not (whole and head_size * heads == config["hidden_size"]):
+        raise CheckpointError(
+            f"{path}: head_dim {head_size!r}; this backbone has heads of hidden_size / "
+            "num_attention_heads"
+        )
+    positions, patch_size = (
+        config.get("max_position_embeddings", _MAX_POSITIONS),
+        config["patch_size"],
+    )
+    if not (isinstance(positions, int) and isinstance(patch_size, int) and positions > 1):
+        raise CheckpointError(
+            f"{path}: max_position_embeddings {positions!r}, patch_size {patch_size!r}; whole "
+            "numbers and at least two patches are wanted"
+        )
+    model = {
+        "kind": "calm",
+        **{key: config[key] for key in _BODY_KEYS},
+        **{key: config.get(key, default) for key, default in _BODY_DEFAULTS.items()},
+        "rope_theta": rope_theta(config, _BODY_DEFAULTS["rope_theta"], path),
+        "num_key_value_heads": None if groups == heads else groups,
+        "init": "released",
+        "head": {
+            "kind": kind,
+            "num_mlp_layers": config["num_mlp_layers"],
+            **{key: config.get(key, default) for key, default in _HEAD_DEFAULTS.items()},
+        },
+    }
+    return {"model": model, "data": {"block_size": positions * patch_size}}
+
+
+def calm_config(
+    recipe: Recipe, token_ids: Mapping[str, int | None], ae_path: str
+) -> dict[str, Any]:
+    """``config.json`` of a CALM: every key of the authors' configuration.
+
+    Args:
+        recipe: with vocabulary, latent and block size filled in.
+        token_ids: `TOKEN_IDS`, as far as they are known.
+        ae_path: directory of the autoencoder.
+    """
+    model = recipe.model
+    assert isinstance(model, CalmRecipe)
+    head = model.head
+    released = released_head(head)
+    return {
+        "architectures": [released.architecture],
+        **({} if released.model_type is None else {"model_type": released.model_type}),
+        "ae_path": ae_path,
+        **{key: getattr(model, key) for key in _BODY_KEYS},
+        **{key: getattr(model, key) for key in _BODY_DEFAULTS},
+        "num_key_value_heads": model.key_value_heads,
+        "num_mlp_layers": head.num_mlp_layers,
+        **{key: getattr(head, key) for key in _HEAD_DEFAULTS},
+        "max_position_embeddings": recipe.num_patches,
+        "use_cache": True,
+        **_BODY_WITHOUT,
+        **_WRITTEN,
+        **{key: token_ids.get(key) for key in TOKEN_IDS},
+    }
+
+
+def autoencoder_values(directory: str | Path) -> AutoencoderConfig:
+    """The autoencoder that ``config.json`` describes.
+
+    Raises:
+        CheckpointError: a key is missing or wrong, or asks for what this autoencoder has not.
+    """
+    path = Path(directory) / CONFIG_FILE
+    config = read_config(directory)
+    if "vocab_size" not in config or "latent_size" not in config:
+        raise CheckpointError(f"{path}: is not the configuration of an autoencoder")
+    fields = {field.name: field for field in dataclasses.fields(AutoencoderConfig)}
+    # Its matrices are tied whatever the configuration says, as in the authors' class.
+    check_keys(config, {*fields, "tie_word_embeddings"}, path)
+    # The released code has one dropout for both the latent and the tokens.
+    config.setdefault("token_dropout", config.get("ae_dropout", 0.15))
+    values = {name: config[name] for name in fields if name in config}
+    for name, value in values.items():
+        _check_number(name, value, str(fields[name].type), path)
+    for name in ("num_encoder_layers", "num_decoder_layers"):
+        if values.get(name, 2) % 2:
+            raise CheckpointError(
+                f"{path}: {name} {values[name]} is odd; half of the layers work on tokens, half "
+                "on patches"
+            )
+    return AutoencoderConfig(**values)
+
+
+def autoencoder_config(
+    config: AutoencoderConfig, token_ids: Mapping[str, int | None]
+) -> dict[str, Any]:
+    """``config.json`` of an autoencoder: every key of the authors' configuration, and ours."""
+    return {
+        "architectures": [AUTOENCODER_ARCHITECTURE],
+        **dataclasses.asdict(config),
+        "initializer_range": _BODY_DEFAULTS["initializer_range"],
+        "max_position_embeddings": _MAX_POSITIONS,
+        **_WITHOUT,
+        **_WRITTEN,
+        **{key: token_ids[key] for key in TOKEN_IDS if key in token_ids},
+    }
+
+
+def stated_token_ids(directory: str | Path, name: str = CONFIG_FILE) -> dict[str, int | None]:
+    """Those of `TOKEN_IDS` that a configuration file states.
+
+    Raises:
+        CheckpointError: one is no number, and no list of numbers.
+    """
+    path = Path(directory) / name
+    config = read_json(path)
+    stated = {key: config[key] for key in TOKEN_IDS if key in config}
+    for key, value in stated.items():
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(number, int) and 0 <= number < 2**31 for number in ids):
+            raise CheckpointError(f"{path}: {key} {value!r:.200} is not the number of a token")
+    return stated
+
+
+def _architectures(config: Mapping[str, Any], path: Path) -> list[str]:
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise CheckpointError(f"{path}: architectures {named!r:.200} is not a list of names")
+    return named
+
+
+def _head_kind(config: Mapping[str, Any], path: Path) -> str:
+    """The kind of the head; the class that wrote the weights says it, if any key does."""
+    named = _architectures(config, path)
+    known = _released_heads()
+    kinds = [kind for kind, head in known.items() if head.architecture in named]
+    if kinds:
+        return kinds[0]
+    model_type = config.get("model_type") or None
+    kinds = [kind for kind, head in known.items() if head.model_type == model_type]
+    # The authors' training script takes the energy head by that name, too.
+    kinds = kinds or [kind for kind in known if kind == model_type]
+    if named or not kinds:
+        raise CheckpointError(
+            f"{path}: architectures {named}, model_type {model_type!r:.200}; a CALM is one of "
+            f"{', '.join(head.architecture for head in known.values())}"
+        )
+    return kinds[0]
+
+
+def _released_heads() -> dict[str, Released]:
+    """The kinds of heads that the released layout has."""
+    return {kind: spec.released for kind, spec in all_specs().items() if spec.released is not None}
+
+
+def released_head(head: HeadRecipe) -> Released:
+    """How the released layout names a head.
+
+    Raises:
+        CheckpointError: it has no such head.
+    """
+    released = head.spec.released
+    if released is None:
+        raise CheckpointError(
+            f"model.head.kind: {head.kind}; the authors' released layout has no such head, only "
+            f"{', '.join(_released_heads())}"
+        )
+    return released
+
+
+def _check_number(name: str, value: Any, kind: str, path: Path) -> None:
+    """Fields are whole numbers (sizes from 1, token ids from 0) or finite numbers from 0."""
+    is_number = isinstance(value, int if kind == "int" else int | float)
+    smallest = 1 if kind == "int" and not name.endswith("_id") else 0
+    if not is_number or isinstance(value, bool) or not smallest <= value < _LARGEST_NUMBER:
+        raise CheckpointError(
+            f"{path}: {name} {value!r:.200} is not a {kind} that an autoencoder has"
+        )

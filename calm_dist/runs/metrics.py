@@ -1,0 +1,310 @@
+"""The run's records: ``metrics.jsonl`` is the truth, the console and trackers are fed from it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Protocol
+
+from calm_dist.progress import Meter, duration
+from calm_dist.files import finite, read_bounded, replace_text
+from calm_dist.redact import redact_arguments, redact_values
+from calm_dist.runs.wandb_id import wandb_id
+
+_WANDB_SECONDS = 60
+"""How long a start waits for wandb's server."""
+
+if TYPE_CHECKING:
+    from calm_dist.recipe import Recipe
+
+METRICS_FILE = "metrics.jsonl"
+LARGEST_METRICS = 1 << 30
+"""Bytes of it; millions of steps have fewer."""
+
+_STEPS_TIMED = 100
+"""The time left is estimated from so many of the last steps, evaluations and checkpoints between
+them included."""
+
+Record = dict[str, Any]
+
+
+class Tracker(Protocol):
+    """Something that is fed every record."""
+
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsLog:
+    """Appends records to a run's metrics.jsonl and passes them to the console and trackers.
+
+    Records of steps after ``resume_step`` belong to work that was lost and is done again: they
+    are dropped from the file.
+    """
+
+    def __init__(self, recipe: Recipe, run_dir: Path, resume_step: int) -> None:
+        self._total_steps = recipe.training.steps
+        self._tokens_per_step = recipe.tokens_per_step
+        self._every = recipe.logging.every
+        self._path = run_dir / METRICS_FILE
+        if self._path.exists():
+            _drop_records_after(self._path, resume_step)
+        self._file: IO[bytes] = self._path.open("ab", buffering=0)
+        self._unwritten: list[bytes] = []
+        self._skipped = 0
+        self._ends: deque[float] = deque(maxlen=_STEPS_TIMED + 1)
+        self._trackers = _open_trackers(recipe, run_dir, resume_step)
+        self._meter = Meter(
+            self._total_steps, label="train", unit="steps", done=resume_step, lines=False
+        )
+
+    def training_step(
+        self, step: int, values: dict[str, float], skipped: bool, seconds: float
+    ) -> None:
+        """Log training step ``step`` (counted from 1), where it is due (``logging.every``).
+
+        Args:
+            values: loss, grad_norm, learning_rate and further numbers of the trainer's own.
+            skipped: whether the step was not applied; a record has the number of skipped steps
+                since the one before.
+            seconds: duration of the step.
+
+        A number that is not finite is written as null: JSON has none.
+        """
+        self._skipped += skipped
+        self._ends.append(time.monotonic())
+        self._meter.advance()
+        if step % self._every and step != self._total_steps:
+            return
+        record = {
+            "step": step,
+            **values,
+            "tokens": step * self._tokens_per_step,
+            "tokens_per_second": self._tokens_per_step / seconds,
+            "step_seconds": seconds,
+            "skipped": self._skipped,
+        }
+        self._skipped = 0
+        self._write(record)
+        print(self._console_line(record), flush=True)
+        self._track(step, {name: value for name, value in record.items() if name != "step"})
+
+    def evaluation(self, step: int, values: dict[str, Any]) -> None:
+        """Log an evaluation; it carries ``eval`` and no key ``loss``."""
+        self._write({"step": step, "eval": values})
+        self._track(step, {f"eval/{k}": v for k, v in values.items() if isinstance(v, int | float)})
+
+    def _track(self, step: int, values: dict[str, float]) -> None:
+        """Feed the trackers with what can be drawn."""
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        for tracker in self._trackers:
+            tracker.log(step, finite)
+
+    def close(self) -> None:
+        self._meter.close()
+        if self._unwritten:
+            print(
+                f"warning: {self._path}: {len(self._unwritten)} records could not be written",
+                file=sys.stderr,
+            )
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def _write(self, record: Record) -> None:
+        """Append a record. A full disk must not end a training: what cannot be written now is
+        kept, and written together with a later record."""
+        self._unwritten.append(json_line(record).encode())
+        waited = len(self._unwritten) > 1
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            # One write, so that a reader or a crash never sees half a record of ours.
+            written = self._file.write(b"".join(self._unwritten))
+            if written != sum(map(len, self._unwritten)):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._file.truncate(end)
+            if not waited:
+                print(
+                    f"warning: {self._path}: {error.strerror}; training goes on, records are kept "
+                    "until there is room",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            return
+        self._unwritten.clear()
+
+    def _console_line(self, record: Record) -> str:
+        """What a step was, in less than 80 columns."""
+        loss = record["loss"]
+        shown = f"{loss:.4f}" if abs(loss) < 10 else f"{loss:#.5g}"
+        losses = (
+            f"step {record['step']}/{self._total_steps}  loss {shown}  "
+            f"norm {_short(record['grad_norm'], '#.3g')}  "
+        )
+        for name, words in (("loss", "loss"), ("grad_norm", "gradient")):
+            if not math.isfinite(record[name]):
+                return f"{losses}SKIPPED: {words} not finite"
+        rate = _short(record["learning_rate"], ".1e")
+        skipped = f"  {record['skipped']} SKIPPED" if record["skipped"] else ""
+        return (
+            f"{losses}lr {rate}  {compact(record['tokens_per_second'])} tok/s  "
+            f"{duration(self._seconds_left(record))} left{skipped}"
+        )
+
+    def _seconds_left(self, record: Record) -> float:
+        steps = len(self._ends) - 1
+        a_step = (
+            (self._ends[-1] - self._ends[0]) / steps if steps else float(record["step_seconds"])
+        )
+        return a_step * (self._total_steps - record["step"])
+
+
+def _short(number: float, style: str) -> str:
+    """A number without the padding of its exponent: 3.0e-4."""
+    return format(number, style).rstrip(".").replace("e-0", "e-").replace("e+0", "e")
+
+
+def compact(number: float) -> str:
+    """A rate in at most six characters: 871, 8,952, 89.5k, 1.23M."""
+    if number < 9999.5:
+        return f"{number:,.0f}"
+    for unit, size in (("k", 1e3), ("M", 1e6), ("G", 1e9)):
+        if number < 999.5 * size:
+            return f"{_short(number / size, '#.3g')}{unit}"
+    return f"{number:.1e}"
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """A record as a line of JSON, with null for numbers that are not finite."""
+    return json.dumps(finite(record), allow_nan=False) + "\n"
+
+
+def read_records(run_dir: str | Path) -> list[Record]:
+    """All records of a run, in order; what is no record, such as a line cut short by a crash, is
+    left out."""
+    path = Path(run_dir) / METRICS_FILE
+    records = []
+    for line in read_bounded(path, LARGEST_METRICS).splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+def _drop_records_after(path: Path, step: int) -> None:
+    kept = [record for record in read_records(path.parent) if record["step"] <= step]
+    replace_text(path, "".join(json_line(record) for record in kept))
+
+
+def _open_trackers(recipe: Recipe, run_dir: Path, resume_step: int) -> list[Tracker]:
+    trackers: list[Tracker] = []
+    if recipe.logging.wandb != "off":
+        trackers.append(WandbTracker(recipe, run_dir))
+    if recipe.logging.tensorboard:
+        trackers.append(TensorBoardTracker(run_dir, resume_step))
+    return trackers
+
+
+class WandbTracker:
+    """Weights & Biases; a resumed run goes on in the same wandb run.
+
+    Offline, each start writes a directory of its own under ``wandb/``, all with the run's id, which
+    `wandb sync` joins in their order. wandb keeps the first record of a step: of steps that are
+    done again after a crash, the second, which says the same, is dropped.
+    """
+
+    def __init__(self, recipe: Recipe, run_dir: Path) -> None:
+        import wandb
+
+        mode = recipe.logging.wandb
+        if mode == "online" and not (os.environ.get("WANDB_API_KEY") or _is_logged_in()):
+            _say_offline("no API key is set; `wandb login` sets it", run_dir)
+            mode = "offline"
+        options: dict[str, Any] = {
+            "project": recipe.logging.project,
+            "name": recipe.run.display_name,
+            "id": wandb_id(run_dir),
+            "resume": "allow",
+            "dir": run_dir,
+            "config": redact_values(recipe.to_dict()),
+            # The console is in logs of ours; wandb would take it over, and our bars with it.
+            "settings": wandb.Settings(silent=True, console="off", init_timeout=_WANDB_SECONDS),
+        }
+        try:
+            with _redacted_command_line():
+                self._run = wandb.init(mode=mode, **options)  # type: ignore[arg-type]
+        except wandb.Error as error:
+            # A tracker must not keep a training from its machines.
+            _say_offline(str(error), run_dir)
+            # What failed still holds the run's id.
+            wandb.teardown()
+            with _redacted_command_line():
+                self._run = wandb.init(mode="offline", **options)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+@contextmanager
+def _redacted_command_line() -> Iterator[None]:
+    """wandb writes the command line into its files, as it finds it in ``sys.argv``."""
+    given = sys.argv
+    sys.argv = redact_arguments(given)
+    try:
+        yield
+    finally:
+        sys.argv = given
+
+
+def _is_logged_in() -> bool:
+    import wandb
+
+    try:
+        return bool(wandb.login(prompt=False))
+    except TypeError:
+        # Older versions ask by another way.
+        return bool(wandb.api.api_key)
+
+
+def _say_offline(reason: str, run_dir: Path) -> None:
+    print(
+        f"warning: logging.wandb=online: {reason}\n"
+        f"logging offline; later: wandb sync {run_dir}/wandb/offline-run-*",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+class TensorBoardTracker:
+    """TensorBoard event files under ``logs/tensorboard``; a resumed run hides what an earlier start
+    wrote of later steps."""
+
+    def __init__(self, run_dir: Path, resume_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(
+            str(run_dir / "logs" / "tensorboard"), purge_step=resume_step + 1
+        )
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,282 @@
+"""What finished (or unfinished) run directories say: their recipe, and their metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from calm_dist.errors import RecipeError, UserError, listed
+from calm_dist.files import read_bounded
+from calm_dist.costs.flops import Counts, count
+from calm_dist.recipe import Recipe, load_recipe
+
+Record = Mapping[str, Any]
+
+CPU = "cpu"
+# Bytes. Millions of steps; a few lines.
+_LARGEST_METRICS, _LARGEST_ENVIRONMENT = 1 << 30, 1 << 20
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory as read from disk."""
+
+    path: Path
+    recipe: Recipe
+    training: list[Record] = field(default_factory=list)
+    """Records with a loss, by step; of a step that was run again after a resume, the last."""
+    evaluations: list[Record] = field(default_factory=list)
+    """The ``eval`` parts with their ``step``, by step; of one step those of unlike `conditions`, of
+    like ones that of most blocks, or the last of several."""
+    environment: Record = field(default_factory=dict)
+    """environment.json: where the run was started last."""
+    damage: tuple[str, ...] = ()
+    """What of its files could not be read, in words."""
+    label: str | None = None
+    """A name of its own among runs that are called alike."""
+
+    @property
+    def name(self) -> str:
+        return self.label or self.recipe.run.display_name
+
+    @property
+    def kind(self) -> str:
+        return self.recipe.model.kind
+
+    @property
+    def last_evaluation(self) -> Record:
+        """The evaluation of the last evaluated step; empty where there is none."""
+        return self.evaluations[-1] if self.evaluations else {}
+
+    @property
+    def comparable_evaluations(self) -> list[Record]:
+        """The evaluations taken on the same data and in the same way as the last one."""
+        wanted = conditions(self.last_evaluation)
+        return [
+            e for e in self.evaluations if conditions(e) == wanted and e.get("brierlm") is not None
+        ]
+
+    @property
+    def tokens_seen(self) -> int | None:
+        """Measured training tokens; None where nothing was recorded."""
+        trained = [r["tokens"] for r in self.training if r.get("tokens") is not None]
+        evaluated = [e["tokens_seen"] for e in self.evaluations if e.get("tokens_seen") is not None]
+        return max(trained or evaluated, default=None)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Median over the training records."""
+        rates = [r["tokens_per_second"] for r in self.training if r.get("tokens_per_second")]
+        return median(rates) if rates else None
+
+    def tokens_at(self, record: Record) -> int:
+        """Tokens seen up to a training record."""
+        tokens = record.get("tokens")
+        return record["step"] * self.recipe.tokens_per_step if tokens is None else tokens
+
+    @property
+    def ranks(self) -> int | None:
+        """Processes of the last start, one a device; None where nothing says so."""
+        return self.environment.get("world_size")
+
+    @property
+    def device(self) -> str | None:
+        """The GPU's name, ``cpu``, or None where nothing says which."""
+        if "gpu" in self.environment:
+            return self.environment["gpu"] or CPU
+        version = str(self.environment.get("libraries", {}).get("torch"))
+        return CPU if version.endswith("+cpu") else None
+
+    @property
+    def training_seconds(self) -> float | None:
+        """Duration of all steps: a logged step stands for those since the one before, too."""
+        seconds, before = 0.0, 0
+        for record in self.training:
+            if record.get("step_seconds") is None:
+                return None
+            seconds += (record["step"] - before) * record["step_seconds"]
+            before = record["step"]
+        return seconds if self.training else None
+
+    def counts(self, tokens: int | None = None) -> Counts:
+        """Parameters and FLOPs over ``tokens`` (default: those seen, 0 where unknown)."""
+        return count(self.recipe, tokens=(self.tokens_seen or 0) if tokens is None else tokens)
+
+
+def conditions(evaluation: Record) -> tuple[str, ...]:
+    """What two BrierLM must share to be compared: the data, the block size, the n-grams."""
+    protocol = evaluation.get("protocol") or {}
+    names = ("block_size", "patch_size", "alignment")
+    values = (evaluation.get("data_fingerprint"), *(protocol.get(name) for name in names))
+    return tuple(map(str, values))
+
+
+def read_run(path: str | Path) -> Run:
+    """Read a run directory. Metrics may be missing or damaged; the recipe may not.
+
+    Raises:
+        UserError: the directory or its recipe.yaml is not there or damaged.
+    """
+    path = Path(path)
+    if not (path / "recipe.yaml").is_file():
+        raise UserError(f"{path}: no recipe.yaml in it; give a run directory of tools/train.py")
+    records, lost = _read_records(path / "metrics.jsonl")
+    environment, fault = _read_environment(path / "environment.json")
+    damage = [fault] if fault else []
+    if lost:
+        damage.append(f"{lost} of the lines of metrics.jsonl are damaged; what is, is left out.")
+    training = {record["step"]: record for record in records if "loss" in record}
+    evaluations: dict[Any, Record] = {}
+    for record in records:
+        if "eval" in record:
+            key = (record["step"], conditions(record["eval"]))
+            # A look at a few blocks does not take the place of a whole evaluation.
+            if key in evaluations and _blocks(record["eval"]) < _blocks(evaluations[key]):
+                continue
+            # Taken out first: the last one of a step is the last in order.
+            evaluations.pop(key, None)
+            evaluations[key] = {**record["eval"], "step": record["step"]}
+    recipe = load_recipe(path / "recipe.yaml")
+    try:
+        count(recipe, tokens=0)
+    except RecipeError as error:
+        raise UserError(f"{path / 'recipe.yaml'}: {error}") from error
+    return Run(
+        path,
+        recipe,
+        [training[step] for step in sorted(training)],
+        sorted(evaluations.values(), key=lambda evaluation: evaluation["step"]),
+        environment,
+        tuple(damage),
+    )
+
+
+def _blocks(evaluation: Record) -> int:
+    blocks = (evaluation.get("protocol") or {}).get("blocks")
+    return blocks if isinstance(blocks, int) else 0
+
+
+def _read_environment(path: Path) -> tuple[Record, str | None]:
+    """What of an environment.json is as it should be, and what is wrong with the rest."""
+    if not path.exists():
+        return {}, None
+    try:
+        environment = json.loads(read_bounded(path, _LARGEST_ENVIRONMENT))
+    except (ValueError, RecursionError):
+        environment = None
+    if not isinstance(environment, dict):
+        return {}, "environment.json is damaged."
+    kept = {name: value for name, value in environment.items() if _is_environment(name, value)}
+    wrong = listed(name for name in environment if name not in kept)
+    return kept, f"environment.json: the value of {wrong} is damaged." if wrong else None
+
+
+def _is_environment(name: str, value: Any) -> bool:
+    if name == "world_size":
+        return _is_count(value) and value > 0
+    if name == "gpu":
+        return value is None or isinstance(value, str)
+    return isinstance(value, dict) if name == "libraries" else True
+
+
+def _read_records(path: Path) -> tuple[list[Record], int]:
+    """The records of a metrics.jsonl, and the number of damaged lines.
+
+    What is no record is passed over: a line that a killed run left unfinished, or damage; and of
+    a record what is no number where one belongs.
+    """
+    records: list[Record] = []
+    damaged = 0
+    for line in read_bounded(path, _LARGEST_METRICS).splitlines() if path.exists() else ():
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict) or not _is_count(found.get("step")):
+            damaged += 1
+            continue
+        record = {
+            name: value
+            for name, value in found.items()
+            if name != "eval" and _is_number(value) and _has_sign(name, value)
+        }
+        evaluation = found.get("eval")
+        if isinstance(evaluation, dict):
+            record["eval"] = {
+                name: value for name, value in evaluation.items() if _fits(name, value)
+            }
+        damaged += record.keys() != found.keys() or record.get("eval") != evaluation
+        records.append(record)
+    return records, damaged
+
+
+_NUMBERS = (
+    "brierlm",
+    "brierlm_stderr",
+    "cross_entropy",
+    "perplexity",
+    "energy_loss",
+    "reconstruction_accuracy",
+    "token_accuracy",
+    "token_accuracy_mean",
+    "collapsed_dims",
+    "tokens_seen",
+)
+_NOT_NEGATIVE = (
+    "brierlm",
+    "brierlm_stderr",
+    "tokens_seen",
+    "tokens",
+    "tokens_per_second",
+    "step_seconds",
+)
+_LISTS: dict[str, int | None] = {"brier": 4, "brier_stderr": 4, "kl_per_dim": None}
+"""Lists of numbers, and how many: one for each length of n-grams, or any number."""
+_PROTOCOL = {
+    "block_size": int,
+    "patch_size": int,
+    "alignment": str,
+    "blocks": int,
+    "positions": int,
+    "samples": int,
+}
+_LARGEST = 1e100
+"""Of numbers that FLOPs are made of, products must stay finite."""
+
+
+def _fits(name: str, value: Any) -> bool:
+    if name in _NUMBERS:
+        return _is_number(value) and _has_sign(name, value)
+    if name in _LISTS:
+        if not isinstance(value, list) or _LISTS[name] not in (None, len(value)):
+            return False
+        return all(v is not None and _is_number(v) for v in value)
+    if name == "protocol":
+        return isinstance(value, dict) and all(
+            type(value.get(part)) is kind for part, kind in _PROTOCOL.items()
+        )
+    return True
+
+
+def _has_sign(name: str, value: float | None) -> bool:
+    return value is None or value >= 0 or name not in _NOT_NEGATIVE
+
+
+def _is_number(value: Any) -> bool:
+    """A number that can be computed with, or null."""
+    if isinstance(value, bool):
+        return False
+    return value is None or (isinstance(value, int | float) and abs(value) < _LARGEST)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def first_of_kind(entries: Sequence[dict[str, Any]], kind: str) -> dict[str, Any] | None:
+    """The first entry of report.json's ``models`` of that kind."""
+    return next((entry for entry in entries if entry["kind"] == kind), None)

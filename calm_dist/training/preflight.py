@@ -1,0 +1,150 @@
+"""What is looked at on every node before a job's ranks start.
+
+Each failure costs a minute here; found by 128 ranks it costs all of their start-ups, and the
+message drowns in theirs.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from calm_dist.data.download import Downloads
+from calm_dist.data.store import read_meta
+from calm_dist.errors import LaunchError, PeerLostError, UserError
+from calm_dist.parallel.launch import World, join_world
+from calm_dist.parallel.slurm import allocated_gpus
+from calm_dist.planner.dry_run import plan
+from calm_dist.recipe import Recipe
+from calm_dist.training.checkpoint.restart import room
+from calm_dist.training.resolve import resolve
+
+if TYPE_CHECKING:
+    import torch
+
+# Below this much free memory a GPU belongs to somebody else, too.
+_FREE_GPU_MEMORY = 0.9
+_ALL_REDUCE_BYTES = 64 << 20
+_ALL_REDUCES = 5
+
+
+def check_node(recipe: Recipe, world: World, timeout_seconds: float) -> str:
+    """Look at this node: its GPUs, disk, data, and whether it can talk to the job's other nodes.
+
+    Args:
+        world: of one process per node.
+        timeout_seconds: for the other nodes to come.
+
+    Returns:
+        What was found, in a line.
+
+    Raises:
+        UserError: something is wrong with this node; the message names it.
+        PeerLostError: another node did not come; the message names it.
+    """
+    node = node_name()
+    try:
+        # Stores and autoencoder may fill in sizes that the recipe leaves out.
+        recipe = resolve(recipe)
+        found = [_check_disk(recipe), _check_data(recipe), *_check_gpus(recipe, world.size)]
+        found.append(_all_reduce(recipe, world, timeout_seconds))
+    except (UserError, PeerLostError) as error:
+        raise type(error)(f"node {node}: {error}") from error
+    return f"node {node}: {', '.join(found)}"
+
+
+def node_name() -> str:
+    """The node as Slurm calls it; several may run on one machine."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+
+
+def _check_disk(recipe: Recipe) -> str:
+    """The run directory can be written from here, and holds another checkpoint."""
+    run_dir = Path(recipe.run.dir)
+    probe = run_dir / f".preflight.{node_name()}.{os.getpid()}"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"0" * 4096)
+    except OSError as error:
+        raise LaunchError(
+            f"run.dir: {run_dir} cannot be written ({error.strerror}); it must lie on a file "
+            "system that every node mounts"
+        ) from error
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+    return f"{room(recipe) / 1e9:.0f} GB free in run.dir"
+
+
+def _check_data(recipe: Recipe) -> str:
+    """The stores are here, and the same as elsewhere as far as meta.json tells."""
+    downloads = Downloads.of(recipe.data)
+    metas = [read_meta(source.path, downloads) for source in recipe.data.sources]
+    return f"data of {sum(meta.num_tokens for meta in metas):.3g} tokens"
+
+
+def _check_gpus(recipe: Recipe, num_nodes: int) -> list[str]:
+    """As many GPUs as the node has ranks, each free, and large enough for the planned memory."""
+    if recipe.parallel.device == "cpu":
+        return []
+    import torch
+
+    ranks = recipe.world_size // num_nodes
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count and recipe.parallel.device == "auto" and not allocated_gpus(os.environ):
+        return ["no GPU"]
+    if count < ranks:
+        raise LaunchError(
+            f"torch finds {count} GPUs for {ranks} ranks; check the driver (nvidia-smi) and that "
+            "torch is a CUDA build, ask for as many GPUs as tasks, or set parallel.device=cpu"
+        )
+    planned = max(stage["memory_bytes"]["total"] for stage in plan(recipe)["stages"])
+    for number in range(ranks):
+        free, total = torch.cuda.mem_get_info(number)
+        if free < _FREE_GPU_MEMORY * total:
+            raise LaunchError(
+                f"GPU {number}: {(total - free) / 1e9:.1f} of {total / 1e9:.0f} GB are in use "
+                "before the job starts; another process holds it (nvidia-smi)"
+            )
+        if planned > total:
+            raise LaunchError(
+                f"GPU {number}: has {total / 1e9:.0f} GB, a rank needs about {planned / 1e9:.0f} "
+                "GB; see --dry-run, use a smaller training.micro_batch_size, recomputation or more "
+                "model parallelism"
+            )
+    return [f"{ranks} x {torch.cuda.get_device_name(0)}"]
+
+
+def _all_reduce(recipe: Recipe, world: World, timeout_seconds: float) -> str:
+    """A sum over all nodes, which shows that they reach each other, and how fast."""
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = recipe.parallel.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    join_world(world, device, timeout_seconds)
+    try:
+        seconds = _time_all_reduce(device, world.size)
+    finally:
+        dist.destroy_process_group()
+    return f"all-reduce of {_ALL_REDUCE_BYTES >> 20} MiB over {world.size} nodes {seconds:.3f} s"
+
+
+def _time_all_reduce(device: torch.device, size: int) -> float:
+    """Seconds of one; the median of some."""
+    import torch
+    import torch.distributed as dist
+
+    times = []
+    for _ in range(_ALL_REDUCES):
+        values = torch.ones(_ALL_REDUCE_BYTES // 4, device=device)
+        started = time.perf_counter()
+        dist.all_reduce(values)
+        # Reading a value waits for the GPU.
+        if float(values[-1]) != size:
+            raise LaunchError(f"an all-reduce over {size} nodes gave {float(values[-1])}")
+        times.append(time.perf_counter() - started)
+    return sorted(times)[_ALL_REDUCES // 2]
