@@ -7,13 +7,12 @@ A checkpoint is a directory in the released layout (``config.json``, ``model.saf
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import sys
-import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,15 +21,12 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from calm_dist.data.download import Downloads
 from calm_dist.data.store import StoreMeta
-from calm_dist.data.stream import Batch, Store, open_store, open_training_stream
+from calm_dist.data.stream import Batch, Store, open_store
 from calm_dist.errors import (
     CheckpointError,
     DataError,
     RecipeError,
-    StoppedError,
-    TrainingDivergedError,
 )
 from calm_dist.losses.autoencoder import (
     AutoencoderLoss,
@@ -41,7 +37,6 @@ from calm_dist.losses.autoencoder import (
 from calm_dist.losses.reconstruction import Reconstruction
 from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
 from calm_dist.models.weights import init_std, initialize_module
-from calm_dist.parallel.launch import patience
 from calm_dist.parallel.rank_zero import on_rank_zero
 from calm_dist.progress import progress
 from calm_dist.randomness import key_seed
@@ -49,18 +44,9 @@ from calm_dist.recipe import Recipe
 from calm_dist.released.autoencoder import load_autoencoder, save_autoencoder
 from calm_dist.runs import checkpoints
 from calm_dist.runs.checkpoints.run_state import RunState
-from calm_dist.runs.metrics import MetricsLog
-from calm_dist.runs.run_progress import RunProgress
-from calm_dist.training.batches import LookAhead
 from calm_dist.training.checkpoint.adam_state import load_adam, save_adam
 from calm_dist.training.checkpoint.attempts import Attempts
-from calm_dist.training.checkpoint.restart import (
-    check_room,
-    newest_valid_for_all,
-    source_for_all,
-    taken_over,
-    tidy,
-)
+from calm_dist.training.engine import StepResult, TrainingRun
 from calm_dist.training.phases import Phases
 from calm_dist.training.schedule import learning_rate
 from calm_dist.training.session import launched
@@ -160,24 +146,16 @@ def _generator(device: torch.device, *key: int | str) -> torch.Generator:
     return torch.Generator(device).manual_seed(key_seed(*key))
 
 
-class StepResult(NamedTuple):
-    """What one optimizer step did; the same on every rank. Losses in nats."""
+@dataclass(frozen=True)
+class AutoencoderStep(StepResult):
+    """The result of a step, with the parts of its loss in nats."""
 
-    loss: float
     cross_entropy: float
     kl: float
-    grad_norm: float
-    learning_rate: float
-    skipped: bool
-    stop: bool
-    """Whether any rank was asked to stop."""
-    data_failed: bool
-    """Whether any rank could not read its next batch."""
 
     def numbers(self) -> dict[str, float]:
-        """What is logged."""
-        names = ("loss", "cross_entropy", "kl", "grad_norm", "learning_rate")
-        return {name: getattr(self, name) for name in names}
+        parts = {"loss": self.loss, "cross_entropy": self.cross_entropy, "kl": self.kl}
+        return parts | super().numbers()
 
 
 class _LossModule(nn.Module):
@@ -191,8 +169,8 @@ class _LossModule(nn.Module):
         return autoencoder_loss(self.autoencoder, tokens, noise)
 
 
-class AutoencoderTrainer:
-    """One rank of a run: builds or resumes it, and trains to the recipe's last step."""
+class AutoencoderTrainer(TrainingRun):
+    """One rank of an autoencoder's run: data parallel, every rank with the whole model."""
 
     def __init__(
         self,
@@ -202,108 +180,24 @@ class AutoencoderTrainer:
         phases: Phases | None = None,
         begin: Callable[[], None] = lambda: None,
     ) -> None:
-        self.recipe, self.device = recipe, device
-        self._record_start = begin
-        self._stop = stop or StopRequest()
-        self.phases = phases or Phases()
+        super().__init__(recipe, dist.get_rank(), stop, phases, begin)
+        self.device, self.world_size = device, dist.get_world_size()
         self.phases.enter("build the model")
-        self.run_dir = Path(recipe.run.dir)
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.progress = RunProgress()
         self.model = build_autoencoder(recipe).to(device)
         self.optimizer = build_optimizer(recipe, self.model)
         self._loss: nn.Module = _LossModule(self.model)
         if self.world_size > 1:
             self._loss = DistributedDataParallel(self._loss, gradient_as_bucket_view=True)
-        self.phases.enter("open the data")
-        self._stream = open_training_stream(
-            [source.path for source in recipe.data.sources],
-            [source.weight for source in recipe.data.sources],
-            batch_size=recipe.training.global_batch_size // self.world_size,
-            seed=recipe.data.seed,
-            num_workers=recipe.data.num_workers,
-            cache_dir=recipe.data.cache_dir,
-            timeout_seconds=patience(recipe.health.timeout_seconds),
-            downloads=Downloads.of(recipe.data),
-        )
-        self._batches = LookAhead(self._stream)
+        self.open_data(self.world_size)
         self._held_out = open_held_out(recipe, self._stream.metas[0])
-        self.phases.enter("load the checkpoint")
-        self._resumed_from = self._resume()
-        check_room(recipe)
         self._attempts = Attempts()
         self._rotation = checkpoints.Rotation(self.run_dir, recipe.checkpoint)
-        self._metrics: MetricsLog | None = None
+        self.phases.enter("load the checkpoint")
+        self.resume()
         if self.rank == 0:
             self._announce()
 
-    def run(self) -> None:
-        """Train until the last step, until asked to stop, or until the data fails; each leaves a
-        checkpoint.
-
-        Raises:
-            StoppedError: a signal asked for it.
-            DataError: a rank cannot read its next batch.
-            TrainingDivergedError: see `RunProgress.count`.
-        """
-        last = self.recipe.training.steps
-        if self.progress.step >= last:
-            if self.rank == 0:
-                print(f"nothing to do: training.steps={last} are done", flush=True)
-            return
-        self.phases.enter("data", self.progress.step)
-        self._batches.read()
-        self._batches.check()
-        self._begin()
-        result = self._train_to(last)
-        if self._metrics is not None:
-            self._metrics.close()
-        self._attempts.finish()
-        if self.rank == 0 and (doubt := checkpoints.doubt(self.run_dir, self.progress)):
-            print(doubt, file=sys.stderr, flush=True)
-        if result.data_failed:
-            self._batches.check()
-        if self.progress.step < last:
-            raise StoppedError(self._stop.message(self.progress.step))
-
-    def _begin(self) -> None:
-        """Change the run directory, now that nothing can be refused any more."""
-        tidy(self.run_dir, self._resumed_from)
-        self._record_start()
-        if self.rank == 0:
-            self._metrics = MetricsLog(self.recipe, self.run_dir, self.progress.step)
-
-    def _train_to(self, last: int) -> StepResult:
-        """Steps until the ``last`` one, or until one says that the run ends."""
-        while True:
-            started = time.perf_counter()
-            result = self.train_step(self._batches.take())
-            step = self.progress.step + 1
-            if self._metrics is not None:
-                seconds = time.perf_counter() - started
-                self._metrics.training_step(step, result.numbers(), result.skipped, seconds)
-            self._count(result.skipped)
-            ends = result.stop or result.data_failed or step == last
-            if ends or step % self.recipe.checkpoint.every == 0:
-                # The score comes first: where there is a checkpoint, there is its score.
-                self._evaluate()
-                self.phases.enter("checkpoint", step - 1)
-                self._attempts.forget()
-                temporary = checkpoints.step_directory(self.run_dir, step).with_suffix(".tmp")
-                self._attempts.make(temporary, lambda: on_rank_zero(self._save))
-            if ends:
-                return result
-
-    def _count(self, skipped: bool) -> None:
-        try:
-            self.progress.count(skipped, self.recipe.health.max_skipped_steps)
-        except TrainingDivergedError as error:
-            what_next = on_rank_zero(lambda: checkpoints.go_back(self.run_dir, self.progress))
-            raise TrainingDivergedError(f"{error}. {what_next}") from None
-        if self.rank == 0:
-            self._rotation.step_taken(self.progress.adam_steps)
-
-    def train_step(self, batch: Batch) -> StepResult:
+    def train_step(self, batch: Batch) -> AutoencoderStep:
         """One optimizer step on this rank's blocks of a global batch."""
         training = self.recipe.training
         self.phases.enter("forward and backward", self.progress.step)
@@ -326,9 +220,7 @@ class AutoencoderTrainer:
                 (losses.total / len(parts)).backward()
             sums[:3] += torch.stack(losses).detach() / len(parts)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_grad_norm)
-        if self.progress.step + 1 < training.steps:
-            self.phases.enter("data", self.progress.step)
-            self._batches.read()
+        self.read_ahead()
         self.phases.enter("optimizer", self.progress.step)
         sums[3], sums[4] = float(self._stop.requested), float(self._batches.failed)
         dist.all_reduce(sums)
@@ -339,9 +231,20 @@ class AutoencoderTrainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
-        return StepResult(
-            loss, cross_entropy, kl, float(norm), rate, skipped, stopping > 0, failed > 0
+        return AutoencoderStep(
+            loss=loss,
+            grad_norm=float(norm),
+            learning_rate=rate,
+            skipped=skipped,
+            stop=stopping > 0,
+            data_failed=failed > 0,
+            cross_entropy=cross_entropy,
+            kl=kl,
         )
+
+    def after_step(self, updates: int) -> None:
+        if self.rank == 0:
+            self._rotation.step_taken(updates)
 
     def _gradient_exchange(self, wanted: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients are averaged over ranks in the last micro-batch's backward pass only."""
@@ -390,7 +293,30 @@ class AutoencoderTrainer:
             flush=True,
         )
 
-    def _save(self) -> None:
+    def save(self, is_last: bool = False) -> None:
+        # The score comes first: where there is a checkpoint, there is its score.
+        self._evaluate()
+        step = self.progress.step
+        self.phases.enter("checkpoint", step - 1)
+        self._attempts.forget()
+        temporary = checkpoints.step_directory(self.run_dir, step).with_suffix(".tmp")
+        self._attempts.make(temporary, lambda: on_rank_zero(self._write))
+
+    def wait_for_save(self) -> None:
+        """`save` returns once the checkpoint is committed."""
+
+    def finish_saving(self) -> None:
+        self._attempts.finish()
+
+    def check_resumed(self, directory: Path, state: RunState) -> None:
+        """Nothing is left that `changes` has not compared."""
+
+    def load(self, directory: Path, state: RunState) -> None:
+        self.model.load_state_dict(load_autoencoder(directory).state_dict())
+        if not state.weights_only:
+            load_adam(self.optimizer, self.model, directory, state.adam_steps)
+
+    def _write(self) -> None:
         """Write and commit a checkpoint, on one rank."""
         temporary = checkpoints.begin(self.run_dir, self.progress.step)
         try:
@@ -398,41 +324,9 @@ class AutoencoderTrainer:
             save_adam(self.optimizer, self.model, temporary)
         except SafetensorError as error:
             raise CheckpointError(f"the tensors cannot be written ({error})") from error
-        RunState(
-            **dataclasses.asdict(self.progress),
-            tokens=self.progress.step * self.recipe.tokens_per_step,
-            tokenizer_sha256=self._stream.metas[0].tokenizer.sha256,
-            data=self._stream.state_dict(self.progress.step),
-        ).write(temporary)
+        self.run_state().write(temporary)
         (temporary / checkpoints.RECIPE_FILE).write_text(self.recipe.to_yaml(), encoding="utf-8")
         self._rotation.commit(temporary)
-
-    def _resume(self) -> Path | None:
-        """Go on from the newest valid checkpoint of the run directory, if it has one; otherwise
-        take over what ``run.continue_from`` says."""
-        directory = newest_valid_for_all(self.run_dir)
-        if directory is None:
-            if (path := self.recipe.run.continue_from) is not None:
-                source = source_for_all(path)
-                state = self._load(source)
-                self.progress = RunProgress.continuing(source, state.adam_steps)
-                if self.rank == 0:
-                    print(taken_over(source, state), flush=True)
-            return None
-        state = self._load(directory)
-        assert state.data is not None
-        self._stream.load_state_dict(state.data)
-        self.progress = RunProgress.from_state(state.model_dump())
-        if self.rank == 0:
-            print(f"resumed from {directory} at step {self.progress.step}", flush=True)
-        return directory
-
-    def _load(self, directory: Path) -> RunState:
-        """Take over weights and moments; the state of the run that wrote them."""
-        state = RunState.read(directory)
-        self.model.load_state_dict(load_autoencoder(directory).state_dict())
-        load_adam(self.optimizer, self.model, directory, state.adam_steps)
-        return state
 
     def _announce(self) -> None:
         """Say what a user would not expect."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -14,29 +13,8 @@ from torch.nn.utils import clip_grads_with_norm_
 from calm_dist.parallel.topology import Topology
 from calm_dist.parallel.zero_head import ZeroHead
 from calm_dist.recipe import Recipe
+from calm_dist.training.engine import StepResult
 from calm_dist.training.schedule import learning_rate
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did; the same on every rank."""
-
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    skipped: bool
-    stop: bool
-    """Whether any rank was asked to stop."""
-    data_failed: bool
-    """Whether any rank could not read its next batch."""
-
-    def numbers(self) -> dict[str, float]:
-        """What is logged."""
-        return {
-            "loss": self.loss,
-            "grad_norm": self.grad_norm,
-            "learning_rate": self.learning_rate,
-        }
 
 
 def build_body_optimizer(

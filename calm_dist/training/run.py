@@ -47,7 +47,7 @@ def train_in_world(
 
     cpu.install()
     from calm_dist.parallel.topology import build_topology, destroy_topology
-    from calm_dist.training.loop import Trainer
+    from calm_dist.training.language_model import Trainer
 
     topology = build_topology(recipe, device)
     trainer = Trainer(recipe, topology, stop, phases, begin)

@@ -109,7 +109,7 @@ def test_weights_moments_and_count_are_those_of_the_source(
     """Beside an ordinary resume of the source: equal to the bit, and so is a step of both."""
     from calm_dist.inference.load import single_process_topology
     from calm_dist.training.checkpoint import model_state
-    from calm_dist.training.loop import Trainer
+    from calm_dist.training.language_model import Trainer
 
     World(0, 1, 0, 1, "", 0, "test").export()
     trainers = []

@@ -33,7 +33,7 @@ def train(job: dict[str, Any], world: Any, device: Any) -> None:
     from calm_dist.parallel.topology import build_topology, destroy_topology
     from calm_dist.recipe import load_recipe
     from calm_dist.runs.directory import let_go
-    from calm_dist.training.loop import Trainer
+    from calm_dist.training.language_model import Trainer
     from calm_dist.training.resolve import resolve
     from calm_dist.training.session import prepare_run_directory, record_start
 
@@ -56,7 +56,7 @@ def train(job: dict[str, Any], world: Any, device: Any) -> None:
 
 def disturb(trainer: Any, job: dict[str, Any]) -> None:
     """Make one step of a CALM run a step that has to be skipped, or leave it out altogether."""
-    from calm_dist.training.optimizer import StepResult
+    from calm_dist.training.engine import StepResult
 
     take_step, topology = trainer.train_step, trainer.topology
 

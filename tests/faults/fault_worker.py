@@ -26,7 +26,7 @@ def stuck_here() -> None:
 def in_step(action: Any, step: int, last: int | None = None) -> None:
     """Call ``action(trainer, batch)`` at the beginning of steps ``step`` to ``last``."""
     from calm_dist.training.autoencoder import AutoencoderTrainer
-    from calm_dist.training.loop import Trainer
+    from calm_dist.training.language_model import Trainer
 
     for kind in (Trainer, AutoencoderTrainer):
 
@@ -137,7 +137,7 @@ def bad_weights(step: int) -> None:
     import torch
 
     from calm_dist.training.autoencoder import AutoencoderTrainer
-    from calm_dist.training.loop import Trainer
+    from calm_dist.training.language_model import Trainer
 
     for kind in (Trainer, AutoencoderTrainer):
 

@@ -29,7 +29,7 @@ def main() -> int:
     from calm_dist.parallel.launch import join_world, read_world, select_device
     from calm_dist.parallel.rank_zero import on_rank_zero
     from calm_dist.recipe import load_recipe
-    from calm_dist.training import autoencoder, loop, optimizer
+    from calm_dist.training import autoencoder, language_model, optimizer
     from calm_dist.training.resolve import resolve
     from calm_dist.training.session import prepare_run_directory, record_start
 
@@ -37,7 +37,7 @@ def main() -> int:
     world.export()
     device = select_device(world, "cpu")
     join_world(world, device, timeout_seconds=300.0)
-    trainers: list[Any] = [loop.Trainer, autoencoder.AutoencoderTrainer]
+    trainers: list[Any] = [language_model.Trainer, autoencoder.AutoencoderTrainer]
     steps = [trainer.train_step for trainer in trainers]
     clock, check_on_open = time.time, guard.CHECK_ON_OPEN_BYTES
     code = 0

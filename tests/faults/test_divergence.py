@@ -48,9 +48,9 @@ WORKER = Path(fault_worker.__file__)
 @pytest.fixture(autouse=True)
 def faultless() -> Iterator[None]:
     """Takes every fault out again."""
-    from calm_dist.training import autoencoder, loop, optimizer
+    from calm_dist.training import autoencoder, language_model, optimizer
 
-    trainers: list[Any] = [loop.Trainer, autoencoder.AutoencoderTrainer]
+    trainers: list[Any] = [language_model.Trainer, autoencoder.AutoencoderTrainer]
     steps, rate = [trainer.train_step for trainer in trainers], optimizer.learning_rate
 
     def restore() -> None:
@@ -86,7 +86,7 @@ def train(given: Recipe, stop: StopRequest | None = None) -> None:
     """A start in this process."""
     from calm_dist.inference.load import single_process_topology
     from calm_dist.training.autoencoder import AutoencoderTrainer
-    from calm_dist.training.loop import Trainer
+    from calm_dist.training.language_model import Trainer
 
     World(0, 1, 0, 1, "", 0, "test").export()
     Path(given.run.dir).mkdir(exist_ok=True)

@@ -43,7 +43,7 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def test_poisoned_batch_is_skipped(given: Recipe, topology: Topology) -> None:
-    from calm_dist.training.loop import Trainer
+    from calm_dist.training.language_model import Trainer
 
     poisoned, clean = Trainer(given, topology), Trainer(given, topology)
     for trainer in (poisoned, clean):

@@ -1,0 +1,277 @@
+"""A training run, whatever is trained: resume, look ahead, step, count, save, stop, end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from calm_dist.data.download import Downloads
+from calm_dist.data.stream import Batch, TrainingStream, open_training_stream
+from calm_dist.errors import StoppedError, TrainingDivergedError
+from calm_dist.parallel.launch import patience
+from calm_dist.parallel.rank_zero import on_rank_zero
+from calm_dist.recipe import Recipe
+from calm_dist.runs import checkpoints
+from calm_dist.runs.checkpoints.run_state import RunState
+from calm_dist.runs.metrics import MetricsLog
+from calm_dist.runs.run_progress import RunProgress
+from calm_dist.training.batches import LookAhead
+from calm_dist.training.checkpoint.restart import (
+    check_room,
+    newest_valid_for_all,
+    source_for_all,
+    taken_over,
+    tidy,
+)
+from calm_dist.training.phases import Phases
+from calm_dist.training.stop import StopRequest
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did; the same on every rank."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    skipped: bool
+    stop: bool
+    """Whether any rank was asked to stop."""
+    data_failed: bool
+    """Whether any rank could not read its next batch."""
+
+    def numbers(self) -> dict[str, float]:
+        """What is logged."""
+        return {
+            "loss": self.loss,
+            "grad_norm": self.grad_norm,
+            "learning_rate": self.learning_rate,
+        }
+
+
+class TrainingRun(ABC):
+    """One rank of a run, from its newest checkpoint to the recipe's last step.
+
+    A trainer builds its model, calls `open_data`, then `resume`; it brings `train_step`, `load`,
+    `save` and what has to be waited for at the end. All ranks call every method together.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        rank: int,
+        stop: StopRequest | None,
+        phases: Phases | None,
+        begin: Callable[[], None],
+    ) -> None:
+        """
+        Args:
+            stop: notes the signals to stop.
+            phases: is told what this rank is doing.
+            begin: called once nothing can be refused any more; see `session.Session`.
+        """
+        self.recipe, self.rank = recipe, rank
+        self.run_dir = Path(recipe.run.dir)
+        self.phases = phases or Phases()
+        self.progress = RunProgress()
+        self._stop = stop or StopRequest()
+        self._record_start = begin
+        self._resumed_from: Path | None = None
+        self._metrics: MetricsLog | None = None
+        self._stream: TrainingStream
+        self._batches: LookAhead
+
+    @abstractmethod
+    def train_step(self, batch: Batch) -> StepResult:
+        """One optimizer step on this rank's part of a global batch; calls `read_ahead` once the
+        batch is used."""
+
+    @abstractmethod
+    def load(self, directory: Path, state: RunState) -> None:
+        """Take over the weights of a checkpoint and, unless it holds weights only, the moments."""
+
+    @abstractmethod
+    def save(self, is_last: bool = False) -> None:
+        """Write a checkpoint of all ranks, or begin to.
+
+        Args:
+            is_last: the training ends after this step.
+        """
+
+    @abstractmethod
+    def check_resumed(self, directory: Path, state: RunState) -> None:
+        """Raises CheckpointError where this run cannot continue from a checkpoint of its own."""
+
+    @abstractmethod
+    def after_step(self, updates: int) -> None:
+        """After each step.
+
+        Args:
+            updates: that the optimizers have made, those of this step included.
+        """
+
+    @abstractmethod
+    def wait_for_save(self) -> None:
+        """Wait until a checkpoint that is being written is committed, or has failed."""
+
+    @abstractmethod
+    def finish_saving(self) -> None:
+        """`wait_for_save` at the end.
+
+        Raises:
+            CheckpointError: the last checkpoint could not be written.
+        """
+
+    def open_data(self, replicas: int, replication: int = 1) -> None:
+        """Open the training data.
+
+        Args:
+            replicas: parts that a global batch is split into.
+            replication: consecutive ranks that read the same part.
+        """
+        recipe = self.recipe
+        self.phases.enter("open the data")
+        self._stream = open_training_stream(
+            [source.path for source in recipe.data.sources],
+            [source.weight for source in recipe.data.sources],
+            batch_size=recipe.training.global_batch_size // replicas,
+            replication=replication,
+            seed=recipe.data.seed,
+            num_workers=recipe.data.num_workers,
+            cache_dir=recipe.data.cache_dir,
+            timeout_seconds=patience(recipe.health.timeout_seconds),
+            downloads=Downloads.of(recipe.data),
+        )
+        self._batches = LookAhead(self._stream)
+
+    def resume(self) -> None:
+        """Continue from the newest valid checkpoint of the run directory, if it has one; otherwise
+        take over what ``run.continue_from`` says."""
+        directory = newest_valid_for_all(self.run_dir)
+        if directory is not None:
+            self._resume_from(directory)
+        elif self.recipe.run.continue_from is not None:
+            self._continue_from(source_for_all(self.recipe.run.continue_from))
+        self._resumed_from = directory
+        check_room(self.recipe)
+
+    def run(self) -> None:
+        """Train until the last step, until asked to stop, or until the data fails; each leaves a
+        checkpoint.
+
+        Raises:
+            StoppedError: a signal asked for it.
+            DataError: a rank cannot read its next batch.
+            CheckpointError: the last checkpoint could not be written.
+            TrainingDivergedError: see `RunProgress.count`.
+        """
+        last = self.recipe.training.steps
+        if self.progress.step >= last:
+            self.say(f"nothing to do: training.steps={last} are done")
+            return
+        self.phases.enter("data", self.progress.step)
+        self._batches.read()
+        self._batches.check()
+        self._begin()
+        result = self._train_to(last)
+        self.phases.enter("checkpoint", self.progress.step - 1)
+        try:
+            self.finish_saving()
+        finally:
+            if self._metrics is not None:
+                self._metrics.close()
+        if self.rank == 0 and (doubt := checkpoints.doubt(self.run_dir, self.progress)):
+            print(doubt, file=sys.stderr, flush=True)
+        if result.data_failed:
+            self._batches.check()
+        if self.progress.step < last:
+            raise StoppedError(self._stop.message(self.progress.step))
+
+    def read_ahead(self) -> None:
+        """Read the next batch, unless this step is the last one."""
+        if self.progress.step + 1 < self.recipe.training.steps:
+            self.phases.enter("data", self.progress.step)
+            self._batches.read()
+
+    def run_state(
+        self, autoencoder_sha256: str | None = None, latents_sha256: str | None = None
+    ) -> RunState:
+        """The state of the run at this step, for a checkpoint."""
+        step = self.progress.step
+        return RunState(
+            **asdict(self.progress),
+            tokens=step * self.recipe.tokens_per_step,
+            tokenizer_sha256=self._stream.metas[0].tokenizer.sha256,
+            autoencoder_sha256=autoencoder_sha256,
+            latents_sha256=latents_sha256,
+            data=self._stream.state_dict(step),
+        )
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all ranks."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def _begin(self) -> None:
+        """Change the run directory, now that nothing can be refused any more."""
+        tidy(self.run_dir, self._resumed_from)
+        self._record_start()
+        if self.rank == 0:
+            self._metrics = MetricsLog(self.recipe, self.run_dir, self.progress.step)
+
+    def _train_to(self, last: int) -> StepResult:
+        """Steps until the ``last`` one, or until one says that the run ends."""
+        while True:
+            started = time.perf_counter()
+            result = self.train_step(self._batches.take())
+            self.after_step(self.progress.adam_steps + (not result.skipped))
+            step = self.progress.step + 1
+            if self._metrics is not None:
+                seconds = time.perf_counter() - started
+                self._metrics.training_step(step, result.numbers(), result.skipped, seconds)
+            self._count(result.skipped)
+            ends = result.stop or result.data_failed or step == last
+            if ends or step % self.recipe.checkpoint.every == 0:
+                self.save(is_last=ends)
+            if ends:
+                return result
+
+    def _count(self, skipped: bool) -> None:
+        try:
+            self.progress.count(skipped, self.recipe.health.max_skipped_steps)
+        except TrainingDivergedError as error:
+            # What is being written is from before, and worth having.
+            self.wait_for_save()
+            what_next = on_rank_zero(lambda: checkpoints.go_back(self.run_dir, self.progress))
+            raise TrainingDivergedError(f"{error}. {what_next}") from None
+
+    def _resume_from(self, directory: Path) -> None:
+        state = RunState.read(directory)
+        if state.weights_only:
+            self._start_from_weights(directory, state)
+            return
+        self.check_resumed(directory, state)
+        assert state.data is not None
+        self._stream.load_state_dict(state.data)
+        self.load(directory, state)
+        self.progress = RunProgress.from_state(state.model_dump())
+        self.say(f"resumed from {directory} at step {self.progress.step}")
+
+    def _continue_from(self, directory: Path) -> None:
+        """Begin with weights and moments of another run."""
+        state = RunState.read(directory)
+        self.progress = RunProgress.continuing(directory, state.adam_steps)
+        if state.weights_only:
+            self._start_from_weights(directory, state)
+            return
+        self.load(directory, state)
+        self.say(taken_over(directory, state))
+
+    def _start_from_weights(self, directory: Path, state: RunState) -> None:
+        """Of an import, which has no state of optimizer or data to continue from."""
+        self.load(directory, state)
+        self.say(f"starts from the weights in {directory}")
