@@ -1,4 +1,7 @@
-"""Packaging of calm_dist: ``pip install -c constraints.txt -e .``"""
+"""Version, packages and dependencies of calm_dist: ``pip install -c constraints.txt -e .``
+
+Names and descriptions are in pyproject.toml.
+"""
 
 import re
 from pathlib import Path
@@ -18,19 +21,9 @@ def read_version() -> str:
 
 
 setup(
-    name="calm-dist",
     version=read_version(),
-    description="Distributed pretraining of Continuous Autoregressive Language Models (CALM)",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    author="The calm_dist authors",
-    license="Apache-2.0",
-    license_files=["LICENSE"],
     packages=find_packages(include=["calm_dist", "calm_dist.*"]),
     package_data={"calm_dist": ["py.typed"]},
-    # megatron-core 0.16.1 is the last that runs on 3.11; deepspeed and streaming are not tested
-    # beyond 3.12.
-    python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.6",
         "megatron-core==0.16.1",
@@ -63,9 +56,4 @@ setup(
             "types-PyYAML>=6",
         ],
     },
-    classifiers=[
-        "Programming Language :: Python :: 3.11",
-        "Programming Language :: Python :: 3.12",
-        "Topic :: Scientific/Engineering :: Artificial Intelligence",
-    ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import sys
 import time
@@ -11,6 +12,10 @@ from types import TracebackType
 from typing import Any, Self, TextIO, TypeVar
 
 from tqdm import tqdm
+
+from calm_dist.log import NOTE
+
+_log = logging.getLogger(__name__)
 
 TERMINAL = "CALM_TERMINAL"
 """Environment variable with a terminal's path: bars go there although our output goes into a log.
@@ -104,7 +109,7 @@ class Meter:
         interval = min(max(_FIRST_LINE, (now - self._start) / 10), _LAST_INTERVAL)
         if now - self._shown >= interval:
             self._shown = now
-            print(self._line(now - self._start), file=sys.stderr, flush=True)
+            _log.log(NOTE, self._line(now - self._start))
 
     def _line(self, seconds: float) -> str:
         rate = (self._done - self._first) / seconds

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from calm_dist.log import show_on_console
+
 # Their fixtures `store`, `tiny` and `without_flock`.
 pytest_plugins = ["launches", "no_flock"]
 
@@ -18,6 +20,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # As the tools do: tests read what the package says from stdout and stderr.
+    show_on_console()
     config.addinivalue_line("markers", "full: takes long; runs only with --full")
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped where there is none")
 

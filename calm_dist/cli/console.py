@@ -34,6 +34,7 @@ from calm_dist.files import (
     check_file_is_writable,
     finite,
 )
+from calm_dist.log import show_on_console
 from calm_dist.redact import redact
 
 
@@ -45,6 +46,7 @@ def run(main: Callable[[], int | None]) -> None:
     `StoppedError`; all with a message instead of a traceback.
     """
     _silence_library_warnings()
+    show_on_console()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Names of files may have bytes that are no text; stderr shows them like this anyway.
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import stat
-import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +23,9 @@ from calm_dist.data.formats import (
     unknown_format,
 )
 from calm_dist.errors import DataError
+from calm_dist.log import NOTE
+
+_log = logging.getLogger(__name__)
 
 _NOT_FILES = (
     (stat.S_ISFIFO, "a named pipe"),
@@ -68,9 +71,9 @@ class CorpusFiles(Sequence[CorpusFile]):
         return f"{text}; left out: {_counts(self.left_out)}" if self.left_out else text
 
     def report(self) -> None:
-        """Print the summary to stderr, except for a corpus that is one file given by its name."""
+        """Log the summary, except for a corpus that is one file given by its name."""
         if len(self.files) > 1 or self.left_out or self.directories or self.globs:
-            print(self.summary(), file=sys.stderr, flush=True)
+            _log.log(NOTE, self.summary())
 
     def refuse_output(self, out: str | Path, written: Iterable[str]) -> None:
         """Refuse an output directory in which this corpus lies, or that is a part of it.

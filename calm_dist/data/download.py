@@ -7,9 +7,9 @@ The private methods of Streaming's S3 client (0.13.0) are overridden here and no
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import random
-import sys
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -20,11 +20,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from calm_dist.data.layout import is_remote
 from calm_dist.errors import DataError, UnreachableError
+from calm_dist.log import NOTE
 from calm_dist.recipe.sections import Data
 from calm_dist.redact import MASK, redact
 
 if TYPE_CHECKING:
     from calm_dist.compat.streaming import CloudDownloader
+
+_log = logging.getLogger(__name__)
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
 _CHUNK_BYTES = 64 << 10
@@ -240,11 +243,10 @@ def transfer(
                     f"{passed:.0f} s{limits}. Look at the store and the network, then start the "
                     "same command again"
                 ) from error
-            print(
+            _log.log(
+                NOTE,
                 f"{what.removesuffix(':')}: attempt {number} of {downloads.retries + 1} failed "
                 f"({reason}); tries again in {pause:.1f} s",
-                file=sys.stderr,
-                flush=True,
             )
         _pause(pause, stopping)
 

@@ -7,7 +7,7 @@ threads.
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -38,7 +38,10 @@ from calm_dist.data.layout import is_remote
 from calm_dist.data.shared_names import RunNumber
 from calm_dist.data.store import Shard, StoreMeta, read_meta, read_shards
 from calm_dist.errors import DataError
+from calm_dist.log import NOTE
 from calm_dist.redact import redact
+
+_log = logging.getLogger(__name__)
 
 # Local stores up to this size are hashed when they are opened, so that damage is found before a
 # run starts; the shards of larger ones when each is first used.
@@ -156,7 +159,7 @@ class _CheckedStream(Stream):
             if self.remote is None or cached:
                 raise
             # What came was another file: a proxy may have cut it, which the next one may not.
-            print(f"{error}; downloads it once more", file=sys.stderr, flush=True)
+            _log.log(NOTE, f"{error}; downloads it once more")
             super().prepare_shard(shard)
             self.check(shard)
         return change

@@ -28,7 +28,10 @@ from calm_dist.data.corpus_files import CorpusPaths
 from calm_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from calm_dist.errors import DataError
 from calm_dist.files import file_sha256, replace_text
+from calm_dist.log import NOTE
 from calm_dist.progress import progress
+
+_log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -254,11 +257,7 @@ def _make_tokenizer(out: Path, source: Path | None, vocab_size: int, train_docum
 def _train(out: Path, vocab_size: int, num_documents: int) -> Path:
     """A BPE of the train split. Merging comes after the last document, and has bars on terminals
     only."""
-    print(
-        f"training a tokenizer of {vocab_size} entries on {num_documents} documents",
-        file=sys.stderr,
-        flush=True,
-    )
+    _log.log(NOTE, f"training a tokenizer of {vocab_size} entries on {num_documents} documents")
     texts: Iterator[str] = (
         document.text for document in iter_documents([out / "corpus" / "train.jsonl"])
     )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from calm_dist.evaluation.block_scores import (
 from calm_dist.evaluation.brier import NGRAM, Alignment, estimate_brierlm, ngram_starts
 from calm_dist.files import check_file_is_writable
 from calm_dist.inference.generate import calm_recipe
+from calm_dist.log import NOTE
 from calm_dist.progress import progress
 from calm_dist.runs import checkpoints
 from calm_dist.runs.metrics import METRICS_FILE, json_line, read_records
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from calm_dist.data.stream import Store
     from calm_dist.inference.load import LoadedModel
     from calm_dist.recipe import Recipe
+
+_log = logging.getLogger(__name__)
 
 FURTHER = ("cross_entropy", "perplexity", "energy_loss", "reconstruction_accuracy")
 """Measures besides BrierLM that `table` shows, where a result has them."""
@@ -297,7 +300,7 @@ class RecordLog:
         self._writable = {run for run, reason in reasons.items() if reason is None}
         self._failures: list[str] = []
         for reason in filter(None, reasons.values()):
-            _warn(f"warning: {reason}: the scores are shown, not recorded; reports will lack them")
+            _log.warning(f"{reason}: the scores are shown, not recorded; reports will lack them")
 
     def add(self, directory: Path, result: Mapping[str, Any]) -> None:
         """Record the result of a checkpoint, where it lies in a run that can be written."""
@@ -306,7 +309,7 @@ class RecordLog:
             return
         try:
             if not record(run, result):
-                _warn(f"step {result['step']}: already in {run / METRICS_FILE}")
+                _log.log(NOTE, f"step {result['step']}: already in {run / METRICS_FILE}")
         except OSError as error:
             self._failures.append(
                 f"{run / METRICS_FILE}: step {result['step']} was not recorded ({error.strerror})"
@@ -321,10 +324,6 @@ class RecordLog:
                 f"{'; '.join(self._failures)}; the scores are above; make room or make the file "
                 "writable, then evaluate again to record them"
             )
-
-
-def _warn(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _same_measurement(known: Any, result: Mapping[str, Any]) -> bool:

@@ -5,8 +5,8 @@ Files are mapped into memory where their format allows it: what is not asked for
 
 from __future__ import annotations
 
+import logging
 import pickle
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from calm_dist.errors import CheckpointError, listed
 from calm_dist.files import follow_umask
+from calm_dist.log import NOTE
 from calm_dist.pickles import PickleBombError, load_weights
 from calm_dist.released.files import WEIGHTS_FILE, weight_files
 from calm_dist.released.names import TIED_OUTPUT
+
+_log = logging.getLogger(__name__)
 
 # Older versions of transformers store what follows from the configuration.
 BUFFERS = ("rotary_emb.inv_freq",)
@@ -147,7 +150,7 @@ def read_tensors(directory: str | Path) -> Tensors:
     prefix = _wrapper_prefix(tensors)
     if not prefix:
         return tensors
-    print(f"note: {directory}: {prefix!r} before every tensor's name is left out", file=sys.stderr)
+    _log.log(NOTE, f"note: {directory}: {prefix!r} before every tensor's name is left out")
     return tensors.below(prefix)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import errno
 import json
 import math
@@ -18,6 +19,8 @@ from calm_dist.progress import Meter, duration
 from calm_dist.files import finite, read_bounded, replace_text
 from calm_dist.redact import redact_arguments, redact_values
 from calm_dist.runs.wandb_id import wandb_id
+
+_log = logging.getLogger(__name__)
 
 _WANDB_SECONDS = 60
 """How long a start waits for wandb's server."""
@@ -95,7 +98,7 @@ class MetricsLog:
         }
         self._skipped = 0
         self._write(record)
-        print(self._console_line(record), flush=True)
+        _log.info(self._console_line(record))
         self._track(step, {name: value for name, value in record.items() if name != "step"})
 
     def evaluation(self, step: int, values: dict[str, Any]) -> None:
@@ -112,10 +115,7 @@ class MetricsLog:
     def close(self) -> None:
         self._meter.close()
         if self._unwritten:
-            print(
-                f"warning: {self._path}: {len(self._unwritten)} records could not be written",
-                file=sys.stderr,
-            )
+            _log.warning(f"{self._path}: {len(self._unwritten)} records could not be written")
         self._file.close()
         for tracker in self._trackers:
             tracker.close()
@@ -134,11 +134,9 @@ class MetricsLog:
         except OSError as error:
             self._file.truncate(end)
             if not waited:
-                print(
-                    f"warning: {self._path}: {error.strerror}; training goes on, records are kept "
-                    "until there is room",
-                    file=sys.stderr,
-                    flush=True,
+                _log.warning(
+                    f"{self._path}: {error.strerror}; training goes on, records are kept until "
+                    "there is room"
                 )
             return
         self._unwritten.clear()
@@ -283,11 +281,9 @@ def _is_logged_in() -> bool:
 
 
 def _say_offline(reason: str, run_dir: Path) -> None:
-    print(
-        f"warning: logging.wandb=online: {reason}\n"
-        f"logging offline; later: wandb sync {run_dir}/wandb/offline-run-*",
-        file=sys.stderr,
-        flush=True,
+    _log.warning(
+        f"logging.wandb=online: {reason}\n"
+        f"logging offline; later: wandb sync {run_dir}/wandb/offline-run-*"
     )
 
 

@@ -3,6 +3,7 @@ directory that it was copied from."""
 
 from __future__ import annotations
 
+import logging
 import json
 import re
 import uuid
@@ -11,6 +12,8 @@ from typing import Any
 
 from calm_dist.errors import DataError
 from calm_dist.files import read_bounded, replace_text
+
+_log = logging.getLogger(__name__)
 
 ID_FILE = "wandb_id"
 _LARGEST_FILE = 10_000
@@ -32,10 +35,9 @@ def wandb_id(run_dir: Path) -> str:
         name, before = _draw(), place
     if before is not None and _is_copy(place, before, name):
         old, name = name, _draw()
-        print(
+        _log.info(
             f"{run_dir}: was copied from {before['path']}, which keeps the wandb run {old}; logs "
-            f"into a new one, {name}",
-            flush=True,
+            f"into a new one, {name}"
         )
     replace_text(file, f"{name}\n{json.dumps(place)}\n")
     return name

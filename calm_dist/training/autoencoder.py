@@ -7,8 +7,8 @@ A checkpoint is a directory in the released layout (``config.json``, ``model.saf
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from calm_dist.errors import (
     DataError,
     RecipeError,
 )
+from calm_dist.log import NOTE
 from calm_dist.losses.autoencoder import (
     AutoencoderLoss,
     TrainingNoise,
@@ -51,6 +52,8 @@ from calm_dist.training.phases import Phases
 from calm_dist.training.schedule import learning_rate
 from calm_dist.training.session import launched
 from calm_dist.training.stop import StopRequest
+
+_log = logging.getLogger(__name__)
 
 HELD_OUT = "valid"
 
@@ -287,10 +290,9 @@ class AutoencoderTrainer(TrainingRun):
         if values is None or self._metrics is None:
             return
         self._metrics.evaluation(self.progress.step, values)
-        print(
+        _log.info(
             f"step {self.progress.step}  held-out tokens right {values['token_accuracy']:.3%}  "
-            f"{values['collapsed_dims']} of {values['latent_size']} dimensions collapsed",
-            flush=True,
+            f"{values['collapsed_dims']} of {values['latent_size']} dimensions collapsed"
         )
 
     def save(self, is_last: bool = False) -> None:
@@ -331,13 +333,13 @@ class AutoencoderTrainer(TrainingRun):
     def _announce(self) -> None:
         """Say what a user would not expect."""
         if self._held_out is None:
-            print(
+            _log.log(
+                NOTE,
                 f"note: no store {HELD_OUT!r} lies beside data.path, so reconstruction is not "
                 "measured; name a held-out store in evaluation.data",
-                file=sys.stderr,
             )
         if self.recipe.precision == "bf16" and self.device.type != "cuda":
-            print("note: precision bf16 is for GPUs; this run computes in fp32", file=sys.stderr)
+            _log.log(NOTE, "note: precision bf16 is for GPUs; this run computes in fp32")
 
 
 def open_held_out(recipe: Recipe, training: StoreMeta) -> Store | None:

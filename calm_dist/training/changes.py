@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,6 +18,8 @@ from calm_dist.runs import checkpoints
 from calm_dist.runs.checkpoints.run_state import RunState
 from calm_dist.training.resolve import encoder_sha256
 from calm_dist.training.schedule import learning_rate
+
+_log = logging.getLogger(__name__)
 
 # A run cannot go on with another of these; what its data must keep, the stream checks.
 _FIXED = ("precision", "run.seed")
@@ -64,7 +67,7 @@ def check_changes(run_dir: Path, recipe: Recipe) -> None:
             f"({', '.join(refused)}); use the recipe that lies in them, or another run.dir"
         )
     if changed:
-        print(f"changed since {directory.name}: {', '.join(changed.values())}", flush=True)
+        _log.info(f"changed since {directory.name}: {', '.join(changed.values())}")
     _say_rates(RunState.read(directory).step, saved, recipe)
 
 
@@ -88,10 +91,7 @@ def _say_rates(step: int, saved: Recipe, recipe: Recipe) -> None:
             "; training.schedule=wsd keeps the rate up to a decay at the end, and a run that stops "
             "before that can be made longer without a jump"
         )
-    print(
-        f"learning rate: {last:.3g} in step {step}, {now:.3g} in step {step + 1}{advice}",
-        flush=True,
-    )
+    _log.info(f"learning rate: {last:.3g} in step {step}, {now:.3g} in step {step + 1}{advice}")
 
 
 def _check_source(path: str, recipe: Recipe) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -29,6 +29,8 @@ from calm_dist.training.checkpoint.restart import (
 )
 from calm_dist.training.phases import Phases
 from calm_dist.training.stop import StopRequest
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ class TrainingRun(ABC):
             if self._metrics is not None:
                 self._metrics.close()
         if self.rank == 0 and (doubt := checkpoints.doubt(self.run_dir, self.progress)):
-            print(doubt, file=sys.stderr, flush=True)
+            _log.warning(doubt)
         if result.data_failed:
             self._batches.check()
         if self.progress.step < last:
@@ -212,9 +214,9 @@ class TrainingRun(ABC):
         )
 
     def say(self, text: str) -> None:
-        """Print a line, once for all ranks."""
+        """Log a line, once for all ranks."""
         if self.rank == 0:
-            print(text, flush=True)
+            _log.info(text)
 
     def _begin(self) -> None:
         """Change the run directory, now that nothing can be refused any more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import sys
@@ -28,6 +29,8 @@ from calm_dist.training.stop import StopRequest
 
 if TYPE_CHECKING:
     import torch
+
+_log = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "megatron-core", "deepspeed", "mosaicml-streaming", "flash-attn", "triton")
 
@@ -71,7 +74,7 @@ def launched(recipe: Recipe) -> Iterator[Session]:
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     if world.rank == 0:
         # Before the libraries are loaded, which takes long.
-        print(_introduction(recipe, world), flush=True)
+        _log.info(_introduction(recipe, world))
     if recipe.parallel.device == "cpu":
         # Before torch looks: Megatron-core and DeepSpeed use a GPU that they see.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -106,7 +109,7 @@ def launched(recipe: Recipe) -> Iterator[Session]:
     # Not after an error: it could wait for a peer that is gone.
     dist.destroy_process_group()
     if world.rank == 0:
-        print(f"done in {duration(time.monotonic() - started)}: {run_dir}", flush=True)
+        _log.info(f"done in {duration(time.monotonic() - started)}: {run_dir}")
 
 
 @contextmanager

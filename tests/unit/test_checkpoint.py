@@ -315,12 +315,12 @@ def test_other_names_are_no_checkpoints(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("place", ["step_00000005", "step_00000005.tmp", "latest"])
 def test_what_lies_in_the_way_is_replaced(tmp_path: Path, place: str) -> None:
     """A file, a link, a directory: in the place of a checkpoint, or of ``latest``."""
-    checkpoints = tmp_path / "checkpoints"
-    checkpoints.mkdir()
+    directory = tmp_path / "checkpoints"
+    directory.mkdir()
     if place == "latest":
-        (checkpoints / place).mkdir()
+        (directory / place).mkdir()
     else:
-        (checkpoints / place).symlink_to(tmp_path / "nowhere")
+        (directory / place).symlink_to(tmp_path / "nowhere")
     assert checkpoints.find_checkpoint(write(tmp_path, 5)).name == "step_00000005"
     assert checkpoints.find_checkpoint(write(tmp_path, 6)).name == "step_00000006"
 

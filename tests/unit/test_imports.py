@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "calm_dist"
 
 # A room imports from itself and from the rooms before it. One module alone, such as ``errors``, is
 # in the room of that name at the top of the list.
-BASE = ("errors", "redact", "files", "pickles", "progress", "randomness", "schema", "scores")
+BASE = ("errors", "redact", "log", "files", "pickles", "progress", "randomness", "schema", "scores")
 ROOMS = (
     *("compat", "heads", "recipe", "costs", "flops", "planner", "runs", "losses", "models", "data"),
     *("released", "parallel", "training", "inference", "interop", "evaluation", "reports"),

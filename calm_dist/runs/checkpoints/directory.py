@@ -6,6 +6,7 @@ and sha256 of every file. A directory without a manifest that holds is not a che
 
 from __future__ import annotations
 
+import logging
 import contextlib
 import json
 import os
@@ -15,10 +16,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from calm_dist.log import NOTE
 from calm_dist.errors import CheckpointError, DataError, UserError, shown
 from calm_dist.files import file_sha256
 from calm_dist.recipe import load_recipe
 from calm_dist.runs.checkpoints.run_state import STATE_FILE, RunState
+
+_log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
@@ -177,7 +181,7 @@ def newest_valid(run_dir: Path) -> Path | None:
 
 def pass_over(reason: str) -> None:
     """Say why a checkpoint is not used."""
-    print(f"checkpoint passed over: {reason}", file=sys.stderr, flush=True)
+    _log.log(NOTE, f"checkpoint passed over: {reason}")
 
 
 def _is_valid(directory: Path) -> bool:
@@ -232,7 +236,7 @@ def say_what_is_used(used: Path, of: list[Path]) -> None:
     """Say on stderr that ``used`` was written amid skipped steps, or which newer ones ``of`` the
     candidates `sound_first` has put behind it for that."""
     if (note := skipped_note(used)) is not None:
-        print(f"warning: {note}", file=sys.stderr, flush=True)
+        _log.warning(note)
         return
     for directory in of:
         if directory.name > used.name and (note := skipped_note(directory)) is not None:

@@ -8,6 +8,7 @@ takes no other's place.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -28,6 +29,8 @@ from calm_dist.runs.checkpoints.directory import (
 )
 from calm_dist.runs.checkpoints.run_state import RunState
 from calm_dist.runs.run_progress import RunProgress
+
+_log = logging.getLogger(__name__)
 
 DIVERGED = ".diverged"
 """Suffix of checkpoints that no finite step followed, once their run has given up."""
@@ -238,7 +241,7 @@ def doubt(run_dir: Path, progress: RunProgress) -> str | None:
     found = step_directories(run_dir)
     good = _newest_proven(found, progress.adam_steps) if found else None
     text = (
-        f"warning: the last {progress.skipped_in_a_row} steps up to step {progress.step} were "
+        f"the last {progress.skipped_in_a_row} steps up to step {progress.step} were "
         "skipped, their loss or gradient was not finite; the weights may be damaged"
     )
     if good is None:
@@ -250,8 +253,4 @@ def doubt(run_dir: Path, progress: RunProgress) -> str | None:
 
 
 def _warn(run_dir: Path, error: OSError) -> None:
-    print(
-        f"warning: {run_dir / CHECKPOINTS}: cannot be put in order ({error})",
-        file=sys.stderr,
-        flush=True,
-    )
+    _log.warning(f"{run_dir / CHECKPOINTS}: cannot be put in order ({error})")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
 
 from calm_dist.errors import CheckpointError
+
+_log = logging.getLogger(__name__)
 
 
 class Attempts:
@@ -32,7 +34,7 @@ class Attempts:
                 "were"
             )
             if dist.get_rank() == 0:
-                print(f"warning: {self._failure}", file=sys.stderr, flush=True)
+                _log.warning(self._failure)
                 shutil.rmtree(temporary, ignore_errors=True)
 
     def forget(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
+from calm_dist.log import NOTE
 from calm_dist.parallel.processes import hurry
 from calm_dist.parallel.rank_zero import on_rank_zero
 from calm_dist.parallel.topology import Topology
@@ -21,6 +22,8 @@ from calm_dist.training.checkpoint import model_state
 from calm_dist.training.checkpoint.attempts import Attempts
 from calm_dist.training.checkpoint.staging import not_forked
 from calm_dist.training.checkpoint.tensor_files import TensorWriter
+
+_log = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
@@ -117,7 +120,7 @@ class CheckpointWriter:
             # No memory or no process left on this rank, which the others cannot know. It takes
             # part with nothing to run, so that all learn that it has written nothing.
             rank = self._topology.rank
-            print(f"rank {rank}: no process can be forked ({error})", file=sys.stderr, flush=True)
+            _log.log(NOTE, f"rank {rank}: no process can be forked ({error})")
             self._calls.call_idx -= 1
             self._calls.schedule_async_request(request._replace(async_fn=None))
 
@@ -133,10 +136,9 @@ class CheckpointWriter:
         self._attempt(lambda: self._advance(blocking))
         if self._committed is not None and self._topology.rank == 0:
             seconds = time.perf_counter() - self._started
-            print(
+            _log.info(
                 f"checkpoint {self._committed} written in {seconds:.1f} s, of which training "
-                f"waited {self._waited:.2f} s",
-                flush=True,
+                f"waited {self._waited:.2f} s"
             )
         self._committed = None
 
