@@ -107,14 +107,14 @@ def main(job: Path) -> None:
     """One rank of a launch."""
     import torch.distributed as dist
 
-    from calm_dist.parallel import cpu
+    from calm_dist.compat import megatron_cpu
     from calm_dist.parallel.launch import join_world, read_world, select_device
 
     world = read_world()
     world.export()
     device = select_device(world, "cpu")
     join_world(world, device, timeout_seconds=120.0)
-    cpu.install()
+    megatron_cpu.install()
     described = json.loads(job.read_text(encoding="utf-8"))
     rows = []
     for case in described["cases"]:

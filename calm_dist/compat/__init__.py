@@ -1,5 +1,5 @@
 """Library insides that this package relies on; `tests/unit/test_compat.py` names them.
 
-An upgrade that breaks one fails there first. Megatron-core's shims for CPUs are still in
-`parallel.cpu`.
+Every private name and every patch of Megatron-core, DeepSpeed and Streaming is here, so that an
+upgrade that breaks one fails in that test first.
 """

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 
+from calm_dist.compat import megatron_cpu
 from calm_dist.costs import flops
 from calm_dist.errors import CheckpointError
 from calm_dist.files import file_sha256
@@ -20,7 +21,6 @@ from calm_dist.models.autoencoder import Autoencoder
 from calm_dist.models.backbone import Backbone, transformer_config
 from calm_dist.models.heads import GenerativeHead
 from calm_dist.models.kv_cache import KeyValueCache
-from calm_dist.parallel import cpu
 from calm_dist.parallel.launch import World, join_world
 from calm_dist.parallel.topology import Topology, build_topology, destroy_topology
 from calm_dist.recipe import CalmRecipe, Recipe, load_recipe
@@ -230,7 +230,7 @@ def single_process_topology(recipe: Recipe, device: torch.device) -> Topology:
     run out of them.
     """
     global _alone
-    cpu.install()
+    megatron_cpu.install()
     if not dist.is_initialized():
         join_world(World(0, 1, 0, 1, "", 0, "single process"), device, timeout_seconds=60.0)
     if parallel_state.is_initialized():

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from calm_dist.compat.megatron import process_groups
 from calm_dist.parallel.launch import patience
 from calm_dist.recipe import Recipe
 
@@ -108,13 +109,10 @@ def build_topology(recipe: Recipe, device: torch.device) -> Topology:
 def destroy_topology(topology: Topology | None = None) -> None:
     """Take down Megatron's groups, and the head's of ``topology``, so that another recipe can be
     built in the same world. Gloo keeps threads for every group that is left behind."""
-    groups = list(parallel_state._global_process_group_list or ())
+    groups = process_groups()
     if topology is not None:
         groups += [topology.head_group, topology.self_group]
     for group in groups:
-        # Megatron's list starts with None, which would mean the world itself; what stands for a
-        # group of others is no group either.
-        if isinstance(group, dist.ProcessGroup):
-            dist.destroy_process_group(group)
+        dist.destroy_process_group(group)
     # Last: it destroys those of its groups that are still there.
     parallel_state.destroy_model_parallel()

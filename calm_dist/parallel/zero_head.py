@@ -7,8 +7,6 @@ plain data parallelism, each with its shard of the sequence.
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,33 +14,22 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from calm_dist.compat.deepspeed import (
+    averaged_gradients,
+    discard_gradients,
+    forget_groups,
+    gather_persistent_parameters,
+    import_deepspeed,
+    partition_parameters,
+)
+from calm_dist.compat.zero_groups import Copy, ParameterGroup, parameter_groups
 from calm_dist.models.heads.base import NoiseSource
 from calm_dist.parallel.topology import Topology
-from calm_dist.parallel.zero_state import Copy, ParameterGroup, parameter_groups
 from calm_dist.recipe import Recipe
 
 STATE_NAMES = ("fp32", "exp_avg", "exp_avg_sq")
 # DeepSpeed's own default.
 MAX_BUCKET_ELEMENTS = 500_000_000
-
-
-def import_deepspeed() -> Any:
-    """DeepSpeed without a C++ build at run time and without its banners.
-
-    On CPU it would compile `deepspeed_shm_comm` for over a minute (0.19.8); only its inference
-    kernels use that.
-    """
-    on_cpu = not torch.cuda.is_available()
-    os.environ.setdefault("DS_ACCELERATOR", "cpu" if on_cpu else "cuda")
-    # Set before the import: the module logs while it is loaded.
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    import deepspeed
-    import deepspeed.ops
-
-    deepspeed.utils.logger.setLevel(logging.WARNING)
-    if on_cpu:
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
 
 
 class HeadGroups:
@@ -128,8 +115,7 @@ class ZeroHead:
     def close(self) -> None:
         """Take the engine down: its hooks would keep it, and with it the process groups."""
         self._engine.destroy()
-        # DeepSpeed remembers the last engine's mpu, and so our groups.
-        import_deepspeed().utils.groups.mpu = None
+        forget_groups()
 
     @property
     def module(self) -> nn.Module:
@@ -161,13 +147,13 @@ class ZeroHead:
     def squared_gradient_norm(self) -> torch.Tensor:
         """Squared norm of this rank's partition of the averaged gradient, fp64 scalar."""
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for gradient in self._gradients():
+        for gradient in averaged_gradients(self._zero):
             total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
         return total
 
     def scale_gradients(self, factor: float) -> None:
         """Multiply the averaged gradient before `step`."""
-        for gradient in self._gradients():
+        for gradient in averaged_gradients(self._zero):
             gradient.mul_(factor)
 
     def step(self, learning_rate: float) -> None:
@@ -178,17 +164,7 @@ class ZeroHead:
 
     def discard_gradients(self) -> None:
         """Forget the gradient of a skipped step, as the ZeRO optimizer does on an overflow."""
-        zero = self._zero
-        if self._stage == 3:
-            zero.zero_grad(set_to_none=True)
-            zero.averaged_gradients = {}
-            return
-        zero.micro_step_id = -1
-        zero.zero_grad(set_to_none=True)
-        zero._release_preflattened_grad_buffers()
-        for number in zero.averaged_gradients:
-            zero.averaged_gradients[number] = None
-            zero.all_grad_tensors[number] = None
+        discard_gradients(self._zero, self._stage)
 
     def export_state(self) -> dict[str, torch.Tensor]:
         """fp32 weights and Adam moments as ``<state>.<parameter>``, whole and layout-free.
@@ -244,7 +220,7 @@ class ZeroHead:
         names = {id(p): name for name, p in self.module.named_parameters()}
         zero = self._zero
         if self._stage == 3:
-            zero._partition_all_parameters()
+            partition_parameters(zero)
         for group in parameter_groups(zero, self._stage, self._group):
             for kind in STATE_NAMES:
                 wholes = [
@@ -258,18 +234,12 @@ class ZeroHead:
             group.moments["step"] = torch.tensor(float(step), device=group.partition.device)
         if self._stage == 3:
             # Whole on every rank between the steps, as after `step`.
-            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+            gather_persistent_parameters(zero)
 
     @property
     def _zero(self) -> Any:
         """DeepSpeed's ZeRO optimizer around our AdamW."""
         return self._engine.optimizer
-
-    def _gradients(self) -> Iterator[torch.Tensor]:
-        for gradients in self._zero.averaged_gradients.values():
-            for gradient in gradients or ():
-                if gradient is not None:
-                    yield gradient
 
 
 def _engine_config(recipe: Recipe, head: nn.Module) -> dict[str, Any]:

@@ -43,9 +43,9 @@ def train_in_world(
     begin: Callable[[], None] = lambda: None,
 ) -> None:
     """`train` once the processes are connected; may be called again for another recipe."""
-    from calm_dist.parallel import cpu
+    from calm_dist.compat import megatron_cpu
 
-    cpu.install()
+    megatron_cpu.install()
     from calm_dist.parallel.topology import build_topology, destroy_topology
     from calm_dist.training.language_model import Trainer
 

@@ -41,10 +41,10 @@ def die_before(before: str, call: int, having: str = "") -> None:
 
 
 def train(recipe: Recipe) -> None:
-    from calm_dist.parallel import cpu
+    from calm_dist.compat import megatron_cpu
     from calm_dist.training import run as training
 
-    cpu.install()
+    megatron_cpu.install()
     for kill in json.loads(os.environ["KILLS"]):
         if kill.pop("rank") == int(os.environ["RANK"]):
             die_before(**kill)

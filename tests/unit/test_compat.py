@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import subprocess
 import sys
+import textwrap
+from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 # (library, version that the names were looked up in).
 TESTED = {"mosaicml-streaming": "0.13.0", "megatron-core": "0.16.1", "deepspeed": "0.19.8"}
@@ -22,6 +28,109 @@ def test_names_of_streaming() -> None:
     assert streaming.ShardState.REMOTE.name == "REMOTE"
     assert streaming.shared_path(3, "locals") == "000003_locals"
     assert callable(streaming.dataset_module.get_shm_prefix)
+
+
+def attributes_of(kind: type) -> set[str]:
+    """Names of a class and of what its own methods set on ``self``."""
+    found = set(dir(kind))
+    for base in kind.__mro__[:-1]:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        found |= {
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute)
+            and isinstance(node.ctx, ast.Store)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "self"
+        }
+    return found
+
+
+def test_names_of_megatron() -> None:
+    from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+    from megatron.core.optimizer import ChainedOptimizer
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+    from megatron.core.tensor_parallel import random
+
+    from calm_dist.compat import megatron, megatron_cpu
+
+    assert hasattr(parallel_state, "_global_process_group_list")
+    assert hasattr(filesystem_async, "_results_queue")
+    assert hasattr(torch_strategy, "FileSystemWriterAsync")
+    save = megatron.SaveStrategy._get_save_and_finalize_callbacks
+    original = torch_strategy.TorchDistSaveShardedStrategy._get_save_and_finalize_callbacks
+    assert len(inspect.signature(save).parameters) == len(inspect.signature(original).parameters)
+    assert {"get_save_function_and_args", "retrieve_write_results", "write_preloaded_data"} <= set(
+        dir(megatron.AsyncFileWriter)
+    )
+    assert {
+        *("buffers", "model_param_group_index_map", "_get_model_param_range_map"),
+        *("get_parameter_state_dp_zero", "ddp_config", "model_chunks"),
+    } <= attributes_of(DistributedOptimizer)
+    assert {"float16_groups", "fp32_from_fp32_groups"} <= attributes_of(
+        Float16OptimizerWithFloat16Params
+    )
+    assert "chained_optimizers" in attributes_of(ChainedOptimizer)
+    for name in (
+        *("_CUDA_RNG_STATE_TRACKER", "_CUDA_RNG_STATE_TRACKER_INITIALIZED"),
+        *("_get_cuda_rng_state", "_set_cuda_rng_state", "_MODEL_PARALLEL_RNG_TRACKER_NAME"),
+        *("initialize_rng_tracker", "CudaRNGStatesTracker"),
+    ):
+        assert hasattr(random, name), name
+    for name in megatron_cpu.MODULES_WITH_LITERAL_CUDA:
+        module = importlib.import_module(name)
+        assert hasattr(module, "torch"), name
+        assert "cuda" in inspect.getsource(module), f"{name}: needs no shim any more"
+
+
+def test_names_of_deepspeed() -> None:
+    from calm_dist.compat.deepspeed import import_deepspeed
+
+    deepspeed = import_deepspeed()
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
+    assert hasattr(deepspeed.utils.groups, "mpu")
+    assert {
+        *("averaged_gradients", "all_grad_tensors", "micro_step_id", "zero_grad", "optimizer"),
+        *("_release_preflattened_grad_buffers", "round_robin_bit16_groups"),
+        "single_partition_of_fp32_groups",
+    } <= attributes_of(DeepSpeedZeroOptimizer)
+    assert {
+        *("averaged_gradients", "_partition_all_parameters", "persistent_parameters", "optimizer"),
+        *("fp16_groups", "fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat"),
+    } <= attributes_of(DeepSpeedZeroOptimizer_Stage3)
+
+
+def private_names(file: Path) -> Iterator[str]:
+    """What a file uses of megatron, deepspeed or streaming that begins with an underscore."""
+    tree, theirs = ast.parse(file.read_text(encoding="utf-8")), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            for name in node.names:
+                if (module or name.name).split(".")[0] in ("megatron", "deepspeed", "streaming"):
+                    theirs.add(name.asname or name.name.split(".")[0])
+                    if name.name.startswith("_"):
+                        yield f"{file.name}:{node.lineno}: {name.name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+            root = node.value
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            if isinstance(root, ast.Name) and root.id in theirs:
+                yield f"{file.name}:{node.lineno}: {node.attr}"
+
+
+def test_private_names_are_used_nowhere_else() -> None:
+    package = Path(__file__).parents[2] / "calm_dist"
+    files = (file for file in package.rglob("*.py") if file.parent.name != "compat")
+    assert [name for file in files for name in private_names(file)] == []
+    assert list(private_names(package / "compat" / "streaming.py"))
 
 
 def test_other_packages_stay_as_they_are() -> None:

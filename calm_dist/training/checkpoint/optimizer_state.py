@@ -16,8 +16,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import nn
+
+from calm_dist.compat.megatron import (
+    master_weight,
+    own_part,
+    single_optimizers,
+    updated_parameters,
+)
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MASTER = "fp32_param"
@@ -41,7 +47,7 @@ def optimizer_state(
         if isinstance(tensor, ShardedTensor | ShardedTensorFactory)
     }
     state: dict[str, Any] = {}
-    for number, single in enumerate(_parts(optimizer)):
+    for number, single in enumerate(single_optimizers(optimizer)):
         _fill(single)
         if isinstance(single, DistributedOptimizer):
             _finish_gather(single)
@@ -60,15 +66,15 @@ def load_optimizer_state(
     optimizer: MegatronOptimizer, loaded: Mapping[str, Any], step: int
 ) -> None:
     """Take over what was read into the tensors of `optimizer_state`, after ``step`` updates."""
-    for number, single in enumerate(_parts(optimizer)):
+    for number, single in enumerate(single_optimizers(optimizer)):
         _fill(single)
-        for index, parameter in enumerate(_parameters(single)):
+        for index, parameter in enumerate(updated_parameters(single)):
             kinds = (kind for kind in (*_MOMENTS, _MASTER) if f"{number}.{index}.{kind}" in loaded)
             for kind in kinds:
                 target = _target(single, parameter, kind)
                 if target is not None:
                     whole = loaded[f"{number}.{index}.{kind}"]
-                    target.copy_(_own_part(single, parameter, whole))
+                    target.copy_(own_part(single, parameter, whole))
         if _counts_by_parameter(single):
             for master, moments in single.optimizer.state.items():
                 # One tensor each: a shared one would be counted up once per parameter.
@@ -83,53 +89,20 @@ def set_master_weights(
     optimizer: MegatronOptimizer, weights: Mapping[nn.Parameter, torch.Tensor]
 ) -> None:
     """Set the fp32 copies that a bf16 body's optimizer updates; an fp32 body has none."""
-    for single in _parts(optimizer):
-        for parameter in _parameters(single):
+    for single in single_optimizers(optimizer):
+        for parameter in updated_parameters(single):
             if parameter.dtype == torch.float32:
                 continue
             master = _target(single, parameter, _MASTER)
             if master is not None:
-                master.copy_(_own_part(single, parameter, weights[parameter]))
-
-
-def _parts(optimizer: MegatronOptimizer) -> list[Any]:
-    return getattr(optimizer, "chained_optimizers", [optimizer])
-
-
-def _parameters(single: Any) -> list[nn.Parameter]:
-    """The model's parameters that an optimizer updates, in an order of its own."""
-    if isinstance(single, DistributedOptimizer):
-        return [p for buffer in single.buffers for p in buffer.param_index_map]
-    if isinstance(single, Float16OptimizerWithFloat16Params):
-        groups = [*single.float16_groups, *single.fp32_from_fp32_groups]
-        return [p for group in groups for p in group]
-    return single.get_parameters()
-
-
-def _master(single: Any, parameter: nn.Parameter) -> torch.Tensor | None:
-    """What the optimizer updates for a parameter: itself, its fp32 copy, or this replica's part of
-    either; None where another replica has it."""
-    if not isinstance(single, DistributedOptimizer):
-        return getattr(parameter, "main_param", parameter)
-    if parameter not in single.model_param_group_index_map:
-        return None
-    group, place = single.model_param_group_index_map[parameter]
-    return single.optimizer.param_groups[group]["params"][place]
+                master.copy_(own_part(single, parameter, weights[parameter]))
 
 
 def _target(single: Any, parameter: nn.Parameter, kind: str) -> torch.Tensor | None:
-    master = _master(single, parameter)
+    master = master_weight(single, parameter)
     if master is None or kind == _MASTER:
         return master
     return single.optimizer.state[master][kind]
-
-
-def _own_part(single: Any, parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor as large as a parameter that belongs to this replica."""
-    if not isinstance(single, DistributedOptimizer):
-        return whole
-    part = single._get_model_param_range_map(parameter)["param"]
-    return whole.flatten()[part.start : part.end]
 
 
 def _fill(single: Any) -> None:
@@ -150,7 +123,7 @@ def _counts_by_parameter(single: Any) -> bool:
 
 def _local(single: Any) -> Iterator[tuple[int, nn.Parameter, str, torch.Tensor]]:
     """(number, parameter, kind, tensor) of a plain optimizer, whose replicas are all alike."""
-    for index, parameter in enumerate(_parameters(single)):
+    for index, parameter in enumerate(updated_parameters(single)):
         for kind in _kinds(parameter):
             tensor = _target(single, parameter, kind)
             assert tensor is not None

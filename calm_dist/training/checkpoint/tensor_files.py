@@ -28,8 +28,6 @@ from megatron.core.dist_checkpointing.core import (
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.base import (
     StrategyAction,
@@ -42,6 +40,12 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 
+from calm_dist.compat.megatron import (
+    AsyncFileWriter,
+    SaveStrategy,
+    use_file_writer,
+    use_results_queue,
+)
 from calm_dist.errors import CheckpointError, is_lost_connection
 from calm_dist.parallel.processes import stand_back
 from calm_dist.parallel.rank_zero import RankZeroTask
@@ -112,9 +116,7 @@ class TensorWriter:
         self._strategy.target, self._strategy.urgent = directory, urgent
         # The strategy makes a writer for each plan.
         _Writer.staging = self._staging
-        # Megatron would start a manager process for the writers' results, which imports the entry
-        # script again (seconds) and outlives a killed rank.
-        filesystem_async._results_queue = _ResultsFile()
+        use_results_queue(_ResultsFile())
         try:
             request = dist_checkpointing.save(
                 state,
@@ -168,15 +170,14 @@ class TensorWriter:
         self._end = RankZeroTask(write)
 
 
-class _Strategy(torch_strategy.TorchDistSaveShardedStrategy):
+class _Strategy(SaveStrategy):
     """Megatron's strategy, which hands the last part of a write out."""
 
     target: Path
     urgent: bool
     finish: Callable[[], Callable[[], None]]
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> AsyncRequest:
-        _, metadata, ranks = planned
+    def change(self, request: AsyncRequest, writer: Any, metadata: Any, ranks: Any) -> AsyncRequest:
         directory = self.target
 
         def finish() -> Callable[[], None]:
@@ -193,7 +194,6 @@ class _Strategy(torch_strategy.TorchDistSaveShardedStrategy):
             return write_description
 
         self.finish = finish
-        request: AsyncRequest = super()._get_save_and_finalize_callbacks(writer, planned)
         if request.async_fn is None:
             return request
         # The first argument of Megatron's function, for ways to write that nobody asked for.
@@ -202,7 +202,7 @@ class _Strategy(torch_strategy.TorchDistSaveShardedStrategy):
         )
 
 
-class _Writer(filesystem_async.FileSystemWriterAsync):
+class _Writer(AsyncFileWriter):
     """Copies host tensors aside, for the process that writes them."""
 
     staging = Staging()
@@ -228,8 +228,7 @@ class _Writer(filesystem_async.FileSystemWriterAsync):
         super().prepare_write_data(plan, planner)
 
 
-# The strategy makes its writer by this name, and takes no other.
-torch_strategy.FileSystemWriterAsync = _Writer
+use_file_writer(_Writer)
 
 
 class _CommonFile(TorchCommonSaveStrategy):

@@ -22,7 +22,7 @@ _FACTORIES = frozenset(
 
 # Modules that create tensors with a literal device="cuda": token counts, gradient norms, overflow
 # flags, checkpoint exchange. Their `torch` is replaced by a proxy; torch itself is left alone.
-_MODULES_WITH_LITERAL_CUDA = (
+MODULES_WITH_LITERAL_CUDA = (
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.utils",
     "megatron.core.optimizer.clip_grads",
@@ -65,7 +65,7 @@ def install() -> bool:
     _disable_jit()
     _redirect_cuda_calls()
     _replace_rng_tracker()
-    for name in _MODULES_WITH_LITERAL_CUDA:
+    for name in MODULES_WITH_LITERAL_CUDA:
         importlib.import_module(name).torch = _CpuTorch()  # type: ignore[attr-defined]
     _answer_cuda_tensor_types()
     _installed = True
