@@ -185,6 +185,6 @@ def kill_tree(process: subprocess.Popen[str]) -> None:
 
 def training_records(run_dir: Path) -> dict[int, dict[str, float]]:
     """The training records of a run by step."""
-    from calm_dist.runs.metrics import read_records
+    from calm_dist.runs.metrics_file import read_records
 
     return {record["step"]: record for record in read_records(run_dir) if "loss" in record}

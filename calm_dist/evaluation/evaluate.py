@@ -26,7 +26,7 @@ from calm_dist.inference.generate import calm_recipe
 from calm_dist.log import NOTE
 from calm_dist.progress import progress
 from calm_dist.runs import checkpoints
-from calm_dist.runs.metrics import METRICS_FILE, json_line, read_records
+from calm_dist.runs.metrics_file import METRICS_FILE, json_line, read_records
 from calm_dist.scores import (
     MARK_EXPLAINED,
     block_size_note,

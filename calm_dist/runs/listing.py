@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,13 +14,11 @@ from typing import Any
 import yaml
 
 from calm_dist import scores
-from calm_dist.progress import duration
 from calm_dist.errors import UserError
 from calm_dist.files import read_bounded
+from calm_dist.progress import duration
 from calm_dist.recipe import LARGEST_FILE
-from calm_dist.scores import number
 from calm_dist.runs import checkpoints
-from calm_dist.runs.metrics import LARGEST_METRICS, METRICS_FILE, compact
 from calm_dist.runs.directory import (
     ENDED,
     ENVIRONMENT_FILE,
@@ -30,6 +28,9 @@ from calm_dist.runs.directory import (
     STOPPED,
     is_held,
 )
+from calm_dist.runs.metrics import compact
+from calm_dist.runs.metrics_file import METRICS_FILE, Record, num_blocks, parse_line, read_lines
+from calm_dist.scores import number
 
 RUNNING, DAMAGED, NEW = "running", "damaged", "not started"
 _LONGEST_NAME = 80
@@ -97,7 +98,7 @@ def describe(run_dir: Path) -> Row:
     row |= {"path": str(run_dir), "name": run_dir.name, "state": DAMAGED}
     try:
         row |= _recipe_facts(run_dir)
-        row |= _metrics_facts(run_dir / METRICS_FILE)
+        row |= _metrics_facts(run_dir)
         row["checkpoint"] = _newest_checkpoint(run_dir)
         if row["step"] is None:
             row["step"] = row["checkpoint"]
@@ -126,8 +127,8 @@ def _recipe_facts(run_dir: Path) -> Row:
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError,
             yaml.YAMLError) as error:  # fmt: skip
         raise _DamagedError(
-            f"{checkpoints.RECIPE_FILE}: is no recipe; copy that of a checkpoint here, or start the "
-            "training again, which writes it"
+            f"{checkpoints.RECIPE_FILE}: is no recipe; copy that of a checkpoint here, or start "
+            "the training again, which writes it"
         ) from error
     return {"name": _one_line(str(name)), "kind": _one_line(str(kind)), "steps": steps}
 
@@ -149,21 +150,22 @@ def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text[:_LONGEST_NAME])
 
 
-def _metrics_facts(path: Path) -> Row:
+def _metrics_facts(run_dir: Path) -> Row:
     try:
-        data = read_bounded(path, LARGEST_METRICS)
-        idle = time.time() - path.stat().st_mtime
+        lines = read_lines(run_dir)
+        idle = time.time() - (run_dir / METRICS_FILE).stat().st_mtime
     except FileNotFoundError:
         return {}
     facts: Row = {"idle_seconds": max(0.0, idle)}
     # From the end: the last ones count, and a long run has very many.
-    training: list[Row] = []
-    scored: Row | None = None
-    for line in reversed(data.splitlines()):
+    training: list[Record] = []
+    scored: Record | None = None
+    for line in reversed(lines):
         is_evaluation = b'"eval"' in line
         if len(training) == _RATE_OF and not is_evaluation:
             continue
-        record = _record(line)
+        if (record := parse_line(line)) is None:
+            continue
         if is_evaluation and _is_better(record, scored):
             scored = record
         elif "loss" in record and len(training) < _RATE_OF:
@@ -180,7 +182,7 @@ def _metrics_facts(path: Path) -> Row:
     return facts
 
 
-def _scores(evaluation: Row) -> Row:
+def _scores(evaluation: Mapping[str, Any]) -> Row:
     facts: Row = {name: number(evaluation.get(name)) for name in (*_SCORES, "brierlm_stderr")}
     if facts["brierlm"] is None:
         return facts
@@ -191,20 +193,10 @@ def _scores(evaluation: Row) -> Row:
     return facts | {"noisy_brier": scores.noisy_brier(evaluation)}
 
 
-def _record(line: bytes) -> Row:
-    """A record of metrics.jsonl; empty for what is none, such as a line cut short by a crash."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    is_record = isinstance(record, dict) and type(record.get("step")) is int
-    return record if is_record else {}
-
-
 _SCORES = ("brierlm", "token_accuracy")
 
 
-def _is_better(record: Row, scored: Row | None) -> bool:
+def _is_better(record: Record, scored: Record | None) -> bool:
     """Whether an evaluation counts instead of a later record: it has a score, and of one step that
     of most blocks counts."""
     evaluation = record.get("eval")
@@ -215,13 +207,7 @@ def _is_better(record: Row, scored: Row | None) -> bool:
     if scored is None:
         return True
     same = record["step"] == scored["step"]
-    return same and _blocks(evaluation) > _blocks(scored["eval"])
-
-
-def _blocks(evaluation: Row) -> int:
-    protocol = evaluation.get("protocol")
-    blocks = protocol.get("blocks") if isinstance(protocol, dict) else None
-    return blocks if isinstance(blocks, int) else 0
+    return same and num_blocks(evaluation) > num_blocks(scored["eval"])
 
 
 def _newest_checkpoint(run_dir: Path) -> int | None:

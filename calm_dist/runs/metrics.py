@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import errno
-import json
+import logging
 import math
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
+from calm_dist.files import replace_text
 from calm_dist.progress import Meter, duration
-from calm_dist.files import finite, read_bounded, replace_text
 from calm_dist.redact import redact_arguments, redact_values
+from calm_dist.runs.metrics_file import METRICS_FILE, json_line, read_records
 from calm_dist.runs.wandb_id import wandb_id
 
 _log = logging.getLogger(__name__)
@@ -27,10 +27,6 @@ _WANDB_SECONDS = 60
 
 if TYPE_CHECKING:
     from calm_dist.recipe import Recipe
-
-METRICS_FILE = "metrics.jsonl"
-LARGEST_METRICS = 1 << 30
-"""Bytes of it; millions of steps have fewer."""
 
 _STEPS_TIMED = 100
 """The time left is estimated from so many of the last steps, evaluations and checkpoints between
@@ -180,26 +176,6 @@ def compact(number: float) -> str:
         if number < 999.5 * size:
             return f"{_short(number / size, '#.3g')}{unit}"
     return f"{number:.1e}"
-
-
-def json_line(record: Mapping[str, Any]) -> str:
-    """A record as a line of JSON, with null for numbers that are not finite."""
-    return json.dumps(finite(record), allow_nan=False) + "\n"
-
-
-def read_records(run_dir: str | Path) -> list[Record]:
-    """All records of a run, in order; what is no record, such as a line cut short by a crash, is
-    left out."""
-    path = Path(run_dir) / METRICS_FILE
-    records = []
-    for line in read_bounded(path, LARGEST_METRICS).splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-    return records
 
 
 def _drop_records_after(path: Path, step: int) -> None:

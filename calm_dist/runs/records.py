@@ -9,16 +9,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from calm_dist.costs.flops import Counts, count
 from calm_dist.errors import RecipeError, UserError, listed
 from calm_dist.files import read_bounded
-from calm_dist.costs.flops import Counts, count
 from calm_dist.recipe import Recipe, load_recipe
+from calm_dist.runs.directory import LARGEST_ENVIRONMENT
+from calm_dist.runs.metrics_file import is_count, num_blocks, parse_line, read_lines, usable
 
 Record = Mapping[str, Any]
 
 CPU = "cpu"
-# Bytes. Millions of steps; a few lines.
-_LARGEST_METRICS, _LARGEST_ENVIRONMENT = 1 << 30, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def read_run(path: str | Path) -> Run:
     path = Path(path)
     if not (path / "recipe.yaml").is_file():
         raise UserError(f"{path}: no recipe.yaml in it; give a run directory of tools/train.py")
-    records, lost = _read_records(path / "metrics.jsonl")
+    records, lost = _usable_records(path)
     environment, fault = _read_environment(path / "environment.json")
     damage = [fault] if fault else []
     if lost:
@@ -135,7 +135,7 @@ def read_run(path: str | Path) -> Run:
         if "eval" in record:
             key = (record["step"], conditions(record["eval"]))
             # A look at a few blocks does not take the place of a whole evaluation.
-            if key in evaluations and _blocks(record["eval"]) < _blocks(evaluations[key]):
+            if key in evaluations and num_blocks(record["eval"]) < num_blocks(evaluations[key]):
                 continue
             # Taken out first: the last one of a step is the last in order.
             evaluations.pop(key, None)
@@ -155,17 +155,12 @@ def read_run(path: str | Path) -> Run:
     )
 
 
-def _blocks(evaluation: Record) -> int:
-    blocks = (evaluation.get("protocol") or {}).get("blocks")
-    return blocks if isinstance(blocks, int) else 0
-
-
 def _read_environment(path: Path) -> tuple[Record, str | None]:
     """What of an environment.json is as it should be, and what is wrong with the rest."""
     if not path.exists():
         return {}, None
     try:
-        environment = json.loads(read_bounded(path, _LARGEST_ENVIRONMENT))
+        environment = json.loads(read_bounded(path, LARGEST_ENVIRONMENT))
     except (ValueError, RecursionError):
         environment = None
     if not isinstance(environment, dict):
@@ -177,104 +172,24 @@ def _read_environment(path: Path) -> tuple[Record, str | None]:
 
 def _is_environment(name: str, value: Any) -> bool:
     if name == "world_size":
-        return _is_count(value) and value > 0
+        return is_count(value) and value > 0
     if name == "gpu":
         return value is None or isinstance(value, str)
     return isinstance(value, dict) if name == "libraries" else True
 
 
-def _read_records(path: Path) -> tuple[list[Record], int]:
-    """The records of a metrics.jsonl, and the number of damaged lines.
-
-    What is no record is passed over: a line that a killed run left unfinished, or damage; and of
-    a record what is no number where one belongs.
-    """
+def _usable_records(path: Path) -> tuple[list[Record], int]:
+    """What can be used of the records of a metrics.jsonl, and the number of damaged lines."""
     records: list[Record] = []
     damaged = 0
-    for line in read_bounded(path, _LARGEST_METRICS).splitlines() if path.exists() else ():
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict) or not _is_count(found.get("step")):
+    for line in read_lines(path):
+        if (found := parse_line(line)) is None:
             damaged += 1
             continue
-        record = {
-            name: value
-            for name, value in found.items()
-            if name != "eval" and _is_number(value) and _has_sign(name, value)
-        }
-        evaluation = found.get("eval")
-        if isinstance(evaluation, dict):
-            record["eval"] = {
-                name: value for name, value in evaluation.items() if _fits(name, value)
-            }
-        damaged += record.keys() != found.keys() or record.get("eval") != evaluation
+        record = usable(found)
+        damaged += record.keys() != found.keys() or record.get("eval") != found.get("eval")
         records.append(record)
     return records, damaged
-
-
-_NUMBERS = (
-    "brierlm",
-    "brierlm_stderr",
-    "cross_entropy",
-    "perplexity",
-    "energy_loss",
-    "reconstruction_accuracy",
-    "token_accuracy",
-    "token_accuracy_mean",
-    "collapsed_dims",
-    "tokens_seen",
-)
-_NOT_NEGATIVE = (
-    "brierlm",
-    "brierlm_stderr",
-    "tokens_seen",
-    "tokens",
-    "tokens_per_second",
-    "step_seconds",
-)
-_LISTS: dict[str, int | None] = {"brier": 4, "brier_stderr": 4, "kl_per_dim": None}
-"""Lists of numbers, and how many: one for each length of n-grams, or any number."""
-_PROTOCOL = {
-    "block_size": int,
-    "patch_size": int,
-    "alignment": str,
-    "blocks": int,
-    "positions": int,
-    "samples": int,
-}
-_LARGEST = 1e100
-"""Of numbers that FLOPs are made of, products must stay finite."""
-
-
-def _fits(name: str, value: Any) -> bool:
-    if name in _NUMBERS:
-        return _is_number(value) and _has_sign(name, value)
-    if name in _LISTS:
-        if not isinstance(value, list) or _LISTS[name] not in (None, len(value)):
-            return False
-        return all(v is not None and _is_number(v) for v in value)
-    if name == "protocol":
-        return isinstance(value, dict) and all(
-            type(value.get(part)) is kind for part, kind in _PROTOCOL.items()
-        )
-    return True
-
-
-def _has_sign(name: str, value: float | None) -> bool:
-    return value is None or value >= 0 or name not in _NOT_NEGATIVE
-
-
-def _is_number(value: Any) -> bool:
-    """A number that can be computed with, or null."""
-    if isinstance(value, bool):
-        return False
-    return value is None or (isinstance(value, int | float) and abs(value) < _LARGEST)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
 
 
 def first_of_kind(entries: Sequence[dict[str, Any]], kind: str) -> dict[str, Any] | None:

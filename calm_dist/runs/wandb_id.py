@@ -3,8 +3,8 @@ directory that it was copied from."""
 
 from __future__ import annotations
 
-import logging
 import json
+import logging
 import re
 import uuid
 from pathlib import Path

@@ -31,7 +31,7 @@ from calm_dist.files import file_sha256
 from calm_dist.recipe import LARGEST_FILE, load_recipe
 from calm_dist.runs.directory import FAILED, end_recorded
 from calm_dist.runs.listing import DAMAGED, list_runs, table
-from calm_dist.runs.metrics import read_records
+from calm_dist.runs.metrics_file import read_records
 from calm_dist.runs.records import read_run
 from calm_dist.runs.wandb_id import wandb_id
 from calm_dist.training.resolve import resolve

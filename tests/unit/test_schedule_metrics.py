@@ -15,7 +15,8 @@ import wandb
 
 from calm_dist.recipe import Recipe, Training
 from calm_dist.runs import metrics
-from calm_dist.runs.metrics import METRICS_FILE, MetricsLog, read_records
+from calm_dist.runs.metrics import MetricsLog
+from calm_dist.runs.metrics_file import METRICS_FILE, read_records
 from calm_dist.training.schedule import learning_rate
 
 

@@ -29,7 +29,7 @@ from calm_dist.interop.huggingface import load_autoencoder
 from calm_dist.parallel.launch import World, join_world
 from calm_dist.recipe import load_recipe
 from calm_dist.runs.checkpoints import find_checkpoint
-from calm_dist.runs.metrics import read_records
+from calm_dist.runs.metrics_file import read_records
 from calm_dist.training.autoencoder import AutoencoderTrainer, autoencoder_config, block_noise
 from calm_dist.training.resolve import resolve
 

@@ -6,19 +6,18 @@ and sha256 of every file. A directory without a manifest that holds is not a che
 
 from __future__ import annotations
 
-import logging
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from calm_dist.log import NOTE
 from calm_dist.errors import CheckpointError, DataError, UserError, shown
 from calm_dist.files import file_sha256
+from calm_dist.log import NOTE
 from calm_dist.recipe import load_recipe
 from calm_dist.runs.checkpoints.run_state import STATE_FILE, RunState
 

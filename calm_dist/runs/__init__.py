@@ -1,0 +1,1 @@
+"""Run directories: lock, environment, metrics, checkpoints, and what is read from them."""
