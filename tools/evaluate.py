@@ -62,13 +62,14 @@ def main() -> None:
     from calm_dist.inference.load import load_model
     from calm_dist.parallel.launch import own_device
     from calm_dist.runs.checkpoints import all_checkpoints, find_checkpoint
+    from calm_dist.runs.evaluation_records import RecordLog
 
     paths = all_checkpoints(args.checkpoint) if args.all_checkpoints else []
     # Where there is no checkpoint at all, this says so.
     paths = paths or [find_checkpoint(args.checkpoint)]
     store = open_store(args.data)
     device = own_device(args.device)
-    log = evaluate.RecordLog(paths)
+    log = RecordLog(paths)
     results = []
     try:
         for path in paths:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import errno
-import logging
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -21,12 +17,8 @@ from calm_dist.evaluation.block_scores import (
     score_transformer_block,
 )
 from calm_dist.evaluation.brier import NGRAM, Alignment, estimate_brierlm, ngram_starts
-from calm_dist.files import check_file_is_writable
 from calm_dist.inference.generate import calm_recipe
-from calm_dist.log import NOTE
 from calm_dist.progress import progress
-from calm_dist.runs import checkpoints
-from calm_dist.runs.metrics_file import METRICS_FILE, json_line, read_records
 from calm_dist.scores import (
     MARK_EXPLAINED,
     block_size_note,
@@ -40,8 +32,6 @@ if TYPE_CHECKING:
     from calm_dist.data.stream import Store
     from calm_dist.inference.load import LoadedModel
     from calm_dist.recipe import Recipe
-
-_log = logging.getLogger(__name__)
 
 FURTHER = ("cross_entropy", "perplexity", "energy_loss", "reconstruction_accuracy")
 """Measures besides BrierLM that `table` shows, where a result has them."""
@@ -245,99 +235,6 @@ def check_store(model: LoadedModel, meta: StoreMeta) -> None:
                 f"{name}: {stored} in the store, {trained} in {model.checkpoint}; evaluate on a "
                 "store that was made with the checkpoint's own tokenizer and autoencoder"
             )
-
-
-def run_directory(directory: Path) -> Path | None:
-    """The run directory that a step directory lies in, or None where it stands alone."""
-    run = checkpoints.run_directory(directory.resolve())
-    return run if run is not None and (run / checkpoints.RECIPE_FILE).is_file() else None
-
-
-def record(run: Path, result: Mapping[str, Any]) -> bool:
-    """Append ``{"step", "eval"}`` to a run's metrics.jsonl.
-
-    Returns:
-        False where that step has been scored on the same data with the same protocol and seed.
-
-    Raises:
-        OSError: the file cannot be read or written; it is as it was.
-    """
-    if any(
-        known["step"] == result["step"] and _same_measurement(known.get("eval"), result)
-        for known in read_records(run)
-    ):
-        return False
-    path = run / METRICS_FILE
-    data = path.read_bytes() if path.exists() else b""
-    separator = "" if not data or data.endswith(b"\n") else "\n"
-    line = (separator + json_line({"step": result["step"], "eval": result})).encode()
-    with path.open("ab", buffering=0) as file:
-        if file.write(line) != len(line):
-            # Half a record would damage the next one, too.
-            file.truncate(len(data))
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    return True
-
-
-def why_not_recorded(run: Path) -> str | None:
-    """Why `record` cannot add to a run's metrics.jsonl, or None where it can; found out before
-    the scores are taken."""
-    try:
-        check_file_is_writable(run / METRICS_FILE)
-        read_records(run)
-    except OSError as error:
-        return f"{run / METRICS_FILE}: cannot be written ({error.strerror})"
-    return None
-
-
-class RecordLog:
-    """Records the results of a run's checkpoints, and says what could not be recorded."""
-
-    def __init__(self, checkpoints: Iterable[Path]) -> None:
-        """Say on stderr where results of these checkpoints will not be recorded."""
-        runs = {run for path in checkpoints if (run := run_directory(path)) is not None}
-        reasons = {run: why_not_recorded(run) for run in sorted(runs)}
-        self._writable = {run for run, reason in reasons.items() if reason is None}
-        self._failures: list[str] = []
-        for reason in filter(None, reasons.values()):
-            _log.warning(f"{reason}: the scores are shown, not recorded; reports will lack them")
-
-    def add(self, directory: Path, result: Mapping[str, Any]) -> None:
-        """Record the result of a checkpoint, where it lies in a run that can be written."""
-        run = run_directory(directory)
-        if run not in self._writable:
-            return
-        try:
-            if not record(run, result):
-                _log.log(NOTE, f"step {result['step']}: already in {run / METRICS_FILE}")
-        except OSError as error:
-            self._failures.append(
-                f"{run / METRICS_FILE}: step {result['step']} was not recorded ({error.strerror})"
-            )
-
-    def close(self) -> None:
-        """Raises:
-        UserError: results that were to be recorded were not.
-        """
-        if self._failures:
-            raise UserError(
-                f"{'; '.join(self._failures)}; the scores are above; make room or make the file "
-                "writable, then evaluate again to record them"
-            )
-
-
-def _same_measurement(known: Any, result: Mapping[str, Any]) -> bool:
-    """Records of early versions do not say on what blocks the checkpoint was trained."""
-    if not isinstance(known, Mapping):
-        return False
-    names = result["protocol"].keys() - {"trained_block_size"}
-    protocol = known.get("protocol")
-    return (
-        all(known.get(name) == result[name] for name in ("data_fingerprint", "seed"))
-        and isinstance(protocol, Mapping)
-        and protocol.keys() - {"trained_block_size"} == names
-        and all(protocol[name] == result["protocol"][name] for name in names)
-    )
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:

@@ -21,6 +21,7 @@ from calm_dist.evaluation import evaluate as evaluation
 from calm_dist.evaluation.evaluate import EvaluationSettings, evaluate
 from calm_dist.inference.decoding import GreedyDecoder
 from calm_dist.recipe import CalmRecipe, Recipe
+from calm_dist.runs.evaluation_records import record, run_directory
 from calm_dist.scores import MARK_EXPLAINED
 from calm_dist.training.build import build_head
 
@@ -366,11 +367,11 @@ def test_results_are_recorded_once(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 20, "loss": 3.5}\n{"step": 21, "lo')  # a writer was killed
     result = evaluate(uniform_transformer(), TinyStore(2), EvaluationSettings(samples=2))
-    assert evaluation.record(tmp_path, result)
-    assert not evaluation.record(tmp_path, result)
-    assert evaluation.record(tmp_path, {**result, "step": 40})
-    assert evaluation.record(tmp_path, {**result, "data_fingerprint": "other"})
-    assert evaluation.record(tmp_path, {**result, "protocol": {**result["protocol"], "samples": 9}})
+    assert record(tmp_path, result)
+    assert not record(tmp_path, result)
+    assert record(tmp_path, {**result, "step": 40})
+    assert record(tmp_path, {**result, "data_fingerprint": "other"})
+    assert record(tmp_path, {**result, "protocol": {**result["protocol"], "samples": 9}})
     lines = metrics.read_text().splitlines()
     assert len(lines) == 6 and json.loads(lines[2]) == {"step": 20, "eval": result}
 
@@ -378,9 +379,9 @@ def test_results_are_recorded_once(tmp_path: Path) -> None:
 def test_run_directory_of_a_checkpoint(tmp_path: Path) -> None:
     steps = tmp_path / "checkpoints"
     (steps / "step_00000020").mkdir(parents=True)
-    assert evaluation.run_directory(steps / "step_00000020") is None
+    assert run_directory(steps / "step_00000020") is None
     (tmp_path / "recipe.yaml").touch()
-    assert evaluation.run_directory(steps / "step_00000020") == tmp_path.resolve()
+    assert run_directory(steps / "step_00000020") == tmp_path.resolve()
 
 
 def test_table_shows_scores_and_why_an_error_is_missing() -> None:
