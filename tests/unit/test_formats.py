@@ -39,6 +39,14 @@ def lines_of(start: int, count: int) -> bytes:
     return b"".join(b'{"text": "document %d"}\n' % i for i in range(start, start + count))
 
 
+# Of each kind of text: contents of a file, and its documents.
+CONTENT: dict[str, tuple[bytes, list[str]]] = {
+    ".txt": (b"one text\n", ["one text\n"]),
+    ".jsonl": (lines_of(0, 2), ["document 0", "document 1"]),
+    ".json": (lines_of(0, 2), ["document 0", "document 1"]),
+}
+
+
 def texts(path: Path) -> list[str]:
     """Read in both ways, which agree."""
     in_order = [document.text for document in iter_documents([path])]
@@ -66,9 +74,9 @@ def test_every_format_is_read(
     tmp_path: Path, kind: str, compression: str, change_case: Callable[[str], str]
 ) -> None:
     assert set(PACK) == {"", *CODECS}
+    content, expected = CONTENT[kind]
     path = tmp_path / change_case(f"a{kind}{compression}")
-    path.write_bytes(PACK[compression](b"one text\n" if kind == ".txt" else lines_of(0, 2)))
-    expected = ["one text\n"] if kind == ".txt" else ["document 0", "document 1"]
+    path.write_bytes(PACK[compression](content))
     assert texts(path) == expected == [document.text for document in iter_documents([tmp_path])]
 
 
