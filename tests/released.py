@@ -49,7 +49,7 @@ def assert_is_golden(directory: Path) -> None:
     assert isinstance(model.recipe.model, CalmRecipe)
     released = released_calm(
         model.recipe.model,
-        dict(model.body.named_parameters()),
+        dict(model.backbone.named_parameters()),
         dict(model.head.named_parameters()),
         model.autoencoder,
     )

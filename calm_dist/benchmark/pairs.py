@@ -24,7 +24,7 @@ from calm_dist.models.backbone import transformer_config
 from calm_dist.models.heads.energy import EnergyHead
 from calm_dist.models.weights import initialize_module
 from calm_dist.recipe import CalmRecipe, HeadRecipe, Recipe
-from calm_dist.training.build import build_body, build_head
+from calm_dist.training.build import build_backbone, build_head
 
 PAPER_VOCAB = 128_256
 SMALL_VOCAB = 32_000
@@ -182,8 +182,8 @@ def brier_pairs(device: torch.device) -> Iterator[Pair]:
     The models' choices are so sure that the samples of every start agree all the way.
     """
     transformer = random_model("transformer", 256, device)
-    assert hasattr(transformer.body, "output_layer")
-    transformer.body.output_layer.weight.data.mul_(1000)
+    assert hasattr(transformer.backbone, "output_layer")
+    transformer.backbone.output_layer.weight.data.mul_(1000)
     tokens = zipf_tokens(SMALL_VOCAB, 256, seed=1).to(device)
     starts = ngram_starts(256, 1, "all").to(device)
     generator = torch.Generator(device).manual_seed(0)
@@ -304,7 +304,7 @@ def random_model(
         }
     )
     topology = single_process_topology(recipe, device)
-    body = build_body(recipe, transformer_config(recipe, torch.float32), topology, None)
+    backbone = build_backbone(recipe, transformer_config(recipe, torch.float32), topology, None)
     head, autoencoder = None, None
     if isinstance(recipe.model, CalmRecipe):
         head = build_head(recipe.model, 0).to(device).eval().requires_grad_(False)
@@ -320,7 +320,7 @@ def random_model(
         tokens_seen=0,
         tokenizer_sha256=None,
         device=device,
-        body=body.eval().requires_grad_(False),
+        backbone=backbone.eval().requires_grad_(False),
         _head=head,
         autoencoder=autoencoder,
         autoencoder_sha256=None,

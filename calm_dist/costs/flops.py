@@ -11,8 +11,9 @@ Conventions:
   the head's inputs from outside take no gradient (`head_backward_flops`). Recomputed activations
   are counted apart (`Part.recomputed_flops_per_token`).
 - Inference generates the token after a full context: with a key-value cache the last step alone
-  goes through the body, and sees all P steps by either convention; without one, all P steps do. One
-  head sample, and the autoencoder's decoder for CALM. For an autoencoder it is one reconstruction.
+  goes through the backbone, and sees all P steps by either convention; without one, all P steps
+  do. One head sample, and the autoencoder's decoder for CALM. For an autoencoder it is one
+  reconstruction.
 - The last patch of a block, which predicts nothing inside it, and padding are not told apart.
 - The frozen autoencoder's training and its pass over the corpus are not part of CALM's training:
   `count_autoencoder` counts them; its parameters are not CALM's.
@@ -297,7 +298,7 @@ def _calm_parts(model: CalmRecipe, recipe: Recipe, causal: bool) -> list[Part]:
     return [
         Part("embedding", vocab_size * d),
         _repeated(compressor, recipe.num_patches),
-        *_body_parts(model, recipe, causal),
+        *_backbone_parts(model, recipe, causal),
         head,
         _inference_only("autoencoder_decoder", decoder),
         _inference_only(
@@ -310,12 +311,14 @@ def _transformer_parts(model: TransformerRecipe, recipe: Recipe, causal: bool) -
     d, vocab_size = model.hidden_size, known_size(model, "vocab_size")
     return [
         Part("embedding", vocab_size * d),
-        *_body_parts(model, recipe, causal),
+        *_backbone_parts(model, recipe, causal),
         _trained("output_layer", vocab_size * d, linear_flops(d, vocab_size)),
     ]
 
 
-def _body_parts(model: CalmRecipe | TransformerRecipe, recipe: Recipe, causal: bool) -> list[Part]:
+def _backbone_parts(
+    model: CalmRecipe | TransformerRecipe, recipe: Recipe, causal: bool
+) -> list[Part]:
     """The Transformer layers, with their norms, and the final norm."""
     d, f, layers, steps = (
         model.hidden_size,

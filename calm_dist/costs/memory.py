@@ -1,9 +1,9 @@
 """Bytes on each rank of a training, from its recipe alone.
 
-What is kept between steps follows the trainer: the body under Megatron's mixed-precision optimizer,
-copied on every replica (the distributed one shards its own state); the head under a ZeRO engine
-over all ranks of the last stage. What a step adds is what autograd keeps for the backward pass,
-counted tensor by tensor, at the moment when that is most.
+What is kept between steps follows the trainer: the backbone under Megatron's mixed-precision
+optimizer, copied on every replica (the distributed one shards its own state); the head under a ZeRO
+engine over all ranks of the last stage. What a step adds is what autograd keeps for the backward
+pass, counted tensor by tensor, at the moment when that is most.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Memory:
     gradients: int = 0
     optimizer: int = 0
     activations: int = 0
-    """Of embedding, body and output layer, for all micro-batches in flight."""
+    """Of embedding, backbone and output layer, for all micro-batches in flight."""
     head_samples: int = 0
     """The head's activations, which are mostly those of its N samples."""
     energy_score: int = 0
@@ -84,20 +84,20 @@ def stage_memory(
     if model.kind == "autoencoder":
         return _autoencoder(recipe, model)
     layers = layer_counts(recipe)[stage] if layers is None else layers
-    memory = _body_state(recipe, body_parameters(recipe, stage, layers))
-    body, last, layer, gradients = _body_activations(recipe, model, stage, layers, on_cpu)
+    memory = _backbone_state(recipe, backbone_parameters(recipe, stage, layers))
+    backbone, last, layer, gradients = _backbone_activations(recipe, model, stage, layers, on_cpu)
     head = Memory()
     if model.kind == "calm" and stage == recipe.parallel.pipeline_parallel_size - 1:
         head = _head(recipe, model)
     again = layer if recipe.parallel.recompute else 0
     after = last + head.head_samples
     # When the backward pass of the last layer begins, what follows the layers is gone.
-    body += max(last, again - head.head_samples)
+    backbone += max(last, again - head.head_samples)
     buffers = _gathered_sequence(recipe, model) + max(0, again + gradients - max(after, again))
-    return memory + head + Memory(activations=body, buffers=buffers)
+    return memory + head + Memory(activations=backbone, buffers=buffers)
 
 
-def body_parameters(recipe: Recipe, stage: int, layers: int) -> int:
+def backbone_parameters(recipe: Recipe, stage: int, layers: int) -> int:
     """Parameters of embedding, ``layers`` layers, norms and output layer on a rank of a stage."""
     model = recipe.model
     assert model.kind != "autoencoder"
@@ -152,7 +152,7 @@ def head_shards(recipe: Recipe) -> int:
     return recipe.parallel.tensor_parallel_size * recipe.parallel.context_parallel_size
 
 
-def _body_state(recipe: Recipe, parameters: int) -> Memory:
+def _backbone_state(recipe: Recipe, parameters: int) -> Memory:
     precise = recipe.precision == "fp32"
     state = parameters * (ADAM_MOMENTS_BYTES + (0 if precise else FP32_BYTES))
     if recipe.parallel.distributed_optimizer:
@@ -165,7 +165,7 @@ def _body_state(recipe: Recipe, parameters: int) -> Memory:
     )
 
 
-def _body_activations(
+def _backbone_activations(
     recipe: Recipe, model: CalmRecipe | TransformerRecipe, stage: int, layers: int, on_cpu: bool
 ) -> tuple[int, int, int, int]:
     """Bytes for all micro-batches in flight on a stage, of what follows the last layer (the head

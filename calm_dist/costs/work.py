@@ -16,7 +16,7 @@ from calm_dist.costs.clusters import Cluster
 from calm_dist.costs.memory import (
     FP32_BYTES,
     SCORE_CHUNK,
-    body_parameters,
+    backbone_parameters,
     element_bytes,
     head_shards,
     key_value_size,
@@ -101,7 +101,7 @@ def optimizer_work(recipe: Recipe, stage: int, layers: int) -> Work:
     """AdamW and clearing of gradients on a rank of a stage, once a step."""
     model, parallel = recipe.model, recipe.parallel
     assert model.kind != "autoencoder"
-    parameters = float(body_parameters(recipe, stage, layers))
+    parameters = float(backbone_parameters(recipe, stage, layers))
     copies = recipe.data_parallel_size * parallel.context_parallel_size
     accesses = parameters * ADAM_ACCESSES / (copies if parallel.distributed_optimizer else 1)
     if model.kind == "calm" and stage == parallel.pipeline_parallel_size - 1:
@@ -111,7 +111,7 @@ def optimizer_work(recipe: Recipe, stage: int, layers: int) -> Work:
 
 
 def positions(recipe: Recipe) -> int:
-    """Steps of the body that a rank computes for one micro-batch."""
+    """Steps of the backbone that a rank computes for one micro-batch."""
     return (
         recipe.training.micro_batch_size
         * recipe.padded_length
@@ -206,7 +206,7 @@ def _output_layer(recipe: Recipe, model: TransformerRecipe) -> Work:
 def _accumulation(recipe: Recipe, stage: int, layers: int) -> Work:
     """Gradients of a micro-batch, added in fp32; those of an embedding come as a whole table."""
     width, table = element_bytes(recipe), table_parameters(recipe) if stage == 0 else 0
-    parameters = body_parameters(recipe, stage, layers)
+    parameters = backbone_parameters(recipe, stage, layers)
     return Work(
         traffic=parameters * (width + 2 * FP32_BYTES) + 2 * table * width,
         kernels=12 * layers,

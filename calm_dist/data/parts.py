@@ -6,8 +6,9 @@
 
 Any number of processes, on any nodes, write here at once, and each may die at any moment. So there
 is no lock that a dead one could hold: what a process makes has a random name until it is whole,
-and one rename puts it in place. Who is second at a step finds it done. ``meta.json`` ends the work;
-only after it ``.parts`` goes. So who finds ``.parts`` gone finds the finished store instead.
+and one rename puts it in place. A step that another process has completed is skipped. ``meta.json``
+ends the work; ``.parts`` is removed only after it. So a process that finds ``.parts`` gone finds
+the finished store instead.
 """
 
 from __future__ import annotations

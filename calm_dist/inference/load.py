@@ -29,7 +29,7 @@ from calm_dist.released.calm import read_calm, released_recipe
 from calm_dist.released.files import weight_files
 from calm_dist.runs import checkpoints
 from calm_dist.runs.checkpoints.run_state import RunState
-from calm_dist.training.build import build_body, build_head
+from calm_dist.training.build import build_backbone, build_head
 from calm_dist.training.checkpoint import model_state
 from calm_dist.training.resolve import autoencoder_directory
 
@@ -51,7 +51,7 @@ class LoadedModel:
     tokenizer_sha256: str | None
     """None where it is not known: a released checkpoint names no tokenizer."""
     device: torch.device
-    body: Backbone
+    backbone: Backbone
     _head: GenerativeHead | None
     autoencoder: Autoencoder | None
     autoencoder_sha256: str | None
@@ -75,7 +75,7 @@ class LoadedModel:
 
     def new_cache(self, rows: int, steps: int) -> KeyValueCache:
         """An empty cache for ``rows`` texts of at most ``steps`` steps (patches or tokens) each."""
-        return self.body.new_cache(rows, steps)
+        return self.backbone.new_cache(rows, steps)
 
     def hidden(
         self,
@@ -125,7 +125,7 @@ class LoadedModel:
     ) -> torch.Tensor:
         tokens = tokens.to(self.device)
         if cache is None or steps > 1 or positions is not None:
-            return self.body(tokens, steps, positions, mask, cache).transpose(0, 1)
+            return self.backbone(tokens, steps, positions, mask, cache).transpose(0, 1)
         # One step for each text. Matrix products round differently for different numbers of rows;
         # with always as many, a text comes out the same bits alone and in a batch.
         size = _ROWS_AT_ONCE[self.device.type]
@@ -133,7 +133,8 @@ class LoadedModel:
         for start in range(0, cache.num_rows, size):
             part = cache.select(slice(start, start + size))
             filled = F.pad(tokens[start : start + size], (0, 0, 0, size - part.num_rows))
-            outputs.append(self.body(filled, 1, None, None, part).transpose(0, 1)[: part.num_rows])
+            output = self.backbone(filled, 1, None, None, part).transpose(0, 1)
+            outputs.append(output[: part.num_rows])
         return torch.cat(outputs)
 
 
@@ -163,8 +164,8 @@ def load_model(
     if isinstance(recipe.model, CalmRecipe):
         given = autoencoder or recipe.model.autoencoder
         decoder, decoder_sha256 = _load_autoencoder(given, topology.device)
-    body, head = _build_model(recipe, topology)
-    model_state.load_weights(directory, body, head)
+    backbone, head = _build_model(recipe, topology)
+    model_state.load_weights(directory, backbone, head)
     return LoadedModel(
         recipe,
         directory,
@@ -172,7 +173,7 @@ def load_model(
         state.tokens,
         state.tokenizer_sha256,
         topology.device,
-        body,
+        backbone,
         head,
         decoder,
         decoder_sha256,
@@ -206,11 +207,11 @@ def load_released(
     else:
         decoder, decoder_sha256 = _load_autoencoder(given, topology.device)
     recipe = recipe.with_autoencoder(asdict(decoder.config))
-    body, head = _build_model(recipe, topology)
+    backbone, head = _build_model(recipe, topology)
     assert isinstance(recipe.model, CalmRecipe) and head is not None
-    released.copy_into(recipe.model, body, head)
+    released.copy_into(recipe.model, backbone, head)
     return LoadedModel(
-        recipe, directory, 0, 0, None, topology.device, body, head, decoder, decoder_sha256
+        recipe, directory, 0, 0, None, topology.device, backbone, head, decoder, decoder_sha256
     )
 
 
@@ -249,13 +250,13 @@ def tokenizer_file(directory: Path) -> Path | None:
 
 
 def _build_model(recipe: Recipe, topology: Topology) -> tuple[Backbone, GenerativeHead | None]:
-    """Frozen body and head, in eval mode, whose weights are yet to be loaded."""
-    body = build_body(recipe, transformer_config(recipe, torch.float32), topology, None)
+    """Frozen backbone and head, in eval mode, whose weights are yet to be loaded."""
+    backbone = build_backbone(recipe, transformer_config(recipe, torch.float32), topology, None)
     head = None
     if isinstance(recipe.model, CalmRecipe):
         head = build_head(recipe.model, recipe.run.seed).to(topology.device)
         head.eval().requires_grad_(False)
-    return body.eval().requires_grad_(False), head
+    return backbone.eval().requires_grad_(False), head
 
 
 def _with_files_found(recipe: Recipe, directory: Path) -> Recipe:

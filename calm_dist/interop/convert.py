@@ -150,7 +150,7 @@ def _write_first_checkpoint(
     model: LoadedModel, recipe: Recipe, run_dir: Path, tokenizer: Tokenizer | None
 ) -> None:
     temporary = checkpoints.begin(run_dir, 0)
-    model_state.save_weights(temporary, model.body, model.head)
+    model_state.save_weights(temporary, model.backbone, model.head)
     RunState(
         step=0,
         tokenizer_sha256=tokenizer.fingerprint if tokenizer else None,
@@ -177,7 +177,7 @@ def _export_calm(directory: Path, target: Path, autoencoder: str | Path | None) 
     config = calm_config(model.recipe, token_ids, path)
     weights = released_calm(
         model.recipe.model,
-        dict(model.body.named_parameters()),
+        dict(model.backbone.named_parameters()),
         dict(model.head.named_parameters()),
         model.autoencoder,
     )
@@ -280,8 +280,8 @@ def _report_calm(
     recipe = model.recipe.model
     assert isinstance(recipe, CalmRecipe)
     # Without the rows that only pad our table.
-    of_body = sum(math.prod(shape) for shape in released_shapes(recipe).values())
-    count = of_body + _count(model.head)
+    of_backbone = sum(math.prod(shape) for shape in released_shapes(recipe).values())
+    count = of_backbone + _count(model.head)
     return _report(f"calm with {recipe.head.kind} head", source, target, count, notes)
 
 

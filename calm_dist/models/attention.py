@@ -102,8 +102,8 @@ class CoreAttention(MegatronModule):
                 assert attention_mask is None
                 key, value = self._up_to_here(key), self._up_to_here(value)
             return self._attend(query, key, value, attention_mask)
-        # The copies of the queries are aligned alike. On some of SDPA's paths, a row's rounding
-        # depends on that, and on the rows that are computed together with it.
+        # Clone the queries so that alignment never varies. On some of SDPA's paths, the rounding of
+        # a row depends on it, and on the rows that are computed together with it.
         rows = [
             self._attend(query[:, row : row + 1].clone(), *memory, attention_mask)
             for row, memory in enumerate(zip(key, value, strict=True))

@@ -1,4 +1,4 @@
-"""The Transformer body on Megatron-core, shared by CALM and the discrete baseline.
+"""The Transformer backbone on Megatron-core, shared by CALM and the discrete baseline.
 
 Llama-like: RMSNorm, SwiGLU, rotary positions over steps, no biases, no dropout. A *step* is a
 patch for CALM and a token for the baseline.
@@ -38,7 +38,7 @@ from calm_dist.recipe import BackboneRecipe, Recipe
 
 
 def transformer_config(recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's configuration of the body that a recipe describes."""
+    """Megatron's configuration of the backbone that a recipe describes."""
     model, parallel = recipe.model, recipe.parallel
     assert isinstance(model, BackboneRecipe)
     on_cpu = not torch.cuda.is_available()
@@ -135,7 +135,7 @@ def layer_spec(qk_norm: bool) -> ModuleSpec:
 
 
 class Backbone(MegatronModule):
-    """One pipeline stage (or virtual chunk) of the body.
+    """One pipeline stage (or virtual chunk) of the backbone.
 
     ``first`` stages embed tokens; ``last`` stages end in the final norm. `forward` returns hidden
     states [steps, B, d], this rank's part of the steps under sequence parallelism.
@@ -241,7 +241,7 @@ class Backbone(MegatronModule):
         return hidden
 
     def new_cache(self, rows: int, steps: int) -> KeyValueCache:
-        """An empty cache for the whole body: ``rows`` texts of at most ``steps`` steps each."""
+        """An empty cache for the whole backbone: ``rows`` texts of at most ``steps`` steps each."""
         slots = -(-steps // SLOT_MULTIPLE) * SLOT_MULTIPLE
         memory = {}
         for layer in self.decoder.layers:

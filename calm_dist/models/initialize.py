@@ -1,4 +1,4 @@
-"""Initial weights of a tensor- and pipeline-parallel body: the same model for every layout.
+"""Initial weights of a tensor- and pipeline-parallel backbone: the same model for every layout.
 
 A full tensor is drawn for each parameter and each tensor-parallel rank keeps its part.
 """
@@ -17,7 +17,7 @@ from calm_dist.models.weights import InitStd, fill_parameter
 def initialize_backbone(
     backbone: Backbone, groups: ProcessGroupCollection, std: InitStd, seed: int, vocab_size: int
 ) -> None:
-    """Initialise one stage of a tensor-parallel body. Rows that pad the vocabulary are zero."""
+    """Initialise one stage of a tensor-parallel backbone. Rows that pad the vocabulary are zero."""
     world, rank = groups.tp.size(), groups.tp.rank()
     for name, parameter in backbone.named_parameters():
         shape = list(parameter.shape)
@@ -49,7 +49,7 @@ def initialize_backbone(
 
 
 def global_name(name: str, backbone: Backbone) -> str:
-    """`decoder.layers.<number in this stage>` -> `decoder.layers.<number in the whole body>`."""
+    """`decoder.layers.<number in this stage>` -> `decoder.layers.<number in the backbone>`."""
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:
         parts[2] = str(backbone.decoder.layers[int(parts[2])].layer_number - 1)

@@ -1,4 +1,4 @@
-"""Keys and values of the steps that a body has seen, so that each new step runs alone."""
+"""Keys and values of the steps that a backbone has seen, so that each new step runs alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
 SLOT_MULTIPLE = 64
-"""Slots are allocated in multiples of this, so that the memory of every row is aligned alike."""
+"""Slots are allocated in multiples of this, so that the alignment of a row never varies."""
 
 
 class KeyValueCache(StaticInferenceContext):

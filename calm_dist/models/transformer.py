@@ -1,4 +1,4 @@
-"""The discrete baseline: the same body with a vocabulary-parallel output layer."""
+"""The discrete baseline: the same backbone with a vocabulary-parallel output layer."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from calm_dist.recipe.sections import CalmRecipe, Initialization
 
 InitStd = Callable[[str, torch.Size], float]
 
-# Projections that add to the body's residual stream.
+# Projections that add to the backbone's residual stream.
 RESIDUAL_OUTPUTS = ("linear_proj", "linear_fc2")
 
 

@@ -117,7 +117,7 @@ class Peers:
             raise StoreSilentError(f"{self.store_name} does not answer")
 
     def lost(self) -> list[str]:
-        """Descriptions of the ranks that died: gone without a word, and silent now.
+        """Descriptions of the ranks that died: they left no message, and are silent now.
 
         Takes up to `SILENCE_SECONDS`, the time in which a living rank beats; for ranks of this
         machine as long as it takes them to die.
@@ -138,7 +138,7 @@ class Peers:
             return [f"{self.store_name}, the rendezvous,"]
 
     def dead(self) -> list[str]:
-        """Descriptions of the ranks of this machine that ended without a word."""
+        """Descriptions of the ranks of this machine that ended unexpectedly."""
         if self.serving_rank is not None and is_gone(self._processes[self.serving_rank]):
             return [f"{self.store_name}, the rendezvous,"]
         statuses = self.ask(self.statuses)

@@ -66,7 +66,7 @@ class Topology:
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank holds the end of the body, and the head."""
+        """Whether this rank holds the end of the backbone, and the head."""
         return self.pp_rank == self.pp_size - 1
 
 

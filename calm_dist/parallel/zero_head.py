@@ -135,8 +135,8 @@ class ZeroHead:
 
         Shapes as in `models.heads.base.GenerativeHead.forward`. DeepSpeed averages the head's
         gradient over TP·CP·DP ranks, but the loss is a *sum* over the TP shards and a mean over
-        CP·DP (Megatron averages the body's gradient over those; its schedule multiplies the loss
-        by CP). So the loss is scaled by TP, and the gradient into the body back by 1/TP.
+        CP·DP (Megatron averages the backbone's gradient over those; its schedule multiplies the
+        loss by CP). So the loss is scaled by TP, and the gradient into the backbone back by 1/TP.
         """
         self._engine.set_gradient_accumulation_boundary(last_micro_batch)
         hidden = _ScaleGradient.apply(hidden, 1.0 / self._tp_size)

@@ -53,7 +53,7 @@ class Groups:
 
     tensor: Group
     data: Group
-    """Replicas of the body's parameters: data x context."""
+    """Replicas of the backbone's parameters: data x context."""
     head: Group
     """All ranks of the last stage."""
 

@@ -30,7 +30,7 @@ MODELS: dict[str, tuple[dict[str, Any], int, int]] = {
         256,
         250_000,
     ),
-    # Llama's 70B body: 2^23 tokens a step, 1.5e12 in all, about 20 for each parameter.
+    # Llama's 70B backbone: 2^23 tokens a step, 1.5e12 in all, about 20 for each parameter.
     "CALM 70B": (
         {
             "hidden_size": 8192,

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 from calm_dist.costs import flops
 from calm_dist.costs.clusters import Cluster
-from calm_dist.costs.memory import FP32_BYTES, body_parameters, element_bytes, layer_counts
+from calm_dist.costs.memory import FP32_BYTES, backbone_parameters, element_bytes, layer_counts
 from calm_dist.costs.work import micro_batch_work, optimizer_work, positions
 from calm_dist.planner.collectives import Group, Groups, groups, send
 from calm_dist.recipe import Recipe
 
 # Of a micro-batch's time, in which gradients can be reduced meanwhile.
 BACKWARD_SHARE = 2 / 3
-# Small all-reduces of a step: the body's norm, loss and flags, the schedule's token counts.
+# Small all-reduces of a step: the backbone's norm, loss and flags, the schedule's token counts.
 STEP_REDUCTIONS = 4
 
 
@@ -160,7 +160,7 @@ def _step_end(
 ) -> dict[str, float]:
     """Terms after the last micro-batch on a stage."""
     parallel, model = recipe.parallel, recipe.model
-    parameters, width = body_parameters(recipe, stage, layers), element_bytes(recipe)
+    parameters, width = backbone_parameters(recipe, stage, layers), element_bytes(recipe)
     reduce = links.data.half(parameters * FP32_BYTES, cluster)
     if not parallel.distributed_optimizer:
         reduce *= 2

@@ -10,7 +10,7 @@ from calm_dist.costs.clusters import Cluster
 from calm_dist.costs.memory import (
     ADAM_MOMENTS_BYTES,
     FP32_BYTES,
-    body_parameters,
+    backbone_parameters,
     element_bytes,
     layer_counts,
 )
@@ -53,7 +53,7 @@ def latent_bytes_per_token(recipe: Recipe, latent_bytes: int = FP16_BYTES) -> fl
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
-    """Weights and AdamW's state of body and head; fp32 master weights count once."""
+    """Weights and AdamW's state of backbone and head; fp32 master weights count once."""
     counts = flops.count(recipe, tokens=0)
     state = FP32_BYTES + ADAM_MOMENTS_BYTES
     head = flops.head_parameters(recipe.model) if recipe.model.kind == "calm" else 0
@@ -116,6 +116,6 @@ def _gather_seconds(recipe: Recipe, reliability: Reliability) -> float:
     if not recipe.parallel.distributed_optimizer:
         return 0.0
     counts = enumerate(layer_counts(recipe))
-    largest = max(body_parameters(recipe, stage, layers) for stage, layers in counts)
+    largest = max(backbone_parameters(recipe, stage, layers) for stage, layers in counts)
     state = largest * (ADAM_MOMENTS_BYTES + FP32_BYTES)
     return state / reliability.gather_bandwidth

@@ -314,7 +314,7 @@ class Training(Section):
     """Limit of the joint gradient norm of backbone and head."""
     energy_kernel: Literal["torch", "triton"] = "torch"
     """What computes the energy score of a CALM's energy head. ``triton``: one fused kernel, for
-    GPUs; not timed yet. Their draws differ, of one distribution."""
+    GPUs; not timed yet. The random streams differ; the distribution is the same."""
 
 
 class Checkpoint(Section):

@@ -41,8 +41,8 @@ class ReleasedCalm:
     tensors: Tensors
 
     @torch.no_grad()
-    def copy_into(self, model: CalmRecipe, body: nn.Module, head: nn.Module) -> None:
-        """Fill a whole body and a head of this recipe with the weights, in their own dtype.
+    def copy_into(self, model: CalmRecipe, backbone: nn.Module, head: nn.Module) -> None:
+        """Fill a whole backbone and a head of this recipe with the weights, in their own dtype.
 
         Raises:
             CheckpointError: a tensor is missing, unknown or of another shape.
@@ -59,9 +59,10 @@ class ReleasedCalm:
         }
         inside = {name: tuple(tensors.values[name].shape) for name in _autoencoder_names(tensors)}
         tensors.check(shapes | inside, CONFIG_FILE)
-        of_body = dict(body.named_parameters())
-        for rule in rules_for(model, of_body):
-            of_body[rule.ours].copy_(rule.join([tensors.values[name] for name in rule.released]))
+        of_backbone = dict(backbone.named_parameters())
+        for rule in rules_for(model, of_backbone):
+            released = [tensors.values[name] for name in rule.released]
+            of_backbone[rule.ours].copy_(rule.join(released))
         for name, parameter in of_head.items():
             parameter.copy_(tensors.values[prefixes[0] + name])
 
@@ -150,7 +151,7 @@ def released_recipe(
 
 def released_calm(
     model: CalmRecipe,
-    body: Mapping[str, torch.Tensor],
+    backbone: Mapping[str, torch.Tensor],
     head: Mapping[str, torch.Tensor],
     autoencoder: Autoencoder | None = None,
 ) -> dict[str, torch.Tensor]:
@@ -158,7 +159,7 @@ def released_calm(
 
     Each has memory of its own, as safetensors asks for; most of it is the given tensors' own.
     """
-    released = to_released(model, body)
+    released = to_released(model, backbone)
     first, *others = released_head(model.head).prefixes
     for name, tensor in head.items():
         released[first + name] = tensor

@@ -41,7 +41,7 @@ _WRITTEN: dict[str, Any] = {
 }
 _MAX_POSITIONS = 2048
 _LARGEST_NUMBER = 2**31
-# The body's and the head's fields, with the authors' defaults where they may be left out.
+# The backbone's and the head's fields, with the authors' defaults where they may be left out.
 _BODY_KEYS = ("vocab_size", "patch_size", "latent_size", "hidden_size", "intermediate_size",
               "num_hidden_layers", "num_attention_heads")  # fmt: skip
 _BODY_DEFAULTS = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "initializer_range": 0.02}

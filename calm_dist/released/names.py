@@ -1,4 +1,4 @@
-"""Which released tensors our body is made of, and how.
+"""Which released tensors our backbone is made of, and how.
 
 The same rules carry weights and, being linear selections, gradients in both directions.
 """
@@ -33,8 +33,8 @@ class Rule:
     split: Callable[[torch.Tensor], Sequence[torch.Tensor]]
 
 
-def body_rules(model: CalmRecipe) -> Iterator[Rule]:
-    """The rules of all parameters of a whole body."""
+def backbone_rules(model: CalmRecipe) -> Iterator[Rule]:
+    """The rules of all parameters of a whole backbone."""
     assert model.vocab_size is not None
     width, patch = model.hidden_size, model.patch_size
     yield _vocabulary_rule(model.vocab_size, width)
@@ -53,17 +53,17 @@ def body_rules(model: CalmRecipe) -> Iterator[Rule]:
 
 
 def released_shapes(model: CalmRecipe) -> Shapes:
-    """Names and shapes of the body's released tensors."""
-    return {name: shape for rule in body_rules(model) for name, shape in rule.released.items()}
+    """Names and shapes of the backbone's released tensors."""
+    return {name: shape for rule in backbone_rules(model) for name, shape in rule.released.items()}
 
 
 def rules_for(model: CalmRecipe, parameters: Iterable[str]) -> list[Rule]:
-    """The rules of a whole body that has these parameters, each covered by one.
+    """The rules of a whole backbone that has these parameters, each covered by one.
 
     Raises:
         CheckpointError: a parameter has no rule, hence no place in the released layout.
     """
-    rules = list(body_rules(model))
+    rules = list(backbone_rules(model))
     covered = {rule.ours for rule in rules}
     if without := [name for name in parameters if name not in covered]:
         raise CheckpointError(
@@ -73,16 +73,16 @@ def rules_for(model: CalmRecipe, parameters: Iterable[str]) -> list[Rule]:
     return rules
 
 
-def to_released(model: CalmRecipe, body: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of a whole body (weights or gradients) under their released names.
+def to_released(model: CalmRecipe, backbone: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a whole backbone (weights or gradients) under their released names.
 
     Raises:
         CheckpointError: see `rules_for`.
     """
     return {
         name: part
-        for rule in rules_for(model, body)
-        for name, part in zip(rule.released, rule.split(body[rule.ours]), strict=True)
+        for rule in rules_for(model, backbone)
+        for name, part in zip(rule.released, rule.split(backbone[rule.ours]), strict=True)
     }
 
 

@@ -30,13 +30,13 @@ FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 _TRIES, _BETWEEN_TRIES = 5, 0.04
 
 
-def hold(run_dir: Path) -> int:
+def acquire_lock(run_dir: Path) -> int:
     """Hold the run directory; the kernel lets go of it however this process ends.
 
     Where the file system has no `flock`, by a `Lease`, which the next start sees to be stale.
 
     Returns:
-        The descriptor that holds it while it is open, for `let_go`.
+        The descriptor that holds it while it is open, for `release_lock`.
 
     Raises:
         LaunchError: another run is at work in the directory.
@@ -76,11 +76,11 @@ def _is_at_work(run_dir: Path, holder: str) -> LaunchError:
     )
 
 
-def let_go(descriptor: int) -> None:
-    """Let go of the run directory that `hold` holds."""
+def release_lock(descriptor: int) -> None:
+    """Let go of the run directory that `acquire_lock` holds."""
     _held.pop(descriptor, None)
     if (lease := _leases.pop(descriptor, None)) is not None:
-        lease.let_go()
+        lease.release()
     os.close(descriptor)
 
 
@@ -112,7 +112,7 @@ _held: dict[int, tuple[int, int]] = {}
 _leases: dict[int, Lease] = {}
 
 
-def _let_go_in_child() -> None:
+def _release_in_child() -> None:
     """A child that outlives its rank must not keep the run directory from the restart."""
     for descriptor, file in _held.items():
         with contextlib.suppress(OSError):
@@ -123,7 +123,7 @@ def _let_go_in_child() -> None:
     _leases.clear()
 
 
-os.register_at_fork(after_in_child=_let_go_in_child)
+os.register_at_fork(after_in_child=_release_in_child)
 
 
 def _file_of(descriptor: int) -> tuple[int, int]:

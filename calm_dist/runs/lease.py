@@ -29,7 +29,7 @@ class HeldError(Exception):
 
 
 class Lease:
-    """The lease on a directory, held until `let_go`, or as long as this process lives.
+    """The lease on a directory, held until `release`, or as long as this process lives.
 
     Raises:
         HeldError: another process holds it.
@@ -43,7 +43,7 @@ class Lease:
             self._remove_if_gone()
         threading.Thread(target=self._beat, name="lease", daemon=True).start()
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Give the directory back."""
         self._ended.set()
         if _read(self._file) == self._text:

@@ -239,7 +239,7 @@ def _state(run_dir: Path, row: Row) -> tuple[str, str | None]:
     # Killed, or trained by a version that did not write it down.
     if row["checkpoint"] is not None and row["checkpoint"] >= row["steps"]:
         return FINISHED, None
-    return FAILED, "ended without a word: killed, or the machine went away"
+    return FAILED, "ended unexpectedly: killed, or the node failed"
 
 
 _COLUMNS = ("run", "kind", "state", "step", "loss", "tok/s", "saved", "idle", "score")

@@ -28,7 +28,7 @@ from calm_dist.parallel.zero_head import ZeroHead
 from calm_dist.recipe import CalmRecipe, Recipe
 from calm_dist.recipe.checks import NO_OVERLAP_ON_CPU
 from calm_dist.released.autoencoder import load_autoencoder
-from calm_dist.training.optimizer import build_body_optimizer
+from calm_dist.training.optimizer import build_backbone_optimizer
 from calm_dist.training.resolve import autoencoder_directory
 
 # Gradients that are reduced together: Megatron's default, but never so many that there would be
@@ -52,20 +52,20 @@ def parameter_dtype(recipe: Recipe) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.precision]
 
 
-def build_body(
+def build_backbone(
     recipe: Recipe, config: TransformerConfig, topology: Topology, vp_stage: int | None
 ) -> Backbone:
-    """One initialised chunk of the body on this rank's device."""
+    """One initialised chunk of the backbone on this rank's device."""
     chunks = recipe.parallel.chunks_per_stage
     first = topology.pp_rank == 0 and (vp_stage or 0) == 0
     last = topology.is_last_stage and (vp_stage or 0) == chunks - 1
     model = recipe.model
     assert model.kind != "autoencoder" and model.vocab_size is not None
     kind = Backbone if model.kind == "calm" else Transformer
-    body = kind(recipe, config, topology.groups, first=first, last=last, vp_stage=vp_stage)
+    backbone = kind(recipe, config, topology.groups, first=first, last=last, vp_stage=vp_stage)
     std = init_std(model, model.num_hidden_layers)
-    initialize_backbone(body, topology.groups, std, recipe.run.seed, model.vocab_size)
-    return body.to(device=topology.device, dtype=config.params_dtype)
+    initialize_backbone(backbone, topology.groups, std, recipe.run.seed, model.vocab_size)
+    return backbone.to(device=topology.device, dtype=config.params_dtype)
 
 
 def build_head(model: CalmRecipe, seed: int) -> GenerativeHead:
@@ -81,12 +81,12 @@ def build_head(model: CalmRecipe, seed: int) -> GenerativeHead:
 def build_chunks(
     recipe: Recipe, config: TransformerConfig, topology: Topology
 ) -> list[DistributedDataParallel]:
-    """This rank's chunks of the body in Megatron's DDP, and the hooks for its schedules."""
+    """This rank's chunks of the backbone in Megatron's DDP, and the hooks for its schedules."""
     parallel = recipe.parallel
     size = parallel.virtual_pipeline_size
     stages = [None] if size is None else list(range(size))
-    bodies = [build_body(recipe, config, topology, stage) for stage in stages]
-    elements = sum(p.numel() for p in bodies[0].parameters())
+    backbones = [build_backbone(recipe, config, topology, stage) for stage in stages]
+    elements = sum(p.numel() for p in backbones[0].parameters())
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.distributed_optimizer,
@@ -97,8 +97,8 @@ def build_chunks(
     )
     chunks = [
         # As Megatron's own loop: other chunks compute while a later one is reduced whole.
-        DistributedDataParallel(config, ddp_config, body, disable_bucketing=number > 0)
-        for number, body in enumerate(bodies)
+        DistributedDataParallel(config, ddp_config, backbone, disable_bucketing=number > 0)
+        for number, backbone in enumerate(backbones)
     ]
     config.finalize_model_grads_func = finalize_model_grads
     if parallel.overlap_grad_reduce:
@@ -129,7 +129,7 @@ def check_energy_kernel(recipe: Recipe, device: torch.device) -> None:
 
 
 def build_parts(recipe: Recipe, topology: Topology) -> Parts:
-    """Body chunks, head in its ZeRO engine, optimizer and forward step.
+    """Backbone chunks, head in its ZeRO engine, optimizer and forward step.
 
     Raises:
         RecipeError: the recipe asks for what the device cannot do.
@@ -139,7 +139,7 @@ def build_parts(recipe: Recipe, topology: Topology) -> Parts:
     dtype = parameter_dtype(recipe)
     config = transformer_config(recipe, dtype)
     chunks = build_chunks(recipe, config, topology)
-    optimizer = build_body_optimizer(recipe, chunks, dtype)
+    optimizer = build_backbone_optimizer(recipe, chunks, dtype)
     head: ZeroHead | None = None
     forward_step: ForwardStep
     model = recipe.model

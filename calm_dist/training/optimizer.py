@@ -1,4 +1,4 @@
-"""One optimizer step over body (Megatron) and head (DeepSpeed) with one global gradient norm."""
+"""One optimizer step over backbone (Megatron) and head (DeepSpeed), with one gradient norm."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from calm_dist.training.engine import StepResult
 from calm_dist.training.schedule import learning_rate
 
 
-def build_body_optimizer(
+def build_backbone_optimizer(
     recipe: Recipe, chunks: list[DistributedDataParallel], dtype: torch.dtype
 ) -> MegatronOptimizer:
-    """Megatron's AdamW for the body, plain or distributed, with its own clipping off."""
+    """Megatron's AdamW for the backbone, plain or distributed, with its own clipping off."""
     training = recipe.training
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -48,13 +48,13 @@ def build_body_optimizer(
 
 
 class JointOptimizer:
-    """Clips body and head by their joint gradient norm and steps both, or skips both."""
+    """Clips backbone and head by their joint gradient norm and steps both, or skips both."""
 
     def __init__(
-        self, recipe: Recipe, body: MegatronOptimizer, head: ZeroHead | None, topology: Topology
+        self, recipe: Recipe, backbone: MegatronOptimizer, head: ZeroHead | None, topology: Topology
     ) -> None:
         self._training = recipe.training
-        self._body, self._head = body, head
+        self._backbone, self._head = backbone, head
         self._device = topology.device
 
     def step(
@@ -70,7 +70,7 @@ class JointOptimizer:
         A loss or norm that is not finite anywhere skips the step on every rank.
         """
         rate = learning_rate(self._training, step)
-        self._body.prepare_grads()
+        self._backbone.prepare_grads()
         total_loss, norm, stop, data_failed = self._reduce(loss, stop, data_failed)
         skipped = not (math.isfinite(total_loss) and math.isfinite(norm))
         if skipped:
@@ -78,9 +78,9 @@ class JointOptimizer:
                 self._head.discard_gradients()
         else:
             self._clip(norm)
-            for group in self._body.param_groups:
+            for group in self._backbone.param_groups:
                 group["lr"] = rate
-            self._body.step_with_ready_grads()
+            self._backbone.step_with_ready_grads()
             if self._head is not None:
                 self._head.step(rate)
         return StepResult(total_loss, norm, rate, skipped, stop, data_failed)
@@ -89,8 +89,8 @@ class JointOptimizer:
         self, loss: torch.Tensor, stop: bool, data_failed: bool
     ) -> tuple[float, float, bool, bool]:
         """Loss, joint gradient norm, whether to stop, whether data failed; equal on all ranks."""
-        # Already summed over the ranks that share the body, and equal on its replicas.
-        body_norm = float(self._body.get_grad_norm())
+        # Already summed over the ranks that share the backbone, and equal on its replicas.
+        backbone_norm = float(self._backbone.get_grad_norm())
         sums = torch.zeros(4, dtype=torch.float64, device=self._device)
         sums[0] = loss
         if self._head is not None:
@@ -98,7 +98,7 @@ class JointOptimizer:
         sums[2], sums[3] = float(stop), float(data_failed)
         dist.all_reduce(sums)
         total_loss, head_squared, stopping, failing = sums.tolist()
-        return total_loss, math.sqrt(body_norm**2 + head_squared), stopping > 0, failing > 0
+        return total_loss, math.sqrt(backbone_norm**2 + head_squared), stopping > 0, failing > 0
 
     def _clip(self, norm: float) -> None:
         limit = self._training.clip_grad_norm
@@ -106,7 +106,7 @@ class JointOptimizer:
         factor = limit / (norm + 1e-6)
         if factor >= 1.0:
             return
-        for optimizer in getattr(self._body, "chained_optimizers", [self._body]):
+        for optimizer in getattr(self._backbone, "chained_optimizers", [self._backbone]):
             # Megatron's own makes new tensors where neither Apex nor Transformer Engine is there.
             clip_grads_with_norm_(optimizer.get_parameters(), limit, torch.tensor(norm))
         if self._head is not None:

@@ -19,7 +19,7 @@ from calm_dist.parallel.launch import World, join_world
 from calm_dist.parallel.slurm import allocated_gpus
 from calm_dist.planner.dry_run import plan
 from calm_dist.recipe import Recipe
-from calm_dist.training.checkpoint.restart import room
+from calm_dist.training.checkpoint.restart import free_space
 from calm_dist.training.resolve import resolve
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _check_disk(recipe: Recipe) -> str:
     finally:
         with suppress(OSError):
             probe.unlink()
-    return f"{room(recipe) / 1e9:.0f} GB free in run.dir"
+    return f"{free_space(recipe) / 1e9:.0f} GB free in run.dir"
 
 
 def _check_data(recipe: Recipe) -> str:

@@ -21,7 +21,7 @@ from calm_dist.parallel.processes import children_die_with_us
 from calm_dist.progress import duration
 from calm_dist.recipe import Recipe
 from calm_dist.redact import redact_arguments
-from calm_dist.runs.directory import end_recorded, hold, let_go, write_environment
+from calm_dist.runs.directory import acquire_lock, end_recorded, release_lock, write_environment
 from calm_dist.training.changes import check_changes
 from calm_dist.training.phases import Phases
 from calm_dist.training.resolve import resolve
@@ -105,7 +105,7 @@ def launched(recipe: Recipe) -> Iterator[Session]:
                 dist.barrier()
         finally:
             if world.rank == 0:
-                let_go(lock)
+                release_lock(lock)
     # Not after an error: it could wait for a peer that is gone.
     dist.destroy_process_group()
     if world.rank == 0:
@@ -170,7 +170,7 @@ def prepare_run_directory(recipe: Recipe) -> int:
         LaunchError: another run is at work in the directory.
     """
     run_dir = Path(recipe.run.dir)
-    lock = hold(run_dir)
+    lock = acquire_lock(run_dir)
     check_changes(run_dir, recipe)
     return lock
 

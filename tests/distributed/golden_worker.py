@@ -72,7 +72,7 @@ class Start:
         )
 
     def write_masters(self) -> None:
-        """The body's weights and their fp32 masters, and the head's; of one rank."""
+        """The backbone's weights and their fp32 masters, and the head's; of one rank."""
         from safetensors.torch import save_file
 
         from calm_dist.parallel.topology import destroy_topology
@@ -80,7 +80,7 @@ class Start:
         assert self.parts.head is not None
         found = {n: t.clone() for n, t in self.parts.head.export_state().items()}
         for name, parameter in self.parts.chunks[0].module.named_parameters():
-            found[f"body.{name}"] = parameter.detach().clone()
+            found[f"backbone.{name}"] = parameter.detach().clone()
             found[f"master.{name}"] = parameter.main_param.detach().clone()
         save_file(found, self.job["out"])
         destroy_topology(self.topology)
@@ -169,17 +169,17 @@ class GoldenRun(Start):
         return output.transpose(0, 1)[:, : self.recipe.num_patches - 1].contiguous()
 
     def gradients(self) -> dict[str, Any]:
-        """Whole gradients of body and head under our global names."""
+        """Whole gradients of backbone and head under our global names."""
         from calm_dist.models.initialize import global_name
 
         found = {}
         for chunk in self.parts.chunks:
-            body = chunk.module
-            for name, parameter in body.named_parameters():
+            backbone = chunk.module
+            for name, parameter in backbone.named_parameters():
                 value = parameter.main_grad.clone()
                 if getattr(parameter, "tensor_model_parallel", False):
                     value = self.whole(parameter, value)
-                found[global_name(name, body)] = value
+                found[global_name(name, backbone)] = value
         if self.parts.head is not None:
             found |= {f"head.{name}": v for name, v in self.head_gradients().items()}
         return found

@@ -182,18 +182,18 @@ def test_three_adamw_steps(runs: Path, layout: str) -> None:
 
 
 def test_training_starts_from_the_weights_unrounded(runs: Path) -> None:
-    """bf16 run of fp32 weights: the masters are exact, the body is rounded, Adam is fresh."""
+    """bf16 run of fp32 weights: the masters are exact, the backbone is rounded, Adam is fresh."""
     found = load_file(runs / "start.safetensors")
     weights = torch.load(GOLDEN / "calm_k4" / "pytorch_model.bin", weights_only=True)
     model = load_recipe(runs / "run_k4" / "recipe.yaml").model
     assert isinstance(model, CalmRecipe)
-    of_body, of_master, of_head = (
+    of_backbone, of_master, of_head = (
         {name.removeprefix(prefix): t for name, t in found.items() if name.startswith(prefix)}
-        for prefix in ("body.", "master.", "fp32.")
+        for prefix in ("backbone.", "master.", "fp32.")
     )
     masters = released_calm(model, of_master, of_head)
-    rounded = released_calm(model, of_body, of_head)
-    assert {tensor.dtype for tensor in of_body.values()} == {torch.bfloat16}
+    rounded = released_calm(model, of_backbone, of_head)
+    assert {tensor.dtype for tensor in of_backbone.values()} == {torch.bfloat16}
     assert masters.keys() == {name for name in weights if not name.startswith("ae_model.")}
     for name, tensor in masters.items():
         assert torch.equal(tensor, weights[name]), name

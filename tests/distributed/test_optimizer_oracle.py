@@ -41,16 +41,16 @@ def plain_training(overrides: list[str]) -> list[tuple[float, float]]:
     from calm_dist.parallel.launch import World
     from calm_dist.parallel.noise import KeyedNoise
     from calm_dist.recipe import load_recipe
-    from calm_dist.training.build import build_body, build_head
+    from calm_dist.training.build import build_backbone, build_head
     from calm_dist.training.resolve import resolve
 
     given = resolve(load_recipe(recipe("calm"), overrides))
     model = given.model
     assert model.kind == "calm"
     topology = single_process_topology(single_process_recipe(given), torch.device("cpu"))
-    body = build_body(given, transformer_config(given, torch.float32), topology, None)
+    backbone = build_backbone(given, transformer_config(given, torch.float32), topology, None)
     head = build_head(model, given.run.seed)
-    parameters = [*body.parameters(), *head.parameters()]
+    parameters = [*backbone.parameters(), *head.parameters()]
     training = given.training
     optimizer = torch.optim.AdamW(
         [
@@ -79,7 +79,7 @@ def plain_training(overrides: list[str]) -> list[tuple[float, float]]:
     patches = given.num_patches
     history = []
     for step, batch in zip(range(STEPS), stream, strict=False):
-        hidden = body(batch["tokens"], patches).transpose(0, 1)  # [B, P, d]
+        hidden = backbone(batch["tokens"], patches).transpose(0, 1)  # [B, P, d]
         noise = KeyedNoise(
             given.run.seed, step, batch["index"].tolist(), 0, patches, torch.device("cpu")
         )

@@ -32,7 +32,7 @@ def train(job: dict[str, Any], world: Any, device: Any) -> None:
     from calm_dist.parallel.rank_zero import on_rank_zero
     from calm_dist.parallel.topology import build_topology, destroy_topology
     from calm_dist.recipe import load_recipe
-    from calm_dist.runs.directory import let_go
+    from calm_dist.runs.directory import release_lock
     from calm_dist.training.language_model import Trainer
     from calm_dist.training.resolve import resolve
     from calm_dist.training.session import prepare_run_directory, record_start
@@ -51,7 +51,7 @@ def train(job: dict[str, Any], world: Any, device: Any) -> None:
         trainer.parts.head.close()
     destroy_topology(topology)
     if world.rank == 0:
-        let_go(lock)
+        release_lock(lock)
 
 
 def disturb(trainer: Any, job: dict[str, Any]) -> None:

@@ -198,7 +198,7 @@ def test_run_under_torchrun(tmp_path: Path, tiny: Callable[..., list[str]]) -> N
     while (row := describe(run_dir))["state"] == "running":
         assert time.monotonic() - started < 20.0
         time.sleep(0.02)
-    assert row["state"] == "failed" and "without a word" in row["reason"]
+    assert row["state"] == "failed" and "ended unexpectedly" in row["reason"]
 
     # Neither port nor run directory are held by what was left.
     launcher = torchrun_at_work(overrides, run_dir)

@@ -40,7 +40,7 @@ STEP_POINTS: dict[str, tuple[int, str, int, str]] = {
     "data": (1, f"{PHASES}.enter", 11, "data"),
     "second micro-batch": (0, f"{PHASES}.progress", 8, ""),
     "optimizer": (1, f"{PHASES}.enter", 4, "optimizer"),
-    "between body and head": (0, "calm_dist.parallel.zero_head:ZeroHead.step", 5, ""),
+    "between backbone and head": (0, "calm_dist.parallel.zero_head:ZeroHead.step", 5, ""),
 }
 QUEUE = "megatron.core.dist_checkpointing.strategies.async_utils:AsyncCallsQueue"
 LOAD_PLANNER = "megatron.core.dist_checkpointing.strategies.torch:MCoreLoadPlanner"

@@ -25,7 +25,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, object]]] = {
     "pp2": ("calm", ALONE | {"parallel__pipeline_parallel_size": 2}),
     "autoencoder": ("autoencoder", {}),
 }
-# The first module of a rank is of its body, the last one of a last stage is the head.
+# The first module of a rank is of its backbone, the last one of a last stage is the head.
 BODY, HEAD = 0, -1
 
 
@@ -45,15 +45,15 @@ def batch(value: str) -> dict[str, Any]:
 
 
 ON_PURPOSE = {"kind": "skip", "rank": -1, "step": BAD}
-# With replicas every rank has body and head; of two stages only the last one has the head.
+# With replicas every rank has backbone and head; of two stages only the last one has the head.
 FAULTS = {
     "dp2": {
-        "body_gradient": gradient(1, BODY, "nan"),
+        "backbone_gradient": gradient(1, BODY, "nan"),
         "head_gradient": gradient(0, HEAD, "inf"),
         "batch": batch("inf"),
     },
     "pp2": {
-        "body_gradient": gradient(0, BODY, "-inf"),
+        "backbone_gradient": gradient(0, BODY, "-inf"),
         "head_gradient": gradient(1, HEAD, "nan"),
         "batch": batch("nan"),
     },

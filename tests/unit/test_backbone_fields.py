@@ -14,7 +14,7 @@ from launches import ALONE, WORKER, recipe, run_worker, training_records
 from tiny_models import tiny_model
 
 from calm_dist.costs import flops
-from calm_dist.costs.memory import body_parameters
+from calm_dist.costs.memory import backbone_parameters
 from calm_dist.errors import CheckpointError
 from calm_dist.recipe import BackboneRecipe, CalmRecipe
 from calm_dist.released.calm import ReleasedCalm, released_calm
@@ -56,9 +56,9 @@ def test_parameters_are_counted(kind: str, field: str) -> None:
     vocabulary = {"vocab_size": 300} if field == "vocab_size" else {}
     model = tiny_model(kind, **vocabulary, **change)
     recipe = model.recipe
-    held = sum(parameter.numel() for parameter in model.body.parameters())
+    held = sum(parameter.numel() for parameter in model.backbone.parameters())
     layers = recipe.model.num_hidden_layers
-    assert body_parameters(recipe, 0, layers) == held
+    assert backbone_parameters(recipe, 0, layers) == held
     counts = flops.count(recipe, tokens=0)
     padding = -recipe.model.vocab_size % 64 * recipe.model.hidden_size
     tables = 2 if kind == "transformer" else 1
@@ -71,37 +71,37 @@ def test_export_and_import_keep_every_weight(tmp_path: Path, field: str) -> None
     change = {field: CHANGES[field]}
     model, other = tiny_model(**change), tiny_model(**change, seed=1)
     assert isinstance(model.recipe.model, CalmRecipe) and model._head is not None
-    body, head = dict(model.body.named_parameters()), dict(model._head.named_parameters())
+    backbone, head = dict(model.backbone.named_parameters()), dict(model._head.named_parameters())
     if field in NOT_RELEASED:
         with pytest.raises(CheckpointError, match=NOT_RELEASED[field]):
-            released_calm(model.recipe.model, body, head)
+            released_calm(model.recipe.model, backbone, head)
         # The weights of a model without the field lack what this one has.
         without = tiny_model()
         tensors = released_calm(
             without.recipe.model,
-            dict(without.body.named_parameters()),
+            dict(without.backbone.named_parameters()),
             dict(without._head.named_parameters()),
         )
         with pytest.raises(CheckpointError, match=NOT_RELEASED[field]):
             fill(tensors, other, tmp_path)
         return
     # Weights that no initialisation gives, norms included.
-    for parameter in (*body.values(), *head.values()):
+    for parameter in (*backbone.values(), *head.values()):
         with torch.no_grad():
             parameter.copy_(torch.randn_like(parameter))
     with torch.no_grad():
         # Rows that only pad the vocabulary are zero in every model.
-        body["embedding.embed_tokens.weight"][model.recipe.model.vocab_size :] = 0
-    fill(released_calm(model.recipe.model, body, head), other, tmp_path)
-    for name, parameter in (*other.body.named_parameters(), *other._head.named_parameters()):
-        expected = body.get(name, head.get(name))
+        backbone["embedding.embed_tokens.weight"][model.recipe.model.vocab_size :] = 0
+    fill(released_calm(model.recipe.model, backbone, head), other, tmp_path)
+    for name, parameter in (*other.backbone.named_parameters(), *other._head.named_parameters()):
+        expected = backbone.get(name, head.get(name))
         assert torch.equal(parameter, expected), name
 
 
 def fill(tensors: dict[str, torch.Tensor], model, directory: Path) -> None:  # type: ignore[no-untyped-def]
     file = directory / "model.safetensors"
     released = Tensors(directory, tensors, dict.fromkeys(tensors, file))
-    ReleasedCalm(directory, released).copy_into(model.recipe.model, model.body, model._head)
+    ReleasedCalm(directory, released).copy_into(model.recipe.model, model.backbone, model._head)
 
 
 LAYOUTS = {
@@ -114,7 +114,7 @@ LAYOUTS = {
 def changes_shapes(field: str) -> bool:
     """Whether a model of another value has other tensors."""
     before, after = (
-        {name: value.shape for name, value in tiny_model(**change).body.named_parameters()}
+        {name: value.shape for name, value in tiny_model(**change).backbone.named_parameters()}
         for change in ({}, {field: CHANGES[field]})
     )
     return before != after

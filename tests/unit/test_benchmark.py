@@ -38,7 +38,7 @@ def test_a_comparison_measures_time_memory_and_difference() -> None:
 def test_plain_brier_has_the_same_expectation() -> None:
     """Brier-1..4 of a Transformer at five starts, within 4.5 standard errors of 300 runs."""
     tiny = tiny_model("transformer", block_steps=12)
-    tiny.body.output_layer.weight.data.mul_(20)  # type: ignore[operator,union-attr]
+    tiny.backbone.output_layer.weight.data.mul_(20)  # type: ignore[operator,union-attr]
     tokens = torch.randint(VOCAB, (12,), generator=torch.Generator().manual_seed(0))
     starts = torch.arange(2, 7)
     generator = torch.Generator().manual_seed(1)

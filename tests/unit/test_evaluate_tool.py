@@ -51,7 +51,7 @@ def write_run(model: LoadedModel, run: Path, tokenizer_sha256: str | None, step:
         values["model"]["autoencoder"] = str(run / "autoencoder")
     recipe = type(model.recipe).from_dict(values).to_yaml()
     temporary = checkpoints.begin(run, step)
-    model_state.save_weights(temporary, model.body, model._head)
+    model_state.save_weights(temporary, model.backbone, model._head)
     sha256, data = tokenizer_sha256, {"steps_done": step}
     RunState(step=step, tokens=4096, tokenizer_sha256=sha256, data=data).write(temporary)
     for directory in (run, temporary):

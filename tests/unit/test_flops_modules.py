@@ -54,32 +54,32 @@ def forward_and_all(output: torch.Tensor, counter: FlopCounterMode) -> tuple[int
     return forward, counter.get_total_flops()
 
 
-def run_body(recipe: Recipe, steps: int) -> tuple[int, int]:
-    """One block of ``steps`` steps through the body: (forward, forward and backward)."""
+def run_backbone(recipe: Recipe, steps: int) -> tuple[int, int]:
+    """One block of ``steps`` steps through the backbone: (forward, forward and backward)."""
     topology = single_process_topology(recipe, torch.device("cpu"))
     kind = Backbone if recipe.model.kind == "calm" else Transformer
     with torch.device("meta"):
-        body = kind(recipe, transformer_config(recipe, torch.float32), topology.groups)
+        backbone = kind(recipe, transformer_config(recipe, torch.float32), topology.groups)
         # Megatron puts it on the CPU, whatever the default.
-        body.rotary.inv_freq = meta(*body.rotary.inv_freq.shape)
+        backbone.rotary.inv_freq = meta(*backbone.rotary.inv_freq.shape)
         tokens = torch.zeros(1, steps * recipe.model.patch_size, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:
-            return forward_and_all(body(tokens, steps), counter)
+            return forward_and_all(backbone(tokens, steps), counter)
 
 
 @pytest.mark.parametrize("path", LANGUAGE_MODELS, ids=name)
-def test_body_of_every_recipe(path: Path) -> None:
+def test_backbone_of_every_recipe(path: Path) -> None:
     recipe = load_recipe(path, ALONE)
-    forward, both = run_body(recipe, recipe.num_patches)
+    forward, both = run_backbone(recipe, recipe.num_patches)
     parts = [part for part in flops.count(recipe).parts if part.name != "head"]
     tokens = recipe.block_size
     assert forward == sum(part.forward_flops_per_token_ours for part in parts) * tokens
     assert both == sum(part.train_flops_per_token_ours for part in parts) * tokens
 
 
-def test_inference_without_a_cache_runs_the_body_over_the_whole_context() -> None:
+def test_inference_without_a_cache_runs_the_backbone_over_the_whole_context() -> None:
     recipe = load_recipe(RECIPES[0].with_name("transformer_tiny.yaml"), ALONE)
-    forward, _ = run_body(recipe, recipe.num_patches)
+    forward, _ = run_backbone(recipe, recipe.num_patches)
     # Logits are needed for the last step alone.
     output = flops.count(recipe).part("output_layer").inference_flops_per_token
     expected = forward - (recipe.num_patches - 1) * output
@@ -92,7 +92,7 @@ def test_recomputation_repeats_the_layers_forward_pass() -> None:
         CALMS[0].with_name("calm_tiny.yaml"), [*ALONE, "parallel.recompute=true"]
     )
     assert flops.count(recipe).recomputed_flops_per_token == 0
-    plain, repeated = (run_body(r, r.num_patches)[1] for r in (recipe, repeating))
+    plain, repeated = (run_backbone(r, r.num_patches)[1] for r in (recipe, repeating))
     expected = flops.count(repeating).recomputed_flops_per_token * recipe.block_size
     assert repeated - plain == expected > 0
 
@@ -100,7 +100,7 @@ def test_recomputation_repeats_the_layers_forward_pass() -> None:
 def test_grouped_query_attention() -> None:
     recipe = load_recipe(CALMS[0], [*ALONE, "model.num_key_value_heads=2"])
     assert recipe.model.kind == "calm" and recipe.model.key_value_heads == 2
-    forward, _ = run_body(recipe, recipe.num_patches)
+    forward, _ = run_backbone(recipe, recipe.num_patches)
     parts = [part for part in flops.count(recipe).parts if part.name != "head"]
     assert forward == sum(p.forward_flops_per_token_ours for p in parts) * recipe.block_size
 

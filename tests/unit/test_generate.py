@@ -248,10 +248,10 @@ def test_of_equally_likely_tokens_the_lowest_is_taken(tokenizer: Tokenizer) -> N
     """Of an output layer whose rows are all alike every token is as likely as any other."""
     model = tiny_model("transformer")
     weight = max(
-        (p for p in model.body.parameters() if p.dim() == 2 and p.shape[0] >= VOCAB),
+        (p for p in model.backbone.parameters() if p.dim() == 2 and p.shape[0] >= VOCAB),
         key=lambda p: p.shape[0],
     )
-    layers = [p for p in model.body.parameters() if p.shape == weight.shape]
+    layers = [p for p in model.backbone.parameters() if p.shape == weight.shape]
     for layer in layers:
         layer[:] = layer[5].clone()
     logits = model.logits(torch.tensor([[tokenizer.begin_id]]))[0, -1]
@@ -362,7 +362,7 @@ def test_texts_read_on_whatever_the_decoder_strips(kind: str, tmp_path: Path) ->
 def saved(model: LoadedModel, tokenizer: Tokenizer, run: Path) -> Path:
     """A run directory that holds the model."""
     temporary = checkpoints.begin(run, 3)
-    model_state.save_weights(temporary, model.body, None)
+    model_state.save_weights(temporary, model.backbone, None)
     sha256 = tokenizer.fingerprint
     RunState(step=3, tokens=60, tokenizer_sha256=sha256, data={"steps_done": 3}).write(temporary)
     (temporary / checkpoints.RECIPE_FILE).write_text(model.recipe.to_yaml())

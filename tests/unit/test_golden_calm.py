@@ -40,9 +40,9 @@ class Golden:
         return self.model.recipe.model
 
     def hidden(self) -> torch.Tensor:
-        """Hidden states that predict something, of the body itself: [B*P, d], with gradients."""
+        """Hidden states of the backbone that predict something: [B*P, d], with gradients."""
         tokens = self.io["input_ids"]
-        output = self.model.body(tokens, tokens.shape[1] // self.recipe.patch_size)
+        output = self.model.backbone(tokens, tokens.shape[1] // self.recipe.patch_size)
         return output.transpose(0, 1)[:, :-1].flatten(0, 1)
 
     def targets(self) -> tuple[torch.Tensor, ...]:
@@ -80,8 +80,8 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def test_patch_embedding(golden: Golden) -> None:
-    assert golden.model.body.embedding is not None
-    embedded = golden.model.body.embedding(golden.io["input_ids"]).transpose(0, 1)
+    assert golden.model.backbone.embedding is not None
+    embedded = golden.model.backbone.embedding(golden.io["input_ids"]).transpose(0, 1)
     assert error(embedded[:, :-1], golden.io["patch_embeds"]) < TENSOR
 
 
@@ -112,15 +112,15 @@ def test_energy_score(golden: Golden, beta: float) -> None:
 
 def test_loss_and_gradients(golden: Golden) -> None:
     """The whole way from tokens to gradients, which are compared under their released names."""
-    body, head = golden.model.body, golden.model.head
-    for module in (body, head):
+    backbone, head = golden.model.backbone, golden.model.head
+    for module in (backbone, head):
         module.requires_grad_(True)
         module.zero_grad()
     loss = head.position_loss(golden.hidden(), *golden.targets(), GoldenNoise(golden.io)).mean()
     loss.backward()
     gradients = released_calm(
         golden.recipe,
-        {name: parameter.grad for name, parameter in body.named_parameters()},
+        {name: parameter.grad for name, parameter in backbone.named_parameters()},
         {name: parameter.grad for name, parameter in head.named_parameters()},
     )
     assert error(loss.detach(), golden.io["loss_fp32"]) < TIGHT

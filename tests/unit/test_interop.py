@@ -110,9 +110,10 @@ def test_half_precision_becomes_fp32(calm: Path, dtype: torch.dtype) -> None:
     weights = {name: tensor.to(dtype) for name, tensor in tensors_of(calm).items()}
     torch.save(weights, calm / BIN)
     model = load_calm(calm)
-    assert {p.dtype for m in (model.body, model.head) for p in m.parameters()} == {torch.float32}
+    parts = (model.backbone, model.head)
+    assert {p.dtype for part in parts for p in part.parameters()} == {torch.float32}
     assert isinstance(model.recipe.model, CalmRecipe)
-    released = to_released(model.recipe.model, dict(model.body.named_parameters()))
+    released = to_released(model.recipe.model, dict(model.backbone.named_parameters()))
     for name, tensor in released.items():
         assert torch.equal(tensor, weights[name].float()), name
 
@@ -149,7 +150,7 @@ def test_grouped_queries(calm: Path) -> None:
     grouped = load_calm(calm)
     assert isinstance(grouped.recipe.model, CalmRecipe)
     assert grouped.recipe.model.num_key_value_heads == 2
-    released = to_released(grouped.recipe.model, dict(grouped.body.named_parameters()))
+    released = to_released(grouped.recipe.model, dict(grouped.backbone.named_parameters()))
     assert all(torch.equal(released[name], tensors_of(calm)[name]) for name in names)
     hidden = grouped.hidden(tokens)
 
@@ -160,7 +161,7 @@ def test_grouped_queries(calm: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["flow", "diffusion"])
 def test_other_heads(calm: Path, kind: str) -> None:
-    """Hidden size 24, as the golden heads have it; the body is that of K=2."""
+    """Hidden size 24, as the golden heads have it; the backbone is that of K=2."""
     released = calm.with_name("other")
     shutil.copytree(GOLDEN / "calm_k2", released)
     head = load_file(GOLDEN / f"{kind}_head.safetensors")

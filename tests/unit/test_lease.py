@@ -20,17 +20,17 @@ CODE = """
 import sys, time
 from pathlib import Path
 from calm_dist.cli.console import run
-from calm_dist.runs.directory import hold, is_held, let_go
+from calm_dist.runs.directory import acquire_lock, is_held, release_lock
 def main():
     run_dir = Path(sys.argv[2])
     if sys.argv[1] == "look":
         print(is_held(run_dir))
         return
-    lock = hold(run_dir)
+    lock = acquire_lock(run_dir)
     print("held", flush=True)
     if sys.argv[1] == "wait":
         time.sleep(600)
-    let_go(lock)
+    release_lock(lock)
 run(main)
 """
 
@@ -106,7 +106,7 @@ def test_a_holder_on_another_machine_is_watched(
     assert not is_leased(tmp_path)
     held = Lease(tmp_path)
     assert is_leased(tmp_path)
-    held.let_go()
+    held.release()
     assert not list(tmp_path.iterdir())
 
 
@@ -116,9 +116,9 @@ def test_a_lease_is_that_of_its_process_only(tmp_path: Path) -> None:
     # Another process with the same number, later.
     (tmp_path / LEASE_FILE).write_text(json.dumps({**owner, "started": owner["started"] - 1}))
     assert not is_leased(tmp_path)
-    held.let_go()
+    held.release()
     assert (tmp_path / LEASE_FILE).exists()
-    Lease(tmp_path).let_go()
+    Lease(tmp_path).release()
     # Half written, or of something else: not known, so the clock decides.
     (tmp_path / LEASE_FILE).write_text("{")
     assert is_leased(tmp_path)
@@ -127,9 +127,9 @@ def test_a_lease_is_that_of_its_process_only(tmp_path: Path) -> None:
 
 
 def test_the_same_error_as_with_flock(tmp_path: Path) -> None:
-    from calm_dist.runs.directory import hold, let_go
+    from calm_dist.runs.directory import acquire_lock, release_lock
 
-    lock = hold(tmp_path)
+    lock = acquire_lock(tmp_path)
     with pytest.raises(LaunchError, match=f"another run is at work in {tmp_path} \\(process"):
-        hold(tmp_path)
-    let_go(lock)
+        acquire_lock(tmp_path)
+    release_lock(lock)

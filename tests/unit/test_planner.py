@@ -139,7 +139,7 @@ def test_storage_and_checkpoint() -> None:
     assert latent_bytes_per_token(recipe, 1) == 4 + 2 * 128 * 2049 / 8192
     on_the_fly = load_recipe(XL, ["data.latents=on_the_fly", "model.autoencoder=runs/autoencoder"])
     assert latent_bytes_per_token(on_the_fly) == 4
-    # bf16 weights of the body, fp32 masters and moments of all.
+    # bf16 weights of the backbone, fp32 masters and moments of all.
     head = 170_979_968
     assert checkpoint_bytes(recipe) == 1_829_793_408 * 12 + (1_829_793_408 - head) * 2
 

@@ -54,7 +54,7 @@ def objects() -> dict[str, bytes]:
     return {
         item["Key"].removeprefix("stores/one/"): client.get_object(
             Bucket="bucket", Key=item["Key"]
-        )["Body"].read()
+        )["Backbone"].read()
         for item in listed
     }
 

@@ -14,7 +14,13 @@ import pytest
 from calm_dist.errors import LaunchError, StoppedError
 from calm_dist.recipe import load_recipe
 from calm_dist.runs.checkpoints.run_state import RunState
-from calm_dist.runs.directory import end_recorded, hold, is_held, let_go, write_environment
+from calm_dist.runs.directory import (
+    acquire_lock,
+    end_recorded,
+    is_held,
+    release_lock,
+    write_environment,
+)
 from calm_dist.runs.listing import describe, list_runs, table
 from calm_dist.runs.metrics import MetricsLog
 from calm_dist.scores import MARK_EXPLAINED
@@ -75,7 +81,7 @@ def test_the_facts_of_a_run(tmp_path: Path) -> None:
     # 8 blocks of 512 tokens in 0.5, 1.0 and 1.5 seconds: the median.
     assert row == {
         "path": str(run_dir), "name": "first try", "kind": "transformer", "state": "failed",
-        "reason": "ended without a word: killed, or the machine went away", "step": 3, "steps": 10,
+        "reason": "ended unexpectedly: killed, or the node failed", "step": 3, "steps": 10,
         "loss": pytest.approx(1 / 3), "tokens_per_second": 4096.0, "checkpoint": 2,
         "brierlm": 5.5, "brierlm_stderr": None, "brier": None, "brier_stderr": None,
         "noisy_brier": [], "token_accuracy": None,
@@ -116,11 +122,11 @@ def test_a_run_that_ended_amid_skipped_steps_says_so(tmp_path: Path) -> None:
 def test_a_run_at_work_is_seen_and_not_disturbed(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run")
     assert not is_held(run_dir)
-    lock = hold(run_dir)
+    lock = acquire_lock(run_dir)
     assert describe(run_dir)["state"] == "running"
     with pytest.raises(LaunchError, match="another run is at work"):
-        hold(run_dir)
-    let_go(lock)
+        acquire_lock(run_dir)
+    release_lock(lock)
     assert describe(run_dir)["state"] == "failed"
     # Whoever looks at the very moment of a start must not keep it from starting.
     code = (
@@ -132,7 +138,7 @@ def test_a_run_at_work_is_seen_and_not_disturbed(tmp_path: Path) -> None:
     )
     looking = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert looking.stdout is not None and looking.stdout.readline() == b"held\n"
-    let_go(hold(run_dir))
+    release_lock(acquire_lock(run_dir))
     looking.communicate()
 
 

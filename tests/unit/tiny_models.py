@@ -13,7 +13,7 @@ from calm_dist.models.backbone import transformer_config
 from calm_dist.models.heads.energy import LAYER_NORM_EPS
 from calm_dist.models.weights import init_std, initialize_module
 from calm_dist.recipe import CalmRecipe, Recipe
-from calm_dist.training.build import build_body, build_head
+from calm_dist.training.build import build_backbone, build_head
 
 LATENT = 6
 # 256 bytes and the three special tokens of a tokenizer without merges.
@@ -63,7 +63,7 @@ def tiny_model(
         }
     )
     topology = single_process_topology(recipe, torch.device("cpu"))
-    body = build_body(recipe, transformer_config(recipe, torch.float32), topology, None)
+    backbone = build_backbone(recipe, transformer_config(recipe, torch.float32), topology, None)
     head_module, autoencoder = None, None
     if isinstance(recipe.model, CalmRecipe):
         head_module = build_head(recipe.model, seed).eval().requires_grad_(False)
@@ -88,7 +88,7 @@ def tiny_model(
         tokens_seen=0,
         tokenizer_sha256=None,
         device=topology.device,
-        body=body.eval().requires_grad_(False),
+        backbone=backbone.eval().requires_grad_(False),
         _head=head_module,
         autoencoder=autoencoder,
         autoencoder_sha256=None,

@@ -86,7 +86,7 @@ class EnergyHead(GenerativeHead):
 
     def layers_from_zero(self, init: str) -> Iterable[nn.Linear]:
         """``released``: the last one, so that every first sample is the origin. With ``fan_in`` a
-        small first sample lets gradients reach the body from the first step."""
+        small first sample lets gradients reach the backbone from the first step."""
         last = self.final_layer.linears[-1]
         assert isinstance(last, nn.Linear)
         return [last] if init == "released" else []

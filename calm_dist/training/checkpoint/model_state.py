@@ -1,4 +1,4 @@
-"""Weights and optimizer state of body and head in one Megatron distributed checkpoint.
+"""Weights and optimizer state of backbone and head in one Megatron distributed checkpoint.
 
 Tensors are stored by global name and position, so a checkpoint loads on any TP/PP/DP/ZeRO layout.
 """
@@ -32,7 +32,7 @@ def training_state(
     chunks: list[Any], optimizer: MegatronOptimizer, head: ZeroHead | None, topology: Topology
 ) -> dict[str, Any]:
     """All that a run needs to go on, as sharded tensors; a collective of the head's ranks."""
-    state = _body_state(chunks)
+    state = _backbone_state(chunks)
     state["optimizer"] = optimizer_state(optimizer, state)
     if head is not None:
         state |= {
@@ -43,8 +43,8 @@ def training_state(
     return state
 
 
-def memory(chunks: list[Any], state: dict[str, Any]) -> Iterator[torch.Tensor]:
-    """The tensors that hold a `training_state`, and those of the body's gradients."""
+def tensors_in_memory(chunks: list[Any], state: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """The tensors that hold a `training_state`, and those of the backbone's gradients."""
     for entry in (*state.values(), *state["optimizer"].values()):
         if isinstance(entry, ShardedTensor | ShardedTensorFactory):
             yield entry.data
@@ -53,11 +53,11 @@ def memory(chunks: list[Any], state: dict[str, Any]) -> Iterator[torch.Tensor]:
             yield buffer.grad_data
 
 
-def save_weights(directory: Path, body: nn.Module, head: nn.Module | None) -> None:
-    """Write only the weights of a whole body and unwrapped head, from one process."""
+def save_weights(directory: Path, backbone: nn.Module, head: nn.Module | None) -> None:
+    """Write only the weights of a whole backbone and unwrapped head, from one process."""
     target = directory / TENSORS
     target.mkdir()
-    tensor_files.write_now(_weight_state(body, head), target)
+    tensor_files.write_now(_weight_state(backbone, head), target)
 
 
 def load(
@@ -76,25 +76,25 @@ def load(
     Raises:
         CheckpointError: the checkpoint is of another model.
     """
-    state = _body_state(chunks)
-    state["optimizer"] = optimizer_state(optimizer, _body_state(chunks), is_loading=True)
+    state = _backbone_state(chunks)
+    state["optimizer"] = optimizer_state(optimizer, _backbone_state(chunks), is_loading=True)
     if head is not None:
         state |= _head_state(head.export_state(), topology.head_ranks.index(topology.rank))
     loaded = tensor_files.read(state, directory / TENSORS)
-    _load_body(chunks, loaded)
+    _load_backbone(chunks, loaded)
     load_optimizer_state(optimizer, loaded.get("optimizer", {}), adam_step)
     if head is not None:
         head.import_state(_strip(loaded), adam_step)
 
 
-def load_weights(directory: Path, body: Any, head: nn.Module | None) -> None:
-    """Read only the weights, into one process: body and unwrapped head.
+def load_weights(directory: Path, backbone: Any, head: nn.Module | None) -> None:
+    """Read only the weights, into one process: backbone and unwrapped head.
 
     Raises:
         CheckpointError: the checkpoint is of another model.
     """
-    loaded = tensor_files.read(_weight_state(body, head), directory / TENSORS)
-    _load_body([body], loaded)
+    loaded = tensor_files.read(_weight_state(backbone, head), directory / TENSORS)
+    _load_backbone([backbone], loaded)
     if head is not None:
         head.load_state_dict({n.removeprefix(_FP32): t for n, t in _strip(loaded).items()})
 
@@ -109,13 +109,13 @@ def start_from_weights(
 ) -> None:
     """Take over the weights that `save_weights` wrote, on any layout; a collective of the world.
 
-    The optimizers stay fresh. A bf16 body's fp32 master weights are those of the checkpoint, not
-    rounded ones.
+    The optimizers stay fresh. A bf16 backbone's fp32 master weights are those of the checkpoint,
+    not rounded ones.
 
     Raises:
         CheckpointError: the checkpoint is of another model.
     """
-    state = _body_state(chunks)
+    state = _backbone_state(chunks)
     for tensor in state.values():
         # Read in fp32 whatever the precision of the run.
         if isinstance(tensor, ShardedTensor | ShardedTensorFactory):
@@ -128,7 +128,7 @@ def start_from_weights(
         weights = {name: tensor for name, tensor in moments.items() if name.startswith(_FP32)}
         state |= _head_state(weights, topology.head_ranks.index(topology.rank))
     loaded = tensor_files.read(state, directory / TENSORS)
-    _load_body(chunks, loaded)
+    _load_backbone(chunks, loaded)
     set_master_weights(
         optimizer,
         {
@@ -141,16 +141,16 @@ def start_from_weights(
         head.import_state(moments | _strip(loaded), 0)
 
 
-def _weight_state(body: nn.Module, head: nn.Module | None) -> dict[str, Any]:
-    """Sharded tensors of a whole body and an unwrapped head."""
-    state = _body_state([body])
+def _weight_state(backbone: nn.Module, head: nn.Module | None) -> dict[str, Any]:
+    """Sharded tensors of a whole backbone and an unwrapped head."""
+    state = _backbone_state([backbone])
     if head is not None:
         weights = {f"{_FP32}{name}": p.detach().float() for name, p in head.named_parameters()}
         state |= _head_state(weights, replica=0)
     return state
 
 
-def _body_state(chunks: list[Any]) -> dict[str, Any]:
+def _backbone_state(chunks: list[Any]) -> dict[str, Any]:
     """Sharded tensors of this rank's chunks; the number of a chunk is local, the keys are not."""
     return {
         f"{number}/{name}": tensor
@@ -159,7 +159,7 @@ def _body_state(chunks: list[Any]) -> dict[str, Any]:
     }
 
 
-def _load_body(chunks: list[Any], loaded: dict[str, Any]) -> None:
+def _load_backbone(chunks: list[Any], loaded: dict[str, Any]) -> None:
     for number, chunk in enumerate(chunks):
         prefix = f"{number}/"
         weights = {n.removeprefix(prefix): t for n, t in loaded.items() if n.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""State of the body's AdamW in a checkpoint: the same for Megatron's plain and its distributed
+"""State of the backbone's AdamW in a checkpoint: the same for Megatron's plain and its distributed
 optimizer, and for every layout.
 
 Megatron's own `load_state_dict` of the distributed optimizer (0.16.1) works with fused Adam only:
@@ -32,10 +32,10 @@ _MASTER = "fp32_param"
 def optimizer_state(
     optimizer: MegatronOptimizer, model_state: Mapping[str, Any], is_loading: bool = False
 ) -> dict[str, Any]:
-    """Sharded tensors of the body optimizer's state. How many updates it made, it does not say.
+    """Sharded tensors of the backbone optimizer's state. How many updates it made, it does not say.
 
     Args:
-        model_state: the body's sharded tensors, around its parameters themselves.
+        model_state: the backbone's sharded tensors, around its parameters themselves.
         is_loading: the tensors are only places to load into.
 
     A collective of the replicas. With the distributed optimizer the first replica holds all
@@ -88,7 +88,7 @@ def load_optimizer_state(
 def set_master_weights(
     optimizer: MegatronOptimizer, weights: Mapping[nn.Parameter, torch.Tensor]
 ) -> None:
-    """Set the fp32 copies that a bf16 body's optimizer updates; an fp32 body has none."""
+    """Set the fp32 copies that a bf16 backbone's optimizer updates; an fp32 backbone has none."""
     for single in single_optimizers(optimizer):
         for parameter in updated_parameters(single):
             if parameter.dtype == torch.float32:
@@ -157,7 +157,7 @@ def _gathered(
 
 
 def _kinds(parameter: nn.Parameter) -> tuple[str, ...]:
-    # An fp32 body's weights are its master weights.
+    # An fp32 backbone's weights are its master weights.
     return _MOMENTS if parameter.dtype == torch.float32 else (*_MOMENTS, _MASTER)
 
 

@@ -100,13 +100,13 @@ def tidy(run_dir: Path, start: Path | None) -> None:
     on_rank_zero(work)
 
 
-def room(recipe: Recipe) -> int:
+def free_space(recipe: Recipe) -> int:
     """Free bytes in the run directory, as this process sees it.
 
     Raises:
         CheckpointError: too few for even one checkpoint.
     """
-    # Weights and Adam's moments in fp32, and a bf16 body's own weights.
+    # Weights and Adam's moments in fp32, and a bf16 backbone's own weights.
     per_parameter = 12 if recipe.precision == "fp32" else 14
     needed = per_parameter * flops.count(recipe, tokens=0).parameters
     # What a killed run left half-written is removed before the first step.
@@ -126,4 +126,4 @@ def check_room(recipe: Recipe) -> None:
     Raises:
         CheckpointError: there is no `room` for even one checkpoint, on every rank.
     """
-    on_rank_zero(lambda: room(recipe))
+    on_rank_zero(lambda: free_space(recipe))

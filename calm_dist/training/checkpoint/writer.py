@@ -106,7 +106,7 @@ class CheckpointWriter:
         temporary = on_rank_zero(begin)
         tensors = self._state(parts)
         # Planning takes the state apart.
-        memory = list(model_state.memory(parts.chunks, tensors))
+        memory = list(model_state.tensors_in_memory(parts.chunks, tensors))
         request = self._writer.plan(
             tensors,
             temporary / checkpoints.TENSORS,
