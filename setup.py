@@ -46,6 +46,7 @@ setup(
         "hf": ["transformers>=4.45,<5"],
         "dev": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.11",
             "mypy>=1.15",
             "scipy>=1.11",

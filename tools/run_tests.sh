@@ -11,6 +11,13 @@ ensure_venv
 # The multi-process tests start more processes than there are cores.
 export OMP_NUM_THREADS=1
 
+# One a core; each takes up to a gigabyte.
+workers() {
+  local cores
+  cores=$(nproc)
+  echo $((cores < 8 ? cores : 8))
+}
+
 status=0
 step() {
   echo "== $*"
@@ -20,7 +27,15 @@ step ruff check .
 step ruff format --check .
 step mypy
 # -rs: a test that is skipped for want of hardware is announced.
-step python -m pytest -rs --durations=10 "$@"
+tests=(python -m pytest -rs --durations=10)
+case "$*" in
+"" | --full)
+  # Tests of several processes have the cores to themselves; the others share them.
+  step "${tests[@]}" "$@" --ignore=tests/unit
+  step "${tests[@]}" "$@" -n "$(workers)" --dist loadfile tests/unit
+  ;;
+*) step "${tests[@]}" "$@" ;;
+esac
 # Shown, and held to nothing: no test depends on the time that something takes.
 step python tools/benchmark.py energy
 [ "$status" = 0 ] || echo "error: not everything passed, see the steps above (== ...)" >&2

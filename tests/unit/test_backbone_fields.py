@@ -151,8 +151,8 @@ def test_layouts_train_the_same_model(
         }
 
     run_worker(1, WORKER, [job(field, "alone", ALONE) for field in fields], tmp_path)
-    for name, settings in LAYOUTS.items():
-        run_worker(2, WORKER, [job(field, name, settings) for field in fields], tmp_path)
+    layouts = [(field, name, values) for name, values in LAYOUTS.items() for field in fields]
+    run_worker(2, WORKER, [job(*layout) for layout in layouts], tmp_path)
     wrong = []
     for field in fields:
         alone = training_records(tmp_path / f"{field}_alone")

@@ -16,8 +16,11 @@ from calm_dist.runs.wandb_id import wandb_id
 START = """
 import sys
 from pathlib import Path
+from calm_dist.log import show_on_console
 from calm_dist.recipe import Recipe
 from calm_dist.runs.metrics import MetricsLog
+
+show_on_console()
 
 run_dir, step = Path(sys.argv[1]), int(sys.argv[2])
 recipe = Recipe.from_dict({
