@@ -13,7 +13,7 @@ import torch
 
 from calm_dist.errors import UserError
 from calm_dist.interop.huggingface import load_calm
-from calm_dist.recipe import CalmRecipe
+from calm_dist.recipe import CalmModel
 from calm_dist.released.calm import released_calm
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -46,7 +46,7 @@ def edit_weights(directory: Path, edit: Callable[[Tensors], object]) -> None:
 def assert_is_golden(directory: Path) -> None:
     """The model holds exactly the golden weights."""
     model = load_calm(directory)
-    assert isinstance(model.recipe.model, CalmRecipe)
+    assert isinstance(model.recipe.model, CalmModel)
     released = released_calm(
         model.recipe.model,
         dict(model.backbone.named_parameters()),

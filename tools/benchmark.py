@@ -116,11 +116,12 @@ def _in_process(args: argparse.Namespace) -> tuple[Any, str]:
 
 def _model(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], str]:
     from calm_dist.benchmark.model import measure_model, one_device, table
-    from calm_dist.recipe import load_recipe
+    from calm_dist.recipe import LanguageModelRecipe, load_recipe
 
-    recipe = one_device(load_recipe(args.recipe, args.overrides), args.micro_batches)
-    if recipe.model.kind == "autoencoder":
+    given = load_recipe(args.recipe, args.overrides)
+    if not isinstance(given, LanguageModelRecipe):
         raise UserError(f"{args.recipe}: an autoencoder; `benchmark.py autoencoder` times that")
+    recipe = one_device(given, args.micro_batches)
     result = measure_model(recipe, device, args.repeats, args.peak_tflops)
     return result, table(result)
 

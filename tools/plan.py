@@ -23,7 +23,7 @@ from calm_dist.errors import RecipeError, UserError
 if TYPE_CHECKING:
     from calm_dist.costs.clusters import Cluster
     from calm_dist.planner.storage import Reliability
-    from calm_dist.recipe import Recipe
+    from calm_dist.recipe import LanguageModelRecipe
 
 DEFAULT_GPU = "h100-sxm"
 
@@ -99,7 +99,7 @@ def _refuse_ignored(arguments: argparse.Namespace) -> None:
             raise UserError(f"{option}: --{mode} does not use it; leave it out")
 
 
-def _recipe_and_cluster(arguments: argparse.Namespace) -> tuple[Recipe, Cluster, int]:
+def _recipe_and_cluster(arguments: argparse.Namespace) -> tuple[LanguageModelRecipe, Cluster, int]:
     """The recipe as it is, the cluster, and its number of GPUs."""
     from calm_dist.costs.clusters import preset
 
@@ -118,13 +118,20 @@ def _recipe_and_cluster(arguments: argparse.Namespace) -> tuple[Recipe, Cluster,
     return recipe, replace(cluster.with_rates(**given), price=arguments.price), gpus
 
 
-def _recipe_and_gpus(arguments: argparse.Namespace, gpus: int | None) -> tuple[Recipe, int]:
+def _recipe_and_gpus(
+    arguments: argparse.Namespace, gpus: int | None
+) -> tuple[LanguageModelRecipe, int]:
     """The recipe, and the number of GPUs: that of the options, or what the recipe plans for."""
-    from calm_dist.recipe import load_recipe
+    from calm_dist.recipe import LanguageModelRecipe, load_recipe
     from calm_dist.training.resolve import resolve
 
-    def load(*more: str) -> Recipe:
+    def load(*more: str) -> LanguageModelRecipe:
         recipe = load_recipe(arguments.recipe, [*arguments.overrides, *more])
+        if not isinstance(recipe, LanguageModelRecipe):
+            raise UserError(
+                "model.kind: autoencoder; the planner knows language models; an autoencoder has "
+                "one layout, see tools/train_autoencoder.py --dry-run"
+            )
         return resolve(recipe, missing_stores=True)
 
     if gpus is None:

@@ -10,7 +10,7 @@ from calm_dist.benchmark.timing import environment, median_seconds
 from calm_dist.costs import flops
 from calm_dist.errors import RecipeError
 from calm_dist.parallel.noise import KeyedNoise
-from calm_dist.recipe import CalmRecipe, Recipe
+from calm_dist.recipe import CalmModel, Recipe
 from calm_dist.training.build import build_head
 
 HEADS = (
@@ -68,7 +68,7 @@ def _measure(
     values = recipe.to_dict()
     values["model"]["head"] |= {"kind": kind, "sampling_steps": steps}
     model = Recipe.from_dict(values).model
-    assert isinstance(model, CalmRecipe) and model.latent_size is not None
+    assert isinstance(model, CalmModel) and model.latent_size is not None
     head = build_head(model, seed=0).to(device)
     generator = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(positions, model.hidden_size, generator=generator, device=device)

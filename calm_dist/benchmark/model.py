@@ -17,7 +17,7 @@ from calm_dist.benchmark.timing import environment, seconds
 from calm_dist.costs import flops
 from calm_dist.inference.load import single_process_topology
 from calm_dist.models.heads import GenerativeHead
-from calm_dist.recipe import Recipe
+from calm_dist.recipe import LanguageModelRecipe
 
 OTHER, ENERGY_SCORE = "other", "energy score"
 _RANGE = "part: "
@@ -33,7 +33,7 @@ _SCORES = ("_ChunkedEnergyScore", "_FusedEnergyScore")
 _BACKWARD = "autograd::engine::evaluate_function: "
 
 
-def one_device(recipe: Recipe, micro_batches: int) -> Recipe:
+def one_device(recipe: LanguageModelRecipe, micro_batches: int) -> LanguageModelRecipe:
     """The recipe on one device, with so many micro-batches a step instead of its own."""
     values = recipe.to_dict()
     values["parallel"] |= {
@@ -48,11 +48,14 @@ def one_device(recipe: Recipe, micro_batches: int) -> Recipe:
     }
     training = values["training"]
     training["global_batch_size"] = training["micro_batch_size"] * micro_batches
-    return Recipe.from_dict(values)
+    return LanguageModelRecipe.from_dict(values)
 
 
 def measure_model(
-    recipe: Recipe, device: torch.device, repeats: int, peak_tflops: float | None = None
+    recipe: LanguageModelRecipe,
+    device: torch.device,
+    repeats: int,
+    peak_tflops: float | None = None,
 ) -> dict[str, Any]:
     """Time steps of a recipe for `one_device` on random blocks, then profile one more.
 

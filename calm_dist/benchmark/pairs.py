@@ -23,7 +23,7 @@ from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
 from calm_dist.models.backbone import transformer_config
 from calm_dist.models.heads.energy import EnergyHead
 from calm_dist.models.weights import initialize_module
-from calm_dist.recipe import CalmRecipe, HeadRecipe, Recipe
+from calm_dist.recipe import CalmModel, HeadRecipe, LanguageModelRecipe
 from calm_dist.training.build import build_backbone, build_head
 
 PAPER_VOCAB = 128_256
@@ -295,7 +295,7 @@ def random_model(
     if kind == "calm":
         model |= {"patch_size": patch_size, "latent_size": 32 * patch_size}
         model["head"] = {"num_mlp_layers": 2}
-    recipe = Recipe.from_dict(
+    recipe = LanguageModelRecipe.from_dict(
         {
             "run": {"dir": "runs/benchmark"},
             "model": model | size,
@@ -306,7 +306,7 @@ def random_model(
     topology = single_process_topology(recipe, device)
     backbone = build_backbone(recipe, transformer_config(recipe, torch.float32), topology, None)
     head, autoencoder = None, None
-    if isinstance(recipe.model, CalmRecipe):
+    if isinstance(recipe.model, CalmModel):
         head = build_head(recipe.model, 0).to(device).eval().requires_grad_(False)
         if noise is not None:
             head.norm_noise.weight.fill_(noise)  # type: ignore[operator,union-attr]

@@ -13,7 +13,7 @@ from torch.profiler import record_function
 
 from calm_dist.parallel.pipeline import micro_batches
 from calm_dist.parallel.topology import Topology
-from calm_dist.recipe import Recipe
+from calm_dist.recipe import LanguageModelRecipe
 from calm_dist.training.build import build_parts
 from calm_dist.training.optimizer import JointOptimizer
 
@@ -40,7 +40,7 @@ class RandomSteps:
     """The training of a language model on one rank, which takes the same random batch in every
     step."""
 
-    def __init__(self, recipe: Recipe, topology: Topology) -> None:
+    def __init__(self, recipe: LanguageModelRecipe, topology: Topology) -> None:
         # DeepSpeed asks for it, where there is no launcher too.
         os.environ.setdefault("LOCAL_RANK", "0")
         self.recipe = recipe
@@ -79,7 +79,7 @@ class RandomSteps:
             self.parts.head.close()
 
 
-def random_batch(recipe: Recipe, topology: Topology) -> dict[str, Any]:
+def random_batch(recipe: LanguageModelRecipe, topology: Topology) -> dict[str, Any]:
     """Blocks of one replica for one step; for a CALM with latents of a plausible posterior."""
     model = recipe.model
     assert model.vocab_size

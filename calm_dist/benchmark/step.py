@@ -13,7 +13,7 @@ from calm_dist.benchmark.compare import Pair
 from calm_dist.benchmark.random_steps import RandomSteps
 from calm_dist.inference.load import single_process_topology
 from calm_dist.models.heads.energy import EnergyHead
-from calm_dist.recipe import CalmRecipe, Recipe
+from calm_dist.recipe import CalmModel, LanguageModelRecipe
 from calm_dist.training.build import build_head
 
 ROWS, BLOCK, PATCH, LATENT_PER_TOKEN, VOCAB = 4, 1024, 4, 32, 32_000
@@ -50,7 +50,7 @@ def _rotated(x: Tensor) -> Tensor:
 class PlainCalm(nn.Module):
     """Patch embedding, layers, final norm, energy head."""
 
-    def __init__(self, recipe: CalmRecipe) -> None:
+    def __init__(self, recipe: CalmModel) -> None:
         super().__init__()
         width = recipe.hidden_size
         self.embed = nn.Embedding(VOCAB, width)
@@ -83,7 +83,7 @@ class PlainCalm(nn.Module):
 def step_pairs(device: torch.device) -> Iterator[Pair]:
     """Hidden 256, 4 layers, 32,000 words, 4 blocks of 1,024 tokens, K=4, latents given."""
     recipe = calm_recipe()
-    assert isinstance(recipe.model, CalmRecipe)
+    assert isinstance(recipe.model, CalmModel)
     ours = RandomSteps(recipe, single_process_topology(recipe, device))
     batch = ours.batch
 
@@ -111,9 +111,9 @@ def step_pairs(device: torch.device) -> Iterator[Pair]:
     yield Pair("CALM training step", step, plainly, tokens, "tokens", sizes)
 
 
-def calm_recipe(patch_size: int = PATCH) -> Recipe:
+def calm_recipe(patch_size: int = PATCH) -> LanguageModelRecipe:
     """Hidden 256, 4 layers, 4 blocks of 1,024 tokens, 32 numbers of a latent for each token."""
-    return Recipe.from_dict(
+    return LanguageModelRecipe.from_dict(
         {
             "run": {"dir": "runs/benchmark"},
             "model": {

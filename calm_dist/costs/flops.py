@@ -33,11 +33,11 @@ from dataclasses import dataclass, replace
 from calm_dist.errors import RecipeError
 from calm_dist.heads.counting import affine_parameters, layer_norm_parameters, linear_flops
 from calm_dist.recipe import (
-    AutoencoderRecipe,
+    AutoencoderModel,
     AutoencoderSize,
-    CalmRecipe,
+    CalmModel,
     Recipe,
-    TransformerRecipe,
+    TransformerModel,
 )
 
 BACKWARD_AND_FORWARD = 3
@@ -167,7 +167,7 @@ def count(recipe: Recipe, tokens: int | None = None, *, causal: bool = False) ->
     return Counts(tuple(parts), tokens)
 
 
-def count_autoencoder(model: CalmRecipe, tokens: int) -> Counts:
+def count_autoencoder(model: CalmModel, tokens: int) -> Counts:
     """Count the autoencoder of a CALM, trained on ``tokens`` tokens.
 
     One pass of its encoder over a corpus costs ``part("encoder").forward_flops_per_token`` a token.
@@ -175,7 +175,7 @@ def count_autoencoder(model: CalmRecipe, tokens: int) -> Counts:
     Raises:
         RecipeError: the recipe leaves a size to its data store or to the autoencoder's checkpoint.
     """
-    autoencoder = AutoencoderRecipe(
+    autoencoder = AutoencoderModel(
         kind="autoencoder",
         vocab_size=known_size(model, "vocab_size"),
         patch_size=model.patch_size,
@@ -210,7 +210,7 @@ def compressor_flops(hidden_size: int, patch_size: int) -> int:
 
 
 def head_flops(
-    model: CalmRecipe, samples: int, *, share_condition: bool, evaluations: int = 1
+    model: CalmModel, samples: int, *, share_condition: bool, evaluations: int = 1
 ) -> int:
     """FLOPs of one patch through the head: ``samples`` draws, its network run ``evaluations`` times
     for each.
@@ -226,14 +226,14 @@ def head_flops(
     return passes * of_noise + (1 if share_condition else passes) * of_condition
 
 
-def head_backward_flops(model: CalmRecipe, samples: int) -> int:
+def head_backward_flops(model: CalmModel, samples: int) -> int:
     """FLOPs of one patch's backward pass through our head: twice the forward pass, without the
     gradients of noise, times and latents, which nobody needs."""
     inputs = model.head.spec.input_flops(model.head, *head_sizes(model))
     return 2 * head_flops(model, samples, share_condition=True) - samples * inputs
 
 
-def head_sizes(model: CalmRecipe) -> tuple[int, int]:
+def head_sizes(model: CalmModel) -> tuple[int, int]:
     """Hidden and latent size, which a head is described and built with.
 
     Raises:
@@ -264,12 +264,12 @@ def decoder_flops(size: AutoencoderSize, patch_size: int, latent_size: int) -> i
     )
 
 
-def head_parameters(model: CalmRecipe) -> int:
+def head_parameters(model: CalmModel) -> int:
     """Weights, biases and norms of the head."""
     return model.head.spec.parameters(model.head, *head_sizes(model))
 
 
-def _calm_parts(model: CalmRecipe, recipe: Recipe, causal: bool) -> list[Part]:
+def _calm_parts(model: CalmModel, recipe: Recipe, causal: bool) -> list[Part]:
     d, patch_size, latent = model.hidden_size, model.patch_size, known_size(model, "latent_size")
     vocab_size, autoencoder = known_size(model, "vocab_size"), model.autoencoder_size
     parameters = (
@@ -307,7 +307,7 @@ def _calm_parts(model: CalmRecipe, recipe: Recipe, causal: bool) -> list[Part]:
     ]
 
 
-def _transformer_parts(model: TransformerRecipe, recipe: Recipe, causal: bool) -> list[Part]:
+def _transformer_parts(model: TransformerModel, recipe: Recipe, causal: bool) -> list[Part]:
     d, vocab_size = model.hidden_size, known_size(model, "vocab_size")
     return [
         Part("embedding", vocab_size * d),
@@ -317,7 +317,7 @@ def _transformer_parts(model: TransformerRecipe, recipe: Recipe, causal: bool) -
 
 
 def _backbone_parts(
-    model: CalmRecipe | TransformerRecipe, recipe: Recipe, causal: bool
+    model: CalmModel | TransformerModel, recipe: Recipe, causal: bool
 ) -> list[Part]:
     """The Transformer layers, with their norms, and the final norm."""
     d, f, layers, steps = (
@@ -347,7 +347,7 @@ def _backbone_parts(
     return [*parts, Part("final_norm", d)]
 
 
-def _autoencoder_parts(model: AutoencoderRecipe) -> list[Part]:
+def _autoencoder_parts(model: AutoencoderModel) -> list[Part]:
     d, f, patch_size, latent = (
         model.hidden_size,
         model.intermediate_size,
@@ -391,7 +391,7 @@ def _inference_only(name: str, forward: float) -> Part:
     )
 
 
-def known_size(model: CalmRecipe | TransformerRecipe | AutoencoderRecipe, name: str) -> int:
+def known_size(model: CalmModel | TransformerModel | AutoencoderModel, name: str) -> int:
     """``model.vocab_size`` or ``model.latent_size``, which a recipe may leave to its data store.
 
     Raises:

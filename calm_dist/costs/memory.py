@@ -12,7 +12,13 @@ from dataclasses import dataclass
 
 from calm_dist.costs import flops
 from calm_dist.costs.stages import chunk_sizes
-from calm_dist.recipe import AutoencoderRecipe, CalmRecipe, Recipe, TransformerRecipe
+from calm_dist.recipe import (
+    AutoencoderRecipe,
+    CalmModel,
+    LanguageModelRecipe,
+    Recipe,
+    TransformerModel,
+)
 from calm_dist.recipe.checks import VOCAB_MULTIPLE
 
 ADAM_MOMENTS_BYTES = 8
@@ -79,10 +85,11 @@ def stage_memory(
     Raises:
         RecipeError: the recipe leaves a size to its data store; `Recipe.with_store` fills it in.
     """
-    model = recipe.model
     on_cpu = recipe.parallel.device == "cpu" if on_cpu is None else on_cpu
-    if model.kind == "autoencoder":
-        return _autoencoder(recipe, model)
+    if not isinstance(recipe, LanguageModelRecipe):
+        assert isinstance(recipe, AutoencoderRecipe)
+        return _autoencoder(recipe)
+    model = recipe.model
     layers = layer_counts(recipe)[stage] if layers is None else layers
     memory = _backbone_state(recipe, backbone_parameters(recipe, stage, layers))
     backbone, last, layer, gradients = _backbone_activations(recipe, model, stage, layers, on_cpu)
@@ -97,10 +104,9 @@ def stage_memory(
     return memory + head + Memory(activations=backbone, buffers=buffers)
 
 
-def backbone_parameters(recipe: Recipe, stage: int, layers: int) -> int:
+def backbone_parameters(recipe: LanguageModelRecipe, stage: int, layers: int) -> int:
     """Parameters of embedding, ``layers`` layers, norms and output layer on a rank of a stage."""
     model = recipe.model
-    assert model.kind != "autoencoder"
     tensor, last = (
         recipe.parallel.tensor_parallel_size,
         recipe.parallel.pipeline_parallel_size - 1,
@@ -128,7 +134,7 @@ def table_parameters(recipe: Recipe) -> int:
     return rows * model.hidden_size // recipe.parallel.tensor_parallel_size
 
 
-def key_value_size(model: CalmRecipe | TransformerRecipe) -> int:
+def key_value_size(model: CalmModel | TransformerModel) -> int:
     """Width of all keys, or of all values."""
     return model.hidden_size * model.key_value_heads // model.num_attention_heads
 
@@ -166,7 +172,7 @@ def _backbone_state(recipe: Recipe, parameters: int) -> Memory:
 
 
 def _backbone_activations(
-    recipe: Recipe, model: CalmRecipe | TransformerRecipe, stage: int, layers: int, on_cpu: bool
+    recipe: Recipe, model: CalmModel | TransformerModel, stage: int, layers: int, on_cpu: bool
 ) -> tuple[int, int, int, int]:
     """Bytes for all micro-batches in flight on a stage, of what follows the last layer (the head
     aside), of one whole layer, and of the gradients that its backward pass makes."""
@@ -211,7 +217,7 @@ def _backbone_activations(
     return int(total), int(last), int(layer), int(gradients)
 
 
-def _gathered_sequence(recipe: Recipe, model: CalmRecipe | TransformerRecipe) -> int:
+def _gathered_sequence(recipe: Recipe, model: CalmModel | TransformerModel) -> int:
     """Where sequence-parallel ranks gather a layer's input, and its gradient before it is cut."""
     if not recipe.parallel.use_sequence_parallel:
         return 0
@@ -220,7 +226,7 @@ def _gathered_sequence(recipe: Recipe, model: CalmRecipe | TransformerRecipe) ->
     return 2 * rows * model.hidden_size * element_bytes(recipe)
 
 
-def _head(recipe: Recipe, model: CalmRecipe) -> Memory:
+def _head(recipe: Recipe, model: CalmModel) -> Memory:
     """The generative head in its ZeRO engine, on one rank of the last stage."""
     parallel, head = recipe.parallel, model.head
     parameters = flops.head_parameters(model)
@@ -244,8 +250,9 @@ def _head(recipe: Recipe, model: CalmRecipe) -> Memory:
     )
 
 
-def _autoencoder(recipe: Recipe, model: AutoencoderRecipe) -> Memory:
+def _autoencoder(recipe: AutoencoderRecipe) -> Memory:
     """The autoencoder with fp32 weights on every rank; bf16 applies to activations only."""
+    model = recipe.model
     width, patch_size = element_bytes(recipe), model.patch_size
     parameters = flops.count(recipe, tokens=0).parameters
     layers = model.num_encoder_layers + model.num_decoder_layers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from calm_dist.costs import flops
-from calm_dist.recipe import Recipe
+from calm_dist.recipe import LanguageModelRecipe, Recipe
 
 
 def chunk_sizes(recipe: Recipe) -> list[list[int]]:
@@ -13,9 +13,9 @@ def chunk_sizes(recipe: Recipe) -> list[list[int]]:
     that has the least work: the first also runs the embedding, the last the head or the output
     layer, which in a CALM is about half of all FLOPs.
     """
-    model, parallel = recipe.model, recipe.parallel
-    if model.kind == "autoencoder":
+    if not isinstance(recipe, LanguageModelRecipe):
         return [[0]]
+    parallel = recipe.parallel
     stages, chunks = parallel.pipeline_parallel_size, parallel.chunks_per_stage
     per_stage = list(parallel.stage_layers or _balanced(recipe, stages, chunks))
     # Over a stage's chunks as evenly as possible, later ones at most one layer smaller.
@@ -39,8 +39,7 @@ def stage_layers(recipe: Recipe, stage: int) -> list[int]:
 
 def work_shares(recipe: Recipe) -> list[float]:
     """Each stage's part of one replica's training FLOPs."""
-    model = recipe.model
-    if model.kind == "autoencoder":
+    if not isinstance(recipe, LanguageModelRecipe):
         return [1.0]
     layer, first, last = _costs(recipe)
     stages = [layer * sum(chunks) for chunks in chunk_sizes(recipe)]
@@ -49,7 +48,7 @@ def work_shares(recipe: Recipe) -> list[float]:
     return [work / sum(stages) for work in stages]
 
 
-def _balanced(recipe: Recipe, stages: int, chunks: int) -> list[int]:
+def _balanced(recipe: LanguageModelRecipe, stages: int, chunks: int) -> list[int]:
     """Layers of each stage with the smallest possible longest stage.
 
     Greedy is optimal, as all layers are alike. Of equal stages the later one gets the layer: the
@@ -60,7 +59,6 @@ def _balanced(recipe: Recipe, stages: int, chunks: int) -> list[int]:
     work = [layer * chunks] * stages
     work[0] += first
     work[-1] += last
-    assert recipe.model.kind != "autoencoder"
     for _ in range(recipe.model.num_hidden_layers - sum(sizes)):
         stage = min(reversed(range(stages)), key=work.__getitem__)
         sizes[stage] += 1
@@ -68,10 +66,9 @@ def _balanced(recipe: Recipe, stages: int, chunks: int) -> list[int]:
     return sizes
 
 
-def _costs(recipe: Recipe) -> tuple[float, float, float]:
+def _costs(recipe: LanguageModelRecipe) -> tuple[float, float, float]:
     """Training FLOPs per token of a layer, of what only the first and only the last stage does."""
     counts = flops.count(recipe, tokens=0)
     work = {part.name: part.train_flops_per_token_ours for part in counts.parts}
-    assert recipe.model.kind != "autoencoder"
     layer = (work["attention"] + work["mlp"]) / recipe.model.num_hidden_layers
     return layer, work.get("patch_compressor", 0.0), work.get("head", work.get("output_layer", 0.0))

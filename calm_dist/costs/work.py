@@ -22,7 +22,7 @@ from calm_dist.costs.memory import (
     key_value_size,
     table_parameters,
 )
-from calm_dist.recipe import CalmRecipe, Recipe, TransformerRecipe
+from calm_dist.recipe import CalmModel, LanguageModelRecipe, TransformerModel
 
 # One RMSNorm: torch's fused kernel; its composite form on CPUs.
 NORM_FUSED, NORM_COMPOSITE = 5, 31
@@ -73,11 +73,12 @@ class Work:
         return busy + launching if rates.synchronous else max(busy, launching)
 
 
-def micro_batch_work(recipe: Recipe, stage: int, layers: int, cluster: Cluster) -> dict[str, Work]:
+def micro_batch_work(
+    recipe: LanguageModelRecipe, stage: int, layers: int, cluster: Cluster
+) -> dict[str, Work]:
     """Work of a rank of a stage with ``layers`` layers for one micro-batch, by part; collectives
     not counted."""
     model, parallel = recipe.model, recipe.parallel
-    assert model.kind != "autoencoder"
     forward, both = _layer(recipe, model, cluster)
     parts = {
         "layers": _times(both, layers),
@@ -97,10 +98,9 @@ def micro_batch_work(recipe: Recipe, stage: int, layers: int, cluster: Cluster) 
     return parts
 
 
-def optimizer_work(recipe: Recipe, stage: int, layers: int) -> Work:
+def optimizer_work(recipe: LanguageModelRecipe, stage: int, layers: int) -> Work:
     """AdamW and clearing of gradients on a rank of a stage, once a step."""
     model, parallel = recipe.model, recipe.parallel
-    assert model.kind != "autoencoder"
     parameters = float(backbone_parameters(recipe, stage, layers))
     copies = recipe.data_parallel_size * parallel.context_parallel_size
     accesses = parameters * ADAM_ACCESSES / (copies if parallel.distributed_optimizer else 1)
@@ -110,7 +110,7 @@ def optimizer_work(recipe: Recipe, stage: int, layers: int) -> Work:
     return Work(traffic=(accesses + parameters) * FP32_BYTES)
 
 
-def positions(recipe: Recipe) -> int:
+def positions(recipe: LanguageModelRecipe) -> int:
     """Steps of the backbone that a rank computes for one micro-batch."""
     return (
         recipe.training.micro_batch_size
@@ -120,7 +120,7 @@ def positions(recipe: Recipe) -> int:
 
 
 def _layer(
-    recipe: Recipe, model: CalmRecipe | TransformerRecipe, cluster: Cluster
+    recipe: LanguageModelRecipe, model: CalmModel | TransformerModel, cluster: Cluster
 ) -> tuple[Work, Work]:
     """A layer's forward pass, and forward and backward together."""
     parallel = recipe.parallel
@@ -147,7 +147,7 @@ def _layer(
     return forward, both
 
 
-def _compressor(recipe: Recipe, model: CalmRecipe) -> Work:
+def _compressor(recipe: LanguageModelRecipe, model: CalmModel) -> Work:
     rows, d = positions(recipe), model.hidden_size
     tensor, width = recipe.parallel.tensor_parallel_size, element_bytes(recipe)
     products = flops.compressor_flops(d, model.patch_size) * rows / tensor
@@ -158,7 +158,7 @@ def _compressor(recipe: Recipe, model: CalmRecipe) -> Work:
     )
 
 
-def _head(recipe: Recipe, model: CalmRecipe) -> Work:
+def _head(recipe: LanguageModelRecipe, model: CalmModel) -> Work:
     """All samples of this rank's shard of positions."""
     head = model.head
     rows = positions(recipe) / recipe.parallel.tensor_parallel_size
@@ -173,7 +173,7 @@ def _head(recipe: Recipe, model: CalmRecipe) -> Work:
     )
 
 
-def _score(recipe: Recipe, model: CalmRecipe) -> Work:
+def _score(recipe: LanguageModelRecipe, model: CalmModel) -> Work:
     """The energy score of all samples against M draws, chunk by chunk."""
     head, latent = model.head, flops.known_size(model, "latent_size")
     rows = positions(recipe) / recipe.parallel.tensor_parallel_size
@@ -191,7 +191,7 @@ def _score(recipe: Recipe, model: CalmRecipe) -> Work:
     )
 
 
-def _output_layer(recipe: Recipe, model: TransformerRecipe) -> Work:
+def _output_layer(recipe: LanguageModelRecipe, model: TransformerModel) -> Work:
     rows, words = positions(recipe), table_parameters(recipe) // model.hidden_size
     width = element_bytes(recipe)
     # In bf16 logits and their gradient are converted.
@@ -203,7 +203,7 @@ def _output_layer(recipe: Recipe, model: TransformerRecipe) -> Work:
     )
 
 
-def _accumulation(recipe: Recipe, stage: int, layers: int) -> Work:
+def _accumulation(recipe: LanguageModelRecipe, stage: int, layers: int) -> Work:
     """Gradients of a micro-batch, added in fp32; those of an embedding come as a whole table."""
     width, table = element_bytes(recipe), table_parameters(recipe) if stage == 0 else 0
     parameters = backbone_parameters(recipe, stage, layers)

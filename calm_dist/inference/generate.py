@@ -23,7 +23,7 @@ from calm_dist.inference.sampling import (
     sample_from_pool,
 )
 from calm_dist.progress import progress
-from calm_dist.recipe import CalmRecipe
+from calm_dist.recipe import CalmModel
 from calm_dist.runs import checkpoints
 
 if TYPE_CHECKING:
@@ -286,10 +286,10 @@ def _token_sampler(temperature: float) -> Sampler:
     return sample
 
 
-def calm_recipe(model: LoadedModel) -> CalmRecipe:
+def calm_recipe(model: LoadedModel) -> CalmModel:
     """The ``model`` section of a CALM's recipe."""
     recipe = model.recipe.model
-    assert isinstance(recipe, CalmRecipe)
+    assert isinstance(recipe, CalmModel)
     return recipe
 
 

@@ -23,7 +23,7 @@ from calm_dist.models.heads import GenerativeHead
 from calm_dist.models.kv_cache import KeyValueCache
 from calm_dist.parallel.launch import World, join_world
 from calm_dist.parallel.topology import Topology, build_topology, destroy_topology
-from calm_dist.recipe import CalmRecipe, Recipe, load_recipe
+from calm_dist.recipe import CalmModel, LanguageModelRecipe, load_recipe
 from calm_dist.released.autoencoder import load_autoencoder
 from calm_dist.released.calm import read_calm, released_recipe
 from calm_dist.released.files import weight_files
@@ -44,7 +44,7 @@ _alone: Topology | None = None
 class LoadedModel:
     """A CALM or a discrete Transformer in eval mode, fp32, on ``device``."""
 
-    recipe: Recipe
+    recipe: LanguageModelRecipe
     checkpoint: Path
     step: int
     tokens_seen: int
@@ -151,17 +151,17 @@ def load_model(
         CheckpointError: the checkpoint or the autoencoder is missing, damaged or does not fit.
     """
     directory = checkpoints.find_checkpoint(path)
-    recipe = _with_files_found(load_recipe(directory / checkpoints.RECIPE_FILE), directory)
-    if recipe.model.kind == "autoencoder":
+    trained = load_recipe(directory / checkpoints.RECIPE_FILE)
+    if not isinstance(trained, LanguageModelRecipe):
         raise CheckpointError(
             f"{directory}: is an autoencoder; give the checkpoint of a CALM or a Transformer"
         )
-    recipe = single_process_recipe(recipe)
+    recipe = single_process_recipe(_with_files_found(trained, directory))
     _check_size(recipe, directory)
     state = RunState.read(directory)
     topology = single_process_topology(recipe, torch.device(device))
     decoder, decoder_sha256 = None, None
-    if isinstance(recipe.model, CalmRecipe):
+    if isinstance(recipe.model, CalmModel):
         given = autoencoder or recipe.model.autoencoder
         decoder, decoder_sha256 = _load_autoencoder(given, topology.device)
     backbone, head = _build_model(recipe, topology)
@@ -208,23 +208,23 @@ def load_released(
         decoder, decoder_sha256 = _load_autoencoder(given, topology.device)
     recipe = recipe.with_autoencoder(asdict(decoder.config))
     backbone, head = _build_model(recipe, topology)
-    assert isinstance(recipe.model, CalmRecipe) and head is not None
+    assert isinstance(recipe.model, CalmModel) and head is not None
     released.copy_into(recipe.model, backbone, head)
     return LoadedModel(
         recipe, directory, 0, 0, None, topology.device, backbone, head, decoder, decoder_sha256
     )
 
 
-def single_process_recipe(recipe: Recipe) -> Recipe:
+def single_process_recipe(recipe: LanguageModelRecipe) -> LanguageModelRecipe:
     """The same model without parallelism, in fp32."""
     values = recipe.to_dict()
     values["parallel"] = {"world_size": 1}
     values["precision"] = "fp32"
     values["training"]["global_batch_size"] = values["training"]["micro_batch_size"] = 1
-    return Recipe.from_dict(values)
+    return LanguageModelRecipe.from_dict(values)
 
 
-def single_process_topology(recipe: Recipe, device: torch.device) -> Topology:
+def single_process_topology(recipe: LanguageModelRecipe, device: torch.device) -> Topology:
     """Groups of one rank, made without opening a port and shared by all models of the process.
 
     Gloo keeps threads for every group, so that a process that made new ones for each model would
@@ -249,17 +249,19 @@ def tokenizer_file(directory: Path) -> Path | None:
     return next(filter(Path.is_file, files), None)
 
 
-def _build_model(recipe: Recipe, topology: Topology) -> tuple[Backbone, GenerativeHead | None]:
+def _build_model(
+    recipe: LanguageModelRecipe, topology: Topology
+) -> tuple[Backbone, GenerativeHead | None]:
     """Frozen backbone and head, in eval mode, whose weights are yet to be loaded."""
     backbone = build_backbone(recipe, transformer_config(recipe, torch.float32), topology, None)
     head = None
-    if isinstance(recipe.model, CalmRecipe):
+    if isinstance(recipe.model, CalmModel):
         head = build_head(recipe.model, recipe.run.seed).to(topology.device)
         head.eval().requires_grad_(False)
     return backbone.eval().requires_grad_(False), head
 
 
-def _with_files_found(recipe: Recipe, directory: Path) -> Recipe:
+def _with_files_found(recipe: LanguageModelRecipe, directory: Path) -> LanguageModelRecipe:
     """The recipe with its autoencoder and tokenizer beside the checkpoint, or in the run
     directory, where the paths that it names are gone: a run may be moved as a whole."""
     values = recipe.to_dict()
@@ -273,10 +275,10 @@ def _with_files_found(recipe: Recipe, directory: Path) -> Recipe:
         near = (place / Path(named).name for place in places)
         if (found := next(filter(os.path.exists, near), None)) is not None:
             values[section][field] = str(found)
-    return Recipe.from_dict(values)
+    return LanguageModelRecipe.from_dict(values)
 
 
-def _check_size(recipe: Recipe, directory: Path) -> None:
+def _check_size(recipe: LanguageModelRecipe, directory: Path) -> None:
     """Look at the size of the files before memory is taken for the model.
 
     Raises:

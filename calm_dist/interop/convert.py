@@ -22,7 +22,7 @@ from calm_dist.data.tokenizer import Tokenizer, load_tokenizer
 from calm_dist.errors import CheckpointError, DataError, UserError
 from calm_dist.files import file_sha256
 from calm_dist.inference.load import LoadedModel, load_model, load_released, tokenizer_file
-from calm_dist.recipe import CalmRecipe, Recipe, load_recipe
+from calm_dist.recipe import CalmModel, Recipe, load_recipe
 from calm_dist.released.autoencoder import load_autoencoder, save_autoencoder
 from calm_dist.released.calm import released_calm, released_recipe
 from calm_dist.released.config import (
@@ -170,7 +170,7 @@ def _export_calm(directory: Path, target: Path, autoencoder: str | Path | None) 
         )
     released_head(recipe.model.head)
     model = load_model(directory, autoencoder=autoencoder)
-    assert isinstance(model.recipe.model, CalmRecipe) and model.autoencoder is not None
+    assert isinstance(model.recipe.model, CalmModel) and model.autoencoder is not None
     tokenizer = _tokenizer_of(model)
     token_ids = _token_ids(checkpoints.run_directory(directory), tokenizer)
     path = str(target.resolve() / AUTOENCODER_DIRECTORY)
@@ -195,7 +195,7 @@ def _export_calm(directory: Path, target: Path, autoencoder: str | Path | None) 
 def _place_autoencoder(model: LoadedModel, directory: Path, token_ids: TokenIds) -> None:
     """A copy of the autoencoder's own files, by whose sha256 data stores know it; one that lay
     inside the weights, or in several files, is written anew."""
-    assert isinstance(model.recipe.model, CalmRecipe) and model.autoencoder is not None
+    assert isinstance(model.recipe.model, CalmModel) and model.autoencoder is not None
     directory.mkdir()
     named = model.recipe.model.autoencoder
     if named is None:
@@ -278,7 +278,7 @@ def _report_calm(
     model: LoadedModel, source: Path, target: Path, notes: list[str]
 ) -> dict[str, Any]:
     recipe = model.recipe.model
-    assert isinstance(recipe, CalmRecipe)
+    assert isinstance(recipe, CalmModel)
     # Without the rows that only pad our table.
     of_backbone = sum(math.prod(shape) for shape in released_shapes(recipe).values())
     count = of_backbone + _count(model.head)

@@ -34,13 +34,12 @@ from calm_dist.costs.stages import chunk_sizes
 from calm_dist.models.attention import CachedSelfAttention, CoreAttention, RMSNorm
 from calm_dist.models.kv_cache import SLOT_MULTIPLE, KeyValueCache
 from calm_dist.models.patch_embedding import PatchEmbedding, TokenEmbedding
-from calm_dist.recipe import BackboneRecipe, Recipe
+from calm_dist.recipe import LanguageModelRecipe
 
 
-def transformer_config(recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(recipe: LanguageModelRecipe, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's configuration of the backbone that a recipe describes."""
     model, parallel = recipe.model, recipe.parallel
-    assert isinstance(model, BackboneRecipe)
     on_cpu = not torch.cuda.is_available()
     recompute = (
         {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -90,7 +89,7 @@ def transformer_config(recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:
     )
 
 
-def _pipeline_layout(recipe: Recipe) -> list[list[str]] | None:
+def _pipeline_layout(recipe: LanguageModelRecipe) -> list[list[str]] | None:
     """Megatron's form of `stages.chunk_sizes`: the parts of all stages' first chunks, then of their
     second ones, ..."""
     sizes = chunk_sizes(recipe)
@@ -143,7 +142,7 @@ class Backbone(MegatronModule):
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: LanguageModelRecipe,
         config: TransformerConfig,
         groups: ProcessGroupCollection,
         *,
@@ -153,7 +152,6 @@ class Backbone(MegatronModule):
     ) -> None:
         super().__init__(config)
         model = recipe.model
-        assert isinstance(model, BackboneRecipe)
         # Megatron's schedules, DDP and checkpoints read these four names.
         self.pre_process, self.post_process, self.vp_stage = first, last, vp_stage
         self.model_type = ModelType.encoder_or_decoder

@@ -10,7 +10,7 @@ from megatron.core.transformer import TransformerConfig
 from calm_dist.models.backbone import Backbone
 from calm_dist.models.kv_cache import KeyValueCache
 from calm_dist.models.patch_embedding import padded_vocab_size
-from calm_dist.recipe import Recipe
+from calm_dist.recipe import LanguageModelRecipe
 
 
 class Transformer(Backbone):
@@ -23,7 +23,7 @@ class Transformer(Backbone):
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: LanguageModelRecipe,
         config: TransformerConfig,
         groups: ProcessGroupCollection,
         *,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from calm_dist.randomness import key_seed
-from calm_dist.recipe.sections import CalmRecipe, Initialization
+from calm_dist.recipe.sections import CalmModel, Initialization
 
 InitStd = Callable[[str, torch.Size], float]
 
@@ -36,7 +36,7 @@ def init_std(initialization: Initialization, num_layers: int = 0) -> InitStd:
     return fan_in
 
 
-def head_init_std(model: CalmRecipe) -> InitStd:
+def head_init_std(model: CalmModel) -> InitStd:
     """`init_std` of a generative head, as its description wants it."""
     std, spec = init_std(model), model.head.spec
     return lambda name, shape: spec.weight_std(model.init, name, shape, std(name, shape))

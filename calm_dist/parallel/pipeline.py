@@ -17,7 +17,7 @@ from calm_dist.models.heads.base import NoiseSource
 from calm_dist.parallel.noise import KeyedNoise
 from calm_dist.parallel.topology import Topology
 from calm_dist.parallel.zero_head import ZeroHead
-from calm_dist.recipe import Recipe
+from calm_dist.recipe import LanguageModelRecipe
 
 Batch = dict[str, torch.Tensor]
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -42,7 +42,7 @@ class ForwardStep(ABC):
     the mean over all valid positions of the global batch. Contributions of all ranks add up.
     """
 
-    def __init__(self, recipe: Recipe, topology: Topology) -> None:
+    def __init__(self, recipe: LanguageModelRecipe, topology: Topology) -> None:
         self._topology = topology
         self._patch_size = recipe.model.patch_size
         self._steps = recipe.num_patches
@@ -101,7 +101,7 @@ class CalmForwardStep(ForwardStep):
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: LanguageModelRecipe,
         topology: Topology,
         head: ZeroHead | None,
         autoencoder: Autoencoder | None,

@@ -25,7 +25,7 @@ from calm_dist.compat.deepspeed import (
 from calm_dist.compat.zero_groups import Copy, ParameterGroup, parameter_groups
 from calm_dist.models.heads.base import NoiseSource
 from calm_dist.parallel.topology import Topology
-from calm_dist.recipe import Recipe
+from calm_dist.recipe import LanguageModelRecipe
 
 STATE_NAMES = ("fp32", "exp_avg", "exp_avg_sq")
 # DeepSpeed's own default.
@@ -85,7 +85,7 @@ class _ScaleGradient(torch.autograd.Function):
 class ZeroHead:
     """A head module in a ZeRO engine; in stage 3 its matrices are partitioned, too."""
 
-    def __init__(self, head: nn.Module, recipe: Recipe, topology: Topology) -> None:
+    def __init__(self, head: nn.Module, recipe: LanguageModelRecipe, topology: Topology) -> None:
         deepspeed = import_deepspeed()
         self._stage = recipe.parallel.zero_stage
         self._group = topology.head_group
@@ -242,7 +242,7 @@ class ZeroHead:
         return self._engine.optimizer
 
 
-def _engine_config(recipe: Recipe, head: nn.Module) -> dict[str, Any]:
+def _engine_config(recipe: LanguageModelRecipe, head: nn.Module) -> dict[str, Any]:
     """DeepSpeed's configuration: accumulation, averaging and clipping are ours or Megatron's."""
     sizes = [p.numel() for p in head.parameters()]
     vectors = [p.numel() for p in head.parameters() if p.dim() <= 1]

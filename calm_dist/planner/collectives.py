@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from calm_dist.costs.clusters import Cluster
-from calm_dist.recipe import Recipe
+from calm_dist.recipe import LanguageModelRecipe
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Groups:
     """All ranks of the last stage."""
 
 
-def groups(recipe: Recipe, cluster: Cluster) -> Groups:
+def groups(recipe: LanguageModelRecipe, cluster: Cluster) -> Groups:
     """How a recipe's groups lie in a cluster's nodes."""
     parallel, node = recipe.parallel, cluster.gpus_per_node
     tensor, context = parallel.tensor_parallel_size, parallel.context_parallel_size
@@ -74,7 +74,7 @@ def groups(recipe: Recipe, cluster: Cluster) -> Groups:
     )
 
 
-def send(recipe: Recipe, cluster: Cluster, stage: int, size: float) -> float:
+def send(recipe: LanguageModelRecipe, cluster: Cluster, stage: int, size: float) -> float:
     """Seconds to send ``size`` bytes from each rank of a stage to the next one's."""
     parallel = recipe.parallel
     shards = parallel.tensor_parallel_size * parallel.context_parallel_size

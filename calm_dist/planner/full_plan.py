@@ -12,7 +12,7 @@ from calm_dist.errors import RecipeError
 from calm_dist.planner.predict import Prediction, predict, training_cost
 from calm_dist.planner.search import Search, search
 from calm_dist.planner.storage import Reliability
-from calm_dist.recipe import Recipe
+from calm_dist.recipe import LanguageModelRecipe
 
 BEST = 5
 # Terms of a step that are worth a line: above this share.
@@ -20,7 +20,7 @@ _WORTH_A_LINE = 0.002
 
 
 def full_plan(
-    recipe: Recipe, cluster: Cluster, reliability: Reliability, world_size: int
+    recipe: LanguageModelRecipe, cluster: Cluster, reliability: Reliability, world_size: int
 ) -> dict[str, Any]:
     """The recipe's own layout on ``world_size`` GPUs, the best ones, and why the rest lost, as
     plain values.
@@ -77,7 +77,7 @@ def _layout(prediction: Prediction) -> dict[str, Any]:
     }
 
 
-def layout_overrides(recipe: Recipe) -> list[str]:
+def layout_overrides(recipe: LanguageModelRecipe) -> list[str]:
     """The overrides that give a recipe's layout on a command line."""
     parallel = recipe.parallel
     values = {

@@ -8,7 +8,6 @@ from typing import Any
 from calm_dist.costs import flops
 from calm_dist.costs.clusters import Cluster
 from calm_dist.costs.memory import Memory, layer_counts, stage_memory
-from calm_dist.errors import UserError
 from calm_dist.planner.steptime import StepTime, peak_flops, step_time
 from calm_dist.planner.storage import (
     HOUR,
@@ -18,14 +17,14 @@ from calm_dist.planner.storage import (
     goodput,
     latent_bytes_per_token,
 )
-from calm_dist.recipe import Recipe
+from calm_dist.recipe import LanguageModelRecipe
 
 
 @dataclass(frozen=True)
 class Prediction:
     """One layout of a recipe on a cluster."""
 
-    recipe: Recipe
+    recipe: LanguageModelRecipe
     cluster: Cluster
     memory: tuple[Memory, ...]
     """Of a rank of each stage."""
@@ -62,18 +61,12 @@ class Prediction:
         return done / recipe.world_size / peak_flops(recipe, self.cluster)
 
 
-def predict(recipe: Recipe, cluster: Cluster) -> Prediction:
+def predict(recipe: LanguageModelRecipe, cluster: Cluster) -> Prediction:
     """Predict memory and time of a recipe's own layout.
 
     Raises:
-        UserError: the recipe's model is an autoencoder.
         RecipeError: the recipe leaves a size to a data store that is not there.
     """
-    if recipe.model.kind == "autoencoder":
-        raise UserError(
-            "model.kind: autoencoder; the planner knows language models; an autoencoder has one "
-            "layout, see tools/train_autoencoder.py --dry-run"
-        )
     memory = tuple(
         stage_memory(recipe, stage, layers=layers, on_cpu=cluster.on_cpu)
         for stage, layers in enumerate(layer_counts(recipe))
@@ -130,10 +123,9 @@ def _interval(chosen: Goodput, step: float) -> dict[str, float]:
     }
 
 
-def _masked_flops_per_token(recipe: Recipe) -> float:
+def _masked_flops_per_token(recipe: LanguageModelRecipe) -> float:
     """Training FLOPs of full attention that a causal mask makes needless."""
     model = recipe.model
-    assert model.kind != "autoencoder"
     scores = flops.attention_flops(model.hidden_size, recipe.num_patches)
     scores -= flops.attention_flops(model.hidden_size, 0)
     layers = model.num_hidden_layers * scores / model.patch_size

@@ -13,7 +13,7 @@ from typing import Any
 from calm_dist.costs import flops
 from calm_dist.costs.clusters import PRESETS
 from calm_dist.planner.predict import Prediction, predict
-from calm_dist.recipe import Recipe
+from calm_dist.recipe import LanguageModelRecipe
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Published:
         """What the planner predicts of the run."""
         return predict(self._recipe(), PRESETS[self.gpu])
 
-    def _recipe(self) -> Recipe:
+    def _recipe(self) -> LanguageModelRecipe:
         return dense_recipe(
             self.name,
             self.model,
@@ -65,9 +65,9 @@ def dense_recipe(
     block_size: int,
     global_batch_size: int,
     parallel: dict[str, Any],
-) -> Recipe:
+) -> LanguageModelRecipe:
     """A recipe of a dense Transformer that names no data."""
-    return Recipe.from_dict(
+    return LanguageModelRecipe.from_dict(
         {
             "run": {"dir": f"runs/{name}"},
             "model": {"kind": "transformer", **model},

@@ -12,7 +12,7 @@ from calm_dist.planner.full_plan import layout_overrides
 from calm_dist.planner.predict import training_cost
 from calm_dist.planner.search import search
 from calm_dist.planner.storage import Reliability
-from calm_dist.recipe import Recipe
+from calm_dist.recipe import LanguageModelRecipe
 
 GPUS = tuple(2**power for power in range(3, 15))
 BLOCK_SIZE = 8192
@@ -45,10 +45,10 @@ MODELS: dict[str, tuple[dict[str, Any], int, int]] = {
 }
 
 
-def scaling_recipe(name: str) -> Recipe:
+def scaling_recipe(name: str) -> LanguageModelRecipe:
     """The recipe of one of `MODELS`, on one GPU; the search finds its layout on more."""
     model, blocks, steps = MODELS[name]
-    return Recipe.from_dict(
+    return LanguageModelRecipe.from_dict(
         {
             "run": {"dir": f"runs/{name.lower().replace(' ', '_')}", "name": name},
             "model": _SHARED | model,

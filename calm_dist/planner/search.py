@@ -10,7 +10,7 @@ from typing import Any
 from calm_dist.costs.clusters import Cluster
 from calm_dist.errors import RecipeError
 from calm_dist.planner.predict import Prediction, predict
-from calm_dist.recipe import Recipe
+from calm_dist.recipe import LanguageModelRecipe
 
 VIRTUAL_STAGES = (None, 2, 4)
 
@@ -42,7 +42,7 @@ class Search:
         )
 
 
-def search(recipe: Recipe, cluster: Cluster, world_size: int) -> Search:
+def search(recipe: LanguageModelRecipe, cluster: Cluster, world_size: int) -> Search:
     """Try TP x PP x virtual stages x micro-batch x recomputation on ``world_size`` GPUs.
 
     The global batch and all else stay as in the recipe; context parallelism, too. Sequence
@@ -72,10 +72,10 @@ def search(recipe: Recipe, cluster: Cluster, world_size: int) -> Search:
     return found
 
 
-def _layouts(recipe: Recipe, cluster: Cluster, world: int) -> Iterator[dict[str, Any]]:
+def _layouts(recipe: LanguageModelRecipe, cluster: Cluster, world: int) -> Iterator[dict[str, Any]]:
     """Sizes that could divide the GPUs; the recipe's checks decide."""
     batch = recipe.training.global_batch_size
-    layers = recipe.model.num_hidden_layers  # type: ignore[union-attr]
+    layers = recipe.model.num_hidden_layers
     tensor = 1
     while tensor <= min(world, cluster.gpus_per_node):
         for pipeline in _divisors(world // tensor, layers):
@@ -94,7 +94,9 @@ def _layouts(recipe: Recipe, cluster: Cluster, world: int) -> Iterator[dict[str,
         tensor *= 2
 
 
-def _changed(recipe: Recipe, values: dict[str, Any], changes: dict[str, Any]) -> Recipe:
+def _changed(
+    recipe: LanguageModelRecipe, values: dict[str, Any], changes: dict[str, Any]
+) -> LanguageModelRecipe:
     """The recipe in another layout, checked as any recipe.
 
     Raises:
@@ -111,7 +113,7 @@ def _changed(recipe: Recipe, values: dict[str, Any], changes: dict[str, Any]) ->
     if not same:
         layout["stage_layers"] = None
     parallel = values["parallel"] | layout
-    return Recipe.from_dict(values | {"training": training, "parallel": parallel})
+    return LanguageModelRecipe.from_dict(values | {"training": training, "parallel": parallel})
 
 
 def _first_problem(error: RecipeError) -> str:

@@ -14,7 +14,7 @@ from calm_dist.costs.clusters import Cluster
 from calm_dist.costs.memory import FP32_BYTES, backbone_parameters, element_bytes, layer_counts
 from calm_dist.costs.work import micro_batch_work, optimizer_work, positions
 from calm_dist.planner.collectives import Group, Groups, groups, send
-from calm_dist.recipe import Recipe
+from calm_dist.recipe import LanguageModelRecipe
 
 # Of a micro-batch's time, in which gradients can be reduced meanwhile.
 BACKWARD_SHARE = 2 / 3
@@ -37,7 +37,7 @@ class StepTime:
         return sum(self.terms.values())
 
 
-def step_time(recipe: Recipe, cluster: Cluster) -> StepTime:
+def step_time(recipe: LanguageModelRecipe, cluster: Cluster) -> StepTime:
     """Predict a step of a language model's recipe."""
     number, links, counts = recipe.num_micro_batches, groups(recipe, cluster), layer_counts(recipe)
     last = len(counts) - 1
@@ -66,13 +66,13 @@ def step_time(recipe: Recipe, cluster: Cluster) -> StepTime:
     return StepTime({name: value for name, value in terms.items() if value > 0}, tuple(stages))
 
 
-def peak_flops(recipe: Recipe, cluster: Cluster) -> float:
+def peak_flops(recipe: LanguageModelRecipe, cluster: Cluster) -> float:
     """Peak FLOP/s of the recipe's precision."""
     return cluster.peak_flops if recipe.precision == "bf16" else cluster.fp32_flops
 
 
 def _micro_batch(
-    recipe: Recipe, stage: int, layers: int, cluster: Cluster, links: Groups
+    recipe: LanguageModelRecipe, stage: int, layers: int, cluster: Cluster, links: Groups
 ) -> dict[str, float]:
     """Terms of one micro-batch on a stage."""
     peak = peak_flops(recipe, cluster)
@@ -102,14 +102,13 @@ def _micro_batch(
 
 
 def _tensor_collectives(
-    recipe: Recipe, stage: int, layers: int, cluster: Cluster, links: Groups
+    recipe: LanguageModelRecipe, stage: int, layers: int, cluster: Cluster, links: Groups
 ) -> float:
     """All-reduces of each layer's two outputs and, backward, two inputs; with sequence parallelism
     the same in halves, and two more gathers backward."""
     parallel, model = recipe.parallel, recipe.model
     if parallel.tensor_parallel_size == 1:
         return 0.0
-    assert model.kind != "autoencoder"
     size = positions(recipe) * model.hidden_size * element_bytes(recipe)
     half = links.tensor.half(size, cluster)
     forward = 4 * half
@@ -124,13 +123,12 @@ def _tensor_collectives(
     return seconds
 
 
-def _context_collectives(recipe: Recipe, layers: int, cluster: Cluster) -> float:
+def _context_collectives(recipe: LanguageModelRecipe, layers: int, cluster: Cluster) -> float:
     """Keys and values of a layer, gathered forward, their gradients scattered backward."""
     parallel, model = recipe.parallel, recipe.model
     pieces = parallel.context_parallel_size
     if pieces == 1:
         return 0.0
-    assert model.kind != "autoencoder"
     kv = model.hidden_size * model.key_value_heads // model.num_attention_heads
     size = positions(recipe) * pieces * 2 * kv * element_bytes(recipe)
     size //= parallel.tensor_parallel_size
@@ -139,13 +137,12 @@ def _context_collectives(recipe: Recipe, layers: int, cluster: Cluster) -> float
     return layers * half * (3 if parallel.recompute else 2)
 
 
-def _sends(recipe: Recipe, cluster: Cluster) -> float:
+def _sends(recipe: LanguageModelRecipe, cluster: Cluster) -> float:
     """Between stages, forward and backward, for each chunk; none where computation hides them."""
     parallel, model = recipe.parallel, recipe.model
     stages = parallel.pipeline_parallel_size
     if stages == 1 or parallel.overlap_p2p:
         return 0.0
-    assert model.kind != "autoencoder"
     size = positions(recipe) * model.hidden_size * element_bytes(recipe)
     if parallel.use_sequence_parallel:
         size //= parallel.tensor_parallel_size
@@ -156,7 +153,12 @@ def _sends(recipe: Recipe, cluster: Cluster) -> float:
 
 
 def _step_end(
-    recipe: Recipe, stage: int, layers: int, cluster: Cluster, links: Groups, micro_batch: float
+    recipe: LanguageModelRecipe,
+    stage: int,
+    layers: int,
+    cluster: Cluster,
+    links: Groups,
+    micro_batch: float,
 ) -> dict[str, float]:
     """Terms after the last micro-batch on a stage."""
     parallel, model = recipe.parallel, recipe.model

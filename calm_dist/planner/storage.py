@@ -14,7 +14,7 @@ from calm_dist.costs.memory import (
     element_bytes,
     layer_counts,
 )
-from calm_dist.recipe import Recipe
+from calm_dist.recipe import LanguageModelRecipe
 
 TOKEN_BYTES = 4
 FP16_BYTES = 2
@@ -43,7 +43,7 @@ class Reliability:
     over gloo, for which training waits (assumption)."""
 
 
-def latent_bytes_per_token(recipe: Recipe, latent_bytes: int = FP16_BYTES) -> float:
+def latent_bytes_per_token(recipe: LanguageModelRecipe, latent_bytes: int = FP16_BYTES) -> float:
     """Bytes of a token in the store: itself, and its part of mean and log_std of P + 1 patches."""
     model = recipe.model
     if model.kind != "calm" or recipe.data.latents != "stored":
@@ -52,7 +52,7 @@ def latent_bytes_per_token(recipe: Recipe, latent_bytes: int = FP16_BYTES) -> fl
     return TOKEN_BYTES + latents / recipe.block_size
 
 
-def checkpoint_bytes(recipe: Recipe) -> int:
+def checkpoint_bytes(recipe: LanguageModelRecipe) -> int:
     """Weights and AdamW's state of backbone and head; fp32 master weights count once."""
     counts = flops.count(recipe, tokens=0)
     state = FP32_BYTES + ADAM_MOMENTS_BYTES
@@ -91,7 +91,10 @@ class Goodput:
 
 
 def goodput(
-    recipe: Recipe, cluster: Cluster, reliability: Reliability, interval_seconds: float | None
+    recipe: LanguageModelRecipe,
+    cluster: Cluster,
+    reliability: Reliability,
+    interval_seconds: float | None,
 ) -> Goodput:
     """Goodput of a recipe with a checkpoint every ``interval_seconds``, or the best interval."""
     nodes = -(-recipe.world_size // cluster.gpus_per_node)
@@ -111,7 +114,7 @@ def goodput(
     return Goodput(mtbf, write, stall, reliability.restart_seconds, interval)
 
 
-def _gather_seconds(recipe: Recipe, reliability: Reliability) -> float:
+def _gather_seconds(recipe: LanguageModelRecipe, reliability: Reliability) -> float:
     """Until the distributed optimizer's state of the largest stage is in one place."""
     if not recipe.parallel.distributed_optimizer:
         return 0.0

@@ -1,11 +1,17 @@
 """Typed recipes: sections, fields, YAML, overrides, and all that can be wrong. No torch."""
 
-from calm_dist.recipe.recipe import LARGEST_FILE, Recipe, load_recipe
-from calm_dist.recipe.sections import (
+from calm_dist.recipe.recipe import (
+    LARGEST_FILE,
     AutoencoderRecipe,
+    LanguageModelRecipe,
+    Recipe,
+    load_recipe,
+)
+from calm_dist.recipe.sections import (
+    AutoencoderModel,
     AutoencoderSize,
-    BackboneRecipe,
-    CalmRecipe,
+    BackboneModel,
+    CalmModel,
     Checkpoint,
     Data,
     DataSource,
@@ -16,26 +22,28 @@ from calm_dist.recipe.sections import (
     Parallel,
     Run,
     Training,
-    TransformerRecipe,
+    TransformerModel,
 )
 
 __all__ = [
     "LARGEST_FILE",
+    "AutoencoderModel",
     "AutoencoderRecipe",
     "AutoencoderSize",
-    "BackboneRecipe",
-    "CalmRecipe",
+    "BackboneModel",
+    "CalmModel",
     "Checkpoint",
     "Data",
     "DataSource",
     "Evaluation",
     "HeadRecipe",
     "Health",
+    "LanguageModelRecipe",
     "Logging",
     "Parallel",
     "Recipe",
     "Run",
     "Training",
-    "TransformerRecipe",
+    "TransformerModel",
     "load_recipe",
 ]

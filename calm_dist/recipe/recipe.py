@@ -14,9 +14,9 @@ import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from calm_dist.errors import RecipeError, shown
 from calm_dist.files import read_bounded
@@ -27,7 +27,7 @@ from calm_dist.recipe.checks import (
 )
 from calm_dist.recipe.fields import RecipeFields
 from calm_dist.recipe.overrides import apply_overrides
-from calm_dist.recipe.sections import AutoencoderSize
+from calm_dist.recipe.sections import AutoencoderModel, AutoencoderSize, LanguageModel
 from calm_dist.recipe.yaml_text import parse_yaml, write_yaml
 from calm_dist.redact import redact_values
 
@@ -36,23 +36,28 @@ LARGEST_FILE = 1 << 20
 
 
 class Recipe(RecipeFields):
-    """A whole run: built by `load_recipe` or `Recipe.from_dict`, which check it as a whole."""
+    """A whole run: a `LanguageModelRecipe` or an `AutoencoderRecipe`.
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    Built by `load_recipe` or `Recipe.from_dict`, which check it as a whole.
+    """
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Recipe:
         """Build a recipe from nested mappings and check it.
 
         Raises:
             RecipeError: with one line for each problem.
         """
         try:
-            recipe = cls.model_validate(dict(values))
+            fields = RecipeFields.model_validate(dict(values))
         except ValidationError as error:
-            raise RecipeError(describe_validation_errors(error, cls)) from error
-        problems = impossible_combinations(recipe)
+            raise RecipeError(describe_validation_errors(error, RecipeFields)) from error
+        problems = impossible_combinations(fields)
         if problems:
             raise RecipeError(join_problems(problems))
-        return recipe
+        of_autoencoder = isinstance(fields.model, AutoencoderModel)
+        kind = AutoencoderRecipe if of_autoencoder else LanguageModelRecipe
+        return kind.model_construct(**dict(fields))
 
     def to_yaml(self) -> str:
         """The recipe as resolved; `load_recipe` reads it back to an equal recipe.
@@ -185,7 +190,30 @@ class Recipe(RecipeFields):
         values = self.to_dict()
         for section, fields in changes.items():
             values[section].update(fields)
-        return type(self).from_dict(values)
+        return cast(Self, Recipe.from_dict(values))
+
+
+class LanguageModelRecipe(Recipe):
+    """The training of a CALM or a Transformer."""
+
+    model: LanguageModel = Field(discriminator="kind")
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> LanguageModelRecipe:
+        """See `Recipe.from_dict`; also refuses an autoencoder's recipe."""
+        recipe = Recipe.from_dict(values)
+        if not isinstance(recipe, LanguageModelRecipe):
+            raise RecipeError(
+                f"model.kind: {recipe.model.kind}; give the recipe of a language model, calm or "
+                "transformer"
+            )
+        return recipe
+
+
+class AutoencoderRecipe(Recipe):
+    """The training of an autoencoder."""
+
+    model: AutoencoderModel
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -16,10 +16,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from calm_dist.recipe import (
-    AutoencoderRecipe,
+    AutoencoderModel,
     AutoencoderSize,
-    BackboneRecipe,
-    CalmRecipe,
+    BackboneModel,
+    CalmModel,
     Checkpoint,
     Data,
     DataSource,
@@ -31,7 +31,7 @@ from calm_dist.recipe import (
     Recipe,
     Run,
     Training,
-    TransformerRecipe,
+    TransformerModel,
 )
 from calm_dist.schema import Section
 
@@ -68,18 +68,18 @@ _PLAIN = {int: "integer", float: "number", str: "text", bool: "true, false"}
 
 def reference() -> str:
     """The whole page in Markdown."""
-    own = [name for name in CalmRecipe.model_fields if name not in BackboneRecipe.model_fields]
+    own = [name for name in CalmModel.model_fields if name not in BackboneModel.model_fields]
     parts = [
         _INTRODUCTION,
         _section("run", Run),
         "## model\n\nWhat is trained. `model.kind` says which of these fields there are.",
         _table(
             "### Both language models: `kind: calm` and `kind: transformer`\n\n"
-            f"{_summary(BackboneRecipe)} {_summary(TransformerRecipe)}",
+            f"{_summary(BackboneModel)} {_summary(TransformerModel)}",
             "model.",
-            BackboneRecipe,
+            BackboneModel,
         ),
-        _table(f"### `kind: calm`\n\n{_summary(CalmRecipe)}", "model.", CalmRecipe, own),
+        _table(f"### `kind: calm`\n\n{_summary(CalmModel)}", "model.", CalmModel, own),
         _table(f"### `model.head`\n\n{_summary(HeadRecipe)}", "model.head.", HeadRecipe),
         _table(
             f"### `model.autoencoder_size`\n\n{_summary(AutoencoderSize)}",
@@ -87,7 +87,7 @@ def reference() -> str:
             AutoencoderSize,
         ),
         _table(
-            f"### `kind: autoencoder`\n\n{_summary(AutoencoderRecipe)}", "model.", AutoencoderRecipe
+            f"### `kind: autoencoder`\n\n{_summary(AutoencoderModel)}", "model.", AutoencoderModel
         ),
         _section("data", Data),
         _table(f"### A store of a mixture\n\n{_summary(DataSource)}", "data.path[…].", DataSource),

@@ -70,7 +70,7 @@ class Initialization(Section):
     """Standard deviation of the weights with ``init: released``."""
 
 
-class BackboneRecipe(Initialization):
+class BackboneModel(Initialization):
     """Shape of the Llama-like Transformer that both language models share."""
 
     vocab_size: Positive | None = None
@@ -109,7 +109,7 @@ class BackboneRecipe(Initialization):
         return 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
 
 
-class CalmRecipe(BackboneRecipe):
+class CalmModel(BackboneModel):
     """A continuous autoregressive language model: backbone over patches and a generative head."""
 
     kind: Literal["calm"]
@@ -126,7 +126,7 @@ class CalmRecipe(BackboneRecipe):
     """The generative head, see below."""
 
 
-class TransformerRecipe(BackboneRecipe):
+class TransformerModel(BackboneModel):
     """The discrete baseline on the same backbone, with an untied output layer."""
 
     kind: Literal["transformer"]
@@ -137,7 +137,7 @@ class TransformerRecipe(BackboneRecipe):
         return 1
 
 
-class AutoencoderRecipe(AutoencoderSize, Initialization):
+class AutoencoderModel(AutoencoderSize, Initialization):
     """The autoencoder that packs K tokens into one Gaussian latent."""
 
     kind: Literal["autoencoder"]
@@ -160,7 +160,8 @@ class AutoencoderRecipe(AutoencoderSize, Initialization):
     """Floor of the KL term of each dimension of each latent."""
 
 
-Model = Annotated[CalmRecipe | TransformerRecipe | AutoencoderRecipe, Field(discriminator="kind")]
+LanguageModel = CalmModel | TransformerModel
+Model = Annotated[LanguageModel | AutoencoderModel, Field(discriminator="kind")]
 
 
 class DataSource(Section):

@@ -13,7 +13,7 @@ from torch import nn
 from calm_dist.costs import flops
 from calm_dist.errors import CheckpointError, RecipeError
 from calm_dist.models.autoencoder import Autoencoder
-from calm_dist.recipe import CalmRecipe, Recipe
+from calm_dist.recipe import CalmModel, LanguageModelRecipe, Recipe
 from calm_dist.released.autoencoder import (
     build_autoencoder,
     config_from_tensors,
@@ -41,7 +41,7 @@ class ReleasedCalm:
     tensors: Tensors
 
     @torch.no_grad()
-    def copy_into(self, model: CalmRecipe, backbone: nn.Module, head: nn.Module) -> None:
+    def copy_into(self, model: CalmModel, backbone: nn.Module, head: nn.Module) -> None:
         """Fill a whole backbone and a head of this recipe with the weights, in their own dtype.
 
         Raises:
@@ -127,7 +127,7 @@ def released_recipe(
     run_dir: str,
     autoencoder: str | None = None,
     tokenizer: str | None = None,
-) -> Recipe:
+) -> LanguageModelRecipe:
     """A recipe that goes on with a released language model as recipes/calm_m.yaml trains.
 
     Args:
@@ -144,13 +144,13 @@ def released_recipe(
     values["training"] = {"steps": 250_000, "micro_batch_size": 1, "global_batch_size": 256}
     values |= {"precision": "bf16", "checkpoint": {"keep": 3}}
     try:
-        return Recipe.from_dict(values)
+        return LanguageModelRecipe.from_dict(values)
     except RecipeError as error:
         raise CheckpointError(f"{Path(directory) / CONFIG_FILE}: {error}") from error
 
 
 def released_calm(
-    model: CalmRecipe,
+    model: CalmModel,
     backbone: Mapping[str, torch.Tensor],
     head: Mapping[str, torch.Tensor],
     autoencoder: Autoencoder | None = None,

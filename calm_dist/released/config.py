@@ -13,7 +13,7 @@ from typing import Any
 from calm_dist.errors import CheckpointError
 from calm_dist.heads import HeadRecipe, Released, all_specs
 from calm_dist.models.autoencoder import AutoencoderConfig
-from calm_dist.recipe import CalmRecipe, Recipe
+from calm_dist.recipe import CalmModel, Recipe
 from calm_dist.released.config_keys import (
     NEUTRAL,
     check_attention_kinds,
@@ -118,7 +118,7 @@ def calm_config(
         ae_path: directory of the autoencoder.
     """
     model = recipe.model
-    assert isinstance(model, CalmRecipe)
+    assert isinstance(model, CalmModel)
     head = model.head
     released = released_head(head)
     return {

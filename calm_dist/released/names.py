@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from calm_dist.errors import CheckpointError, listed
 from calm_dist.models.patch_embedding import padded_vocab_size
-from calm_dist.recipe import CalmRecipe
+from calm_dist.recipe import CalmModel
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -33,7 +33,7 @@ class Rule:
     split: Callable[[torch.Tensor], Sequence[torch.Tensor]]
 
 
-def backbone_rules(model: CalmRecipe) -> Iterator[Rule]:
+def backbone_rules(model: CalmModel) -> Iterator[Rule]:
     """The rules of all parameters of a whole backbone."""
     assert model.vocab_size is not None
     width, patch = model.hidden_size, model.patch_size
@@ -52,12 +52,12 @@ def backbone_rules(model: CalmRecipe) -> Iterator[Rule]:
     yield _same("decoder.final_layernorm.weight", "transformer.norm.weight", (width,))
 
 
-def released_shapes(model: CalmRecipe) -> Shapes:
+def released_shapes(model: CalmModel) -> Shapes:
     """Names and shapes of the backbone's released tensors."""
     return {name: shape for rule in backbone_rules(model) for name, shape in rule.released.items()}
 
 
-def rules_for(model: CalmRecipe, parameters: Iterable[str]) -> list[Rule]:
+def rules_for(model: CalmModel, parameters: Iterable[str]) -> list[Rule]:
     """The rules of a whole backbone that has these parameters, each covered by one.
 
     Raises:
@@ -73,7 +73,7 @@ def rules_for(model: CalmRecipe, parameters: Iterable[str]) -> list[Rule]:
     return rules
 
 
-def to_released(model: CalmRecipe, backbone: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def to_released(model: CalmModel, backbone: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors of a whole backbone (weights or gradients) under their released names.
 
     Raises:
@@ -86,7 +86,7 @@ def to_released(model: CalmRecipe, backbone: Mapping[str, torch.Tensor]) -> dict
     }
 
 
-def _layer_rules(model: CalmRecipe, ours: str, released: str) -> Iterator[Rule]:
+def _layer_rules(model: CalmModel, ours: str, released: str) -> Iterator[Rule]:
     width, inner = model.hidden_size, model.intermediate_size
     yield _attention_rule(model, f"{ours}self_attention.linear_qkv.weight", f"{released}self_attn.")
     # Megatron's first projection is [gate; up].
@@ -116,7 +116,7 @@ def _vocabulary_rule(vocab_size: int, width: int) -> Rule:
     )
 
 
-def _attention_rule(model: CalmRecipe, ours: str, released: str) -> Rule:
+def _attention_rule(model: CalmModel, ours: str, released: str) -> Rule:
     """Megatron keeps the queries of a group of heads with their key and value head.
 
     Rows are, for each group: its queries, its key, its value. Both sides rotate halves of a head.

@@ -41,7 +41,7 @@ from calm_dist.models.weights import init_std, initialize_module
 from calm_dist.parallel.rank_zero import on_rank_zero
 from calm_dist.progress import progress
 from calm_dist.randomness import key_seed
-from calm_dist.recipe import Recipe
+from calm_dist.recipe import AutoencoderRecipe, Recipe
 from calm_dist.released.autoencoder import load_autoencoder, save_autoencoder
 from calm_dist.runs import checkpoints
 from calm_dist.runs.checkpoints.run_state import RunState
@@ -67,26 +67,26 @@ def train_autoencoder(recipe: Recipe) -> None:
         HungError: another process found out that a rank hangs.
         StoppedError: a signal asked for it; a checkpoint was written.
     """
-    check_kind(recipe)
-    with launched(recipe) as session:
+    with launched(of_autoencoder(recipe)) as session:
         AutoencoderTrainer(
             session.recipe, session.device, session.stop, session.phases, session.begin
         ).run()
 
 
-def check_kind(recipe: Recipe) -> None:
+def of_autoencoder(recipe: Recipe) -> AutoencoderRecipe:
     """Raises RecipeError for the recipe of a language model."""
-    if recipe.model.kind != "autoencoder":
+    if not isinstance(recipe, AutoencoderRecipe):
         raise RecipeError(
             f"model.kind: {recipe.model.kind}; this command trains autoencoders, use "
             "tools/train.py for language models"
         )
+    return recipe
 
 
-def autoencoder_config(recipe: Recipe) -> AutoencoderConfig:
+def autoencoder_config(recipe: AutoencoderRecipe) -> AutoencoderConfig:
     """The model's configuration from a recipe that `resolve` has completed."""
     model = recipe.model
-    assert model.kind == "autoencoder" and model.vocab_size is not None
+    assert model.vocab_size is not None
     return AutoencoderConfig(
         vocab_size=model.vocab_size,
         patch_size=model.patch_size,
@@ -104,14 +104,14 @@ def autoencoder_config(recipe: Recipe) -> AutoencoderConfig:
     )
 
 
-def build_autoencoder(recipe: Recipe) -> Autoencoder:
+def build_autoencoder(recipe: AutoencoderRecipe) -> Autoencoder:
     """The initialised autoencoder, fp32 on the CPU."""
     autoencoder = Autoencoder(autoencoder_config(recipe))
     initialize_module(autoencoder, "autoencoder", init_std(recipe.model), recipe.run.seed)
     return autoencoder
 
 
-def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.AdamW:
+def build_optimizer(recipe: AutoencoderRecipe, model: nn.Module) -> torch.optim.AdamW:
     """AdamW that decays matrices, the embedding among them, but not norms and biases."""
     training = recipe.training
     parameters = list(model.parameters())
@@ -177,7 +177,7 @@ class AutoencoderTrainer(TrainingRun):
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: AutoencoderRecipe,
         device: torch.device,
         stop: StopRequest | None = None,
         phases: Phases | None = None,
@@ -342,7 +342,7 @@ class AutoencoderTrainer(TrainingRun):
             _log.log(NOTE, "note: precision bf16 is for GPUs; this run computes in fp32")
 
 
-def open_held_out(recipe: Recipe, training: StoreMeta) -> Store | None:
+def open_held_out(recipe: AutoencoderRecipe, training: StoreMeta) -> Store | None:
     """The store on which reconstruction is measured, if there is one.
 
     Raises:

@@ -25,7 +25,7 @@ from calm_dist.models.weights import head_init_std, init_std, initialize_module
 from calm_dist.parallel.pipeline import CalmForwardStep, ForwardStep, TransformerForwardStep
 from calm_dist.parallel.topology import Topology
 from calm_dist.parallel.zero_head import ZeroHead
-from calm_dist.recipe import CalmRecipe, Recipe
+from calm_dist.recipe import CalmModel, LanguageModelRecipe
 from calm_dist.recipe.checks import NO_OVERLAP_ON_CPU
 from calm_dist.released.autoencoder import load_autoencoder
 from calm_dist.training.optimizer import build_backbone_optimizer
@@ -47,20 +47,20 @@ class Parts:
     forward_step: ForwardStep
 
 
-def parameter_dtype(recipe: Recipe) -> torch.dtype:
+def parameter_dtype(recipe: LanguageModelRecipe) -> torch.dtype:
     """dtype of weights and activations."""
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.precision]
 
 
 def build_backbone(
-    recipe: Recipe, config: TransformerConfig, topology: Topology, vp_stage: int | None
+    recipe: LanguageModelRecipe, config: TransformerConfig, topology: Topology, vp_stage: int | None
 ) -> Backbone:
     """One initialised chunk of the backbone on this rank's device."""
     chunks = recipe.parallel.chunks_per_stage
     first = topology.pp_rank == 0 and (vp_stage or 0) == 0
     last = topology.is_last_stage and (vp_stage or 0) == chunks - 1
     model = recipe.model
-    assert model.kind != "autoencoder" and model.vocab_size is not None
+    assert model.vocab_size is not None
     kind = Backbone if model.kind == "calm" else Transformer
     backbone = kind(recipe, config, topology.groups, first=first, last=last, vp_stage=vp_stage)
     std = init_std(model, model.num_hidden_layers)
@@ -68,7 +68,7 @@ def build_backbone(
     return backbone.to(device=topology.device, dtype=config.params_dtype)
 
 
-def build_head(model: CalmRecipe, seed: int) -> GenerativeHead:
+def build_head(model: CalmModel, seed: int) -> GenerativeHead:
     """The initialised head, fp32 on the CPU."""
     assert model.latent_size is not None
     head = make_head(model.head, model.hidden_size, model.latent_size)
@@ -79,7 +79,7 @@ def build_head(model: CalmRecipe, seed: int) -> GenerativeHead:
 
 
 def build_chunks(
-    recipe: Recipe, config: TransformerConfig, topology: Topology
+    recipe: LanguageModelRecipe, config: TransformerConfig, topology: Topology
 ) -> list[DistributedDataParallel]:
     """This rank's chunks of the backbone in Megatron's DDP, and the hooks for its schedules."""
     parallel = recipe.parallel
@@ -111,7 +111,7 @@ def build_chunks(
     return chunks
 
 
-def check_energy_kernel(recipe: Recipe, device: torch.device) -> None:
+def check_energy_kernel(recipe: LanguageModelRecipe, device: torch.device) -> None:
     """Refuse a kernel that cannot run here.
 
     Raises:
@@ -128,7 +128,7 @@ def check_energy_kernel(recipe: Recipe, device: torch.device) -> None:
         )
 
 
-def build_parts(recipe: Recipe, topology: Topology) -> Parts:
+def build_parts(recipe: LanguageModelRecipe, topology: Topology) -> Parts:
     """Backbone chunks, head in its ZeRO engine, optimizer and forward step.
 
     Raises:

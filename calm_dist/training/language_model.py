@@ -14,7 +14,7 @@ from calm_dist.errors import CheckpointError
 from calm_dist.parallel.pipeline import micro_batches
 from calm_dist.parallel.rank_zero import on_rank_zero
 from calm_dist.parallel.topology import Topology
-from calm_dist.recipe import Recipe
+from calm_dist.recipe import LanguageModelRecipe
 from calm_dist.runs.checkpoints.run_state import STATE_FILE, RunState
 from calm_dist.training.build import build_parts
 from calm_dist.training.changes import latents_sha256
@@ -32,7 +32,7 @@ class Trainer(TrainingRun):
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: LanguageModelRecipe,
         topology: Topology,
         stop: StopRequest | None = None,
         phases: Phases | None = None,

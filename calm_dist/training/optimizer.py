@@ -12,13 +12,13 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from calm_dist.parallel.topology import Topology
 from calm_dist.parallel.zero_head import ZeroHead
-from calm_dist.recipe import Recipe
+from calm_dist.recipe import LanguageModelRecipe
 from calm_dist.training.engine import StepResult
 from calm_dist.training.schedule import learning_rate
 
 
 def build_backbone_optimizer(
-    recipe: Recipe, chunks: list[DistributedDataParallel], dtype: torch.dtype
+    recipe: LanguageModelRecipe, chunks: list[DistributedDataParallel], dtype: torch.dtype
 ) -> MegatronOptimizer:
     """Megatron's AdamW for the backbone, plain or distributed, with its own clipping off."""
     training = recipe.training
@@ -51,7 +51,11 @@ class JointOptimizer:
     """Clips backbone and head by their joint gradient norm and steps both, or skips both."""
 
     def __init__(
-        self, recipe: Recipe, backbone: MegatronOptimizer, head: ZeroHead | None, topology: Topology
+        self,
+        recipe: LanguageModelRecipe,
+        backbone: MegatronOptimizer,
+        head: ZeroHead | None,
+        topology: Topology,
     ) -> None:
         self._training = recipe.training
         self._backbone, self._head = backbone, head

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 from calm_dist.data.download import Downloads
 from calm_dist.data.latents import check_tokenizer
@@ -14,8 +15,10 @@ from calm_dist.recipe import AutoencoderSize, Recipe
 from calm_dist.released.files import CONFIG_FILE, read_config, weights_file
 from calm_dist.runs.checkpoints import find_checkpoint
 
+KindOfRecipe = TypeVar("KindOfRecipe", bound=Recipe)
 
-def resolve(recipe: Recipe, *, missing_stores: bool = False) -> Recipe:
+
+def resolve(recipe: KindOfRecipe, *, missing_stores: bool = False) -> KindOfRecipe:
     """The recipe with everything filled in that its stores and autoencoder say.
 
     Args:
@@ -46,7 +49,7 @@ def resolve(recipe: Recipe, *, missing_stores: bool = False) -> Recipe:
     return with_autoencoder_shape(recipe)
 
 
-def with_autoencoder_shape(recipe: Recipe) -> Recipe:
+def with_autoencoder_shape(recipe: KindOfRecipe) -> KindOfRecipe:
     """Take over the autoencoder's shape where its checkpoint is there."""
     model = recipe.model
     if model.kind != "calm" or model.autoencoder is None or not Path(model.autoencoder).is_dir():

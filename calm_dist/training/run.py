@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from calm_dist.errors import RecipeError
-from calm_dist.recipe import Recipe
+from calm_dist.recipe import LanguageModelRecipe, Recipe
 from calm_dist.training.session import launched
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def train(recipe: Recipe) -> None:
         StoppedError: a signal asked for it; a checkpoint was written.
         TrainingDivergedError: too many steps in a row were not finite.
     """
-    if recipe.model.kind == "autoencoder":
+    if not isinstance(recipe, LanguageModelRecipe):
         raise RecipeError(
             "model.kind: autoencoder; this command trains language models, use "
             "tools/train_autoencoder.py"
@@ -36,7 +36,7 @@ def train(recipe: Recipe) -> None:
 
 
 def train_in_world(
-    recipe: Recipe,
+    recipe: LanguageModelRecipe,
     device: torch.device,
     stop: StopRequest | None = None,
     phases: Phases | None = None,

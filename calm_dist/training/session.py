@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from calm_dist.errors import UserError
 from calm_dist.files import replace_text
@@ -35,8 +35,11 @@ _log = logging.getLogger(__name__)
 LIBRARIES = ("torch", "megatron-core", "deepspeed", "mosaicml-streaming", "flash-attn", "triton")
 
 
+KindOfRecipe = TypeVar("KindOfRecipe", bound=Recipe)
+
+
 @dataclass(frozen=True)
-class Session:
+class Session(Generic[KindOfRecipe]):
     """What a training has around it.
 
     Attributes:
@@ -47,7 +50,7 @@ class Session:
             step: records the start in the run directory.
     """
 
-    recipe: Recipe
+    recipe: KindOfRecipe
     device: torch.device
     stop: StopRequest
     phases: Phases
@@ -55,7 +58,7 @@ class Session:
 
 
 @contextmanager
-def launched(recipe: Recipe) -> Iterator[Session]:
+def launched(recipe: KindOfRecipe) -> Iterator[Session[KindOfRecipe]]:
     """Connect the processes that a launcher started.
 
     A rank that makes no progress for ``health.timeout_seconds`` ends this process; see `watchdog`.

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from calm_dist.inference.load import load_model
 from calm_dist.interop.convert import export_checkpoint, import_checkpoint
 from calm_dist.interop.huggingface import load_calm
-from calm_dist.recipe import CalmRecipe, load_recipe
+from calm_dist.recipe import CalmModel, load_recipe
 from calm_dist.released.calm import released_calm
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -157,7 +157,7 @@ def test_hidden_states_loss_and_gradients(runs: Path, patch_size: int, layout: s
     assert abs(numbers["losses"][0] - loss) < tolerance(layout) * abs(loss)
 
     model = load_recipe(runs / f"run_k{patch_size}" / "recipe.yaml").model
-    assert isinstance(model, CalmRecipe)
+    assert isinstance(model, CalmModel)
     gradients = {name[5:]: tensor for name, tensor in found.items() if name.startswith("grad.")}
     of_head = {name[5:]: gradients.pop(name) for name in list(gradients) if name[:5] == "head."}
     released = released_calm(model, gradients, of_head)
@@ -186,7 +186,7 @@ def test_training_starts_from_the_weights_unrounded(runs: Path) -> None:
     found = load_file(runs / "start.safetensors")
     weights = torch.load(GOLDEN / "calm_k4" / "pytorch_model.bin", weights_only=True)
     model = load_recipe(runs / "run_k4" / "recipe.yaml").model
-    assert isinstance(model, CalmRecipe)
+    assert isinstance(model, CalmModel)
     of_backbone, of_master, of_head = (
         {name.removeprefix(prefix): t for name, t in found.items() if name.startswith(prefix)}
         for prefix in ("backbone.", "master.", "fp32.")

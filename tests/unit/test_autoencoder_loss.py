@@ -22,7 +22,7 @@ from calm_dist.losses.autoencoder import (
 from calm_dist.losses.reconstruction import Reconstruction
 from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
 from calm_dist.models.weights import init_std, initialize_module
-from calm_dist.recipe import AutoencoderRecipe
+from calm_dist.recipe import AutoencoderModel
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VOCAB, LATENT = 40, 6
@@ -56,7 +56,7 @@ def small_autoencoder(patch_size: int = 4, **changes: float) -> Autoencoder:
         **changes,  # type: ignore[arg-type]
     )
     model = Autoencoder(config)
-    initialize_module(model, "", init_std(AutoencoderRecipe(kind="autoencoder")), seed=0)
+    initialize_module(model, "", init_std(AutoencoderModel(kind="autoencoder")), seed=0)
     return model
 
 

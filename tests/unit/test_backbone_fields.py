@@ -16,7 +16,7 @@ from tiny_models import tiny_model
 from calm_dist.costs import flops
 from calm_dist.costs.memory import backbone_parameters
 from calm_dist.errors import CheckpointError
-from calm_dist.recipe import BackboneRecipe, CalmRecipe
+from calm_dist.recipe import BackboneModel, CalmModel
 from calm_dist.released.calm import ReleasedCalm, released_calm
 from calm_dist.released.tensors import Tensors
 
@@ -42,9 +42,9 @@ TOLERANCE = 1e-5
 
 
 def test_every_field_is_changed() -> None:
-    assert set(CHANGES) == set(BackboneRecipe.model_fields)
+    assert set(CHANGES) == set(BackboneModel.model_fields)
     values = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    default = BackboneRecipe(**values, num_attention_heads=4)
+    default = BackboneModel(**values, num_attention_heads=4)
     for name, value in CHANGES.items():
         assert getattr(default, name) != value, name
 
@@ -70,7 +70,7 @@ def test_parameters_are_counted(kind: str, field: str) -> None:
 def test_export_and_import_keep_every_weight(tmp_path: Path, field: str) -> None:
     change = {field: CHANGES[field]}
     model, other = tiny_model(**change), tiny_model(**change, seed=1)
-    assert isinstance(model.recipe.model, CalmRecipe) and model._head is not None
+    assert isinstance(model.recipe.model, CalmModel) and model._head is not None
     backbone, head = dict(model.backbone.named_parameters()), dict(model._head.named_parameters())
     if field in NOT_RELEASED:
         with pytest.raises(CheckpointError, match=NOT_RELEASED[field]):

@@ -20,7 +20,7 @@ from calm_dist.evaluation import block_scores
 from calm_dist.evaluation import evaluate as evaluation
 from calm_dist.evaluation.evaluate import EvaluationSettings, evaluate
 from calm_dist.inference.decoding import GreedyDecoder
-from calm_dist.recipe import CalmRecipe, Recipe
+from calm_dist.recipe import CalmModel, Recipe
 from calm_dist.runs.evaluation_records import record, run_directory
 from calm_dist.scores import MARK_EXPLAINED
 from calm_dist.training.build import build_head
@@ -273,7 +273,7 @@ def test_heads_of_all_kinds_are_scored(kind: str, monkeypatch: pytest.MonkeyPatc
     """Their noise is drawn for as many positions at once as fit the limit."""
     size = {"kind": kind, "num_mlp_layers": 1, "num_samples": 1 if kind != "energy" else 2}
     model = recipe("calm", patch_size=K, latent_size=K, hidden_size=K, head=size).model
-    assert isinstance(model, CalmRecipe)
+    assert isinstance(model, CalmModel)
     head = build_head(model, seed=0)
     drawn: list[tuple[int, int]] = []
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from calm_dist.costs import flops
 from calm_dist.errors import RecipeError
-from calm_dist.recipe import AutoencoderSize, CalmRecipe, load_recipe
+from calm_dist.recipe import AutoencoderSize, CalmModel, load_recipe
 from calm_dist.reports.comparison_paper import (
     AUTOENCODER_TOKENS,
     compare_with_paper,
@@ -174,7 +174,7 @@ def test_compressor_matches_torch() -> None:
 @pytest.mark.parametrize(("kind", "shared"), [(ReleasedHead, False), (SharedConditionHead, True)])
 def test_head_matches_torch(kind: type[ReleasedHead], shared: bool) -> None:
     model = load_recipe(TINY).model
-    assert isinstance(model, CalmRecipe)
+    assert isinstance(model, CalmModel)
     module = kind(d=128, blocks=2, noise=32, latent=32)
     expected = measured(module, meta(ROWS, 128), meta(4, ROWS, 32))
     assert flops.head_flops(model, 4, share_condition=shared) * ROWS == expected

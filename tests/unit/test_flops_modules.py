@@ -22,7 +22,7 @@ from calm_dist.models.heads import make_head
 from calm_dist.models.heads.diffusion import DiffusionHead
 from calm_dist.models.heads.flow import FlowHead
 from calm_dist.models.transformer import Transformer
-from calm_dist.recipe import AutoencoderRecipe, AutoencoderSize, CalmRecipe, Recipe, load_recipe
+from calm_dist.recipe import AutoencoderModel, AutoencoderSize, CalmModel, Recipe, load_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 AUTOENCODERS = [path for path in RECIPES if path.stem.startswith("autoencoder")]
@@ -110,7 +110,7 @@ def test_grouped_query_attention() -> None:
 def test_every_head_of_every_recipe(path: Path, kind: str) -> None:
     recipe = load_recipe(path, [f"model.head.kind={kind}"])
     model = recipe.model
-    assert isinstance(model, CalmRecipe)
+    assert isinstance(model, CalmModel)
     d, latent = model.hidden_size, flops.known_size(model, "latent_size")
     samples = model.head.num_samples
     with torch.device("meta"):
@@ -144,7 +144,7 @@ def test_sampling_with_every_head(kind: str) -> None:
         overrides.append("model.head.sampling_steps=3")
     recipe = load_recipe(CALMS[0].with_name("calm_tiny.yaml"), overrides)
     model = recipe.model
-    assert isinstance(model, CalmRecipe) and model.latent_size is not None
+    assert isinstance(model, CalmModel) and model.latent_size is not None
     head = make_head(model.head, model.hidden_size, model.latent_size)
     noise = head.draw_noise(torch.Generator().manual_seed(0), 1, 1)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -184,7 +184,7 @@ def autoencoder_on_meta(size: AutoencoderSize, vocab: int, patch: int, latent: i
 def test_training_of_every_autoencoder(path: Path) -> None:
     recipe = load_recipe(path)
     model = recipe.model
-    assert isinstance(model, AutoencoderRecipe) and model.vocab_size is not None
+    assert isinstance(model, AutoencoderModel) and model.vocab_size is not None
     autoencoder = autoencoder_on_meta(model, model.vocab_size, model.patch_size, model.latent_size)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         tokens = torch.zeros(POSITIONS, model.patch_size, dtype=torch.long)
@@ -208,7 +208,7 @@ def test_autoencoder_of_every_calm(path: Path) -> None:
     """What generation and encoding use of it, from the language model's recipe alone."""
     recipe = load_recipe(path)
     model = recipe.model
-    assert isinstance(model, CalmRecipe)
+    assert isinstance(model, CalmModel)
     assert model.vocab_size is not None and model.latent_size is not None
     autoencoder = autoencoder_on_meta(
         model.autoencoder_size, model.vocab_size, model.patch_size, model.latent_size

@@ -18,7 +18,7 @@ from calm_dist.inference.sampling import pool_candidates
 from calm_dist.interop.huggingface import load_calm
 from calm_dist.losses.energy import energy_score
 from calm_dist.models.heads.base import Draw
-from calm_dist.recipe import CalmRecipe
+from calm_dist.recipe import CalmModel
 from calm_dist.released.calm import released_calm
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -35,8 +35,8 @@ class Golden:
     facts: dict[str, Any]
 
     @property
-    def recipe(self) -> CalmRecipe:
-        assert isinstance(self.model.recipe.model, CalmRecipe)
+    def recipe(self) -> CalmModel:
+        assert isinstance(self.model.recipe.model, CalmModel)
         return self.model.recipe.model
 
     def hidden(self) -> torch.Tensor:

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from calm_dist.errors import CheckpointError, UserError
 from calm_dist.interop.huggingface import load_autoencoder, load_calm
-from calm_dist.recipe import CalmRecipe
+from calm_dist.recipe import CalmModel
 from calm_dist.released.names import to_released
 
 
@@ -112,7 +112,7 @@ def test_half_precision_becomes_fp32(calm: Path, dtype: torch.dtype) -> None:
     model = load_calm(calm)
     parts = (model.backbone, model.head)
     assert {p.dtype for part in parts for p in part.parameters()} == {torch.float32}
-    assert isinstance(model.recipe.model, CalmRecipe)
+    assert isinstance(model.recipe.model, CalmModel)
     released = to_released(model.recipe.model, dict(model.backbone.named_parameters()))
     for name, tensor in released.items():
         assert torch.equal(tensor, weights[name].float()), name
@@ -148,7 +148,7 @@ def test_grouped_queries(calm: Path) -> None:
     edit_config(calm, num_key_value_heads=2)
     edit_weights(calm, keep_two_heads)
     grouped = load_calm(calm)
-    assert isinstance(grouped.recipe.model, CalmRecipe)
+    assert isinstance(grouped.recipe.model, CalmModel)
     assert grouped.recipe.model.num_key_value_heads == 2
     released = to_released(grouped.recipe.model, dict(grouped.backbone.named_parameters()))
     assert all(torch.equal(released[name], tensors_of(calm)[name]) for name in names)

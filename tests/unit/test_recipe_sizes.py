@@ -14,7 +14,7 @@ from calm_dist.models.autoencoder import Autoencoder
 from calm_dist.models.backbone import Backbone, transformer_config
 from calm_dist.models.heads import make_head
 from calm_dist.models.transformer import Transformer
-from calm_dist.recipe import Recipe, load_recipe
+from calm_dist.recipe import AutoencoderRecipe, LanguageModelRecipe, Recipe, load_recipe
 from calm_dist.training.autoencoder import autoencoder_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -23,9 +23,11 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 def modules_of(recipe: Recipe) -> list[nn.Module]:
     """The real modules of a whole model, on one rank and without memory for their weights."""
     model = recipe.model
-    if model.kind == "autoencoder":
+    if isinstance(recipe, AutoencoderRecipe):
         with torch.device("meta"):
             return [Autoencoder(autoencoder_config(recipe))]
+    assert isinstance(recipe, LanguageModelRecipe)
+    recipe = single_process_recipe(recipe)
     topology = single_process_topology(recipe, torch.device("cpu"))
     config = transformer_config(recipe, torch.float32)
     with torch.device("meta"):
@@ -56,7 +58,7 @@ def is_vocabulary(name: str) -> bool:
 @pytest.mark.parametrize("more_tokens", [0, 1])
 def test_modules_have_the_published_sizes(name: str, parameters: int, more_tokens: int) -> None:
     path = RECIPES / f"{name}.yaml"
-    recipe = single_process_recipe(load_recipe(path, [f"model.vocab_size={128_256 + more_tokens}"]))
+    recipe = load_recipe(path, [f"model.vocab_size={128_256 + more_tokens}"])
     tables = 2 if recipe.model.kind == "transformer" else 1
     added = more_tokens * tables * recipe.model.hidden_size
     assert parameters_of(recipe) == parameters + added

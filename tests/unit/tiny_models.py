@@ -12,7 +12,7 @@ from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
 from calm_dist.models.backbone import transformer_config
 from calm_dist.models.heads.energy import LAYER_NORM_EPS
 from calm_dist.models.weights import init_std, initialize_module
-from calm_dist.recipe import CalmRecipe, Recipe
+from calm_dist.recipe import CalmModel, Recipe
 from calm_dist.training.build import build_backbone, build_head
 
 LATENT = 6
@@ -65,7 +65,7 @@ def tiny_model(
     topology = single_process_topology(recipe, torch.device("cpu"))
     backbone = build_backbone(recipe, transformer_config(recipe, torch.float32), topology, None)
     head_module, autoencoder = None, None
-    if isinstance(recipe.model, CalmRecipe):
+    if isinstance(recipe.model, CalmModel):
         head_module = build_head(recipe.model, seed).eval().requires_grad_(False)
         if noise is not None:
             # The blocks normalise their input; noise below the epsilon of that stays small.

@@ -14,7 +14,7 @@ from calm_dist.log import NOTE
 from calm_dist.parallel.processes import hurry
 from calm_dist.parallel.rank_zero import on_rank_zero
 from calm_dist.parallel.topology import Topology
-from calm_dist.recipe import Recipe
+from calm_dist.recipe import LanguageModelRecipe
 from calm_dist.runs import checkpoints
 from calm_dist.runs.checkpoints.run_state import RunState
 from calm_dist.training.build import Parts
@@ -32,7 +32,7 @@ class CheckpointWriter:
     One that cannot be written does not end the training, see `Attempts`.
     """
 
-    def __init__(self, recipe: Recipe, topology: Topology) -> None:
+    def __init__(self, recipe: LanguageModelRecipe, topology: Topology) -> None:
         self._recipe, self._recipe_text, self._topology = recipe, recipe.to_yaml(), topology
         self._writer = TensorWriter(topology.groups.dp_cp)
         # Persistent writer processes hang on CPU (megatron-core 0.16.1).
