@@ -95,13 +95,16 @@ class GoldenRun(Start):
         from safetensors.torch import load_file
 
         from calm_dist.interop.huggingface import load_autoencoder
+        from calm_dist.recipe import CalmRecipe
         from calm_dist.training.optimizer import JointOptimizer
 
         self.io = load_file(Path(job["golden"]) / "io.safetensors")
         self.optimizer = JointOptimizer(
             self.recipe, self.parts.optimizer, self.parts.head, self.topology
         )
-        encoder = load_autoencoder(self.recipe.model.autoencoder)
+        model = self.recipe.model
+        assert isinstance(model, CalmRecipe) and model.autoencoder is not None
+        encoder = load_autoencoder(model.autoencoder)
         self.forward_step = golden_forward_step(self, encoder)
         self.schedule = get_forward_backward_func()
 
@@ -197,8 +200,10 @@ class GoldenRun(Start):
         """Gradients of the head from the partitions of its ZeRO engine."""
         import torch
 
-        zero = self.parts.head._zero
-        names = {id(p): name for name, p in self.parts.head.module.named_parameters()}
+        head = self.parts.head
+        assert head is not None
+        zero = head._zero
+        names = {id(p): name for name, p in head.module.named_parameters()}
         found = {}
         for number, parameters in enumerate(zero.round_robin_bit16_groups):
             local = torch.cat([g.flatten() for g in zero.averaged_gradients[number]])
@@ -248,6 +253,9 @@ def golden_forward_step(golden: GoldenRun, encoder: Any) -> Any:
         def chunks(self, kind: str, draw: Any) -> Iterator[tuple[int, int, Any]]:
             noise = self.whole(kind, draw)
             yield 0, noise.shape[1], lambda: noise
+
+        def keys(self, kind: str) -> Any:
+            raise NotImplementedError("golden noise is stored, not drawn by keys")
 
     class GoldenForwardStep(CalmForwardStep):
         outputs: list[Any] = []  # noqa: RUF012

@@ -83,7 +83,7 @@ def paper_size_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer, corpus = root / "tokenizer.json", root / "corpus.txt"
     write_tokenizer(tokenizer)
     corpus.write_bytes(Path(argparse.__file__).read_bytes())
-    encode = ["--tokenizer", tokenizer, "--corpus", corpus]
+    encode: list[str | Path] = ["--tokenizer", tokenizer, "--corpus", corpus]
     tool("encode_latents.py", *encode, "--variant", "tokens", "--patch-size", "4",
          "--block-size", "2048", "--out", root / "tokens")  # fmt: skip
     tool("train_autoencoder.py", ROOT / "recipes" / "autoencoder.yaml", "training.steps=1",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_a_comparison_measures_time_memory_and_difference() -> None:
 def test_plain_brier_has_the_same_expectation() -> None:
     """Brier-1..4 of a Transformer at five starts, within 4.5 standard errors of 300 runs."""
     tiny = tiny_model("transformer", block_steps=12)
-    tiny.body.output_layer.weight.data.mul_(20)  # type: ignore[operator,union-attr]
+    tiny.body.output_layer.weight.data.mul_(20)
     tokens = torch.randint(VOCAB, (12,), generator=torch.Generator().manual_seed(0))
     starts = torch.arange(2, 7)
     generator = torch.Generator().manual_seed(1)
@@ -60,7 +61,7 @@ def test_zipf_tokens_fall_as_one_over_rank() -> None:
 
 
 def test_growth_is_tabled_and_drawn(tmp_path: Path) -> None:
-    points = [
+    points: list[dict[str, Any]] = [
         {"size": n, "ours": {"seconds": n / 1e3, "peak_mib": n}, "plain": {"seconds": n / 1e2}}
         for n in (10, 1000)
     ]
