@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from calm_dist.recipe import AutoencoderRecipe, LanguageModelRecipe, load_recipe
+
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).parent / "distributed" / "train_worker.py"
 # Generous: a shared machine can be many times slower than an idle one.
@@ -95,6 +97,20 @@ def tiny(store: Path) -> Callable[..., list[str]]:
 def recipe(kind: str) -> str:
     """Path of the tiny recipe of a kind."""
     return str(ROOT / "recipes" / f"{kind}_tiny.yaml")
+
+
+def language_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LanguageModelRecipe:
+    """`load_recipe` of a CALM or a Transformer."""
+    loaded = load_recipe(path, overrides)
+    assert isinstance(loaded, LanguageModelRecipe)
+    return loaded
+
+
+def autoencoder_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AutoencoderRecipe:
+    """`load_recipe` of an autoencoder."""
+    loaded = load_recipe(path, overrides)
+    assert isinstance(loaded, AutoencoderRecipe)
+    return loaded
 
 
 def torchrun(ranks: int, script: Path, *arguments: str) -> list[str]:
@@ -187,4 +203,5 @@ def training_records(run_dir: Path) -> dict[int, dict[str, float]]:
     """The training records of a run by step."""
     from calm_dist.runs.metrics_file import read_records
 
-    return {record["step"]: record for record in read_records(run_dir) if "loss" in record}
+    found: list[dict[str, Any]] = [dict(record) for record in read_records(run_dir)]
+    return {record["step"]: record for record in found if "loss" in record}

@@ -43,7 +43,14 @@ class Evaluation(TypedDict, total=False):
     reconstruction_accuracy: float
     token_accuracy: float
     token_accuracy_mean: float
+    token_accuracy_under_noise: dict[str, float]
     collapsed_dims: int
+    active_dims: int
+    latent_size: int
+    kl_per_dim: list[float]
+    mean_std: float
+    spread: float
+    blocks: int
     tokens_seen: int
     data_fingerprint: str
     seed: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from devtools import Browser
@@ -14,7 +14,8 @@ from PIL import Image
 from calm_dist.reports.plots import DARK, LIGHT, Palette
 from calm_dist.reports.report import write_report
 
-DESKTOP, PHONE = {"width": 1200, "height": 900}, {"width": 390, "height": 844}
+DESKTOP: dict[str, Any] = {"width": 1200, "height": 900}
+PHONE: dict[str, Any] = {"width": 390, "height": 844}
 # What a page may not do: complain, fail, or ask for anything but itself.
 REPORTS = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
 
@@ -103,7 +104,7 @@ def test_complaints_and_requests_are_noticed(browser: Browser, tmp_path: Path) -
 
 @pytest.mark.parametrize("screen", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_plots_are_there_whole_and_in_words(
-    browser: Browser, address: str, screen: dict[str, int]
+    browser: Browser, address: str, screen: dict[str, Any]
 ) -> None:
     browser.show(address, **screen)
     plots = browser.value(
@@ -156,7 +157,7 @@ def place(browser: Browser, text: str) -> tuple[int, float, float]:
 
 
 @pytest.mark.parametrize("screen", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_tables_sort_by_click(browser: Browser, address: str, screen: dict[str, int]) -> None:
+def test_tables_sort_by_click(browser: Browser, address: str, screen: dict[str, Any]) -> None:
     browser.show(address, **screen)
     number, x, y = place(browser, "BrierLM")
     assert sorted_by(browser, number) == "none"
@@ -220,7 +221,9 @@ def test_colours_follow_the_scheme_and_are_readable(
     browser.show(address, **DESKTOP, scheme=scheme)
     browser.value("document.querySelector('figure').scrollIntoView({block: 'center'})")
     image = Image.open(io.BytesIO(browser.screenshot())).convert("RGB")
-    counted = {f"#{r:02x}{g:02x}{b:02x}": count for count, (r, g, b) in image.getcolors(1 << 24)}
+    # Of an RGB image, not as many colours as it may have.
+    colors = cast(list[tuple[int, tuple[int, int, int]]], image.getcolors(1 << 24))
+    counted = {f"#{r:02x}{g:02x}{b:02x}": count for count, (r, g, b) in colors}
     assert counted[palette.paper] > image.width * image.height / 2
     for color in (palette.ink, palette.muted, *palette.series):
         assert counted.get(color, 0) > 10, color

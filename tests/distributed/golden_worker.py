@@ -37,13 +37,14 @@ def main() -> None:
 def train(job: dict[str, Any], world: Any, device: Any) -> None:
     """What tools/train.py does, in ranks that are connected already."""
     from calm_dist.parallel.rank_zero import on_rank_zero
-    from calm_dist.recipe import load_recipe
+    from calm_dist.recipe import LanguageModelRecipe, load_recipe
     from calm_dist.training.resolve import resolve
     from calm_dist.training.run import train_in_world
     from calm_dist.training.session import prepare_run_directory, record_start
 
     recipe = load_recipe(Path(job["run"]) / "recipe.yaml", job["overrides"])
     recipe = resolve(recipe.with_world_size(world.size))
+    assert isinstance(recipe, LanguageModelRecipe)
     on_rank_zero(partial(prepare_run_directory, recipe))
     on_rank_zero(partial(record_start, recipe, world))
     train_in_world(recipe, device)
@@ -54,13 +55,14 @@ class Start:
 
     def __init__(self, job: dict[str, Any], world_size: int, device: Any) -> None:
         from calm_dist.parallel.topology import build_topology
-        from calm_dist.recipe import load_recipe
+        from calm_dist.recipe import LanguageModelRecipe, load_recipe
         from calm_dist.runs import checkpoints
         from calm_dist.training.build import build_parts
         from calm_dist.training.checkpoint import model_state
 
         self.job = job
         recipe = load_recipe(Path(job["run"]) / "recipe.yaml", job["overrides"])
+        assert isinstance(recipe, LanguageModelRecipe)
         self.recipe = recipe.with_world_size(world_size)
         self.topology = build_topology(self.recipe, device)
         self.parts = build_parts(self.recipe, self.topology)
@@ -95,13 +97,16 @@ class GoldenRun(Start):
         from safetensors.torch import load_file
 
         from calm_dist.interop.huggingface import load_autoencoder
+        from calm_dist.recipe import CalmModel
         from calm_dist.training.optimizer import JointOptimizer
 
         self.io = load_file(Path(job["golden"]) / "io.safetensors")
         self.optimizer = JointOptimizer(
             self.recipe, self.parts.optimizer, self.parts.head, self.topology
         )
-        encoder = load_autoencoder(self.recipe.model.autoencoder)
+        model = self.recipe.model
+        assert isinstance(model, CalmModel) and model.autoencoder is not None
+        encoder = load_autoencoder(model.autoencoder)
         self.forward_step = golden_forward_step(self, encoder)
         self.schedule = get_forward_backward_func()
 
@@ -197,8 +202,10 @@ class GoldenRun(Start):
         """Gradients of the head from the partitions of its ZeRO engine."""
         import torch
 
-        zero = self.parts.head._zero
-        names = {id(p): name for name, p in self.parts.head.module.named_parameters()}
+        head = self.parts.head
+        assert head is not None
+        zero = head._zero
+        names = {id(p): name for name, p in head.module.named_parameters()}
         found = {}
         for number, parameters in enumerate(zero.round_robin_bit16_groups):
             local = torch.cat([g.flatten() for g in zero.averaged_gradients[number]])
@@ -248,6 +255,9 @@ def golden_forward_step(golden: GoldenRun, encoder: Any) -> Any:
         def chunks(self, kind: str, draw: Any) -> Iterator[tuple[int, int, Any]]:
             noise = self.whole(kind, draw)
             yield 0, noise.shape[1], lambda: noise
+
+        def keys(self, kind: str) -> Any:
+            raise NotImplementedError("golden noise is stored, not drawn by keys")
 
     class GoldenForwardStep(CalmForwardStep):
         outputs: list[Any] = []  # noqa: RUF012

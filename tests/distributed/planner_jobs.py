@@ -7,11 +7,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from launches import recipe
+from launches import language_recipe, recipe
 
 from calm_dist.costs.clusters import Cluster
 from calm_dist.costs.memory import stage_memory
-from calm_dist.recipe import Recipe, load_recipe
+from calm_dist.recipe import LanguageModelRecipe
 
 WORKER = Path(__file__).with_name("planner_worker.py")
 LAYOUTS: dict[str, list[str]] = {
@@ -39,8 +39,8 @@ def job(
     return {"recipe": recipe(kind), "overrides": overrides, "out": str(out), **options}
 
 
-def planned(job: dict[str, Any], ranks: int) -> Recipe:
-    return load_recipe(job["recipe"], [*job["overrides"], f"parallel.world_size={ranks}"])
+def planned(job: dict[str, Any], ranks: int) -> LanguageModelRecipe:
+    return language_recipe(job["recipe"], [*job["overrides"], f"parallel.world_size={ranks}"])
 
 
 def measured(job: dict[str, Any]) -> list[dict[str, Any]]:
@@ -91,13 +91,13 @@ def compare_seconds(job: dict[str, Any], ranks: int) -> tuple[float, float, floa
     return median(seconds), median(predicted), median(ratios)
 
 
-def stage_of(recipe: Recipe, rank: int) -> int:
+def stage_of(recipe: LanguageModelRecipe, rank: int) -> int:
     parallel = recipe.parallel
     shards = parallel.tensor_parallel_size * parallel.context_parallel_size
     return rank // shards % parallel.pipeline_parallel_size
 
 
-def head_gradients(recipe: Recipe, stage: int) -> int:
+def head_gradients(recipe: LanguageModelRecipe, stage: int) -> int:
     from calm_dist.costs import flops
 
     parallel, model = recipe.parallel, recipe.model

@@ -48,12 +48,12 @@ def main() -> None:
 def measure(job: dict[str, Any], world: Any, device: Any) -> dict[str, Any]:
     """Some steps of a training on this rank."""
     from calm_dist.parallel.topology import build_topology, destroy_topology
-    from calm_dist.recipe import load_recipe
+    from calm_dist.recipe import LanguageModelRecipe, load_recipe
     from calm_dist.training.language_model import Trainer
     from calm_dist.training.resolve import resolve
 
-    recipe = load_recipe(job["recipe"], job["overrides"]).with_world_size(world.size)
-    recipe = resolve(recipe)
+    recipe = resolve(load_recipe(job["recipe"], job["overrides"]).with_world_size(world.size))
+    assert isinstance(recipe, LanguageModelRecipe)
     Path(recipe.run.dir).mkdir(parents=True, exist_ok=True)
     topology = build_topology(recipe, device)
     gc.collect()

@@ -16,6 +16,7 @@ from launches import (
     ROOT,
     TIMEOUT_SECONDS,
     environment,
+    language_recipe,
     recipe,
     run_jobs,
     training_records,
@@ -23,7 +24,6 @@ from launches import (
 
 from calm_dist.files import file_sha256
 from calm_dist.parallel.launch import World
-from calm_dist.recipe import load_recipe
 from calm_dist.runs import checkpoints
 from calm_dist.runs.checkpoints.run_state import RunState
 from calm_dist.training.resolve import resolve
@@ -116,7 +116,7 @@ def test_weights_moments_and_count_are_those_of_the_source(
     for run_dir, source in ((sources[kind], "null"), (tmp_path / "run", sources[kind])):
         run_dir.mkdir(exist_ok=True)
         more = alone(kind) | {"run__continue_from": source, "parallel__device": "cpu"}
-        given = resolve(load_recipe(recipe(kind), tiny(run_dir, kind, **more)))
+        given = resolve(language_recipe(recipe(kind), tiny(run_dir, kind, **more)))
         topology = single_process_topology(given, torch.device("cpu"))
         trainers.append((Trainer(given, topology), topology))
     (resumed, _), (continued, _) = trainers

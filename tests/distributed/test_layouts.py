@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launches import ALONE, WORKER, recipe, run_worker, training_records
+from launches import ALONE, WORKER, language_recipe, recipe, run_worker, training_records
 
 KINDS = ("calm", "transformer")
 # The energy head runs in every layout, these in the largest quick one.
@@ -335,11 +335,10 @@ def test_what_cpus_cannot_do_is_refused(
 
     from calm_dist.errors import RecipeError
     from calm_dist.inference.load import single_process_recipe, single_process_topology
-    from calm_dist.recipe import load_recipe
     from calm_dist.training.build import build_parts
     from calm_dist.training.resolve import resolve
 
-    given = resolve(load_recipe(recipe("calm"), tiny(tmp_path, "calm", **settings)))
+    given = resolve(language_recipe(recipe("calm"), tiny(tmp_path, "calm", **settings)))
     topology = single_process_topology(single_process_recipe(given), torch.device("cpu"))
     with pytest.raises(RecipeError, match=message):
         build_parts(given, topology)

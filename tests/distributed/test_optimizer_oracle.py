@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from launches import recipe, run_jobs, training_records
+from launches import language_recipe, recipe, run_jobs, training_records
 from test_layouts import ALONE, PP2, SP, TOLERANCE, TP2, layout
 
 STEPS = 12
@@ -40,11 +41,10 @@ def plain_training(overrides: list[str]) -> list[tuple[float, float]]:
     from calm_dist.models.backbone import transformer_config
     from calm_dist.parallel.launch import World
     from calm_dist.parallel.noise import KeyedNoise
-    from calm_dist.recipe import load_recipe
     from calm_dist.training.build import build_backbone, build_head
     from calm_dist.training.resolve import resolve
 
-    given = resolve(load_recipe(recipe("calm"), overrides))
+    given = resolve(language_recipe(recipe("calm"), overrides))
     model = given.model
     assert model.kind == "calm"
     topology = single_process_topology(single_process_recipe(given), torch.device("cpu"))
@@ -52,11 +52,12 @@ def plain_training(overrides: list[str]) -> list[tuple[float, float]]:
     head = build_head(model, given.run.seed)
     parameters = [*backbone.parameters(), *head.parameters()]
     training = given.training
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.dim() > 1]},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.dim() > 1]},
-            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-        ],
+        groups,
         lr=training.learning_rate,
         betas=(training.adam_beta1, training.adam_beta2),
         eps=training.adam_eps,
@@ -98,11 +99,11 @@ def plain_training(overrides: list[str]) -> list[tuple[float, float]]:
         )
         # Patch i + 1 is predicted from position i; the last position predicts nothing.
         keep = (torch.arange(patches) < patches - 1).repeat(len(hidden))
-        targets = [
+        mean, log_std = (
             torch.roll(batch[name], -1, dims=1).flatten(0, 1)[keep] for name in ("mean", "log_std")
-        ]
+        )
         samples = head.sample(hidden.flatten(0, 1)[keep], head_noise[:, keep])
-        loss = -energy_score_reference(samples, *targets, draws[:, keep]).mean()
+        loss = -energy_score_reference(samples, mean, log_std, draws[:, keep]).mean()
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, training.clip_grad_norm)

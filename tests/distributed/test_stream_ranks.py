@@ -108,11 +108,11 @@ def scenario(name: str, ranks: int, replication: int = 1, **more: Any) -> dict[s
 @pytest.fixture(scope="module")
 def results(stores: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     one, two = [str(stores / "one")], [str(stores / "one"), str(stores / "two")]
-    mixed = {"paths": two, "options": {"weights": [1.0, 3.0]}, "steps": 20}
+    mixed: dict[str, Any] = {"paths": two, "options": {"weights": [1.0, 3.0]}, "steps": 20}
     state = open_states(one[0])
-    lazily = {"check_on_open_bytes": 0, "steps": 50}
-    flipped = {"paths": [str(stores / "flipped")]}
-    missing = {
+    lazily: dict[str, Any] = {"check_on_open_bytes": 0, "steps": 50}
+    flipped: dict[str, Any] = {"paths": [str(stores / "flipped")]}
+    missing: dict[str, Any] = {
         "paths": [str(stores / "missing")],
         "remove_after_open": str(stores / "missing" / "shard.00002.mds"),
     }

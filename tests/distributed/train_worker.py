@@ -31,14 +31,14 @@ def train(job: dict[str, Any], world: Any, device: Any) -> None:
     """What tools/train.py does, in ranks that are connected already."""
     from calm_dist.parallel.rank_zero import on_rank_zero
     from calm_dist.parallel.topology import build_topology, destroy_topology
-    from calm_dist.recipe import load_recipe
+    from calm_dist.recipe import LanguageModelRecipe, load_recipe
     from calm_dist.runs.directory import release_lock
     from calm_dist.training.language_model import Trainer
     from calm_dist.training.resolve import resolve
     from calm_dist.training.session import prepare_run_directory, record_start
 
-    recipe = load_recipe(job["recipe"], job["overrides"]).with_world_size(world.size)
-    recipe = resolve(recipe)
+    recipe = resolve(load_recipe(job["recipe"], job["overrides"]).with_world_size(world.size))
+    assert isinstance(recipe, LanguageModelRecipe)
     Path(recipe.run.dir).mkdir(parents=True, exist_ok=True)
     lock = on_rank_zero(partial(prepare_run_directory, recipe))
     topology = build_topology(recipe, device)

@@ -27,7 +27,7 @@ from launches import (
 from calm_dist.errors import StoppedError, TrainingDivergedError
 from calm_dist.files import file_sha256
 from calm_dist.parallel.launch import World, join_world
-from calm_dist.recipe import Recipe, load_recipe
+from calm_dist.recipe import AutoencoderRecipe, LanguageModelRecipe, Recipe, load_recipe
 from calm_dist.runs import checkpoints
 from calm_dist.runs.checkpoints.run_state import RunState
 from calm_dist.training.resolve import resolve
@@ -90,11 +90,12 @@ def train(given: Recipe, stop: StopRequest | None = None) -> None:
 
     World(0, 1, 0, 1, "", 0, "test").export()
     Path(given.run.dir).mkdir(exist_ok=True)
-    if given.model.kind == "autoencoder":
+    if isinstance(given, AutoencoderRecipe):
         if not dist.is_initialized():
             join_world(World(0, 1, 0, 1, "", 0, "test"), torch.device("cpu"), 10)
         AutoencoderTrainer(given, torch.device("cpu"), stop).run()
     else:
+        assert isinstance(given, LanguageModelRecipe)
         Trainer(given, single_process_topology(given, torch.device("cpu")), stop).run()
 
 

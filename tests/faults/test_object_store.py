@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faulty_store import Fault, FaultyStore, faulty_store
@@ -67,8 +68,12 @@ def train(
     scratch = run_dir.parent / "tmp"
     scratch.mkdir(exist_ok=True)
     port = free_port()
-    environment = {"TMPDIR": str(scratch), "PYTHONWARNINGS": "ignore", **environment}
-    ranks = [start_rank(rank, 2, port, overrides, **environment) for rank in (0, 1)]
+    more_environment: dict[str, Any] = {
+        "TMPDIR": str(scratch),
+        "PYTHONWARNINGS": "ignore",
+        **environment,
+    }
+    ranks = [start_rank(rank, 2, port, overrides, **more_environment) for rank in (0, 1)]
     outputs = [rank.communicate(timeout=TIMEOUT_SECONDS)[0] for rank in ranks]
     return [rank.returncode for rank in ranks], outputs
 

@@ -48,7 +48,8 @@ def test_files_follow_the_umask(
     run(umask, "train_autoencoder.py", recipe("autoencoder"), *autoencoder)
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text(json.dumps({"text": "some text " * 200}) + "\n")
-    encode = ["--corpus", corpus, "--tokenizer", store.parent / "t.json", "--block-size", "64"]
+    tokenizer = store.parent / "t.json"
+    encode: list[str | Path] = ["--corpus", corpus, "--tokenizer", tokenizer, "--block-size", "64"]
     run(umask, "encode_latents.py", *encode, "--variant", "tokens", "--patch-size", "4",
         "--out", root / "tokens")  # fmt: skip
     run(umask, "encode_latents.py", *encode, "--autoencoder", root / "autoencoder",

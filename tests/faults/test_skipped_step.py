@@ -7,25 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from launches import ALONE, recipe
+from launches import ALONE, language_recipe, recipe
 
 from calm_dist.errors import TrainingDivergedError
 from calm_dist.parallel.launch import World
 from calm_dist.parallel.topology import Topology
-from calm_dist.recipe import Recipe, load_recipe
+from calm_dist.recipe import LanguageModelRecipe
 from calm_dist.runs.run_progress import RunProgress
 from calm_dist.training.resolve import resolve
 
 
 @pytest.fixture(params=[1, 2])
-def given(request: pytest.FixtureRequest, tmp_path: Path, tiny: Callable[..., list[str]]) -> Recipe:
+def given(
+    request: pytest.FixtureRequest, tmp_path: Path, tiny: Callable[..., list[str]]
+) -> LanguageModelRecipe:
     """A one-process run with ZeRO-1 or ZeRO-2."""
     overrides = tiny(tmp_path, "calm", parallel__zero_stage=request.param, **ALONE)
-    return resolve(load_recipe(recipe("calm"), overrides))
+    return resolve(language_recipe(recipe("calm"), overrides))
 
 
 @pytest.fixture
-def topology(given: Recipe) -> Iterator[Topology]:
+def topology(given: LanguageModelRecipe) -> Iterator[Topology]:
     from calm_dist.inference.load import single_process_topology
 
     World(0, 1, 0, 1, "", 0, "test").export()
@@ -42,7 +44,7 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_poisoned_batch_is_skipped(given: Recipe, topology: Topology) -> None:
+def test_poisoned_batch_is_skipped(given: LanguageModelRecipe, topology: Topology) -> None:
     from calm_dist.training.language_model import Trainer
 
     poisoned, clean = Trainer(given, topology), Trainer(given, topology)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -83,7 +84,7 @@ def paper_size_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer, corpus = root / "tokenizer.json", root / "corpus.txt"
     write_tokenizer(tokenizer)
     corpus.write_bytes(Path(argparse.__file__).read_bytes())
-    encode = ["--tokenizer", tokenizer, "--corpus", corpus]
+    encode: list[str | Path] = ["--tokenizer", tokenizer, "--corpus", corpus]
     tool("encode_latents.py", *encode, "--variant", "tokens", "--patch-size", "4",
          "--block-size", "2048", "--out", root / "tokens")  # fmt: skip
     tool("train_autoencoder.py", ROOT / "recipes" / "autoencoder.yaml", "training.steps=1",
@@ -101,7 +102,8 @@ def test_calm_m_trains_a_step(paper_size_store: Path, tmp_path: Path) -> None:
     done = deepspeed(tmp_path, CALM_M, f"data.path={paper_size_store}", "training.steps=1",
                      "training.global_batch_size=1", f"run.dir={tmp_path / 'run'}")  # fmt: skip
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    (record,) = read_records(tmp_path / "run")
+    records: list[dict[str, Any]] = [dict(found) for found in read_records(tmp_path / "run")]
+    (record,) = records
     assert record["tokens"] == 8192 and record["skipped"] == 0
     assert math.isfinite(record["loss"]) and record["grad_norm"] > 0
     state = json.loads((find_checkpoint(tmp_path / "run") / "state.json").read_text())

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import CPUS, GPUS, NODES, Jobs
+from cluster_jobs import CPUS, GPUS, NODES, Jobs
 from launches import ROOT
 
 from calm_dist.recipe import load_recipe

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Jobs
+from cluster_jobs import Jobs
 from launches import ROOT
 
 MODELS = ("calm_tiny", "transformer_tiny")

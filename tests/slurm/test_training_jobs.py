@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Jobs
+from cluster_jobs import Jobs
 from launches import ALONE, recipe, run_jobs, training_records
 
 # The limit is far away; USR1 would come 20 s before it.

@@ -26,6 +26,7 @@ from calm_dist.recipe import AutoencoderModel
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VOCAB, LATENT = 40, 6
+Golden = tuple[Autoencoder, dict[str, torch.Tensor]]
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ def seed() -> None:
 
 
 @pytest.fixture(params=[2, 4], ids="K={}".format)
-def golden(request: pytest.FixtureRequest) -> tuple[Autoencoder, dict[str, torch.Tensor]]:
+def golden(request: pytest.FixtureRequest) -> Golden:
     directory = GOLDEN / f"ae_k{request.param}"
     return load_autoencoder(directory), load_file(directory / "io.safetensors")
 
@@ -67,7 +68,7 @@ def set_posterior(model: Autoencoder, mean: torch.Tensor, log_std: torch.Tensor)
         model.encoder.hidden_to_latent.bias.copy_(torch.cat([mean, log_std]))
 
 
-def test_encode_decode_and_eval_loss_equal_the_released_code(golden) -> None:
+def test_encode_decode_and_eval_loss_equal_the_released_code(golden: Golden) -> None:
     model, io = golden
     tokens = io["input_ids"]
     mean, log_std = model.encode(tokens)
@@ -78,7 +79,7 @@ def test_encode_decode_and_eval_loss_equal_the_released_code(golden) -> None:
     close(F.cross_entropy(logits.flatten(0, 1), tokens.flatten()), io["eval.loss"])
 
 
-def test_training_loss_and_gradients_equal_the_released_code(golden) -> None:
+def test_training_loss_and_gradients_equal_the_released_code(golden: Golden) -> None:
     model, io = golden
     model.requires_grad_(True)
     tokens, latent_shape = io["input_ids"], io["eval.mean"].shape

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +17,13 @@ from tiny_models import tiny_model
 from calm_dist.costs import flops
 from calm_dist.costs.memory import backbone_parameters
 from calm_dist.errors import CheckpointError
+from calm_dist.inference.load import LoadedModel
 from calm_dist.recipe import BackboneModel, CalmModel
 from calm_dist.released.calm import ReleasedCalm, released_calm
 from calm_dist.released.tensors import Tensors
 
 # Another value of each field for a model of width 16 (32 in the trainings) with 4 heads.
-CHANGES: dict[str, object] = {
+CHANGES: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 48,
     "intermediate_size": 96,
@@ -36,6 +38,7 @@ CHANGES: dict[str, object] = {
 }
 # Those whose model the released layout cannot hold, and a weight that it would lose.
 NOT_RELEASED = {"qk_norm": "decoder.layers.0.self_attention.q_layernorm.weight"}
+UNCHANGED: dict[str, Any] = {}
 STEPS = 3
 # |a - b| <= TOLERANCE * max(1, |b|), as in test_layouts.
 TOLERANCE = 1e-5
@@ -43,8 +46,9 @@ TOLERANCE = 1e-5
 
 def test_every_field_is_changed() -> None:
     assert set(CHANGES) == set(BackboneModel.model_fields)
-    values = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    default = BackboneModel(**values, num_attention_heads=4)
+    default = BackboneModel(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4
+    )
     for name, value in CHANGES.items():
         assert getattr(default, name) != value, name
 
@@ -52,10 +56,9 @@ def test_every_field_is_changed() -> None:
 @pytest.mark.parametrize("field", CHANGES)
 @pytest.mark.parametrize("kind", ["calm", "transformer"])
 def test_parameters_are_counted(kind: str, field: str) -> None:
-    change = {} if field == "vocab_size" else {field: CHANGES[field]}
-    vocabulary = {"vocab_size": 300} if field == "vocab_size" else {}
-    model = tiny_model(kind, **vocabulary, **change)
+    model = tiny_model(kind, **{field: CHANGES[field]})
     recipe = model.recipe
+    assert isinstance(recipe.model, BackboneModel) and recipe.model.vocab_size is not None
     held = sum(parameter.numel() for parameter in model.backbone.parameters())
     layers = recipe.model.num_hidden_layers
     assert backbone_parameters(recipe, 0, layers) == held
@@ -70,17 +73,18 @@ def test_parameters_are_counted(kind: str, field: str) -> None:
 def test_export_and_import_keep_every_weight(tmp_path: Path, field: str) -> None:
     change = {field: CHANGES[field]}
     model, other = tiny_model(**change), tiny_model(**change, seed=1)
-    assert isinstance(model.recipe.model, CalmModel) and model._head is not None
-    backbone, head = dict(model.backbone.named_parameters()), dict(model._head.named_parameters())
+    assert isinstance(model.recipe.model, CalmModel)
+    backbone, head = dict(model.backbone.named_parameters()), dict(model.head.named_parameters())
     if field in NOT_RELEASED:
         with pytest.raises(CheckpointError, match=NOT_RELEASED[field]):
             released_calm(model.recipe.model, backbone, head)
         # The weights of a model without the field lack what this one has.
         without = tiny_model()
+        assert isinstance(without.recipe.model, CalmModel)
         tensors = released_calm(
             without.recipe.model,
             dict(without.backbone.named_parameters()),
-            dict(without._head.named_parameters()),
+            dict(without.head.named_parameters()),
         )
         with pytest.raises(CheckpointError, match=NOT_RELEASED[field]):
             fill(tensors, other, tmp_path)
@@ -93,15 +97,16 @@ def test_export_and_import_keep_every_weight(tmp_path: Path, field: str) -> None
         # Rows that only pad the vocabulary are zero in every model.
         backbone["embedding.embed_tokens.weight"][model.recipe.model.vocab_size :] = 0
     fill(released_calm(model.recipe.model, backbone, head), other, tmp_path)
-    for name, parameter in (*other.backbone.named_parameters(), *other._head.named_parameters()):
-        expected = backbone.get(name, head.get(name))
+    for name, parameter in (*other.backbone.named_parameters(), *other.head.named_parameters()):
+        expected = backbone[name] if name in backbone else head[name]
         assert torch.equal(parameter, expected), name
 
 
-def fill(tensors: dict[str, torch.Tensor], model, directory: Path) -> None:  # type: ignore[no-untyped-def]
+def fill(tensors: dict[str, torch.Tensor], model: LoadedModel, directory: Path) -> None:
+    assert isinstance(model.recipe.model, CalmModel)
     file = directory / "model.safetensors"
     released = Tensors(directory, tensors, dict.fromkeys(tensors, file))
-    ReleasedCalm(directory, released).copy_into(model.recipe.model, model.backbone, model._head)
+    ReleasedCalm(directory, released).copy_into(model.recipe.model, model.backbone, model.head)
 
 
 LAYOUTS = {
@@ -115,7 +120,7 @@ def changes_shapes(field: str) -> bool:
     """Whether a model of another value has other tensors."""
     before, after = (
         {name: value.shape for name, value in tiny_model(**change).backbone.named_parameters()}
-        for change in ({}, {field: CHANGES[field]})
+        for change in (UNCHANGED, {field: CHANGES[field]})
     )
     return before != after
 

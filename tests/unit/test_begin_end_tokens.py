@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from launches import language_recipe
 from tiny_models import tiny_model
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -24,7 +25,7 @@ from calm_dist.data.tokenizer import Tokenizer, load_tokenizer
 from calm_dist.errors import CheckpointError, DataError, RecipeError
 from calm_dist.evaluation.evaluate import check_store
 from calm_dist.inference.generate import token_names
-from calm_dist.recipe import Recipe, load_recipe
+from calm_dist.recipe import LanguageModelRecipe
 from calm_dist.training.resolve import resolve
 
 ROOT = Path(__file__).parents[2]
@@ -81,9 +82,9 @@ def as_of_an_earlier_version(store: Path) -> Path:
     return store
 
 
-def transformer(store: Path, *overrides: str) -> Recipe:
+def transformer(store: Path, *overrides: str) -> LanguageModelRecipe:
     own = ["model.vocab_size=null", "data.block_size=null", f"data.path={store}"]
-    return load_recipe(TRANSFORMER, [*own, *overrides])
+    return language_recipe(TRANSFORMER, [*own, *overrides])
 
 
 def test_one_token_for_both_has_to_be_named(gpt2: Path) -> None:
@@ -156,7 +157,7 @@ def test_the_store_says_which_tokens_and_all_use_them(
     model = tiny_model("transformer")
     values = model.recipe.to_dict()
     values["data"] |= {"begin_token": ALONE, "end_token": ALONE}
-    model = replace(model, recipe=Recipe.from_dict(values))
+    model = replace(model, recipe=LanguageModelRecipe.from_dict(values))
     assert token_names(model) == (ALONE, ALONE) == token_names(model, ALONE)
     with pytest.raises(CheckpointError, match=r"--end-token '</s>': .* was trained with"):
         token_names(model, end_token="</s>")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from launches import language_recipe
 from tiny_models import VOCAB, tiny_model
 
 from calm_dist.benchmark import growth, model, plain, ranks, reading
@@ -15,7 +17,6 @@ from calm_dist.benchmark.pairs import zipf_tokens
 from calm_dist.costs import flops
 from calm_dist.data.stream import open_training_stream
 from calm_dist.evaluation.brier_tree import scores_from_softmax
-from calm_dist.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CPU = torch.device("cpu")
@@ -38,7 +39,7 @@ def test_a_comparison_measures_time_memory_and_difference() -> None:
 def test_plain_brier_has_the_same_expectation() -> None:
     """Brier-1..4 of a Transformer at five starts, within 4.5 standard errors of 300 runs."""
     tiny = tiny_model("transformer", block_steps=12)
-    tiny.backbone.output_layer.weight.data.mul_(20)  # type: ignore[operator,union-attr]
+    tiny.backbone.output_layer.weight.data.mul_(20)
     tokens = torch.randint(VOCAB, (12,), generator=torch.Generator().manual_seed(0))
     starts = torch.arange(2, 7)
     generator = torch.Generator().manual_seed(1)
@@ -60,7 +61,7 @@ def test_zipf_tokens_fall_as_one_over_rank() -> None:
 
 
 def test_growth_is_tabled_and_drawn(tmp_path: Path) -> None:
-    points = [
+    points: list[dict[str, Any]] = [
         {"size": n, "ours": {"seconds": n / 1e3, "peak_mib": n}, "plain": {"seconds": n / 1e2}}
         for n in (10, 1000)
     ]
@@ -114,7 +115,7 @@ def test_a_random_store_is_read_in_training_order(tmp_path: Path) -> None:
 def test_a_recipe_is_timed_by_part(kind: str, overrides: list[str], parts: set[str]) -> None:
     """Structure and arithmetic; times are those of any machine."""
     sizes = ["model.vocab_size=512", "data.block_size=64", "training.micro_batch_size=2"]
-    recipe = load_recipe(RECIPES / f"{kind}_tiny.yaml", [*sizes, *overrides])
+    recipe = language_recipe(RECIPES / f"{kind}_tiny.yaml", [*sizes, *overrides])
     recipe = model.one_device(recipe, micro_batches=3)
     assert (recipe.world_size, recipe.num_micro_batches) == (1, 3)
     result = model.measure_model(recipe, CPU, repeats=2, peak_tflops=0.5)

@@ -101,6 +101,7 @@ def test_standard_errors_against_the_closed_form() -> None:
     values = 0.2 + 0.05 * rng.standard_normal((blocks, 4))
     result = brier.estimate_brierlm(values, seed=1, resamples=4000)
     closed = values.std(0) / blocks**0.5
+    assert result.brier_stderr is not None
     np.testing.assert_allclose(result.brier_stderr, closed, rtol=0.06)
     # Delta method: BrierLM = 100 · exp(mean of logs), independent columns.
     gradient = result.brierlm / (4 * values.mean(0))

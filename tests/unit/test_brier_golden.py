@@ -24,7 +24,7 @@ def test_the_released_estimator(patch_size: int) -> None:
     directory = GOLDEN / f"calm_k{patch_size}"
     model, io = load_calm(directory), load_file(directory / "io.safetensors")
     targets = io["brier.targets"]
-    continued = set()
+    continued: set[tuple[int, ...]] = set()
     blocks = []
     steps = -(-NGRAM // patch_size)
     positions = targets.shape[1] // patch_size - (steps if steps > 1 else 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -180,8 +181,8 @@ def test_a_transformer_that_always_agrees_with_itself() -> None:
     tokens = random_tokens(2, 256, seed=5)
     followers = torch.tensor([1, 0])
 
-    def logits(given: Tensor, *_: Tensor) -> Tensor:
-        return 200 * torch.nn.functional.one_hot(followers[given], 2).float()
+    def logits(tokens: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
+        return 200 * torch.nn.functional.one_hot(followers[tokens], 2).float()
 
     starts = brier.ngram_starts(256, 4, "all")
     result = brier_tree.scores_from_softmax(logits, TinyCache, tokens, starts, num_draws=2, seed=0)
@@ -309,9 +310,9 @@ def test_tree_equals_recursion(
     model, tokens, patches = enumerable_calm(patch_size, vocab)
     forwards = []
 
-    def hidden(*given: Tensor) -> Tensor:
-        forwards.append(given[0].shape)
-        return model(*given)
+    def hidden(tokens: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
+        forwards.append(tokens.shape)
+        return model(tokens, positions, mask, cache)
 
     def draw(hidden: Tensor, starts: Tensor, depth: int) -> Tensor:
         return hashed_draws(model, hidden, 6)
@@ -335,7 +336,7 @@ def test_accuracy_joins_draws_of_consecutive_patches() -> None:
     draws = torch.tensor([[[1, 2], [3, 4], [5, 6]], [[7, 8], [9, 4], [5, 0]]])
     target = torch.tensor([[1, 2, 3, 4], [9, 4, 5, 6]])
 
-    def unused(*_: Tensor) -> Tensor:
+    def unused(*_: Any, **__: Any) -> Tensor:
         raise AssertionError("no branch to continue")
 
     scores = brier_tree.scores_from_patches(

@@ -94,16 +94,17 @@ def agree(directory: Path) -> None:
     path.write_text(json.dumps(described))
 
 
+def into_directory(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
 # What is done to a checkpoint, whether its manifest is made to agree, and the file that is named.
 DAMAGES: dict[str, tuple[Callable[[Path], object], bool, str]] = {
     "a flipped bit": (lambda d: flip(d / "model.safetensors"), False, "model.safetensors"),
     "a file cut short": (lambda d: cut(d / "model.safetensors"), False, "model.safetensors"),
     "a missing file": (lambda d: (d / "model.safetensors").unlink(), False, "model.safetensors"),
-    "a directory for a file": (
-        lambda d: ((d / "config.json").unlink(), (d / "config.json").mkdir()),
-        False,
-        "config.json",
-    ),
+    "a directory for a file": (lambda d: into_directory(d / "config.json"), False, "config.json"),
     "no manifest": (lambda d: (d / "manifest.json").unlink(), False, "manifest.json"),
     "half a manifest": (lambda d: os.truncate(d / "manifest.json", 50), False, "manifest.json"),
     "a list": (lambda d: (d / "manifest.json").write_text("[]"), False, "manifest.json"),
@@ -220,33 +221,24 @@ def rewrite_description(directory: Path, change: Callable[[dict], object]) -> No
     path.write_bytes(pickle.dumps(description))
 
 
+def change_places(directory: Path, **fields: object) -> None:
+    """Give every entry of the description's ``storage_data`` these values."""
+
+    def change(places: dict) -> None:
+        for info in places.values():
+            for name, value in fields.items():
+                setattr(info, name, value)
+
+    rewrite_description(directory, change)
+
+
 TENSOR_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut": (lambda d: os.truncate(tensors_of(d), tensors_of(d).stat().st_size - 1), ".distcp"),
     "gone": (lambda d: tensors_of(d).unlink(), ".distcp"),
-    "elsewhere": (
-        lambda d: rewrite_description(
-            d, lambda s: [setattr(info, "relative_path", "../../x") for info in s.values()]
-        ),
-        "x: missing",
-    ),
-    "beyond the end": (
-        lambda d: rewrite_description(
-            d, lambda s: [setattr(info, "offset", 10**12) for info in s.values()]
-        ),
-        "too short",
-    ),
-    "before the beginning": (
-        lambda d: rewrite_description(
-            d, lambda s: [setattr(info, "offset", -5) for info in s.values()]
-        ),
-        "at no place",
-    ),
-    "at a text": (
-        lambda d: rewrite_description(
-            d, lambda s: [setattr(info, "offset", "5") for info in s.values()]
-        ),
-        ".metadata: damaged",
-    ),
+    "elsewhere": (lambda d: change_places(d, relative_path="../../x"), "x: missing"),
+    "beyond the end": (lambda d: change_places(d, offset=10**12), "too short"),
+    "before the beginning": (lambda d: change_places(d, offset=-5), "at no place"),
+    "at a text": (lambda d: change_places(d, offset="5"), ".metadata: damaged"),
     "half of the places": (
         lambda d: rewrite_description(d, lambda s: [s.pop(key) for key in list(s)[::2]]),
         "no place for",

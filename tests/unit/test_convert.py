@@ -265,7 +265,7 @@ def train_as_they_do(model: Autoencoder) -> None:
     tokens = torch.arange(32).reshape(2, 16)
     for _ in range(3):
         hidden = model.decoder(model.encode(tokens)[0]).flatten(-3, -2)
-        logits = F.linear(hidden, model.decoder.lm_head_weight)
+        logits = F.linear(hidden, model.decoder.get_parameter("lm_head_weight"))
         F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -164,7 +164,8 @@ def test_blocks_join_documents_by_one_end_and_one_to_k_begin_tokens(tokenizer: T
     assert {block.shape for block in blocks} == {(32,)} and blocks[0].dtype == np.uint32
     stream = np.concatenate(blocks).tolist()
 
-    position, seen = 0, Counter()
+    position = 0
+    seen: Counter[int] = Counter()
     for document in documents:
         begin = 0
         while position < len(stream) and stream[position] == tokenizer.begin_id:

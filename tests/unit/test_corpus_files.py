@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -167,7 +168,7 @@ def test_file_that_is_there_twice_is_refused(ov: Path, monkeypatch: pytest.Monke
     os.link(ov / "y.txt", ov.parent / "hard.txt")
     os.symlink("ov", "again")
     sub = ov / "sub"
-    for paths, twice in (
+    cases: list[tuple[list[str | Path], str | None]] = [
         ([ov], "x.txt"),
         ([ov / "y.txt", "ov/y.txt"], "ov/y.txt"),
         (["ov/y.txt", "ov/y.txt"], "ov/y.txt"),
@@ -177,7 +178,8 @@ def test_file_that_is_there_twice_is_refused(ov: Path, monkeypatch: pytest.Monke
         ([sub, "ov/x.txt"], "ov/x.txt"),
         (["ov"], "ov/x.txt"),
         (["ov/./y.txt", "ov/sub/../y.txt"], "ov/sub/../y.txt"),
-    ):
+    ]
+    for paths, twice in cases:
         if twice is None:
             assert len(find_files(paths)) == 2
             continue
@@ -185,9 +187,9 @@ def test_file_that_is_there_twice_is_refused(ov: Path, monkeypatch: pytest.Monke
             find_files(paths)
         assert twice in str(caught.value)
     (sub / "link.txt").unlink()
-    for paths in (["ov", ov / "sub" / "z.txt"], ["ov", "ov"], ["ov", "again"], ["ov", "ov/**"]):
+    for second in (ov / "sub" / "z.txt", "ov", "again", "ov/**"):
         with pytest.raises(DataError, match="is named twice"):
-            find_files(paths)
+            find_files(["ov", second])
 
 
 def test_files_of_one_name_get_names_of_their_own(
@@ -310,7 +312,8 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     with pytest.raises(DataError, match=rf"/dev/fd/{reading}: is a named pipe"):
         find_files([f"/dev/fd/{reading}"])
-    os.close(reading), os.close(writing)
+    os.close(reading)
+    os.close(writing)
     with pytest.raises(DataError, match=r"left out: 2 .txt \(not a regular file\), 1 .jsonl"):
         find_files([tmp_path])
 
@@ -418,7 +421,12 @@ def test_files_are_searched_once(ov: Path, tmp_path: Path, monkeypatch: pytest.M
     """By each of the tools: what was found is handed on."""
     searched = []
     original = os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: (searched.append(str(path)), original(path))[1])
+
+    def watched(path: Any) -> Any:
+        searched.append(str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", watched)
     prepare_corpus(tmp_path / "out", [ov], vocab_size=280)
     assert searched.count(str(ov)) == 1
     run_tool(monkeypatch, "encode_latents", "--variant", "tokens", "--patch-size", "2",
@@ -490,7 +498,8 @@ def test_every_damage_of_the_manifest_is_named_or_mended(tmp_path: Path) -> None
     ]
     assert len(places) > 20
     for outer, inner, last in places:
-        for value in (None, 3, "x", [], {}):
+        values: tuple[Any, ...] = (None, 3, "x", [], {})
+        for value in values:
             damaged = json.loads(json.dumps(whole))
             if inner is None:
                 damaged[outer] = value

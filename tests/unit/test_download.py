@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faulty_store import BREAKS, Fault, FaultyStore, faulty_store
@@ -64,7 +65,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Use:
     return point_at
 
 
-def read_all(url: str, downloads: Downloads, **more: object) -> list[list[int]]:
+def read_all(url: str, downloads: Downloads, **more: Any) -> list[list[int]]:
     stream = open_training_stream([url], batch_size=4, downloads=downloads, **more)
     return [batch["index"].tolist() for batch in islice(stream, stream.steps_per_epoch)]
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from calm_dist.data.store import StoreMeta
+from calm_dist.data.stream import Store
 from calm_dist.errors import DataError, UserError
 from calm_dist.evaluation import block_scores
 from calm_dist.evaluation import evaluate as evaluation
@@ -46,19 +47,19 @@ def rule_text(blocks: int, obeyed: float) -> np.ndarray:
     return rows
 
 
-class TinyStore(list):
+class TinyStore(Store):
     """Blocks of text that follows a rule; each latent is the patch itself, with no spread."""
 
     def __init__(self, blocks: int, patch_size: int = K, obeyed: float = 1.0) -> None:
-        super().__init__(
+        self.blocks: list[dict[str, Any]] = [
             {
                 "tokens": row.astype(np.uint32),
                 "mean": row.reshape(-1, patch_size).astype(np.float16),
                 "log_std": np.full((BLOCK // patch_size, patch_size), -20, np.float16),
             }
             for row in rule_text(blocks, obeyed)
-        )
-        self.meta = StoreMeta.model_validate(
+        ]
+        self._meta = StoreMeta.model_validate(
             {
                 "variant": "fp16",
                 "block_size": BLOCK,
@@ -80,6 +81,20 @@ class TinyStore(list):
                 "fingerprint": FINGERPRINT,
             }
         )
+
+    @property
+    def meta(self) -> StoreMeta:
+        return self._meta
+
+    @meta.setter
+    def meta(self, meta: StoreMeta) -> None:
+        self._meta = meta
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.blocks[index]
 
 
 def recipe(kind: str, **model: Any) -> Recipe:
@@ -208,7 +223,7 @@ def test_calm_scores_have_their_closed_form() -> None:
 
 def test_tokens_only_stores_are_encoded_on_the_fly() -> None:
     stored, tokens_only = TinyStore(3), TinyStore(3)
-    for block in tokens_only:
+    for block in tokens_only.blocks:
         del block["mean"], block["log_std"]
     settings = EvaluationSettings(samples=4)
     assert evaluate(rule_calm(), stored, settings) == evaluate(rule_calm(), tokens_only, settings)
@@ -245,7 +260,7 @@ def test_calm_and_transformer_are_scored_on_the_same_ngrams(
     starts = [q for q in range(patch_size, BLOCK) if q + 4 <= BLOCK]
     if alignment == "patch":
         starts = [q for q in starts if q % patch_size == 0]
-    rows = [block["tokens"].tolist() for block in store]
+    rows = [block["tokens"].tolist() for block in store.blocks]
     obeys = [[follower(a) == b for a, b in itertools.pairwise(row)] for row in rows]
     hits = [[all(o[q - 1 : q - 1 + n]) for n in (1, 2, 3, 4)] for o in obeys for q in starts]
     expected = 2 * np.mean(hits, axis=0) - 1
@@ -301,18 +316,18 @@ def test_blocks_are_spaced_and_their_draws_do_not_depend_on_the_others() -> None
     asked: list[int] = []
 
     class Watched(TinyStore):
-        def __getitem__(self, number: Any) -> Any:
-            asked.append(number)
-            return super().__getitem__(number)
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            asked.append(index)
+            return super().__getitem__(index)
 
     watched = Watched(9)
     evaluate(uniform_transformer(), watched, EvaluationSettings(blocks=3, samples=2))
     assert asked == [0, 3, 6]
     settings = EvaluationSettings(samples=2)
     first = evaluate(rule_calm(), store, settings)
-    del store[1:]
+    del store.blocks[1:]
     alone = evaluate(rule_calm(), store, settings)
-    store.append(store[0])
+    store.blocks.append(store[0])
     # The same block under another number is drawn anew.
     assert evaluate(rule_calm(), store, settings)["brier"] != alone["brier"]
     assert first["brier"] != alone["brier"] and alone["brierlm_stderr"] is None

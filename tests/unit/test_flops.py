@@ -1,6 +1,8 @@
 """Closed forms against published sizes, a hand count and torch's own FLOP counter."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -77,10 +79,14 @@ class ReleasedHead(nn.Module):
             nn.LayerNorm(d), nn.Linear(d, d), nn.SiLU(), nn.Linear(d, latent)
         )
 
+    def layers(self) -> Iterable[tuple[nn.LayerNorm, nn.Linear, nn.Linear, nn.Linear, nn.Linear]]:
+        """Those of each block."""
+        return cast(Any, self.blocks)
+
     def forward(self, hidden: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         hidden = hidden.expand(noise.shape[0], *hidden.shape)
         x, condition = self.norms[0](self.embed[0](noise)), self.norms[1](self.embed[1](hidden))
-        for norm, first, second, third, last in self.blocks:
+        for norm, first, second, third, last in self.layers():
             h = second(F.silu(first(torch.cat([norm(x), condition], -1))))
             gate, up = third(F.silu(h)).chunk(2, -1)
             x = x + last(F.silu(gate) * up)
@@ -92,7 +98,7 @@ class SharedConditionHead(ReleasedHead):
 
     def forward(self, hidden: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         x, condition = self.norms[0](self.embed[0](noise)), self.norms[1](self.embed[1](hidden))
-        for norm, first, second, third, last in self.blocks:
+        for norm, first, second, third, last in self.layers():
             of_x, of_condition = first.weight.chunk(2, 1)
             h = F.linear(norm(x), of_x) + F.linear(condition, of_condition, first.bias)
             gate, up = third(F.silu(second(F.silu(h)))).chunk(2, -1)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from launches import language_recipe
 from torch.utils.flop_counter import FlopCounterMode
 
 from calm_dist.costs import flops
@@ -22,7 +23,12 @@ from calm_dist.models.heads import make_head
 from calm_dist.models.heads.diffusion import DiffusionHead
 from calm_dist.models.heads.flow import FlowHead
 from calm_dist.models.transformer import Transformer
-from calm_dist.recipe import AutoencoderModel, AutoencoderSize, CalmModel, Recipe, load_recipe
+from calm_dist.recipe import (
+    AutoencoderModel,
+    AutoencoderSize,
+    CalmModel,
+    LanguageModelRecipe,
+)
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 AUTOENCODERS = [path for path in RECIPES if path.stem.startswith("autoencoder")]
@@ -54,7 +60,7 @@ def forward_and_all(output: torch.Tensor, counter: FlopCounterMode) -> tuple[int
     return forward, counter.get_total_flops()
 
 
-def run_backbone(recipe: Recipe, steps: int) -> tuple[int, int]:
+def run_backbone(recipe: LanguageModelRecipe, steps: int) -> tuple[int, int]:
     """One block of ``steps`` steps through the backbone: (forward, forward and backward)."""
     topology = single_process_topology(recipe, torch.device("cpu"))
     kind = Backbone if recipe.model.kind == "calm" else Transformer
@@ -69,7 +75,7 @@ def run_backbone(recipe: Recipe, steps: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("path", LANGUAGE_MODELS, ids=name)
 def test_backbone_of_every_recipe(path: Path) -> None:
-    recipe = load_recipe(path, ALONE)
+    recipe = language_recipe(path, ALONE)
     forward, both = run_backbone(recipe, recipe.num_patches)
     parts = [part for part in flops.count(recipe).parts if part.name != "head"]
     tokens = recipe.block_size
@@ -78,7 +84,7 @@ def test_backbone_of_every_recipe(path: Path) -> None:
 
 
 def test_inference_without_a_cache_runs_the_backbone_over_the_whole_context() -> None:
-    recipe = load_recipe(RECIPES[0].with_name("transformer_tiny.yaml"), ALONE)
+    recipe = language_recipe(RECIPES[0].with_name("transformer_tiny.yaml"), ALONE)
     forward, _ = run_backbone(recipe, recipe.num_patches)
     # Logits are needed for the last step alone.
     output = flops.count(recipe).part("output_layer").inference_flops_per_token
@@ -87,8 +93,8 @@ def test_inference_without_a_cache_runs_the_backbone_over_the_whole_context() ->
 
 
 def test_recomputation_repeats_the_layers_forward_pass() -> None:
-    recipe = load_recipe(CALMS[0].with_name("calm_tiny.yaml"), ALONE)
-    repeating = load_recipe(
+    recipe = language_recipe(CALMS[0].with_name("calm_tiny.yaml"), ALONE)
+    repeating = language_recipe(
         CALMS[0].with_name("calm_tiny.yaml"), [*ALONE, "parallel.recompute=true"]
     )
     assert flops.count(recipe).recomputed_flops_per_token == 0
@@ -98,7 +104,7 @@ def test_recomputation_repeats_the_layers_forward_pass() -> None:
 
 
 def test_grouped_query_attention() -> None:
-    recipe = load_recipe(CALMS[0], [*ALONE, "model.num_key_value_heads=2"])
+    recipe = language_recipe(CALMS[0], [*ALONE, "model.num_key_value_heads=2"])
     assert recipe.model.kind == "calm" and recipe.model.key_value_heads == 2
     forward, _ = run_backbone(recipe, recipe.num_patches)
     parts = [part for part in flops.count(recipe).parts if part.name != "head"]
@@ -108,7 +114,7 @@ def test_grouped_query_attention() -> None:
 @pytest.mark.parametrize("kind", all_specs())
 @pytest.mark.parametrize("path", CALMS, ids=name)
 def test_every_head_of_every_recipe(path: Path, kind: str) -> None:
-    recipe = load_recipe(path, [f"model.head.kind={kind}"])
+    recipe = language_recipe(path, [f"model.head.kind={kind}"])
     model = recipe.model
     assert isinstance(model, CalmModel)
     d, latent = model.hidden_size, flops.known_size(model, "latent_size")
@@ -142,7 +148,7 @@ def test_sampling_with_every_head(kind: str) -> None:
     overrides = [f"model.head.kind={kind}"]
     if kind != "energy":
         overrides.append("model.head.sampling_steps=3")
-    recipe = load_recipe(CALMS[0].with_name("calm_tiny.yaml"), overrides)
+    recipe = language_recipe(CALMS[0].with_name("calm_tiny.yaml"), overrides)
     model = recipe.model
     assert isinstance(model, CalmModel) and model.latent_size is not None
     head = make_head(model.head, model.hidden_size, model.latent_size)
@@ -182,7 +188,7 @@ def autoencoder_on_meta(size: AutoencoderSize, vocab: int, patch: int, latent: i
 
 @pytest.mark.parametrize("path", AUTOENCODERS, ids=name)
 def test_training_of_every_autoencoder(path: Path) -> None:
-    recipe = load_recipe(path)
+    recipe = language_recipe(path)
     model = recipe.model
     assert isinstance(model, AutoencoderModel) and model.vocab_size is not None
     autoencoder = autoencoder_on_meta(model, model.vocab_size, model.patch_size, model.latent_size)
@@ -206,7 +212,7 @@ def test_training_of_every_autoencoder(path: Path) -> None:
 @pytest.mark.parametrize("path", CALMS, ids=name)
 def test_autoencoder_of_every_calm(path: Path) -> None:
     """What generation and encoding use of it, from the language model's recipe alone."""
-    recipe = load_recipe(path)
+    recipe = language_recipe(path)
     model = recipe.model
     assert isinstance(model, CalmModel)
     assert model.vocab_size is not None and model.latent_size is not None

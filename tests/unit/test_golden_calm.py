@@ -45,11 +45,11 @@ class Golden:
         output = self.model.backbone(tokens, tokens.shape[1] // self.recipe.patch_size)
         return output.transpose(0, 1)[:, :-1].flatten(0, 1)
 
-    def targets(self) -> tuple[torch.Tensor, ...]:
+    def targets(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Posterior mean and log_std of the predicted patches [B*P, l]."""
         assert self.model.autoencoder is not None
-        encoded = self.model.autoencoder.encode(self.io["input_ids"])
-        return tuple(part[:, 1:].flatten(0, 1) for part in encoded)
+        mean, log_std = self.model.autoencoder.encode(self.io["input_ids"])
+        return mean[:, 1:].flatten(0, 1), log_std[:, 1:].flatten(0, 1)
 
 
 class GoldenNoise:
@@ -65,6 +65,17 @@ class GoldenNoise:
         self, kind: str, draw: Draw
     ) -> Iterator[tuple[int, int, Callable[[], torch.Tensor]]]:
         yield 0, self._noise[kind].shape[1], lambda: self._noise[kind]
+
+    def keys(self, kind: str) -> torch.Tensor:
+        raise NotImplementedError("golden noise is stored, not drawn by keys")
+
+
+def gradients_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, name
+        found[name] = parameter.grad
+    return found
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda patch_size: f"K={patch_size}")
@@ -105,7 +116,8 @@ def test_targets(golden: Golden) -> None:
 @pytest.mark.parametrize("beta", [0.5, 1.0, 1.5])
 def test_energy_score(golden: Golden, beta: float) -> None:
     names = ("latent_samples", "target_mean", "target_log_std", "target_eps")
-    score = energy_score(*(golden.io[name] for name in names), beta)
+    samples, mean, log_std, noise = (golden.io[name] for name in names)
+    score = energy_score(samples, mean, log_std, noise, beta)
     expected = golden.io["energy_score" if beta == 1.0 else f"energy_score_beta{beta}"]
     assert error(score, expected) < TENSOR
 
@@ -118,11 +130,7 @@ def test_loss_and_gradients(golden: Golden) -> None:
         module.zero_grad()
     loss = head.position_loss(golden.hidden(), *golden.targets(), GoldenNoise(golden.io)).mean()
     loss.backward()
-    gradients = released_calm(
-        golden.recipe,
-        {name: parameter.grad for name, parameter in backbone.named_parameters()},
-        {name: parameter.grad for name, parameter in head.named_parameters()},
-    )
+    gradients = released_calm(golden.recipe, gradients_of(backbone), gradients_of(head))
     assert error(loss.detach(), golden.io["loss_fp32"]) < TIGHT
 
     stored = {name.removeprefix("grad."): t for name, t in golden.io.items() if "grad." in name}

@@ -45,7 +45,7 @@ def write_shards(directory: Path, suffix: str) -> Path:
     weights = tensors_of(directory)
     (directory / BIN).unlink()
     stem = "model" if suffix == ".safetensors" else "pytorch_model"
-    placed = {}
+    placed: dict[str, str] = {}
     for number in range(3):
         name = f"{stem}-{number + 1:05}-of-00003{suffix}"
         part = {key: weights[key].clone() for key in sorted(weights)[number::3]}

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -178,9 +179,12 @@ def test_killed_run_continues_to_the_same_store(
 
     written: list[tuple[Path, int, int]] = []
     original = latents.write_shard
-    monkeypatch.setattr(
-        latents, "write_shard", lambda *args: (written.append(args[:3]), original(*args))
-    )
+
+    def watched(*args: Any) -> None:
+        written.append(args[:3])
+        original(*args)
+
+    monkeypatch.setattr(latents, "write_shard", watched)
     write(inputs, out, parts=parts)
     assert contents(out) == contents(tmp_path / "unbroken")
     total = len(list(out.glob("shard.*.mds")))
@@ -390,7 +394,7 @@ def test_text_shorter_than_a_block_and_broken_weights_are_refused(
 
 
 def test_command_writes_then_skips_without_torch(inputs: Path, tmp_path: Path) -> None:
-    command = [
+    command: list[str | Path] = [
         sys.executable, "-X", "importtime", "tools/encode_latents.py",
         "--autoencoder", inputs / "autoencoder", "--tokenizer", inputs / "tokenizer.json",
         "--corpus", inputs / "corpus.jsonl", "--out", tmp_path / "out", "--block-size", "32",

@@ -108,11 +108,12 @@ def test_each_worker_tokenises_its_own_documents_only(
 ) -> None:
     tokenised: list[str] = []
     original = type(job.tokenizer).encode_batch
-    monkeypatch.setattr(
-        type(job.tokenizer),
-        "encode_batch",
-        lambda self, texts: (tokenised.extend(texts), original(self, texts))[1],
-    )
+
+    def watched(tokenizer: Any, texts: Any) -> Any:
+        tokenised.extend(texts)
+        return original(tokenizer, texts)
+
+    monkeypatch.setattr(type(job.tokenizer), "encode_batch", watched)
     documents = list(ShuffledDocuments(job.corpus, seed=5))
     thirds = [documents[start : start + 20] for start in (0, 20, 40)]
     out = tmp_path / "out"
@@ -230,9 +231,12 @@ def test_worker_that_others_overtake_finds_the_finished_store(
         lambda: [job.write(out, (0, 2)), job.write(out, (1, 2))],
     )
     encoded, flush = [], MDSWriter.flush_shard
-    monkeypatch.setattr(
-        MDSWriter, "flush_shard", lambda writer: (encoded.append(writer), flush(writer))
-    )
+
+    def watched(writer: MDSWriter) -> None:
+        encoded.append(writer)
+        flush(writer)
+
+    monkeypatch.setattr(MDSWriter, "flush_shard", watched)
     assert job.write(out, (0, 2)) == []
     assert next(done, None) is None
     assert contents(out) == unbroken

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_latents_parts import (
@@ -57,7 +58,8 @@ def test_every_damage_of_the_plan_is_named(job: Job, tmp_path: Path) -> None:
     whole = json.loads(file.read_text())
     assert len(whole) > 10
     for key in whole:
-        for value in (None, -1, "x", [], {}, 1.5):
+        values: tuple[Any, ...] = (None, -1, "x", [], {}, 1.5)
+        for value in values:
             if whole[key] == value:
                 continue
             file.write_text(json.dumps({**whole, key: value}))

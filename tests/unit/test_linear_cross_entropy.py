@@ -20,7 +20,8 @@ def inputs(rows: int, vocab: int = 37, size: int = 8) -> Inputs:
 
 
 def with_gradients(loss: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> Inputs:
-    return loss.detach(), *torch.autograd.grad(3.5 * loss, (hidden, weight))
+    of_hidden, of_weight = torch.autograd.grad(3.5 * loss, (hidden, weight))
+    return loss.detach(), of_hidden, of_weight
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 4, 100])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launches import language_recipe
 
 from calm_dist.costs import flops
 from calm_dist.costs.clusters import PRESETS, Rates, preset
@@ -31,7 +32,6 @@ from calm_dist.planner.storage import (
     goodput,
     latent_bytes_per_token,
 )
-from calm_dist.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 XL = ROOT / "recipes" / "calm_xl.yaml"
@@ -79,16 +79,16 @@ def test_collectives_take_the_slower_of_links_and_network() -> None:
 
 def test_groups_lie_in_nodes_as_ranks_are_ordered() -> None:
     """TP 2, PP 2, DP 32 on nodes of 8: two replicas a node."""
-    found = groups(load_recipe(XL), H100)
+    found = groups(language_recipe(XL), H100)
     assert (found.tensor, found.data, found.head) == (Group(2, 2), Group(32, 2), Group(64, 4))
-    wide = load_recipe(XL, ["parallel.tensor_parallel_size=8", "parallel.world_size=128"])
+    wide = language_recipe(XL, ["parallel.tensor_parallel_size=8", "parallel.world_size=128"])
     assert groups(wide, H100).data == Group(8, 1)
 
 
 def test_ideal_kernels_give_the_flops_over_the_peak() -> None:
     """Without a pipeline, a step at full speed is the counted FLOPs, but for attention, of which a
     causal mask leaves half and FlashAttention's backward pass makes 2.5 of 2, and for the score."""
-    recipe = load_recipe(
+    recipe = language_recipe(
         XL, ["parallel.pipeline_parallel_size=1", "parallel.tensor_parallel_size=1"]
     )
     counts = flops.count(recipe, tokens=0)
@@ -103,20 +103,20 @@ def test_ideal_kernels_give_the_flops_over_the_peak() -> None:
 
 def test_terms_add_up_and_bubble_has_its_closed_form() -> None:
     overrides = ["training.micro_batch_size=1"]
-    recipe = load_recipe(XL, overrides)
+    recipe = language_recipe(XL, overrides)
     time = step_time(recipe, IDEAL)
     assert sum(time.terms.values()) == pytest.approx(time.seconds)
     stages = [sum(stage.values()) for stage in time.stages]
     # 1F1B: every micro-batch passes the slowest stage, the first and last one the others.
     assert time.seconds == pytest.approx(8 * max(stages) + sum(stages) - max(stages))
-    virtual = load_recipe(XL, [*overrides, "parallel.virtual_pipeline_size=2"])
+    virtual = language_recipe(XL, [*overrides, "parallel.virtual_pipeline_size=2"])
     halves = step_time(virtual, IDEAL).terms["pipeline bubble"]
     assert halves == pytest.approx(time.terms["pipeline bubble"] / 2, rel=0.1)
 
 
 def test_recomputation_costs_a_forward_pass_of_the_layers() -> None:
     plain, again = (
-        step_time(load_recipe(XL, [f"parallel.recompute={value}"]), IDEAL)
+        step_time(language_recipe(XL, [f"parallel.recompute={value}"]), IDEAL)
         for value in ("false", "true")
     )
     assert "recomputation" not in plain.terms
@@ -125,7 +125,7 @@ def test_recomputation_costs_a_forward_pass_of_the_layers() -> None:
 
 
 def test_slower_rates_take_longer() -> None:
-    recipe = load_recipe(XL)
+    recipe = language_recipe(XL)
     usual = step_time(recipe, H100).seconds
     for name in ("matmul_fraction", "attention_fraction", "bandwidth_fraction", "link_fraction"):
         slower = H100.with_rates(**{name: getattr(Rates(), name) / 2})
@@ -133,11 +133,13 @@ def test_slower_rates_take_longer() -> None:
 
 
 def test_storage_and_checkpoint() -> None:
-    recipe = load_recipe(XL)
+    recipe = language_recipe(XL)
     # 4 bytes of a token, 2 x 128 fp16 or int8 numbers for 4 of them, one patch more than a block's.
     assert latent_bytes_per_token(recipe) == 4 + 2 * 2 * 128 * 2049 / 8192
     assert latent_bytes_per_token(recipe, 1) == 4 + 2 * 128 * 2049 / 8192
-    on_the_fly = load_recipe(XL, ["data.latents=on_the_fly", "model.autoencoder=runs/autoencoder"])
+    on_the_fly = language_recipe(
+        XL, ["data.latents=on_the_fly", "model.autoencoder=runs/autoencoder"]
+    )
     assert latent_bytes_per_token(on_the_fly) == 4
     # bf16 weights of the backbone, fp32 masters and moments of all.
     head = 170_979_968
@@ -158,7 +160,7 @@ def test_best_interval_is_the_best() -> None:
 
 
 def test_goodput_of_a_recipe() -> None:
-    recipe, reliability = load_recipe(XL), Reliability()
+    recipe, reliability = language_recipe(XL), Reliability()
     found = goodput(recipe, H100, reliability, None)
     assert found.mtbf_seconds == 6300 * 3600 / 16
     assert found.write_seconds == pytest.approx(checkpoint_bytes(recipe) / 16e9)
@@ -166,12 +168,12 @@ def test_goodput_of_a_recipe() -> None:
     shared = checkpoint_bytes(recipe) / 128 / 1e10
     assert found.stall_seconds == pytest.approx(0.08 + shared)
     # A rank's whole state, 12 bytes a parameter, comes to the first replica.
-    sharded = load_recipe(XL, ["parallel.distributed_optimizer=true"])
+    sharded = language_recipe(XL, ["parallel.distributed_optimizer=true"])
     plain, gathered = (stage_memory(one, 0).optimizer for one in (recipe, sharded))
     assert plain == pytest.approx(32 * gathered, rel=1e-6)
     stall = goodput(sharded, H100, reliability, None).stall_seconds
     assert stall - found.stall_seconds == pytest.approx(plain / 1e9)
-    waiting = load_recipe(XL, ["checkpoint.async=false"])
+    waiting = language_recipe(XL, ["checkpoint.async=false"])
     assert goodput(waiting, H100, reliability, None).stall_seconds == found.write_seconds
     # A checkpoint begins when the one before is written.
     slow = Reliability(write_bandwidth=1e4)
@@ -179,7 +181,7 @@ def test_goodput_of_a_recipe() -> None:
 
 
 def test_cost_is_steps_over_goodput() -> None:
-    prediction = predict(load_recipe(XL), H100)
+    prediction = predict(language_recipe(XL), H100)
     run = training_cost(prediction, Reliability())
     hours = 250_000 * prediction.time.seconds / 3600
     assert run["gpu_hours"] == pytest.approx(128 * hours / run["failures"]["recipe"]["goodput"])
@@ -190,7 +192,7 @@ def test_cost_is_steps_over_goodput() -> None:
 
 def test_a_checkpoint_waits_for_the_one_before() -> None:
     """Cycles of training, waiting for the writer and copying, gone through one by one."""
-    recipe = load_recipe(XL)
+    recipe = language_recipe(XL)
     for interval in (0.3, 1.0, 5.0):
         found = goodput(recipe, H100, Reliability(), interval)
         copying = goodput(recipe, H100, Reliability(), None).stall_seconds
@@ -203,24 +205,24 @@ def test_a_checkpoint_waits_for_the_one_before() -> None:
         failures = found.mtbf_seconds / (found.mtbf_seconds + losses)
         assert found.goodput == pytest.approx(trained / now * failures, rel=0.01), interval
     # The whole run is counted with the recipe's own interval.
-    often = load_recipe(XL, ["checkpoint.every=1"])
+    often = language_recipe(XL, ["checkpoint.every=1"])
     rare = training_cost(predict(recipe, H100), Reliability())["hours"]
     assert training_cost(predict(often, H100), Reliability())["hours"] > 4 * rare
 
 
 def test_groups_that_do_not_divide_a_node_wait_for_the_network() -> None:
-    recipe = load_recipe(XL, ["parallel.world_size=12", "training.global_batch_size=3"])
+    recipe = language_recipe(XL, ["parallel.world_size=12", "training.global_batch_size=3"])
     for node, per_node in ((8, 2), (3, 1), (1, 1)):
         assert groups(recipe, replace(H100, gpus_per_node=node)).tensor == Group(2, per_node)
 
 
 def test_search_proposes_only_what_loads_and_fits() -> None:
-    recipe = load_recipe(XL)
+    recipe = language_recipe(XL)
     found = search(recipe, H100, 128)
     seconds = [prediction.time.seconds for prediction in found.fitting]
     assert seconds == sorted(seconds) and seconds[0] <= predict(recipe, H100).time.seconds
     for prediction in found.fitting[:20]:
-        loaded = load_recipe(XL, layout_overrides(prediction.recipe))
+        loaded = language_recipe(XL, layout_overrides(prediction.recipe))
         assert loaded == prediction.recipe
         assert prediction.fits
     assert all(prediction.recipe.world_size == 128 for prediction in found.out_of_memory)
@@ -228,7 +230,7 @@ def test_search_proposes_only_what_loads_and_fits() -> None:
     # The recipe's own words.
     said = found.refused["parallel.virtual_pipeline_size"][0]
     with pytest.raises(RecipeError, match="needs a number of micro-batches that is a"):
-        load_recipe(
+        language_recipe(
             XL,
             ["parallel.virtual_pipeline_size=2", "training.micro_batch_size=8"],
         )
@@ -238,13 +240,13 @@ def test_search_proposes_only_what_loads_and_fits() -> None:
 
 
 def test_search_ends_on_any_number_of_gpus() -> None:
-    found = search(load_recipe(XL), H100, 800_000_000)
+    found = search(language_recipe(XL), H100, 800_000_000)
     # No more stages than layers.
     assert not found.fitting and 0 < found.tried < 200
 
 
 def test_context_parallelism_leaves_no_room_for_some_layouts() -> None:
-    recipe = load_recipe(XL, ["parallel.context_parallel_size=2"])
+    recipe = language_recipe(XL, ["parallel.context_parallel_size=2"])
     found = search(recipe, H100, 16)
     assert found.fitting
     said = found.refused["parallel.world_size"]
@@ -252,7 +254,7 @@ def test_context_parallelism_leaves_no_room_for_some_layouts() -> None:
 
 
 def test_plan_is_plain_and_fits_a_terminal() -> None:
-    values = full_plan(load_recipe(XL), H100, Reliability(), 128)
+    values = full_plan(language_recipe(XL), H100, Reliability(), 128)
     assert json.loads(json.dumps(values)) == values
     assert values["fits"] and len(values["best"]) == BEST
     text = format_full_plan(values)
@@ -274,7 +276,7 @@ def test_out_of_memory_is_said() -> None:
 
 
 def test_own_layout_that_is_refused_is_said() -> None:
-    values = full_plan(load_recipe(XL), H100, Reliability(), 24)
+    values = full_plan(language_recipe(XL), H100, Reliability(), 24)
     assert values["recipe"] is None and not values["fits"] and values["best"]
     text = format_full_plan(values)
     assert "is refused on so many GPUs" in text and "training.global_batch_size: 256 is not" in text
@@ -282,7 +284,7 @@ def test_own_layout_that_is_refused_is_said() -> None:
 
 def test_scaling_recipes_have_their_sizes() -> None:
     sizes = {name: flops.count(scaling_recipe(name)) for name in MODELS}
-    assert sizes["CALM-XL"].parameters == flops.count(load_recipe(XL)).parameters
+    assert sizes["CALM-XL"].parameters == flops.count(language_recipe(XL)).parameters
     assert 69e9 < sizes["CALM 70B"].parameters < 75e9
 
 
@@ -362,7 +364,7 @@ def test_the_recipe_is_checked_with_the_nodes_given() -> None:
 
 
 def test_words_of_a_plan() -> None:
-    small = load_recipe(ROOT / "recipes" / "transformer_s.yaml", ["training.steps=1"])
+    small = language_recipe(ROOT / "recipes" / "transformer_s.yaml", ["training.steps=1"])
     cluster = replace(H100, price=0.01)
     text = format_full_plan(full_plan(small, cluster, Reliability(), 8))
     assert "(1 node)" in text and "int8" not in text

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -106,7 +107,8 @@ def test_a_reader_that_dies_while_its_batch_is_waited_for(
     batches = iter(stream)
     next(batches)
     handler = signal.getsignal(signal.SIGCHLD)
-    workers = stream._loader._iterator._workers
+    iterator: Any = stream._loader._iterator
+    workers = iterator._workers
     os.kill(workers[1].pid, signal.SIGSTOP)
     os.kill(workers[1].pid, number)
     os.kill(workers[1].pid, signal.SIGCONT)

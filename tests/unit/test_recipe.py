@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from calm_dist.errors import RecipeError
-from calm_dist.recipe import Recipe, load_recipe
+from calm_dist.recipe import AutoencoderModel, CalmModel, Recipe, load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL_RECIPES = Path(__file__).parents[1] / "recipes"
@@ -243,6 +243,7 @@ def test_store_fills_what_is_absent() -> None:
     with pytest.raises(RecipeError, match=r"data.block_size: absent"):
         _ = open_recipe.num_patches
     recipe = open_recipe.with_store(store_meta())
+    assert isinstance(recipe.model, CalmModel)
     assert (recipe.model.vocab_size, recipe.model.latent_size) == (512, 32)
     assert recipe.model.autoencoder == "/ae"
     assert recipe.num_patches == 128
@@ -284,7 +285,8 @@ def test_tokenizer_that_does_not_fit_the_store(tmp_path: Path) -> None:
 
 def test_replaced_token_is_the_stores_padding() -> None:
     recipe = load_recipe(RECIPES / "autoencoder_tiny.yaml")
-    assert recipe.with_store(store_meta()).model.replaced_token_id == 2
+    model = recipe.with_store(store_meta()).model
+    assert isinstance(model, AutoencoderModel) and model.replaced_token_id == 2
     without = store_meta(tokenizer={"sha256": "0", "file": "t", "pad_id": None})
     with pytest.raises(RecipeError, match="no padding token"):
         recipe.with_store(without)
@@ -301,8 +303,9 @@ def test_autoencoder_checkpoint_gives_its_shape() -> None:
         "num_decoder_layers": 2,
         "ae_dropout": 0.15,
     }
-    recipe = load_recipe(TINY).with_autoencoder(config)
-    assert recipe.model.autoencoder_size.num_encoder_layers == 4
+    model = load_recipe(TINY).with_autoencoder(config).model
+    assert isinstance(model, CalmModel) and model.autoencoder_size is not None
+    assert model.autoencoder_size.num_encoder_layers == 4
     with pytest.raises(RecipeError, match=r"model.latent_size: 32 in the recipe, 16"):
         load_recipe(TINY).with_autoencoder(config | {"latent_size": 16})
     with pytest.raises(RecipeError, match="has no autoencoder"):

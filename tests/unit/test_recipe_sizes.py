@@ -22,28 +22,30 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 def modules_of(recipe: Recipe) -> list[nn.Module]:
     """The real modules of a whole model, on one rank and without memory for their weights."""
-    model = recipe.model
     if isinstance(recipe, AutoencoderRecipe):
         with torch.device("meta"):
             return [Autoencoder(autoencoder_config(recipe))]
     assert isinstance(recipe, LanguageModelRecipe)
     recipe = single_process_recipe(recipe)
+    model = recipe.model
     topology = single_process_topology(recipe, torch.device("cpu"))
     config = transformer_config(recipe, torch.float32)
     with torch.device("meta"):
         if model.kind == "transformer":
             return [Transformer(recipe, config, topology.groups)]
+        assert model.latent_size is not None
         head = make_head(model.head, model.hidden_size, model.latent_size)
         return [Backbone(recipe, config, topology.groups), head]
 
 
 def parameters_of(recipe: Recipe) -> int:
     """Parameters without the rows that only pad a vocabulary to equal shards."""
-    total = 0
+    total, vocab_size = 0, recipe.model.vocab_size
+    assert vocab_size is not None
     for module in modules_of(recipe):
         for name, parameter in module.named_parameters():
             assert parameter.is_meta
-            rows = recipe.model.vocab_size if is_vocabulary(name) else len(parameter)
+            rows = vocab_size if is_vocabulary(name) else len(parameter)
             assert rows <= len(parameter)
             total += rows * parameter[0].numel()
     return total

@@ -111,7 +111,7 @@ def test_a_task_of_slurm_hands_arguments_on_as_they_are(tmp_path: Path) -> None:
         "SLURM_STEP_NUM_TASKS": "1",
     }  # fmt: skip
     arguments = [f"run.dir={text}" for text in ["tools/encode_latents.py", *ODD, *ODD_PATHS]]
-    rank = ["bash", ROOT / "slurm" / "rank.sh", sys.executable, "-c", show]
+    rank: list[str | Path] = ["bash", ROOT / "slurm" / "rank.sh", sys.executable, "-c", show]
     subprocess.run([*rank, *arguments], env=environment, check=True, timeout=60)
     assert json.loads((tmp_path / "rank0000.n.restart0.log").read_text()) == arguments
 
@@ -124,7 +124,8 @@ def test_a_study_submits_what_was_typed(tmp_path: Path) -> None:
         (data / "corpus" / f"{split}.jsonl").write_text("")
     names = [*ODD, "x parallel.device=cpu y", "a=b:c"]
     given = [f"calm_tiny:run.name={name}" for name in names]
-    command = ["bash", ROOT / "slurm" / "study.sh", "--dry-run", "--models", "calm_tiny"]
+    script = ROOT / "slurm" / "study.sh"
+    command: list[str | Path] = ["bash", script, "--dry-run", "--models", "calm_tiny"]
     done = subprocess.run(
         [*command, "--autoencoder", "autoencoder_tiny", *given],
         env=os.environ | {"CALM_PYTHON": sys.executable, "DATA": str(data), "RUNS": f"{data}/runs"},

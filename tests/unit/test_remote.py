@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -74,7 +75,7 @@ def test_store_in_s3_is_written_read_and_checked(
         write_store(bucket, corpus, tokenizer, plan.model_copy(update={"seed": 1}))
 
     cache = tmp_path / "cache"
-    options = {"batch_size": 4, "cache_dir": cache}
+    options: dict[str, Any] = {"batch_size": 4, "cache_dir": cache}
     stream = open_training_stream([bucket], **options)
     received = [batch["index"].tolist() for batch in islice(stream, 2 * stream.steps_per_epoch)]
     same = islice(open_training_stream([local], batch_size=4), 2 * stream.steps_per_epoch)

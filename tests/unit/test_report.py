@@ -277,13 +277,14 @@ def test_pareto_front() -> None:
     front = pareto_front(points)
     assert [(p.train_flops, p.brierlm) for p in front] == [(1, 1), (2, 3), (5, 4)]
     # By definition: no other point is at least as good in both, and better in one.
-    known = points[:6]
-    assert front == sorted(
-        (p for p in known if not any(
-            q.train_flops <= p.train_flops and q.brierlm >= p.brierlm
-            and (q.train_flops, q.brierlm) != (p.train_flops, p.brierlm) for q in known)),
-        key=lambda p: p.train_flops,
-    )  # fmt: skip
+    known = [(p.train_flops, p.brierlm, p) for p in points[:6] if p.train_flops is not None]
+    assert len(known) == 6
+    best = [
+        (cost, p)
+        for cost, score, p in known
+        if not any(c <= cost and s >= score and (c, s) != (cost, score) for c, s, _ in known)
+    ]
+    assert front == [p for _, p in sorted(best, key=lambda pair: pair[0])]
 
 
 def test_correlations_equal_scipys() -> None:
@@ -484,7 +485,7 @@ def test_names_in_any_script_are_drawn_without_noise(tmp_path: Path) -> None:
 
 
 def test_both_tools_write_the_same_report(experiment: dict[str, Path], tmp_path: Path) -> None:
-    common = ["--run", experiment["calm"], experiment["transformer"]]
+    common: list[str | Path] = ["--run", experiment["calm"], experiment["transformer"]]
     common += ["--autoencoder", experiment["autoencoder"], "--peak-tflops", "1"]
     one = call("report.py", *common, "--out", tmp_path / "one")
     other = call("flops_report.py", *common, "--out", tmp_path / "other", "--json", "-")

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -238,7 +239,11 @@ def test_of_one_step_the_larger_evaluation_counts(tmp_path: Path) -> None:
 
 def test_scores_are_listed_with_errors_and_marked(tmp_path: Path) -> None:
     """Also those of early versions, without errors, and damaged ones."""
-    scores = {"brierlm": 0.6, "brierlm_stderr": 0.08, "brier": [0.0592, 0.0081, 0.0026, 0.001]}
+    scores: dict[str, Any] = {
+        "brierlm": 0.6,
+        "brierlm_stderr": 0.08,
+        "brier": [0.0592, 0.0081, 0.0026, 0.001],
+    }
     stored = {
         "a_noisy": scores | {"brier_stderr": [0.0014, 0.0005, 0.0003, 0.0006]},
         "b_clear": scores | {"brier_stderr": [0.0014, 0.0005, 0.0003, 0.0002]},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Callable
 from math import comb, factorial, prod
 
 import numpy as np
@@ -24,7 +25,7 @@ DRAWS = 6000
 LEVEL = 1e-5
 
 
-def sampler(seed: int, probabilities: np.ndarray = PROBABILITIES) -> sampling.DrawFunction:
+def sampler(seed: int, probabilities: np.ndarray = PROBABILITIES) -> Callable[[int], np.ndarray]:
     rng = np.random.default_rng(seed)
     return lambda count: PATCHES[rng.choice(len(probabilities), count, p=probabilities)]
 
@@ -232,12 +233,16 @@ class Counted:
         return tuple(self.array[row].tolist())
 
 
+def counted(draw: Callable[[int], np.ndarray]) -> sampling.DrawFunction:
+    return lambda count: Counted(draw(count))
+
+
 @pytest.mark.parametrize("n", [2, 3])
 def test_tokens_worked_out_when_needed_change_nothing(n: int) -> None:
     """The same seeds give the same patches as from arrays."""
     for seed in range(50):
         known, lazy = sampler(seed), sampler(seed)
-        draws = [known, lambda count, lazy=lazy: Counted(lazy(count))]
+        draws: list[sampling.DrawFunction] = [known, counted(lazy)]
         results = [
             sampling.sample_from_pool(draw, 1 / n, np.random.default_rng(seed), pool_size=9)
             for draw in draws

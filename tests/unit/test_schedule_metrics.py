@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import wandb
@@ -179,8 +180,10 @@ def test_a_tracker_that_is_not_reached_keeps_no_run_from_training(
 def read_wandb(file: Path) -> tuple[set[str], list[dict[str, float]]]:
     """The ids of the runs in a .wandb file, and its history: records of protobuf in LevelDB's log
     format, in blocks of 32 KiB that begin after wandb's own header of 7 bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto import wandb_internal_pb2
 
+    # Its classes are made when it is imported.
+    protocol: Any = wandb_internal_pb2
     data, position, part = file.read_bytes(), 7, b""
     ids: set[str] = set()
     history: list[dict[str, float]] = []
@@ -194,7 +197,7 @@ def read_wandb(file: Path) -> tuple[set[str], list[dict[str, float]]]:
         # 1: a whole record, 4: the last part of one.
         if kind not in (1, 4):
             continue
-        record, part = Record.FromString(part), b""
+        record, part = protocol.Record.FromString(part), b""
         if record.WhichOneof("record_type") == "run":
             ids.add(record.run.run_id)
         elif record.WhichOneof("record_type") == "history":

@@ -145,10 +145,11 @@ def test_resume_continues_exactly(stores: Path, steps_done: int) -> None:
 
 def test_state_of_another_run_is_refused(stores: Path) -> None:
     state = open_training_stream([stores / "tokens"], batch_size=4).state_dict(1)
-    for changes, name in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"batch_size": 2}, "global_batch_size=4, this run has 2"),
         ({"batch_size": 4, "seed": 9}, "seed=0, this run has 9"),
-    ):
+    ]
+    for changes, name in cases:
         stream = open_training_stream([stores / "tokens"], **changes)
         with pytest.raises(DataError, match=name):
             stream.load_state_dict(state)
@@ -271,7 +272,8 @@ def test_damage_in_a_large_store_is_found_on_first_use(
     assert "Traceback" not in str(error.value)
     if num_workers:
         # Left to the garbage collector inside pytest's traceback, torch waits 10 s for them.
-        stream._loader._iterator._shutdown_workers()
+        iterator: Any = stream._loader._iterator
+        iterator._shutdown_workers()
 
 
 def test_random_access_to_a_large_store_checks_each_shard_once(

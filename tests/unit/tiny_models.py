@@ -12,7 +12,7 @@ from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
 from calm_dist.models.backbone import transformer_config
 from calm_dist.models.heads.energy import LAYER_NORM_EPS
 from calm_dist.models.weights import init_std, initialize_module
-from calm_dist.recipe import CalmModel, Recipe
+from calm_dist.recipe import CalmModel, LanguageModelRecipe
 from calm_dist.training.build import build_backbone, build_head
 
 LATENT = 6
@@ -54,7 +54,7 @@ def tiny_model(
             "sampling_steps": None if head == "energy" else 2,
         }
     block_size = block_steps * (patch_size if kind == "calm" else 1)
-    recipe = Recipe.from_dict(
+    recipe = LanguageModelRecipe.from_dict(
         {
             "run": {"dir": "runs/tiny", "seed": seed},
             "model": values,
