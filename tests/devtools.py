@@ -103,7 +103,10 @@ class Browser:
     def _next_message(self) -> dict[str, Any]:
         deadline = time.monotonic() + TIMEOUT_SECONDS
         while b"\0" not in self._unread:
-            ready, _, _ = select.select([self._read], [], [], deadline - time.monotonic())
+            # Not select, which knows no descriptors above 1023.
+            poll = select.poll()
+            poll.register(self._read, select.POLLIN)
+            ready = poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
             assert ready, "the browser does not answer"
             part = os.read(self._read, 1 << 20)
             assert part, "the browser is gone"

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import importlib
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.shared_memory import SharedMemory as BuiltinSharedMemory
 from types import ModuleType
 from typing import Any
 
@@ -65,6 +67,7 @@ if "streaming" not in sys.modules:
 
 # The names behind underscores are private to Streaming.
 import streaming.base.dataset as dataset_module  # noqa: E402
+import streaming.base.shared.memory as memory_module  # noqa: E402
 from streaming.base import LocalDataset, MDSWriter, Stream, StreamingDataset  # noqa: E402
 from streaming.base.constant import (  # noqa: E402
     BARRIER_FILELOCK,
@@ -78,6 +81,41 @@ from streaming.base.shared import SharedArray, SharedMemory, SharedScalar  # noq
 from streaming.base.shared import _get_path as shared_path  # noqa: E402
 from streaming.base.storage import CloudDownloader, CloudUploader, S3Downloader  # noqa: E402
 from streaming.base.world import World  # noqa: E402
+
+_LONGEST_WAIT = 60.0
+"""Seconds in which a process makes the shared memory as large as it is to be."""
+
+
+class _PatientSharedMemory(BuiltinSharedMemory):
+    """Shared memory that can be attached to while another process is creating it.
+
+    Between its creation and the moment when it gets its size, attaching fails: "cannot mmap an
+    empty file". Streaming waits 7 ms, which on a busy node is not always enough.
+    """
+
+    def __init__(self, name: str | None = None, create: bool = False, size: int = 0) -> None:
+        deadline = time.monotonic() + _LONGEST_WAIT
+        while True:
+            try:
+                super().__init__(name, create, size)
+                return
+            except ValueError:
+                if create or time.monotonic() > deadline:
+                    raise
+                self.close()
+                time.sleep(0.001)
+
+
+@contextmanager
+def patient_attaching() -> Iterator[None]:
+    """Let Streaming attach to shared memory inside as `_PatientSharedMemory` does."""
+    original = memory_module.BuiltinSharedMemory
+    memory_module.BuiltinSharedMemory = _PatientSharedMemory  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        memory_module.BuiltinSharedMemory = original  # type: ignore[misc]
+
 
 __all__ = [
     "BARRIER_FILELOCK",
@@ -98,5 +136,7 @@ __all__ = [
     "StreamingDataset",
     "World",
     "dataset_module",
+    "memory_module",
+    "patient_attaching",
     "shared_path",
 ]

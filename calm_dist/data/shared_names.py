@@ -33,6 +33,7 @@ from calm_dist.compat.streaming import (
     SharedScalar,
     World,
     dataset_module,
+    patient_attaching,
     shared_path,
 )
 from calm_dist.compat.streaming import SharedMemory as StreamingSharedMemory
@@ -71,12 +72,14 @@ class RunNumber:
     def shared_scalar(self, name: str) -> SharedScalar:
         """An int64, at first 0, that all processes of this run on this node share."""
         assert name in _OUR_NAMES
-        return SharedScalar(np.int64, shared_path(self.value, name))
+        with patient_attaching():
+            return SharedScalar(np.int64, shared_path(self.value, name))
 
     def shared_array(self, name: str, size: int) -> SharedArray:
         """Such numbers, as many as ``size``."""
         assert name in _OUR_NAMES
-        return SharedArray(size, np.int64, shared_path(self.value, name))
+        with patient_attaching():
+            return SharedArray(size, np.int64, shared_path(self.value, name))
 
     def tell_failure(self, error: DataError) -> None:
         """Tell all readers on this node why one of them fails; the first one is kept."""
@@ -104,7 +107,8 @@ class RunNumber:
         original = dataset_module.get_shm_prefix
         dataset_module.get_shm_prefix = get_shm_prefix
         try:
-            yield
+            with patient_attaching():
+                yield
         finally:
             dataset_module.get_shm_prefix = original
 

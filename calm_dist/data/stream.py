@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from calm_dist.compat.streaming import LocalDataset, World
+from calm_dist.compat.streaming import LocalDataset, World, patient_attaching
 from calm_dist.data.download import DEFAULT, Downloads
 from calm_dist.data.guard import GuardedDataset, Source, open_source
 from calm_dist.data.layout import is_remote
@@ -185,14 +185,15 @@ class TrainingStream:
                 )
         self._step = state["steps_done"]
         epoch, step = divmod(self._step, self.steps_per_epoch)
-        self._dataset.load_state_dict(
-            {
-                "epoch": epoch,
-                "sample_in_epoch": step * self._identity["global_batch_size"],
-                "num_canonical_nodes": self._dataset.num_canonical_nodes,
-                "shuffle_seed": self._dataset.shuffle_seed,
-            }
-        )
+        position = {
+            "epoch": epoch,
+            "sample_in_epoch": step * self._identity["global_batch_size"],
+            "num_canonical_nodes": self._dataset.num_canonical_nodes,
+            "shuffle_seed": self._dataset.shuffle_seed,
+        }
+        # All ranks of a node create or attach to the memory that holds it.
+        with patient_attaching():
+            self._dataset.load_state_dict(position)
 
 
 def open_training_stream(

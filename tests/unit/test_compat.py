@@ -5,12 +5,19 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import os
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Iterator
 from importlib.metadata import version
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
+
+import numpy as np
+import pytest
 
 # (library, version that the names were looked up in).
 TESTED = {"mosaicml-streaming": "0.13.0", "megatron-core": "0.16.1", "deepspeed": "0.19.8"}
@@ -28,6 +35,33 @@ def test_names_of_streaming() -> None:
     assert streaming.ShardState.REMOTE.name == "REMOTE"
     assert streaming.shared_path(3, "locals") == "000003_locals"
     assert callable(streaming.dataset_module.get_shm_prefix)
+
+
+def test_attaching_waits_until_the_memory_has_its_size() -> None:
+    """Another rank is creating it, and was interrupted before it could say how large it is."""
+    from calm_dist.compat.streaming import SharedArray, memory_module, patient_attaching
+
+    name = f"calm_test_{os.getpid()}"
+    path = Path("/dev/shm") / name
+    path.touch()
+
+    def grow() -> None:
+        time.sleep(0.3)
+        os.truncate(path, 8)
+
+    thread = threading.Thread(target=grow)
+    try:
+        with pytest.raises(ValueError, match="empty file"):
+            SharedArray(2, np.int32, name)
+        thread.start()
+        with patient_attaching():
+            array = SharedArray(2, np.int32, name)
+        array[1] = 7
+        assert array[1] == 7
+        thread.join()
+    finally:
+        path.unlink()
+    assert memory_module.BuiltinSharedMemory is SharedMemory
 
 
 def attributes_of(kind: type) -> set[str]:
