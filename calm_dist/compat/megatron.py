@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,30 @@ def process_groups() -> list[dist.ProcessGroup]:
 def single_optimizers(optimizer: MegatronOptimizer) -> list[Any]:
     """The optimizers that one may stand for."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def replace_inner_optimizer(
+    single: Any, make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+) -> None:
+    """Have an optimizer of Megatron's update by another one of torch's interface; before the first
+    step, when it has no state yet.
+
+    Args:
+        make: called with the parameter groups, without the settings of Megatron's Adam.
+    """
+    inner = single.optimizer
+    settings = inner.defaults.keys() - {"lr", "weight_decay"}
+    groups = [
+        {name: value for name, value in group.items() if name not in settings}
+        for group in inner.param_groups
+    ]
+    single.optimizer = make(groups)
+
+
+def counts_in_groups(single: Any) -> bool:
+    """Whether the number of updates is in the parameter groups, as the fused Adam of Apex and of
+    Transformer Engine keep it, and not beside the moments of each parameter."""
+    return type(single.optimizer).__name__ == "FusedAdam"
 
 
 def updated_parameters(single: Any) -> list[nn.Parameter]:

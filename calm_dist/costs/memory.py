@@ -21,7 +21,6 @@ from calm_dist.recipe import (
 )
 from calm_dist.recipe.checks import VOCAB_MULTIPLE
 
-ADAM_MOMENTS_BYTES = 8
 FP32_BYTES = 4
 # Of `losses.energy`: positions that are scored at a time, and of `parallel.zero_head`: the largest
 # bucket in which DeepSpeed gathers gradients.
@@ -160,7 +159,8 @@ def head_shards(recipe: Recipe) -> int:
 
 def _backbone_state(recipe: Recipe, parameters: int) -> Memory:
     precise = recipe.precision == "fp32"
-    state = parameters * (ADAM_MOMENTS_BYTES + (0 if precise else FP32_BYTES))
+    master = 0 if precise else FP32_BYTES
+    state = parameters * (recipe.training.optimizer_spec.state_bytes + master)
     if recipe.parallel.distributed_optimizer:
         state //= recipe.data_parallel_size * recipe.parallel.context_parallel_size
     return Memory(
@@ -243,7 +243,7 @@ def _head(recipe: Recipe, model: CalmModel) -> Memory:
     return Memory(
         weights=parameters * width // (ranks if stage == 3 else 1),
         gradients=parameters * FP32_BYTES // (ranks if stage >= 2 else 1),
-        optimizer=parameters * (ADAM_MOMENTS_BYTES + master) // ranks,
+        optimizer=parameters * (recipe.training.optimizer_spec.state_bytes + master) // ranks,
         head_samples=positions * head.spec.activation_elements(head, hidden, latent) * width,
         energy_score=score,
         buffers=min(parameters, ZERO_BUCKET) * width,
@@ -264,6 +264,6 @@ def _autoencoder(recipe: AutoencoderRecipe) -> Memory:
     return Memory(
         weights=parameters * FP32_BYTES,
         gradients=parameters * FP32_BYTES,
-        optimizer=parameters * ADAM_MOMENTS_BYTES,
+        optimizer=parameters * recipe.training.optimizer_spec.state_bytes,
         activations=int(patches * (elements * width + logits)),
     )

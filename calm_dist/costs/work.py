@@ -36,9 +36,6 @@ COMPRESSOR_HIDDEN, COMPRESSOR_KERNELS = 40, 40
 DRAW_ACCESSES, SCORE_KERNELS = 7, 35
 # Of the cross entropy, per logit, in fp32.
 LOGIT_ACCESSES, LOGIT_KERNELS = 10, 40
-# Norm, clipping and torch's fused AdamW, per parameter, fp32; of the head with a norm in fp64 and
-# the copy of the new weight.
-ADAM_ACCESSES, HEAD_ADAM_ACCESSES = 11, 15
 # DeepSpeed's copies of the head's gradient, per parameter.
 ZERO_ACCESSES = 13
 # FlashAttention computes the scores again: five products backward for two forward.
@@ -99,14 +96,15 @@ def micro_batch_work(
 
 
 def optimizer_work(recipe: LanguageModelRecipe, stage: int, layers: int) -> Work:
-    """AdamW and clearing of gradients on a rank of a stage, once a step."""
+    """Optimizer and clearing of gradients on a rank of a stage, once a step."""
     model, parallel = recipe.model, recipe.parallel
     parameters = float(backbone_parameters(recipe, stage, layers))
     copies = recipe.data_parallel_size * parallel.context_parallel_size
-    accesses = parameters * ADAM_ACCESSES / (copies if parallel.distributed_optimizer else 1)
+    of_backbone, of_head = recipe.training.optimizer_spec.accesses
+    accesses = parameters * of_backbone / (copies if parallel.distributed_optimizer else 1)
     if model.kind == "calm" and stage == parallel.pipeline_parallel_size - 1:
         shards = head_shards(recipe) * recipe.data_parallel_size
-        accesses += flops.head_parameters(model) * HEAD_ADAM_ACCESSES / shards
+        accesses += flops.head_parameters(model) * of_head / shards
     return Work(traffic=(accesses + parameters) * FP32_BYTES)
 
 

@@ -15,13 +15,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, ClassVar
 
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from calm_dist.errors import RecipeError
+from calm_dist.registry import with_installed
 from calm_dist.schema import Positive, Section
 
 GROUP = "calm_dist.heads"
@@ -176,31 +175,9 @@ def all_specs() -> dict[str, HeadSpec]:
     Raises:
         RecipeError: an installed package registers what is not a head, or a name that is taken.
     """
-    specs = dict(_own)
-    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
-        specs[point.name] = _load(point, specs)
-    return specs
+    return with_installed(_own, GROUP, HeadSpec, "head")
 
 
 def head_spec(kind: str) -> HeadSpec:
     """The description of a kind of head; `KeyError` for a kind that no recipe can name."""
     return all_specs()[kind]
-
-
-def _load(point: EntryPoint, known: dict[str, HeadSpec]) -> HeadSpec:
-    package = f" of {point.dist.name}" if point.dist is not None else ""
-    where = f"entry point {GROUP} {point.name} = {point.value}{package}"
-    try:
-        spec = point.load()
-    except Exception as error:
-        raise RecipeError(
-            f"{where}: cannot be loaded ({type(error).__name__}: {error}); mend or uninstall that "
-            "package"
-        ) from error
-    if not isinstance(spec, HeadSpec) or spec.kind != point.name:
-        raise RecipeError(
-            f"{where}: is not a HeadSpec instance of kind {point.name!r}; mend that package"
-        )
-    if point.name in known:
-        raise RecipeError(f"{where}: a head of this name exists already; rename it")
-    return spec

@@ -24,10 +24,10 @@ from calm_dist.compat.deepspeed import (
 )
 from calm_dist.compat.zero_groups import Copy, ParameterGroup, parameter_groups
 from calm_dist.models.heads.base import NoiseSource
+from calm_dist.optimizers.make import decay_groups, make_optimizer
 from calm_dist.parallel.topology import Topology
 from calm_dist.recipe import LanguageModelRecipe
 
-STATE_NAMES = ("fp32", "exp_avg", "exp_avg_sq")
 # DeepSpeed's own default.
 MAX_BUCKET_ELEMENTS = 500_000_000
 
@@ -92,18 +92,9 @@ class ZeroHead:
         self._tp_size = topology.tp_size
         self._device = topology.device
         training = recipe.training
-        decayed = [p for p in head.parameters() if p.dim() > 1]
-        others = [p for p in head.parameters() if p.dim() <= 1]
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": training.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ],
-            lr=training.learning_rate,
-            betas=(training.adam_beta1, training.adam_beta2),
-            eps=training.adam_eps,
-            fused=True,
-        )
+        spec = training.optimizer_spec
+        self._state_names = ("fp32", *spec.moments)
+        optimizer = make_optimizer(spec, decay_groups(head.parameters(), training), training)
         self._engine, *_ = deepspeed.initialize(
             model=head,
             optimizer=optimizer,
@@ -157,7 +148,7 @@ class ZeroHead:
             gradient.mul_(factor)
 
     def step(self, learning_rate: float) -> None:
-        """Apply AdamW to this rank's partition and gather the new weights."""
+        """Update this rank's partition and gather the new weights."""
         for group in self._zero.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
@@ -167,7 +158,7 @@ class ZeroHead:
         discard_gradients(self._zero, self._stage)
 
     def export_state(self) -> dict[str, torch.Tensor]:
-        """fp32 weights and Adam moments as ``<state>.<parameter>``, whole and layout-free.
+        """fp32 weights and moments as ``<state>.<parameter>``, whole and layout-free.
 
         A collective of the head's ranks; every rank gets all of it. An fp32 head's weights are its
         own tensors, not copies.
@@ -202,12 +193,12 @@ class ZeroHead:
         """Each kind of state of each parameter group, with the names of its parameters."""
         names = {id(p): name for name, p in self.module.named_parameters()}
         for group in parameter_groups(self._zero, self._stage, self._group):
-            for kind in STATE_NAMES:
+            for kind in self._state_names:
                 yield kind, group, [names[id(p)] for p in group.parameters]
 
     @staticmethod
     def _local(group: ParameterGroup, kind: str) -> torch.Tensor:
-        """This rank's part of Adam's moments; zeros before the first step."""
+        """This rank's part of the optimizer's moments; zeros before the first step."""
         local = group.moments.get(kind)
         return torch.zeros_like(group.partition) if local is None else local
 
@@ -215,14 +206,14 @@ class ZeroHead:
     def import_state(self, state: dict[str, torch.Tensor], step: int) -> None:
         """Take over what `export_state` gave, on any number of ranks and in any ZeRO stage.
 
-        A collective of the head's ranks; ``step`` is Adam's count.
+        A collective of the head's ranks; ``step`` is the number of updates.
         """
         names = {id(p): name for name, p in self.module.named_parameters()}
         zero = self._zero
         if self._stage == 3:
             partition_parameters(zero)
         for group in parameter_groups(zero, self._stage, self._group):
-            for kind in STATE_NAMES:
+            for kind in self._state_names:
                 wholes = [
                     state[f"{kind}.{names[id(p)]}"].to(group.partition.device)
                     for p in group.parameters
@@ -238,7 +229,7 @@ class ZeroHead:
 
     @property
     def _zero(self) -> Any:
-        """DeepSpeed's ZeRO optimizer around our AdamW."""
+        """DeepSpeed's ZeRO optimizer around ours."""
         return self._engine.optimizer
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from calm_dist.costs import flops
 from calm_dist.costs.clusters import Cluster
 from calm_dist.costs.memory import (
-    ADAM_MOMENTS_BYTES,
     FP32_BYTES,
     backbone_parameters,
     element_bytes,
@@ -53,9 +52,9 @@ def latent_bytes_per_token(recipe: LanguageModelRecipe, latent_bytes: int = FP16
 
 
 def checkpoint_bytes(recipe: LanguageModelRecipe) -> int:
-    """Weights and AdamW's state of backbone and head; fp32 master weights count once."""
+    """Weights and optimizer state of backbone and head; fp32 master weights count once."""
     counts = flops.count(recipe, tokens=0)
-    state = FP32_BYTES + ADAM_MOMENTS_BYTES
+    state = FP32_BYTES + recipe.training.optimizer_spec.state_bytes
     head = flops.head_parameters(recipe.model) if recipe.model.kind == "calm" else 0
     working = element_bytes(recipe) if recipe.precision == "bf16" else 0
     return (counts.parameters - head) * (state + working) + head * state
@@ -120,5 +119,5 @@ def _gather_seconds(recipe: LanguageModelRecipe, reliability: Reliability) -> fl
         return 0.0
     counts = enumerate(layer_counts(recipe))
     largest = max(backbone_parameters(recipe, stage, layers) for stage, layers in counts)
-    state = largest * (ADAM_MOMENTS_BYTES + FP32_BYTES)
+    state = largest * (recipe.training.optimizer_spec.state_bytes + FP32_BYTES)
     return state / reliability.gather_bandwidth

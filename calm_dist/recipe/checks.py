@@ -249,6 +249,11 @@ def _layout_problems(recipe: RecipeFields) -> list[str]:
             f"parallel.pipeline_parallel_size: {pipeline} stages of {chunks} chunks need as many "
             f"layers, but model.num_hidden_layers is {layers}; use fewer stages or chunks"
         )
+    if parallel.distributed_optimizer and not recipe.training.optimizer_spec.can_be_distributed:
+        problems.append(
+            f"parallel.distributed_optimizer: true, but Megatron cannot gather the state of "
+            f"training.optimizer {recipe.training.optimizer} for a checkpoint; leave it out"
+        )
     given = parallel.stage_layers
     if given is not None and (
         len(given) != pipeline or sum(given) != layers or min(given) < chunks

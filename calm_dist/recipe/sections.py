@@ -5,9 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, SerializeAsAny, Tag
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    SerializeAsAny,
+    Tag,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from calm_dist.heads import HeadRecipe, all_specs
+from calm_dist.optimizers import GROUP as OPTIMIZERS
+from calm_dist.optimizers import OptimizerSpec, all_optimizers, optimizer_spec
 from calm_dist.schema import (
     NonNegative,
     NonNegativeFloat,
@@ -283,7 +293,7 @@ class Parallel(Section):
 
 
 class Training(Section):
-    """Length, batch and optimizer (AdamW) of a run."""
+    """Length, batch and optimizer of a run."""
 
     steps: Positive
     """Optimizer steps of the whole run, those before a restart included."""
@@ -303,6 +313,8 @@ class Training(Section):
     decay_steps: Positive | None = None
     """Steps of the linear decay to zero at ``steps`` that ends ``wsd``; needed there, and nowhere
     else."""
+    optimizer: Annotated[str, Field(examples=["adamw"])] = "adamw"
+    """``adamw``, or one that an installed package registers. A run cannot change it."""
     weight_decay: NonNegativeFloat = 0.1
     """Not applied to biases and norms."""
     adam_beta1: Probability = 0.9
@@ -316,6 +328,25 @@ class Training(Section):
     energy_kernel: Literal["torch", "triton"] = "torch"
     """What computes the energy score of a CALM's energy head. ``triton``: one fused kernel, for
     GPUs; not timed yet. The random streams differ; the distribution is the same."""
+
+    @field_validator("optimizer")
+    @classmethod
+    def _is_registered(cls, kind: str) -> str:
+        if kind not in all_optimizers():
+            raise PydanticCustomError(
+                "unknown_optimizer",
+                "{message}",
+                {
+                    "message": f"use one of {', '.join(all_optimizers())}; an optimizer of another "
+                    f"package must be installed, with an entry point {OPTIMIZERS}"
+                },
+            )
+        return kind
+
+    @property
+    def optimizer_spec(self) -> OptimizerSpec:
+        """The description of the optimizer."""
+        return optimizer_spec(self.optimizer)
 
 
 class Checkpoint(Section):

@@ -38,6 +38,7 @@ from calm_dist.losses.autoencoder import (
 from calm_dist.losses.reconstruction import Reconstruction
 from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
 from calm_dist.models.weights import init_std, initialize_module
+from calm_dist.optimizers.make import decay_groups, make_optimizer
 from calm_dist.parallel.rank_zero import on_rank_zero
 from calm_dist.progress import progress
 from calm_dist.randomness import key_seed
@@ -45,8 +46,8 @@ from calm_dist.recipe import AutoencoderRecipe, Recipe
 from calm_dist.released.autoencoder import load_autoencoder, save_autoencoder
 from calm_dist.runs import checkpoints
 from calm_dist.runs.checkpoints.run_state import RunState
-from calm_dist.training.checkpoint.adam_state import load_adam, save_adam
 from calm_dist.training.checkpoint.attempts import Attempts
+from calm_dist.training.checkpoint.moments import load_moments, save_moments
 from calm_dist.training.engine import StepResult, TrainingRun
 from calm_dist.training.phases import Phases
 from calm_dist.training.schedule import learning_rate
@@ -111,24 +112,6 @@ def build_autoencoder(recipe: AutoencoderRecipe) -> Autoencoder:
     return autoencoder
 
 
-def build_optimizer(recipe: AutoencoderRecipe, model: nn.Module) -> torch.optim.AdamW:
-    """AdamW that decays matrices, the embedding among them, but not norms and biases."""
-    training = recipe.training
-    parameters = list(model.parameters())
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim > 1]},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups,
-        lr=training.learning_rate,
-        betas=(training.adam_beta1, training.adam_beta2),
-        eps=training.adam_eps,
-        weight_decay=training.weight_decay,
-        fused=True,
-    )
-
-
 def block_noise(
     model: Autoencoder, tokens: torch.Tensor, index: torch.Tensor, seed: int, step: int
 ) -> TrainingNoise:
@@ -187,7 +170,9 @@ class AutoencoderTrainer(TrainingRun):
         self.device, self.world_size = device, dist.get_world_size()
         self.phases.enter("build the model")
         self.model = build_autoencoder(recipe).to(device)
-        self.optimizer = build_optimizer(recipe, self.model)
+        training = recipe.training
+        groups = decay_groups(self.model.parameters(), training)
+        self.optimizer = make_optimizer(training.optimizer_spec, groups, training)
         self._loss: nn.Module = _LossModule(self.model)
         if self.world_size > 1:
             self._loss = DistributedDataParallel(self._loss, gradient_as_bucket_view=True)
@@ -244,6 +229,10 @@ class AutoencoderTrainer(TrainingRun):
             cross_entropy=cross_entropy,
             kl=kl,
         )
+
+    @property
+    def _moments(self) -> tuple[str, ...]:
+        return self.recipe.training.optimizer_spec.moments
 
     def after_step(self, updates: int) -> None:
         if self.rank == 0:
@@ -316,14 +305,14 @@ class AutoencoderTrainer(TrainingRun):
     def load(self, directory: Path, state: RunState) -> None:
         self.model.load_state_dict(load_autoencoder(directory).state_dict())
         if not state.weights_only:
-            load_adam(self.optimizer, self.model, directory, state.adam_steps)
+            load_moments(self.optimizer, self.model, directory, self._moments, state.adam_steps)
 
     def _write(self) -> None:
         """Write and commit a checkpoint, on one rank."""
         temporary = checkpoints.begin(self.run_dir, self.progress.step)
         try:
             save_autoencoder(self.model, temporary)
-            save_adam(self.optimizer, self.model, temporary)
+            save_moments(self.optimizer, self.model, temporary, self._moments)
         except SafetensorError as error:
             raise CheckpointError(f"the tensors cannot be written ({error})") from error
         self.run_state().write(temporary)

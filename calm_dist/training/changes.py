@@ -22,7 +22,7 @@ from calm_dist.training.schedule import learning_rate
 _log = logging.getLogger(__name__)
 
 # A run cannot go on with another of these; what its data must keep, the stream checks.
-_FIXED = ("precision", "run.seed")
+_FIXED = ("precision", "run.seed", "training.optimizer")
 _FREE_AFTER_IMPORT = ("model.init", "model.initializer_range")
 # What a second stage may change of its model: nothing that has to do with the weights' shapes.
 _FREE_IN_A_NEW_STAGE = (
@@ -108,7 +108,7 @@ def _check_source(path: str, recipe: Recipe) -> None:
     refused = [
         text
         for field, text in changed.items()
-        if field == "precision"
+        if field in ("precision", "training.optimizer")
         or (
             field.startswith("model.")
             and field not in _FREE_IN_A_NEW_STAGE

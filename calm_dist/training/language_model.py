@@ -122,8 +122,15 @@ class Trainer(TrainingRun):
                 directory, parts.chunks, parts.optimizer, parts.head, topology
             )
             return
+        moments = self.recipe.training.optimizer_spec.moments
         model_state.load(
-            directory, parts.chunks, parts.optimizer, parts.head, topology, state.adam_steps
+            directory,
+            parts.chunks,
+            parts.optimizer,
+            parts.head,
+            topology,
+            moments,
+            state.adam_steps,
         )
 
 

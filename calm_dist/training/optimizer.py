@@ -10,6 +10,9 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from torch.nn.utils import clip_grads_with_norm_
 
+from calm_dist.compat.megatron import replace_inner_optimizer, single_optimizers
+from calm_dist.optimizers.make import make_optimizer
+from calm_dist.optimizers.spec import ADAMW
 from calm_dist.parallel.topology import Topology
 from calm_dist.parallel.zero_head import ZeroHead
 from calm_dist.recipe import LanguageModelRecipe
@@ -20,7 +23,8 @@ from calm_dist.training.schedule import learning_rate
 def build_backbone_optimizer(
     recipe: LanguageModelRecipe, chunks: list[DistributedDataParallel], dtype: torch.dtype
 ) -> MegatronOptimizer:
-    """Megatron's AdamW for the backbone, plain or distributed, with its own clipping off."""
+    """Megatron's AdamW for the backbone, plain or distributed, with its own clipping off, or the
+    optimizer of the recipe inside it."""
     training = recipe.training
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -44,6 +48,10 @@ def build_backbone_optimizer(
         group["weight_decay"] = training.weight_decay * group.get("wd_mult", 1.0)
         # Where it is torch's: one pass over the memory instead of one for each operation.
         group["fused"] = True
+    spec = training.optimizer_spec
+    if spec is not ADAMW:
+        for single in single_optimizers(optimizer):
+            replace_inner_optimizer(single, lambda groups: make_optimizer(spec, groups, training))
     return optimizer
 
 

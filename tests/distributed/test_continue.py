@@ -31,6 +31,7 @@ from calm_dist.training.resolve import resolve
 TOOLS = {"calm": "train.py", "transformer": "train.py", "autoencoder": "train_autoencoder.py"}
 SOURCE_STEPS, STEPS = 4, 3
 TOLERANCE = 1e-5
+MOMENTS = ("exp_avg", "exp_avg_sq")
 CONSTANT: dict[str, object] = {
     "training__schedule": "constant",
     "training__warmup_steps": 0,
@@ -125,7 +126,7 @@ def test_weights_moments_and_count_are_those_of_the_source(
 
     def tensors(pair: tuple[Trainer, Any]) -> dict[str, torch.Tensor]:
         parts = pair[0].parts
-        state = model_state.training_state(parts.chunks, parts.optimizer, parts.head, pair[1])
+        state = model_state.training_state(parts.chunks, parts.optimizer, parts.head, MOMENTS)
         found = {**state, **state.pop("optimizer")}
         data = {name: getattr(tensor, "data", None) for name, tensor in found.items()}
         return {n: t.clone() for n, t in data.items() if isinstance(t, torch.Tensor)}

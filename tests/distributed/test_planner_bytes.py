@@ -11,14 +11,13 @@ from launches import run_worker
 from planner_jobs import WORKER, compare_bytes, job, measured
 
 from calm_dist.costs.work import (
-    ADAM_ACCESSES,
-    HEAD_ADAM_ACCESSES,
     LAYER_HIDDEN,
     LAYER_INTERMEDIATE,
     NORM_COMPOSITE,
     ZERO_ACCESSES,
 )
 from calm_dist.heads.energy import BLOCK_ACCESSES, OTHER_ACCESSES
+from calm_dist.optimizers.spec import ADAMW
 
 HIDDEN, INTERMEDIATE, POSITIONS, SAMPLES = 128, 320, 8 * 16, 8
 SIZES = {
@@ -83,7 +82,7 @@ def check_traffic(more: dict[str, float]) -> None:
 
     A new parameter is cleared, accumulated, and updated; see `work`.
     """
-    per_parameter = 2 + 3 + ADAM_ACCESSES
+    per_parameter = 2 + 3 + ADAMW.accesses[0]
     layer = (2 * NORM_COMPOSITE + LAYER_HIDDEN) * HIDDEN + LAYER_INTERMEDIATE * INTERMEDIATE
     parameters = 4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE
     expected = POSITIONS * layer + per_parameter * parameters
@@ -93,7 +92,7 @@ def check_traffic(more: dict[str, float]) -> None:
     assert more["wide"] == pytest.approx(4 * wide, rel=0.1)
     # The head's parameters pass through DeepSpeed's buckets as well.
     block = POSITIONS * SAMPLES * BLOCK_ACCESSES * HIDDEN
-    block += (ZERO_ACCESSES + HEAD_ADAM_ACCESSES) * 6 * HIDDEN**2
+    block += (ZERO_ACCESSES + ADAMW.accesses[1]) * 6 * HIDDEN**2
     assert more["block"] == pytest.approx(block, rel=0.15)
     samples = POSITIONS * SAMPLES * (2 * BLOCK_ACCESSES + OTHER_ACCESSES) * HIDDEN
     assert more["samples"] == pytest.approx(samples, rel=0.1)

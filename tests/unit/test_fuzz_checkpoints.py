@@ -26,11 +26,12 @@ from calm_dist.interop.convert import import_checkpoint
 from calm_dist.interop.huggingface import load_autoencoder, load_calm
 from calm_dist.runs.checkpoints import MANIFEST, find_checkpoint
 from calm_dist.runs.listing import describe
-from calm_dist.training.checkpoint.adam_state import load_adam, save_adam
+from calm_dist.training.checkpoint.moments import load_moments, save_moments
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SECONDS = {"short": 0.5, "full": 30.0}
 # However long an input takes, it is one of a few kinds of work on a few hundred KB.
+MOMENTS = ("exp_avg", "exp_avg_sq")
 LONGEST = 20.0
 
 Read = Callable[[Path], object]
@@ -183,13 +184,13 @@ def test_optimizer_of_an_autoencoder(tmp_path: Path, seconds: float) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     model.decode(model.encode(torch.zeros(1, 4, dtype=torch.long))[0]).sum().backward()
     optimizer.step()
-    save_adam(optimizer, model, tmp_path)
+    save_moments(optimizer, model, tmp_path, MOMENTS)
     file = tmp_path / "optimizer.safetensors"
     data = file.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
 
     def read(directory: Path) -> None:
-        load_adam(optimizer, model, directory, 1)
+        load_moments(optimizer, model, directory, MOMENTS, 1)
         optimizer.step()
 
     rng = random.Random(10)

@@ -14,14 +14,27 @@ PACKAGE = Path(__file__).parents[2] / "calm_dist"
 
 # A room imports from itself and from the rooms before it. One module alone, such as ``errors``, is
 # in the room of that name at the top of the list.
-BASE = ("errors", "redact", "log", "files", "pickles", "progress", "randomness", "schema", "scores")
+BASE = (
+    *("errors", "redact", "log", "files", "pickles", "progress", "randomness", "registry"),
+    *("schema", "scores"),
+)
 ROOMS = (
-    *("compat", "heads", "recipe", "costs", "flops", "planner", "runs", "losses", "models", "data"),
-    *("released", "parallel", "training", "inference", "interop", "evaluation", "reports"),
+    *("compat", "heads", "optimizers", "recipe", "costs", "flops", "planner", "runs", "losses"),
+    *(
+        "models",
+        "data",
+        "released",
+        "parallel",
+        "training",
+        "inference",
+        "interop",
+        "evaluation",
+        "reports",
+    ),
     *("benchmark", "cli"),
 )
 # Plans and reports are made of recipes and metrics, where no training library need be.
-PLAIN = {*BASE, "heads", "recipe", "costs", "planner"}
+PLAIN = {*BASE, "heads", "optimizers", "recipe", "costs", "planner"}
 ONLY = {"planner": PLAIN, "reports": PLAIN | {"runs", "reports"}}
 # Models get their process groups handed in.
 NOT_IN_MODELS = ("torch.distributed", "deepspeed", "megatron.core.parallel_state")

@@ -5,7 +5,7 @@ Tensors are stored by global name and position, so a checkpoint loads on any TP/
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,14 @@ _FP32 = "fp32."
 
 
 def training_state(
-    chunks: list[Any], optimizer: MegatronOptimizer, head: ZeroHead | None, topology: Topology
+    chunks: list[Any],
+    optimizer: MegatronOptimizer,
+    head: ZeroHead | None,
+    moments: Sequence[str],
 ) -> dict[str, Any]:
     """All that a run needs to go on, as sharded tensors; a collective of the head's ranks."""
     state = _backbone_state(chunks)
-    state["optimizer"] = optimizer_state(optimizer, state)
+    state["optimizer"] = optimizer_state(optimizer, state, moments)
     if head is not None:
         state |= {
             name: tensor
@@ -66,25 +69,29 @@ def load(
     optimizer: MegatronOptimizer,
     head: ZeroHead | None,
     topology: Topology,
-    adam_step: int,
+    moments: Sequence[str],
+    updates: int,
 ) -> None:
     """Read a `training_state`, on this or another layout; a collective of the world.
 
     Args:
-        adam_step: updates that the optimizers have made.
+        moments: of the optimizer, see `optimizers.OptimizerSpec`.
+        updates: that the optimizers have made.
 
     Raises:
         CheckpointError: the checkpoint is of another model.
     """
     state = _backbone_state(chunks)
-    state["optimizer"] = optimizer_state(optimizer, _backbone_state(chunks), is_loading=True)
+    state["optimizer"] = optimizer_state(
+        optimizer, _backbone_state(chunks), moments, is_loading=True
+    )
     if head is not None:
         state |= _head_state(head.export_state(), topology.head_ranks.index(topology.rank))
     loaded = tensor_files.read(state, directory / TENSORS)
     _load_backbone(chunks, loaded)
-    load_optimizer_state(optimizer, loaded.get("optimizer", {}), adam_step)
+    load_optimizer_state(optimizer, loaded.get("optimizer", {}), moments, updates)
     if head is not None:
-        head.import_state(_strip(loaded), adam_step)
+        head.import_state(_strip(loaded), updates)
 
 
 def load_weights(directory: Path, backbone: Any, head: nn.Module | None) -> None:
@@ -122,10 +129,10 @@ def start_from_weights(
             tensor.data = tensor.data.float()
         if isinstance(tensor, ShardedTensor):
             tensor.dtype = torch.float32
-    moments: dict[str, torch.Tensor] = {}
+    fresh: dict[str, torch.Tensor] = {}
     if head is not None:
-        moments = head.export_state()
-        weights = {name: tensor for name, tensor in moments.items() if name.startswith(_FP32)}
+        fresh = head.export_state()
+        weights = {name: tensor for name, tensor in fresh.items() if name.startswith(_FP32)}
         state |= _head_state(weights, topology.head_ranks.index(topology.rank))
     loaded = tensor_files.read(state, directory / TENSORS)
     _load_backbone(chunks, loaded)
@@ -138,7 +145,7 @@ def start_from_weights(
         },
     )
     if head is not None:
-        head.import_state(moments | _strip(loaded), 0)
+        head.import_state(fresh | _strip(loaded), 0)
 
 
 def _weight_state(backbone: nn.Module, head: nn.Module | None) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""State of the backbone's AdamW in a checkpoint: the same for Megatron's plain and its distributed
-optimizer, and for every layout.
+"""State of the backbone's optimizer in a checkpoint: the same for Megatron's plain and its
+distributed optimizer, and for every layout.
 
 Megatron's own `load_state_dict` of the distributed optimizer (0.16.1) works with fused Adam only:
 with torch's it fails on an empty state, and then lets all parameters share one step count. What
@@ -8,7 +8,7 @@ is stored here are the moments and the master weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,23 +19,27 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import nn
 
 from calm_dist.compat.megatron import (
+    counts_in_groups,
     master_weight,
     own_part,
     single_optimizers,
     updated_parameters,
 )
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _MASTER = "fp32_param"
 
 
 def optimizer_state(
-    optimizer: MegatronOptimizer, model_state: Mapping[str, Any], is_loading: bool = False
+    optimizer: MegatronOptimizer,
+    model_state: Mapping[str, Any],
+    moments: Sequence[str],
+    is_loading: bool = False,
 ) -> dict[str, Any]:
     """Sharded tensors of the backbone optimizer's state. How many updates it made, it does not say.
 
     Args:
         model_state: the backbone's sharded tensors, around its parameters themselves.
+        moments: what the optimizer keeps of each parameter, see `optimizers.OptimizerSpec`.
         is_loading: the tensors are only places to load into.
 
     A collective of the replicas. With the distributed optimizer the first replica holds all
@@ -48,12 +52,12 @@ def optimizer_state(
     }
     state: dict[str, Any] = {}
     for number, single in enumerate(single_optimizers(optimizer)):
-        _fill(single)
+        _fill(single, moments)
         if isinstance(single, DistributedOptimizer):
             _finish_gather(single)
-            tensors = _gathered(single, is_loading)
+            tensors = _gathered(single, moments, is_loading)
         else:
-            tensors = _local(single)
+            tensors = _local(single, moments)
         for index, parameter, kind, tensor in tensors:
             state[f"{number}.{index}.{kind}"] = make_sharded_optimizer_tensor(
                 sharded[id(parameter)], tensor, prefix=f"optimizer.state.{kind}"
@@ -63,22 +67,22 @@ def optimizer_state(
 
 @torch.no_grad()
 def load_optimizer_state(
-    optimizer: MegatronOptimizer, loaded: Mapping[str, Any], step: int
+    optimizer: MegatronOptimizer, loaded: Mapping[str, Any], moments: Sequence[str], step: int
 ) -> None:
     """Take over what was read into the tensors of `optimizer_state`, after ``step`` updates."""
     for number, single in enumerate(single_optimizers(optimizer)):
-        _fill(single)
+        _fill(single, moments)
         for index, parameter in enumerate(updated_parameters(single)):
-            kinds = (kind for kind in (*_MOMENTS, _MASTER) if f"{number}.{index}.{kind}" in loaded)
+            kinds = (kind for kind in (*moments, _MASTER) if f"{number}.{index}.{kind}" in loaded)
             for kind in kinds:
                 target = _target(single, parameter, kind)
                 if target is not None:
                     whole = loaded[f"{number}.{index}.{kind}"]
                     target.copy_(own_part(single, parameter, whole))
-        if _counts_by_parameter(single):
-            for master, moments in single.optimizer.state.items():
+        if not counts_in_groups(single):
+            for master, state in single.optimizer.state.items():
                 # One tensor each: a shared one would be counted up once per parameter.
-                moments["step"] = torch.tensor(float(step), device=master.device)
+                state["step"] = torch.tensor(float(step), device=master.device)
         else:
             for group in single.optimizer.param_groups:
                 group["step"] = step
@@ -105,33 +109,30 @@ def _target(single: Any, parameter: nn.Parameter, kind: str) -> torch.Tensor | N
     return single.optimizer.state[master][kind]
 
 
-def _fill(single: Any) -> None:
-    """Begin the state as Adam would in its first step."""
+def _fill(single: Any, moments: Sequence[str]) -> None:
+    """Begin the state as the optimizer would in its first step."""
     for master in single.get_parameters():
-        moments = single.optimizer.state[master]
-        for kind in _MOMENTS:
-            if kind not in moments:
-                moments[kind] = torch.zeros_like(master, requires_grad=False)
-        if _counts_by_parameter(single):
-            moments.setdefault("step", torch.tensor(0.0, device=master.device))
+        state = single.optimizer.state[master]
+        for kind in moments:
+            if kind not in state:
+                state[kind] = torch.zeros_like(master, requires_grad=False)
+        if not counts_in_groups(single):
+            state.setdefault("step", torch.tensor(0.0, device=master.device))
 
 
-def _counts_by_parameter(single: Any) -> bool:
-    """Whether this is torch's Adam; the fused ones count updates in the parameter groups."""
-    return isinstance(single.optimizer, torch.optim.Adam | torch.optim.AdamW)
-
-
-def _local(single: Any) -> Iterator[tuple[int, nn.Parameter, str, torch.Tensor]]:
+def _local(
+    single: Any, moments: Sequence[str]
+) -> Iterator[tuple[int, nn.Parameter, str, torch.Tensor]]:
     """(number, parameter, kind, tensor) of a plain optimizer, whose replicas are all alike."""
     for index, parameter in enumerate(updated_parameters(single)):
-        for kind in _kinds(parameter):
+        for kind in _kinds(parameter, moments):
             tensor = _target(single, parameter, kind)
             assert tensor is not None
             yield index, parameter, kind, tensor
 
 
 def _gathered(
-    single: DistributedOptimizer, is_loading: bool
+    single: DistributedOptimizer, moments: Sequence[str], is_loading: bool
 ) -> Iterator[tuple[int, nn.Parameter, str, torch.Tensor]]:
     """As `_local`, of a distributed optimizer; nothing on the replicas that do not save."""
     # By gloo and through the CPU, so that no GPU holds the whole state.
@@ -150,15 +151,15 @@ def _gathered(
             padding.append(padding[-1] + bucket.grad_data.numel() - bucket.numel_unpadded)
         for parameter, (start, end, bucket_number) in buffer.param_index_map.items():
             place = slice(start - padding[bucket_number], end - padding[bucket_number])
-            for kind in _kinds(parameter):
+            for kind in _kinds(parameter, moments):
                 flat = tensors["param" if kind == _MASTER else kind][place]
                 yield index, parameter, kind, flat.view(parameter.shape)
             index += 1
 
 
-def _kinds(parameter: nn.Parameter) -> tuple[str, ...]:
+def _kinds(parameter: nn.Parameter, moments: Sequence[str]) -> tuple[str, ...]:
     # An fp32 backbone's weights are its master weights.
-    return _MOMENTS if parameter.dtype == torch.float32 else (*_MOMENTS, _MASTER)
+    return (*moments,) if parameter.dtype == torch.float32 else (*moments, _MASTER)
 
 
 def _finish_gather(single: DistributedOptimizer) -> None:

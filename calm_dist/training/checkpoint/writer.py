@@ -125,7 +125,8 @@ class CheckpointWriter:
             self._calls.schedule_async_request(request._replace(async_fn=None))
 
     def _state(self, parts: Parts) -> dict[str, Any]:
-        return model_state.training_state(parts.chunks, parts.optimizer, parts.head, self._topology)
+        moments = self._recipe.training.optimizer_spec.moments
+        return model_state.training_state(parts.chunks, parts.optimizer, parts.head, moments)
 
     def _finalize(self, blocking: bool) -> None:
         calls = self._calls

@@ -1,8 +1,8 @@
-"""Adam's moments as a safetensors file, by parameter name."""
+"""An optimizer's moments as a safetensors file, by parameter name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,22 +13,28 @@ from calm_dist.errors import CheckpointError
 from calm_dist.released.tensors import save_tensors
 from calm_dist.runs.checkpoints import OPTIMIZER_FILE
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
-
-def save_adam(optimizer: torch.optim.AdamW, model: nn.Module, directory: Path) -> None:
-    """Write both moments of every parameter; before the first step there are none."""
+def save_moments(
+    optimizer: torch.optim.Optimizer, model: nn.Module, directory: Path, moments: Sequence[str]
+) -> None:
+    """Write the moments of every parameter; before the first step there are none."""
     tensors = {
         f"{moment}.{name}": optimizer.state[parameter][moment].contiguous()
         for name, parameter in model.named_parameters()
         if parameter in optimizer.state
-        for moment in _MOMENTS
+        for moment in moments
     }
     save_tensors(tensors, directory / OPTIMIZER_FILE)
 
 
-def load_adam(optimizer: torch.optim.AdamW, model: nn.Module, directory: Path, steps: int) -> None:
-    """Read what `save_adam` wrote after ``steps`` updates.
+def load_moments(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    directory: Path,
+    moments: Sequence[str],
+    steps: int,
+) -> None:
+    """Read what `save_moments` wrote after ``steps`` updates.
 
     Raises:
         CheckpointError: the file is missing, damaged, or of another model.
@@ -43,14 +49,14 @@ def load_adam(optimizer: torch.optim.AdamW, model: nn.Module, directory: Path, s
         tensors = load_file(path)
     except Exception as error:  # whatever its bytes lead to
         raise CheckpointError(f"{path}: does not hold this optimizer's state ({error})") from error
-    for moment in _MOMENTS:
+    for moment in moments:
         for parameter in order:
             _check(path, f"{moment}.{names[parameter]}", parameter, tensors)
     state = {
         number: {
             # One tensor each: a shared one would be counted up once per parameter.
             "step": torch.tensor(float(steps)),
-            **{moment: tensors[f"{moment}.{names[p]}"] for moment in _MOMENTS},
+            **{moment: tensors[f"{moment}.{names[p]}"] for moment in moments},
         }
         for number, p in enumerate(order)
     }

@@ -1,0 +1,48 @@
+"""The optimizer of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pkgutil import resolve_name
+from typing import Any
+
+import torch
+from torch import nn
+
+from calm_dist.errors import RecipeError
+from calm_dist.optimizers.spec import OptimizerSpec
+
+Groups = list[dict[str, Any]]
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], training: Any) -> Groups:
+    """Two parameter groups: matrices, whose weights decay, and norms and biases."""
+    parameters = list(parameters)
+    return [
+        {
+            "params": [p for p in parameters if p.ndim > 1],
+            "lr": training.learning_rate,
+            "weight_decay": training.weight_decay,
+        },
+        {
+            "params": [p for p in parameters if p.ndim <= 1],
+            "lr": training.learning_rate,
+            "weight_decay": 0.0,
+        },
+    ]
+
+
+def make_optimizer(spec: OptimizerSpec, groups: Groups, training: Any) -> torch.optim.Optimizer:
+    """The optimizer that a description names.
+
+    Raises:
+        RecipeError: the package that registers it does not hold the function that it names.
+    """
+    try:
+        builder = resolve_name(spec.builder)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RecipeError(
+            f"training.optimizer: {spec.kind}, whose builder {spec.builder} cannot be loaded "
+            f"({error}); mend the package that registers it"
+        ) from error
+    return builder(groups, training)

@@ -1,0 +1,56 @@
+"""Parts that other installed packages add, each by an entry point in the group of its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Protocol, TypeVar
+
+from calm_dist.errors import RecipeError
+
+
+class Described(Protocol):
+    """A description of a part, known by its ``kind``."""
+
+    @property
+    def kind(self) -> str: ...
+
+
+T = TypeVar("T", bound=Described)
+
+
+def with_installed(own: Mapping[str, T], group: str, described: Any, what: str) -> dict[str, T]:
+    """``own`` and the descriptions of installed packages, by kind, this package's first.
+
+    Args:
+        group: of the entry points.
+        described: their type, which may be abstract.
+        what: such a part is called, in messages.
+
+    Raises:
+        RecipeError: an installed package registers what is no such part, or a name that is taken.
+    """
+    found = dict(own)
+    for point in sorted(entry_points(group=group), key=lambda point: point.name):
+        found[point.name] = _load(point, found, group, described, what)
+    return found
+
+
+def _load(point: EntryPoint, known: Mapping[str, T], group: str, described: Any, what: str) -> T:
+    package = f" of {point.dist.name}" if point.dist is not None else ""
+    where = f"entry point {group} {point.name} = {point.value}{package}"
+    try:
+        spec = point.load()
+    except Exception as error:
+        raise RecipeError(
+            f"{where}: cannot be loaded ({type(error).__name__}: {error}); mend or uninstall that "
+            "package"
+        ) from error
+    if not isinstance(spec, described) or spec.kind != point.name:
+        raise RecipeError(
+            f"{where}: is not a {described.__name__} instance of kind {point.name!r}; mend that "
+            "package"
+        )
+    if point.name in known:
+        raise RecipeError(f"{where}: a {what} of this name exists already; rename it")
+    return spec
