@@ -345,7 +345,7 @@ def _s3_downloader() -> CloudDownloader:
                 answer = client.get_object(Bucket=url.netloc, Key=url.path.lstrip("/"), **payer)
                 with open(partial, "wb") as file:
                     # It raises where the connection ends before the last byte.
-                    for chunk in answer["Backbone"].iter_chunks(_CHUNK_BYTES):
+                    for chunk in answer["Body"].iter_chunks(_CHUNK_BYTES):
                         file.write(chunk)
                         busy.extend(timeout + _MARGIN_SECONDS)
                 os.replace(partial, local)

@@ -55,7 +55,7 @@ def objects() -> dict[str, bytes]:
     return {
         item["Key"].removeprefix("stores/one/"): client.get_object(
             Bucket="bucket", Key=item["Key"]
-        )["Backbone"].read()
+        )["Body"].read()
         for item in listed
     }
 
