@@ -35,6 +35,8 @@ from calm_dist.training.stop import StopRequest
 
 STEPS = 14
 KINDS = ("calm", "autoencoder")
+# Both trainers are one engine: the long tests repeat what concerns it alone.
+QUICK_KINDS = ("calm", pytest.param("autoencoder", marks=pytest.mark.full))
 # The fault, and the last step whose weights are good.
 WAYS: dict[str, tuple[Callable[[], None], int]] = {
     "rate": (lambda: fault_worker.huge_rate(7), 6),
@@ -120,8 +122,18 @@ def unbroken(
     return curves
 
 
-@pytest.mark.parametrize("settings", [(2, 2, None), (1, 1, 3)])
-@pytest.mark.parametrize("way", WAYS)
+# (way, (keep, every, keep_every)); the long tests have the other pairs, too.
+CASES = [
+    ("rate", (2, 2, None)),
+    ("rate", (1, 1, 3)),
+    ("weights", (2, 2, None)),
+    ("data", (1, 1, 3)),
+    pytest.param("weights", (1, 1, 3), marks=pytest.mark.full),
+    pytest.param("data", (2, 2, None), marks=pytest.mark.full),
+]
+
+
+@pytest.mark.parametrize(("way", "settings"), CASES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_next_start_goes_on_from_the_last_good_checkpoint(
     kind: str,
@@ -163,7 +175,7 @@ def test_next_start_goes_on_from_the_last_good_checkpoint(
     assert curve(run_dir) == unbroken[kind]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUICK_KINDS)
 def test_another_start_that_diverges_at_once_does_not_go_back_further(
     kind: str, make: Callable[..., Recipe], tmp_path: Path
 ) -> None:
@@ -184,7 +196,7 @@ def test_another_start_that_diverges_at_once_does_not_go_back_further(
         assert kept(tmp_path / "run") == [2]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUICK_KINDS)
 def test_without_a_proven_checkpoint_the_newest_sound_one_is_tried_once(
     kind: str, make: Callable[..., Recipe], tmp_path: Path
 ) -> None:
@@ -209,8 +221,10 @@ def test_without_a_proven_checkpoint_the_newest_sound_one_is_tried_once(
         train(other)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("kind", QUICK_KINDS)
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGUSR1, marks=pytest.mark.full), signal.SIGTERM]
+)
 def test_a_stop_while_steps_are_skipped_replaces_no_good_checkpoint(
     kind: str,
     number: signal.Signals,
@@ -238,7 +252,7 @@ def test_a_stop_while_steps_are_skipped_replaces_no_good_checkpoint(
     assert curve(run_dir) == unbroken[kind]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUICK_KINDS)
 def test_the_end_of_a_training_replaces_no_good_checkpoint(
     kind: str, make: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -258,7 +272,7 @@ def test_the_end_of_a_training_replaces_no_good_checkpoint(
     assert kept(tmp_path / "other") == [STEPS - 2, STEPS]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUICK_KINDS)
 def test_one_that_is_proven_makes_room_at_once(
     kind: str, make: Callable[..., Recipe], tmp_path: Path
 ) -> None:
