@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from launches import language_recipe
+from launches import autoencoder_recipe, language_recipe
 from torch.utils.flop_counter import FlopCounterMode
 
 from calm_dist.costs import flops
@@ -188,7 +188,7 @@ def autoencoder_on_meta(size: AutoencoderSize, vocab: int, patch: int, latent: i
 
 @pytest.mark.parametrize("path", AUTOENCODERS, ids=name)
 def test_training_of_every_autoencoder(path: Path) -> None:
-    recipe = language_recipe(path)
+    recipe = autoencoder_recipe(path)
     model = recipe.model
     assert isinstance(model, AutoencoderModel) and model.vocab_size is not None
     autoencoder = autoencoder_on_meta(model, model.vocab_size, model.patch_size, model.latent_size)
