@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
+from pkgutil import resolve_name
 from typing import Any, Protocol, TypeVar
 
 from calm_dist.errors import RecipeError
@@ -34,6 +35,25 @@ def with_installed(own: Mapping[str, T], group: str, described: Any, what: str) 
     for point in sorted(entry_points(group=group), key=lambda point: point.name):
         found[point.name] = _load(point, found, group, described, what)
     return found
+
+
+def load_module_part(name: str, field: str, kind: str, what: str) -> Any:
+    """What a description names as ``package.module:attribute``.
+
+    Args:
+        field: of the recipe that chose ``kind``, for the message.
+        what: the description calls it.
+
+    Raises:
+        RecipeError: the package that registers the description does not hold it.
+    """
+    try:
+        return resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RecipeError(
+            f"{field}: {kind}, whose {what} {name} cannot be loaded ({error}); mend the package "
+            "that registers it"
+        ) from error
 
 
 def _load(point: EntryPoint, known: Mapping[str, T], group: str, described: Any, what: str) -> T:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pkgutil import resolve_name
 from typing import Any
 
 import torch
 from torch import nn
 
-from calm_dist.errors import RecipeError
 from calm_dist.optimizers.spec import OptimizerSpec
+from calm_dist.registry import load_module_part
 
 Groups = list[dict[str, Any]]
 
@@ -38,11 +37,5 @@ def make_optimizer(spec: OptimizerSpec, groups: Groups, training: Any) -> torch.
     Raises:
         RecipeError: the package that registers it does not hold the function that it names.
     """
-    try:
-        builder = resolve_name(spec.builder)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise RecipeError(
-            f"training.optimizer: {spec.kind}, whose builder {spec.builder} cannot be loaded "
-            f"({error}); mend the package that registers it"
-        ) from error
+    builder = load_module_part(spec.builder, "training.optimizer", spec.kind, "builder")
     return builder(groups, training)

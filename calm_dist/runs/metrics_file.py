@@ -7,7 +7,7 @@ evaluation ``eval`` and no ``loss``.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, TypeGuard, cast
 
@@ -101,13 +101,7 @@ def parse_line(line: bytes) -> Record | None:
 
 def read_records(run_dir: str | Path) -> list[Record]:
     """All records of a run, in order."""
-    return list(_records(run_dir))
-
-
-def _records(run_dir: str | Path) -> Iterator[Record]:
-    for line in read_lines(run_dir):
-        if (record := parse_line(line)) is not None:
-            yield record
+    return [record for line in read_lines(run_dir) if (record := parse_line(line)) is not None]
 
 
 def usable(found: Record) -> Record:

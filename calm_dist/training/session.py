@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic
 
 from calm_dist.errors import UserError
 from calm_dist.files import replace_text
@@ -24,7 +24,7 @@ from calm_dist.redact import redact_arguments
 from calm_dist.runs.directory import acquire_lock, end_recorded, release_lock, write_environment
 from calm_dist.training.changes import check_changes
 from calm_dist.training.phases import Phases
-from calm_dist.training.resolve import resolve
+from calm_dist.training.resolve import KindOfRecipe, resolve
 from calm_dist.training.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "megatron-core", "deepspeed", "mosaicml-streaming", "flash-attn", "triton")
-
-
-KindOfRecipe = TypeVar("KindOfRecipe", bound=Recipe)
 
 
 @dataclass(frozen=True)

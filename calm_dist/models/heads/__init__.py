@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pkgutil import resolve_name
-
-from calm_dist.errors import RecipeError
 from calm_dist.heads import HeadRecipe
 from calm_dist.models.heads.base import GenerativeHead
+from calm_dist.registry import load_module_part
 
 __all__ = ["GenerativeHead", "make_head"]
 
@@ -17,12 +15,5 @@ def make_head(head: HeadRecipe, hidden_size: int, latent_size: int) -> Generativ
     Raises:
         RecipeError: the package that registers this head does not hold the module that it names.
     """
-    name = head.spec.module
-    try:
-        module = resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise RecipeError(
-            f"model.head.kind: {head.kind}, whose module {name} cannot be loaded ({error}); mend "
-            "the package that registers it"
-        ) from error
+    module = load_module_part(head.spec.module, "model.head.kind", head.kind, "module")
     return module(head, hidden_size, latent_size)
