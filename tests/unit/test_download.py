@@ -6,6 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,11 @@ from calm_dist.data.stream import open_training_stream
 from calm_dist.data.tokenizer import train_tokenizer
 from calm_dist.errors import DataError, UnreachableError
 
-QUICK = Downloads(retries=3, timeout_seconds=1.0, limit_seconds=30.0)
-ONCE = Downloads(retries=0, timeout_seconds=1.0, limit_seconds=30.0)
+# A busy machine answers late: only tests of silence wait for a second alone, and these allow for an
+# answer that came later than that.
+QUICK = Downloads(retries=3, timeout_seconds=20.0, limit_seconds=60.0)
+IMPATIENT = replace(QUICK, retries=8, timeout_seconds=1.0)
+ONCE = replace(QUICK, retries=0)
 SHARD = "shard.00003.mds"
 PASSING = ["SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "html"]
 CUT = ["stall", "silence", "reset", "truncate"]
@@ -74,15 +78,19 @@ def read_all(url: str, downloads: Downloads, **more: Any) -> list[list[int]]:
 def test_description_after_faults_that_pass(
     stored: Path, use: Use, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    silent = kind in ("stall", "silence")
+    downloads = IMPATIENT if silent else QUICK
     with faulty_store(stored, Fault("meta.json", kind, times=2)) as store:
-        assert read_meta(use(store), QUICK) == read_meta(stored)
-        assert store.count("meta.json") == 3
+        assert read_meta(use(store), downloads) == read_meta(stored)
+        count = store.count("meta.json")
+    assert count >= 3 if silent else count == 3
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == count - 1
     assert all(
         line.startswith("data store s3://bucket/store: meta.json: attempt") for line in lines
     )
-    assert "attempt 1 of 4 failed (" in lines[0] and "; tries again in 0." in lines[0]
+    first = f"attempt 1 of {downloads.retries + 1} failed ("
+    assert first in lines[0] and "; tries again in 0." in lines[0]
     if kind in PASSING[:-1]:
         assert kind in lines[0]
 
@@ -98,10 +106,11 @@ def test_every_shard_after_another_fault(
     with faulty_store(stored, *faults) as store:
         url = use(store)
         more = {"num_workers": num_workers, "cache_dir": tmp_path / "cache"}
-        assert read_all(url, QUICK, **more) == read_all(str(stored), QUICK)
-        assert {store.count(name) for name in shards[: len(kinds)]} == {2}
+        assert read_all(url, IMPATIENT, **more) == read_all(str(stored), IMPATIENT)
+        assert all(store.count(name) >= 2 for name in shards[: len(kinds)])
     err = capfd.readouterr().err
-    assert err.count("attempt 1 of 4 failed") == len(kinds) - 1
+    for name, kind in zip(shards, kinds, strict=False):
+        assert (f"{name}: attempt 1 of 9 failed" in err) or kind == "other"
     assert err.count("is damaged") == err.count("downloads it once more") == 1
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 
@@ -122,7 +131,7 @@ def test_faults_that_outlast_the_retries(
 
 
 def test_the_limit_of_time_and_none_of_retries(stored: Path, use: Use) -> None:
-    limited = Downloads(retries=1000, timeout_seconds=1.0, limit_seconds=5.0)
+    limited = replace(QUICK, retries=1000, limit_seconds=5.0)
     with faulty_store(stored, Fault("meta.json", "SlowDown")) as store:
         with pytest.raises(UnreachableError, match="1 attempts failed"):
             read_meta(use(store), ONCE)
@@ -136,7 +145,7 @@ def test_a_stall_ends_after_the_timeout(stored: Path, use: Use) -> None:
     with faulty_store(stored, Fault("meta.json", "stall")) as store:
         began = time.monotonic()
         with pytest.raises(UnreachableError, match=r"timed out|Timeout"):
-            read_meta(use(store), ONCE)
+            read_meta(use(store), replace(ONCE, timeout_seconds=1.0))
         # It would last for ever.
         assert 1.0 <= time.monotonic() - began < 60
 
@@ -152,8 +161,8 @@ def test_a_slow_server_is_no_fault(stored: Path, use: Use) -> None:
     """Longer than the timeout in all, never silent for as long."""
     with faulty_store(stored, Fault("meta.json", "trickle")) as store:
         began = time.monotonic()
-        assert read_meta(use(store), ONCE) == read_meta(stored)
-        assert time.monotonic() - began > 3
+        assert read_meta(use(store), replace(ONCE, timeout_seconds=4.0)) == read_meta(stored)
+        assert time.monotonic() - began > 4
         assert store.count("meta.json") == 1
         assert busy.until() > time.monotonic()
 
