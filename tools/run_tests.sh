@@ -31,8 +31,9 @@ tests=(python -m pytest -rs --durations=10)
 case "$*" in
 "" | --full)
   # Tests of several processes have the cores to themselves; the others share them.
-  step "${tests[@]}" "$@" --ignore=tests/unit
-  step "${tests[@]}" "$@" -n "$(workers)" --dist loadfile tests/unit
+  shared=(tests/browser tests/docs tests/earlier tests/recipes tests/unit)
+  step "${tests[@]}" "$@" "${shared[@]/#/--ignore=}"
+  step "${tests[@]}" "$@" -n "$(workers)" --dist loadfile "${shared[@]}"
   ;;
 *) step "${tests[@]}" "$@" ;;
 esac
