@@ -9,6 +9,7 @@ import torch
 from calm_dist.benchmark.timing import environment, median_seconds
 from calm_dist.costs import flops
 from calm_dist.errors import RecipeError
+from calm_dist.models.heads import latent_head
 from calm_dist.parallel.noise import KeyedNoise
 from calm_dist.recipe import CalmModel, Recipe
 from calm_dist.training.build import build_head
@@ -69,7 +70,7 @@ def _measure(
     values["model"]["head"] |= {"kind": kind, "sampling_steps": steps}
     model = Recipe.from_dict(values).model
     assert isinstance(model, CalmModel) and model.latent_size is not None
-    head = build_head(model, seed=0).to(device)
+    head = latent_head(build_head(model, seed=0)).to(device)
     generator = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(positions, model.hidden_size, generator=generator, device=device)
     mean, log_std = torch.randn(2, positions, model.latent_size, generator=generator, device=device)

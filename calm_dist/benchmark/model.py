@@ -16,7 +16,7 @@ from calm_dist.benchmark.random_steps import RandomSteps
 from calm_dist.benchmark.timing import environment, seconds
 from calm_dist.costs import flops
 from calm_dist.inference.load import single_process_topology
-from calm_dist.models.heads import GenerativeHead
+from calm_dist.models.heads import Head
 from calm_dist.recipe import LanguageModelRecipe
 
 OTHER, ENERGY_SCORE = "other", "energy score"
@@ -127,7 +127,7 @@ def _parts(steps: RandomSteps, device: torch.device) -> dict[str, dict[str, floa
 def _annotate(module: nn.Module) -> list[Any]:
     """Ranges in the profile around the forward passes of the parts of ``module``."""
     handles: list[Any] = []
-    part = "head" if isinstance(module, GenerativeHead) else _MODULES.get(type(module).__name__)
+    part = "head" if isinstance(module, Head) else _MODULES.get(type(module).__name__)
     if part is None:
         for child in module.children():
             handles += _annotate(child)

@@ -89,7 +89,7 @@ def random_batch(recipe: LanguageModelRecipe, topology: Topology) -> dict[str, A
         model.vocab_size, (rows, recipe.num_patches * model.patch_size), generator=generator
     )
     batch = {"tokens": tokens, "index": torch.arange(rows)}
-    if model.kind != "calm" or recipe.data.latents == "on_the_fly":
+    if model.kind != "calm" or not model.has_latents or recipe.data.latents == "on_the_fly":
         return batch
     assert model.latent_size
     mean = torch.randn(rows, recipe.num_patches, model.latent_size, generator=generator)

@@ -220,8 +220,8 @@ def head_flops(
     energy head its half of each block's first linear.
     """
     head, sizes = model.head, head_sizes(model)
-    of_condition = head.spec.condition_flops(head, *sizes)
-    of_noise = head.spec.sample_flops(head, *sizes)
+    of_condition = model.head_spec.condition_flops(head, *sizes)
+    of_noise = model.head_spec.sample_flops(head, *sizes)
     passes = samples * evaluations
     return passes * of_noise + (1 if share_condition else passes) * of_condition
 
@@ -229,17 +229,17 @@ def head_flops(
 def head_backward_flops(model: CalmModel, samples: int) -> int:
     """FLOPs of one patch's backward pass through our head: twice the forward pass, without the
     gradients of noise, times and latents, which nobody needs."""
-    inputs = model.head.spec.input_flops(model.head, *head_sizes(model))
+    inputs = model.head_spec.input_flops(model.head, *head_sizes(model))
     return 2 * head_flops(model, samples, share_condition=True) - samples * inputs
 
 
 def head_sizes(model: CalmModel) -> tuple[int, int]:
-    """Hidden and latent size, which a head is described and built with.
+    """Hidden and latent size, which a head is described and built with; 0 without latents.
 
     Raises:
         RecipeError: the recipe leaves the latent size to its data store.
     """
-    return model.hidden_size, known_size(model, "latent_size")
+    return model.hidden_size, known_size(model, "latent_size") if model.has_latents else 0
 
 
 def encoder_flops(size: AutoencoderSize, patch_size: int, latent_size: int) -> int:
@@ -266,12 +266,12 @@ def decoder_flops(size: AutoencoderSize, patch_size: int, latent_size: int) -> i
 
 def head_parameters(model: CalmModel) -> int:
     """Weights, biases and norms of the head."""
-    return model.head.spec.parameters(model.head, *head_sizes(model))
+    return model.head_spec.parameters(model.head, *head_sizes(model))
 
 
 def _calm_parts(model: CalmModel, recipe: Recipe, causal: bool) -> list[Part]:
-    d, patch_size, latent = model.hidden_size, model.patch_size, known_size(model, "latent_size")
-    vocab_size, autoencoder = known_size(model, "vocab_size"), model.autoencoder_size
+    d, patch_size = model.hidden_size, model.patch_size
+    vocab_size = known_size(model, "vocab_size")
     parameters = (
         affine_parameters(patch_size * d, 2 * d)
         + affine_parameters(2 * d, d)
@@ -280,8 +280,7 @@ def _calm_parts(model: CalmModel, recipe: Recipe, causal: bool) -> list[Part]:
     compressor = _trained(
         "patch_compressor", parameters, compressor_flops(d, patch_size) / patch_size
     )
-    decoder = decoder_flops(autoencoder, patch_size, latent) / patch_size
-    samples = model.head.num_samples
+    samples = model.head.samples_in_training
     natural, ours = (
         head_flops(model, samples, share_condition=shared) / patch_size for shared in (False, True)
     )
@@ -300,11 +299,28 @@ def _calm_parts(model: CalmModel, recipe: Recipe, causal: bool) -> list[Part]:
         _repeated(compressor, recipe.num_patches),
         *_backbone_parts(model, recipe, causal),
         head,
-        _inference_only("autoencoder_decoder", decoder),
-        _inference_only(
-            "autoencoder_output_layer", linear_flops(autoencoder.hidden_size, vocab_size)
-        ),
+        *(_decoder_parts(model) if model.has_latents else _token_parts(model)),
     ]
+
+
+def _decoder_parts(model: CalmModel) -> list[Part]:
+    """The frozen autoencoder's decoder, from a sample to tokens."""
+    size, latent = model.autoencoder_size, known_size(model, "latent_size")
+    decoder = decoder_flops(size, model.patch_size, latent) / model.patch_size
+    output = linear_flops(size.hidden_size, known_size(model, "vocab_size"))
+    return [
+        _inference_only("autoencoder_decoder", decoder),
+        _inference_only("autoencoder_output_layer", output),
+    ]
+
+
+def _token_parts(model: CalmModel) -> list[Part]:
+    """The vocabulary tables of a head that predicts tokens; every token has its softmax."""
+    d, vocab_size = model.hidden_size, known_size(model, "vocab_size")
+    tables = [_trained("output_layer", vocab_size * d, linear_flops(d, vocab_size))]
+    if not model.head.independent:
+        tables.insert(0, Part("patch_embedding", vocab_size * d))
+    return tables
 
 
 def _transformer_parts(model: TransformerModel, recipe: Recipe, causal: bool) -> list[Part]:

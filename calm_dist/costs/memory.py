@@ -120,10 +120,17 @@ def backbone_parameters(recipe: LanguageModelRecipe, stage: int, layers: int) ->
             split = 2 * (model.patch_size + 1) * d * d + 2 * d
             parameters += split // tensor + 3 * d
     if stage == last:
-        parameters += d
-        if model.kind == "transformer":
-            parameters += table_parameters(recipe)
+        parameters += d + last_stage_tables(model) * table_parameters(recipe)
     return parameters
+
+
+def last_stage_tables(model: CalmModel | TransformerModel) -> int:
+    """Vocabulary tables on the last stage: output layer, embedding of a patch's earlier tokens."""
+    if model.kind == "transformer":
+        return 1
+    if model.has_latents:
+        return 0
+    return 1 if model.head.independent else 2
 
 
 def table_parameters(recipe: Recipe) -> int:
@@ -208,10 +215,14 @@ def _backbone_activations(
     last = 0.0
     if stage == parallel.pipeline_parallel_size - 1:
         last = positions * norm / along_sequence
-        if model.kind == "transformer":
-            # The softmax, in fp32; in bf16 the logits lie beside it.
+        if last_stage_tables(model):
+            # The softmax of each token, in fp32; in bf16 the logits lie beside it.
             copies = FP32_BYTES + (width if width < FP32_BYTES else 0)
-            last += positions * (table_parameters(recipe) // d) * copies
+            tokens = positions * model.patch_size
+            last += tokens * (table_parameters(recipe) // d) * copies
+            if model.kind == "calm":
+                # States of all positions, gathered for the output layer.
+                last += tokens * d * width
     # Of the hidden state in and out of the MLP, of the product, of SiLU, and of gate and up.
     gradients = positions * width * (2 * d + 4 * model.intermediate_size / tensor)
     return int(total), int(last), int(layer), int(gradients)
@@ -244,7 +255,7 @@ def _head(recipe: Recipe, model: CalmModel) -> Memory:
         weights=parameters * width // (ranks if stage == 3 else 1),
         gradients=parameters * FP32_BYTES // (ranks if stage >= 2 else 1),
         optimizer=parameters * (recipe.training.optimizer_spec.state_bytes + master) // ranks,
-        head_samples=positions * head.spec.activation_elements(head, hidden, latent) * width,
+        head_samples=positions * model.head_spec.activation_elements(head, hidden, latent) * width,
         energy_score=score,
         buffers=min(parameters, ZERO_BUCKET) * width,
     )

@@ -71,4 +71,5 @@ def _costs(recipe: LanguageModelRecipe) -> tuple[float, float, float]:
     counts = flops.count(recipe, tokens=0)
     work = {part.name: part.train_flops_per_token_ours for part in counts.parts}
     layer = (work["attention"] + work["mlp"]) / recipe.model.num_hidden_layers
-    return layer, work.get("patch_compressor", 0.0), work.get("head", work.get("output_layer", 0.0))
+    last = work.get("head", 0.0) + work.get("output_layer", 0.0)
+    return layer, work.get("patch_compressor", 0.0), last

@@ -20,6 +20,7 @@ from calm_dist.costs.memory import (
     element_bytes,
     head_shards,
     key_value_size,
+    last_stage_tables,
     table_parameters,
 )
 from calm_dist.recipe import CalmModel, LanguageModelRecipe, TransformerModel
@@ -90,7 +91,7 @@ def micro_batch_work(
             parts["head"] = _head(recipe, model)
             if model.head.spec.scores_energy:
                 parts["energy score"] = _score(recipe, model)
-        else:
+        if last_stage_tables(model):
             parts["output layer"] = _output_layer(recipe, model)
     return parts
 
@@ -160,14 +161,15 @@ def _head(recipe: LanguageModelRecipe, model: CalmModel) -> Work:
     """All samples of this rank's shard of positions."""
     head = model.head
     rows = positions(recipe) / recipe.parallel.tensor_parallel_size
-    products = flops.head_flops(model, head.num_samples, share_condition=True) * rows
-    elements = head.spec.traffic_elements(head, *flops.head_sizes(model))
+    samples = head.samples_in_training
+    products = flops.head_flops(model, samples, share_condition=True) * rows
+    elements = model.head_spec.traffic_elements(head, *flops.head_sizes(model))
     width = element_bytes(recipe)
     copies = ZERO_ACCESSES * flops.head_parameters(model) * width
     return Work(
         flops.BACKWARD_AND_FORWARD * products,
-        traffic=elements * head.num_samples * rows * width + copies,
-        kernels=head.spec.kernels(head),
+        traffic=elements * samples * rows * width + copies,
+        kernels=model.head_spec.kernels(head),
     )
 
 
@@ -189,8 +191,10 @@ def _score(recipe: LanguageModelRecipe, model: CalmModel) -> Work:
     )
 
 
-def _output_layer(recipe: LanguageModelRecipe, model: TransformerModel) -> Work:
-    rows, words = positions(recipe), table_parameters(recipe) // model.hidden_size
+def _output_layer(recipe: LanguageModelRecipe, model: CalmModel | TransformerModel) -> Work:
+    """Logits and cross entropy of every token that a position predicts."""
+    rows = positions(recipe) * model.patch_size
+    words = table_parameters(recipe) // model.hidden_size
     width = element_bytes(recipe)
     # In bf16 logits and their gradient are converted.
     accesses = LOGIT_ACCESSES * FP32_BYTES + (0 if width == FP32_BYTES else 2 * (width + 4))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from calm_dist.evaluation.brier import NGRAM
 from calm_dist.evaluation.brier_tree import (
+    DrawFunction,
     cache_size,
+    draw_columns,
     patches_per_ngram,
     scores_from_patches,
     scores_from_softmax,
@@ -38,20 +41,45 @@ class BlockScores:
     """Unbiased Brier-1..4 of each n-gram start, float64 ``[S, 4]``."""
     means: dict[str, float]
     """Further measures, averaged over the block's tokens or patches."""
+    brier_of_samples: Tensor | None = None
+    """The same scores from draws alone, of a CALM that could do without."""
 
 
-def score_transformer_block(
+def score_softmax_block(
     model: LoadedModel, block: Block, starts: Tensor, samples: int, seed: int
 ) -> BlockScores:
-    """Brier scores at ``starts`` [S], with ``samples`` sampled paths each, and cross entropy."""
+    """Brier scores at ``starts`` [S] of a model with probabilities, and cross entropy.
+
+    With ``samples`` sampled paths each; of a CALM also from as many draws of each patch, as of one
+    that draws latents. See `score_latent_block` for starts between patches.
+    """
+    patch_size = model.recipe.model.patch_size
     tokens = _tokens(block)
-    result = scores_from_softmax(
-        model.logits, model.new_cache, tokens, starts, num_draws=samples, seed=seed
-    )
-    return BlockScores(result.scores, {"cross_entropy": float(result.nats.double().mean())})
+    generator = torch.Generator(model.device).manual_seed(seed)
+    brier = torch.empty(len(starts), NGRAM, dtype=torch.float64)
+    of_samples = torch.empty_like(brier) if model.kind == "calm" else None
+    nats = torch.empty(0)
+    for offset, at_offset in _cuts(starts, patch_size):
+        # Of the last patch, where the block cuts it, only the tokens that are there are looked at.
+        shifted = F.pad(tokens[offset:], (0, (offset - len(tokens)) % patch_size))
+        result = scores_from_softmax(
+            model.outputs, model.new_cache, shifted, starts[at_offset] - offset,
+            num_draws=samples, seed=seed, patch_size=patch_size, token_logits=model.token_logits,
+        )  # fmt: skip
+        brier[at_offset] = result.scores.cpu()
+        if offset == 0:
+            nats = result.nats
+        if of_samples is not None:
+
+            def draw(hidden: Tensor, starts: Tensor, depth: int) -> Tensor:
+                return draw_patches(model, hidden, samples, generator)
+
+            context = _Context(model, shifted, starts[at_offset] // patch_size)
+            of_samples[at_offset] = context.scores(draw, draw(context.hidden, context.patches, 0))
+    return BlockScores(brier, {"cross_entropy": float(nats.double().mean())}, of_samples)
 
 
-def score_calm_block(
+def score_latent_block(
     model: LoadedModel, block: Block, starts: Tensor, samples: int, seed: int
 ) -> BlockScores:
     """Brier scores at ``starts`` [S] from ``samples`` draws of each patch, and held-out losses.
@@ -72,23 +100,63 @@ def score_calm_block(
 
     brier = torch.empty(len(starts), NGRAM, dtype=torch.float64)
     means = {}
-    for offset in (starts % patch_size).unique().tolist():
-        shifted = tokens[offset:]
-        at_offset = starts % patch_size == offset
-        patches = starts[at_offset] // patch_size
-        known = int(patches[-1]) + patches_per_ngram(patch_size) - 1
-        context = shifted[: known * patch_size]
-        cache = model.new_cache(1, cache_size(known, patch_size))
-        # [known, d], patch p is predicted from p - 1
-        hidden = model.hidden(context[None], torch.arange(known), None, cache)[0]
-        latents = draw_latents(model, hidden, samples, generator)
+    for offset, at_offset in _cuts(starts, patch_size):
+        context = _Context(model, tokens[offset:], starts[at_offset] // patch_size)
+        latents = draw_latents(model, context.hidden, samples, generator)
         if offset == 0:
             means = _held_out_losses(model, block, latents, generator, seed)
-        target = shifted[patch_size * patches[:, None] + torch.arange(NGRAM)]
-        draws = _decode(model, latents)
-        scores = scores_from_patches(model.hidden, cache, draw, draws, patches, target)
-        brier[at_offset] = scores.cpu()
+        brier[at_offset] = context.scores(draw, _decode(model, latents))
     return BlockScores(brier, means)
+
+
+def _cuts(starts: Tensor, patch_size: int) -> Iterator[tuple[int, Tensor]]:
+    """Each offset at which a block is cut into patches, and which starts begin a patch then."""
+    for offset in (starts % patch_size).unique().tolist():
+        yield offset, starts % patch_size == offset
+
+
+class _Context:
+    """What a CALM has seen before the patches of a block at which n-grams begin.
+
+    Attributes:
+        hidden: [known, d]; patch p is predicted from p - 1.
+        patches: at which n-grams begin, ascending [S].
+    """
+
+    def __init__(self, model: LoadedModel, tokens: Tensor, patches: Tensor) -> None:
+        patch_size = calm_recipe(model).patch_size
+        known = int(patches[-1]) + patches_per_ngram(patch_size) - 1
+        self.patches = patches
+        self._model = model
+        self._cache = model.new_cache(1, cache_size(known, patch_size))
+        context = tokens[: known * patch_size]
+        self.hidden = model.hidden(context[None], torch.arange(known), None, self._cache)[0]
+        self._target = tokens[patch_size * patches[:, None] + torch.arange(NGRAM)]
+
+    def scores(self, draw: DrawFunction, draws: Tensor) -> Tensor:
+        """Unbiased Brier-1..4 [S, 4] from draws [N, known, K] of the patches after the known ones,
+        on the CPU."""
+        scores = scores_from_patches(
+            self._model.hidden, self._cache, draw, draws, self.patches, self._target
+        )
+        return scores.cpu()
+
+
+def draw_patches(
+    model: LoadedModel, hidden: Tensor, samples: int, generator: torch.Generator
+) -> Tensor:
+    """Tokens ``[N, S, K]`` of the patches after hidden states ``[S, d]``, drawn from a head that
+    predicts tokens; N = ``samples``."""
+    at_once = max(1, _SAMPLED_AT_ONCE // (samples * (model.recipe.model.vocab_size or 1)))
+    drawn = []
+    for part in hidden.split(at_once):
+        same = part.repeat(samples, 1)
+        tokens = torch.empty(len(same), 0, dtype=torch.long, device=hidden.device)
+        for _ in range(calm_recipe(model).patch_size):
+            chances = model.token_logits(same, tokens).float().softmax(-1)
+            tokens = torch.cat([tokens, draw_columns(chances, generator)], dim=1)
+        drawn.append(tokens.unflatten(0, (samples, -1)))
+    return torch.cat(drawn, dim=1)
 
 
 def draw_latents(

@@ -7,7 +7,7 @@ take the block itself from a cache of keys and values.
 
 * `scores_from_patches`: CALM, from draws of patches. Where n-grams are longer than a patch, the
   patches on which draws agree are continued.
-* `scores_from_softmax`: the discrete Transformer. E[1{a=y}] is P(y) itself, and P(a=b) is
+* `scores_from_softmax`: models with probabilities. E[1{a=y}] is P(y) itself, and P(a=b) is
   estimated along sampled paths.
 
 A forward has as many steps as the block (or `_STEPS_AT_ONCE`) at most, which bounds masks,
@@ -65,13 +65,20 @@ class DrawFunction(Protocol):
     def __call__(self, hidden: Tensor, starts: Tensor, depth: int) -> Tensor: ...
 
 
+class TokenLogits(Protocol):
+    """Logits ``[b, V]`` of the next token of a step, from the outputs ``[b, ...]`` of the step
+    before it and the tokens of the step that are known ``[b, k]``."""
+
+    def __call__(self, outputs: Tensor, previous: Tensor) -> Tensor: ...
+
+
 class SoftmaxScores(NamedTuple):
-    """What one block of tokens says about a Transformer."""
+    """What one block of tokens says about a model with probabilities."""
 
     scores: Tensor
     """Unbiased Brier-1..4 of each start position, float64 ``[starts, 4]``."""
     nats: Tensor
-    """Negative log-likelihood of the tokens 1..T-1 given those before them, ``[T-1]``."""
+    """Negative log-likelihood of the tokens K..T-1 given those before them, ``[T-K]``."""
 
 
 @dataclass(frozen=True)
@@ -240,17 +247,24 @@ def _next_step(
     return model(steps.reshape(1, -1), starts + depth, mask, cache)[0]
 
 
+def _of_a_transformer(outputs: Tensor, previous: Tensor) -> Tensor:
+    return outputs
+
+
 @torch.no_grad()
 def scores_from_softmax(
-    logits: StepFunction,
+    model: StepFunction,
     new_cache: Callable[[int, int], StepCache],
     tokens: Tensor,
     starts: Tensor,
     *,
     num_draws: int,
     seed: int,
+    patch_size: int = 1,
+    token_logits: TokenLogits = _of_a_transformer,
 ) -> SoftmaxScores:
-    """Brier-1..4 of a Transformer at the given start positions of one block.
+    """Brier-1..4 of a model with probabilities at the given start positions of one block: of a
+    Transformer, and of a CALM whose head predicts tokens.
 
     The accuracy term is exact: the product of the teacher-forced probabilities of the true tokens.
     The collision term P(a=b) = Σ_a P(a)² is exact for n=1. For n>1 it is a sum over V^n paths, of
@@ -261,27 +275,46 @@ def scores_from_softmax(
     as branches behind the block.
 
     Args:
-        logits: the model.
+        model: in steps of ``patch_size`` tokens.
         new_cache: an empty one for that many texts of that many steps.
         tokens: one block, ``[T]``.
-        starts: first tokens of the n-grams, ``[S]``, each in 1..T-4.
+        starts: first tokens of the n-grams, ``[S]``, each at the beginning of a step from the
+            second on, and in 1..T-4.
         num_draws: sampled paths for each start position, at least 1.
         seed: of the sampled paths.
+        patch_size: K.
+        token_logits: of the tokens of a step, one after the other.
     """
-    cache = new_cache(1, cache_size(len(tokens), 1))
-    block_logits = logits(tokens[None], torch.arange(len(tokens)), None, cache)[0].float()
-    device = block_logits.device
-    tokens, starts = tokens.to(device), starts.to(device)
-    log_likelihood = _log_likelihood(block_logits[:-1], tokens[1:])  # of tokens 1..T-1
+    steps = tokens.reshape(-1, patch_size)
+    cache = new_cache(1, cache_size(len(steps), patch_size))
+    outputs = model(tokens[None], torch.arange(len(steps)), None, cache)[0]
+    device = outputs.device
+    steps, starts = steps.to(device), starts.to(device)
+    # Of the tokens K..T-1, in order.
+    log_likelihood = torch.stack(
+        [
+            _log_likelihood(token_logits(outputs[:-1], steps[1:, :k]).float(), steps[1:, k])
+            for k in range(patch_size)
+        ],
+        dim=-1,
+    ).flatten()
     offsets = torch.arange(NGRAM, device=device)
-    accuracy = log_likelihood[starts[:, None] - 1 + offsets].double().cumsum(-1).exp()
+    accuracy = log_likelihood[starts[:, None] - patch_size + offsets].double().cumsum(-1).exp()
 
     generator = torch.Generator(device).manual_seed(seed)
-    paths = starts.repeat_interleave(num_draws)
+    paths = (starts // patch_size).repeat_interleave(num_draws)
     collision = torch.cat(
         [
-            _path_collisions(logits, cache, len(tokens), part, block_logits[part - 1], generator)
-            for part in paths.split(_steps_at_once(len(tokens)))
+            _path_collisions(
+                model,
+                token_logits,
+                cache,
+                outputs,
+                part,
+                patch_size=patch_size,
+                generator=generator,
+            )
+            for part in paths.split(_steps_at_once(len(steps)))
         ]
     )
     means = collision.unflatten(0, (-1, num_draws)).mean(1)
@@ -289,29 +322,37 @@ def scores_from_softmax(
 
 
 def _path_collisions(
-    logits: StepFunction,
+    model: StepFunction,
+    token_logits: TokenLogits,
     cache: StepCache,
-    num_steps: int,
+    block_outputs: Tensor,
     starts: Tensor,
-    first: Tensor,
+    *,
+    patch_size: int,
     generator: torch.Generator,
 ) -> Tensor:
     """Unbiased estimates of P(a=b) for 1..4-grams along a path from each start, float64 ``[b, 4]``.
 
-    ``first`` holds the logits ``[b, V]`` of the first tokens.
+    ``starts`` ``[b]`` are steps; ``block_outputs`` are those of the block's ``[P, ...]``.
     """
-    squared = first.softmax(-1).square()
-    agree = [squared.sum(-1).double()]
+    num_steps = len(block_outputs)
+    outputs = block_outputs[starts - 1]
     cache.truncate(num_steps)
-    for depth in range(NGRAM - 1):
-        drawn = _draw(squared, generator)
-        following = _next_step(logits, cache, num_steps, starts, drawn, depth).float()
-        squared = following.softmax(-1).square()
+    agree: list[Tensor] = []
+    step = starts.new_empty(len(starts), 0)
+    while True:
+        squared = token_logits(outputs, step).float().softmax(-1).square()
         agree.append(squared.sum(-1).double())
-    return torch.stack(agree, dim=-1).cumprod(-1)
+        if len(agree) == NGRAM:
+            return torch.stack(agree, dim=-1).cumprod(-1)
+        step = torch.cat([step, draw_columns(squared, generator)], dim=1)
+        if step.shape[1] == patch_size:
+            depth = len(agree) // patch_size - 1
+            outputs = _next_step(model, cache, num_steps, starts, step, depth)
+            step = step[:, :0]
 
 
-def _draw(weights: Tensor, generator: torch.Generator) -> Tensor:
+def draw_columns(weights: Tensor, generator: torch.Generator) -> Tensor:
     """One column of each row of ``weights`` ``[b, V]``, as likely as it weighs; ``[b, 1]``.
 
     `torch.multinomial` draws a number for every weight; this takes one for each row.

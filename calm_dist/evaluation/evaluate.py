@@ -13,8 +13,8 @@ import torch
 from calm_dist.errors import DataError, UserError
 from calm_dist.evaluation.block_scores import (
     BlockScores,
-    score_calm_block,
-    score_transformer_block,
+    score_latent_block,
+    score_softmax_block,
 )
 from calm_dist.evaluation.brier import NGRAM, Alignment, estimate_brierlm, ngram_starts
 from calm_dist.inference.generate import calm_recipe
@@ -107,20 +107,21 @@ def evaluate(
         trained_block_size (None of an imported model), patch_size, samples, alignment, blocks,
         positions, starts {first, last, stride, per_block}, estimator}, and for CALM the kind of
         its head.
-        Transformer: cross_entropy (nats per token, all tokens of a block but the first) and
-        perplexity. CALM: energy_loss of any head's samples, and reconstruction_accuracy of the
-        tokens from their posterior's samples and (reconstruction_accuracy_mean) from its mean.
+        Transformer, and CALM with the tokens head: cross_entropy (nats per token, all tokens of a
+        block but the first step's) and perplexity; of the CALM also brierlm_of_samples,
+        brier_of_samples and their standard errors, from draws as of any other CALM. Other CALM:
+        energy_loss of any head's samples, and reconstruction_accuracy of the tokens from their
+        posterior's samples and (reconstruction_accuracy_mean) from its mean.
 
     Raises:
         DataError: the store does not fit the checkpoint.
         UserError: the blocks are too short.
     """
     check_store(model, store.meta)
+    patch_size = settings.alignment_stride or store.meta.patch_size
     if model.kind == "calm":
-        patch_size, score_block = calm_recipe(model).patch_size, score_calm_block
-    else:
-        patch_size = settings.alignment_stride or store.meta.patch_size
-        score_block = score_transformer_block
+        patch_size = calm_recipe(model).patch_size
+    score_block = score_softmax_block if model.has_probabilities else score_latent_block
     starts = ngram_starts(store.meta.block_size, patch_size, settings.alignment)
     if len(starts) == 0:
         raise UserError(
@@ -155,9 +156,12 @@ def evaluate(
 
 def _estimator(model: LoadedModel) -> dict[str, str]:
     """How the Brier-n were estimated."""
+    exact = {"estimator": "softmax, collisions along sampled paths"}
     if model.kind != "calm":
-        return {"estimator": "softmax, collisions along sampled paths"}
+        return exact
     recipe = calm_recipe(model)
+    if model.has_probabilities:
+        return {**exact, "head": recipe.head.kind}
     continued = ", continued where they agree" if recipe.patch_size < NGRAM else ""
     return {"estimator": f"all pairs of draws{continued}", "head": recipe.head.kind}
 
@@ -187,6 +191,11 @@ def _summary(
     }
     if "cross_entropy" in means:
         means["perplexity"] = math.exp(means["cross_entropy"])
+    of_samples: dict[str, Any] = {}
+    if results[0].brier_of_samples is not None:
+        rows = [r.brier_of_samples.mean(0).cpu().numpy() for r in results]  # type: ignore[union-attr]
+        drawn = asdict(estimate_brierlm(np.stack(rows), seed=settings.seed))
+        of_samples = {f"{n}_of_samples": v for n, v in drawn.items() if n != "undefined"}
     return {
         "kind": model.kind,
         "checkpoint": str(model.checkpoint),
@@ -196,6 +205,7 @@ def _summary(
         "noisy_brier": noisy_brier(estimate),
         **({"stderr_undefined": undefined} if undefined else {}),
         **means,
+        **of_samples,
         **({"block_size_note": note} if note else {}),
         "protocol": protocol,
         "data_fingerprint": meta.fingerprint,
@@ -226,7 +236,7 @@ def check_store(model: LoadedModel, meta: StoreMeta) -> None:
     if model.kind == "calm":
         recipe = calm_recipe(model)
         facts.append(("patch_size", meta.patch_size, recipe.patch_size))
-        if meta.autoencoder is not None:
+        if recipe.has_latents and meta.autoencoder is not None:
             facts.append(("autoencoder sha256", meta.autoencoder.sha256, model.autoencoder_sha256))
             facts.append(("latent_size", meta.latent_size, recipe.latent_size))
     for name, stored, trained in facts:

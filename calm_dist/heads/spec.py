@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
@@ -35,9 +35,9 @@ class HeadRecipe(Section):
     of a recipe. A head of another package may add fields (`HeadSpec.fields`).
     """
 
-    kind: Annotated[str, Field(examples=["energy", "diffusion", "flow"])] = "energy"
-    """``energy`` is the paper's own; what each costs is in heads.md. An installed package may
-    register others."""
+    kind: Annotated[str, Field(examples=["energy", "diffusion", "flow", "tokens"])] = "energy"
+    """``energy`` is the paper's own; ``tokens`` is discrete and has no latents; what each costs is
+    in heads.md. An installed package may register others."""
     num_mlp_layers: Positive = 4
     """Residual blocks."""
     noise_size: Positive = 64
@@ -52,6 +52,8 @@ class HeadRecipe(Section):
     sampling_steps: Positive | None = None
     """Steps that draw one sample. Flow: midpoint steps of two evaluations each, 10 where absent.
     Diffusion: 100 where absent, at most 1,000. The energy head has one step."""
+    independent: bool = False
+    """Tokens: predict each token of a patch without the earlier ones of the same patch."""
 
     @field_validator("kind")
     @classmethod
@@ -76,6 +78,11 @@ class HeadRecipe(Section):
     def steps_per_sample(self) -> int:
         """``sampling_steps``, or the number that this kind of head has by default."""
         return self.sampling_steps or self.spec.default_sampling_steps
+
+    @property
+    def samples_in_training(self) -> int:
+        """``num_samples`` of a head that draws any."""
+        return self.num_samples if self.spec.predicts == "latents" else 1
 
     @property
     def evaluations_per_sample(self) -> int:
@@ -111,7 +118,9 @@ class HeadSpec(ABC):
     """``model.head.kind``."""
     module: ClassVar[str]
     """``package.module:Class`` of the `calm_dist.models.heads.GenerativeHead`; it is called with
-    (fields, d, l)."""
+    (fields, d, l) and `module_arguments`."""
+    predicts: ClassVar[Literal["latents", "tokens"]] = "latents"
+    """``tokens``: no autoencoder; the latent size that methods and module get is 0."""
     fields: ClassVar[type[HeadRecipe]] = HeadRecipe
     """Fields in a recipe, with their defaults."""
     released: ClassVar[Released | None] = None
@@ -122,6 +131,15 @@ class HeadSpec(ABC):
     default_sampling_steps: ClassVar[int] = 1
     evaluations_per_step: ClassVar[int] = 1
     """Passes through the network of one sampling step."""
+
+    @property
+    def module_arguments(self) -> tuple[Any, ...]:
+        """What the module takes besides fields, d and l."""
+        return ()
+
+    def for_patches(self, patch_size: int) -> HeadSpec:
+        """The description for patches of K tokens; the same for a head that only knows latents."""
+        return self
 
     def problems(self, head: HeadRecipe) -> list[str]:
         """Values of fields that cannot be trained; each names field, value and remedy."""

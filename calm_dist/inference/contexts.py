@@ -63,5 +63,4 @@ class Contexts:
         return self._predict(torch.tensor([self._texts[row]]), slice(row, row + 1))
 
     def _predict(self, tokens: Tensor, rows: slice) -> Tensor:
-        run = self._model.hidden if self._model.kind == "calm" else self._model.logits
-        return run(tokens, cache=self._cache.select(rows))[:, -1]
+        return self._model.outputs(tokens, cache=self._cache.select(rows))[:, -1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
@@ -15,6 +15,7 @@ from calm_dist.errors import CheckpointError, DataError, UserError, shown
 from calm_dist.inference.contexts import Contexts, window_steps
 from calm_dist.inference.decoding import LazyPatches
 from calm_dist.inference.load import LoadedModel, tokenizer_file
+from calm_dist.inference.methods import Method, Sampler
 from calm_dist.inference.sampling import (
     DEFAULT_MAX_DRAWS,
     DEFAULT_POOL_SIZE,
@@ -22,16 +23,13 @@ from calm_dist.inference.sampling import (
     sample_exact,
     sample_from_pool,
 )
+from calm_dist.inference.softmax import softmax_sampler
 from calm_dist.progress import progress
 from calm_dist.recipe import CalmModel
 from calm_dist.runs import checkpoints
 
 if TYPE_CHECKING:
     from calm_dist.data.tokenizer import Tokenizer
-
-Method = Literal["auto", "exact", "pool"]
-Sampler = Callable[[torch.Tensor, np.random.Generator], list[int]]
-"""Hidden state or logits of a text, and the randomness of this step -> the next tokens."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +106,13 @@ def generate(
         model: from `inference.load.load_model`.
         tokenizer: the one that the model was trained with.
         prompts: a prompt, or any number of them of any lengths, which share each step.
-        temperature: CALM: in (0, 1], see `inference.sampling`; Transformer: of the softmax, 0 or
-            more. At 0 it takes the most likely token, of equally likely ones that of the lowest id.
+        temperature: of a model that draws latents in (0, 1], see `inference.sampling`; of a
+            Transformer and a CALM with the tokens head that of each token's softmax, 0 or more. At
+            0 they take the most likely token, of equally likely ones that of the lowest id.
         seed: at least 0: one for every prompt, or a sequence of one for each.
         method: CALM only. ``pool`` (T = 1/n), ``exact`` (any T), ``auto``: the pool where T = 1/n.
+            With the tokens head ``exact`` draws patches from P(patch)^(1/T) / Z, T in (0, 1], as
+            CALM does; ``auto`` each token at T, as a Transformer does; there is no pool.
         pool_size: draws in a pool.
         max_draws: limit of the exact method for one patch.
         show_progress: report the steps done on stderr.
@@ -128,9 +129,9 @@ def generate(
     _check(texts, seeds, max_new_tokens)
     check_tokenizer(model, tokenizer)
     sampler = (
-        patch_sampler(model, temperature, method, pool_size, max_draws)
-        if model.kind == "calm"
-        else _token_sampler(temperature)
+        softmax_sampler(model, temperature, method, max_draws)
+        if model.has_probabilities
+        else patch_sampler(model, temperature, method, pool_size, max_draws)
     )
     rows = [
         GrowingText(tokenizer.encode(text), seed) for text, seed in zip(texts, seeds, strict=True)
@@ -264,24 +265,6 @@ def patch_sampler(
         if exact:
             return list(sample_exact(draw, temperature, rng, max_draws=max_draws))
         return list(sample_from_pool(draw, temperature, rng, pool_size=pool_size))
-
-    return sample
-
-
-def _token_sampler(temperature: float) -> Sampler:
-    """Logits [V] -> the next token, drawn from the softmax; at temperature 0 the most likely one,
-    of equally likely ones that of the lowest id."""
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature {temperature:g}: must be 0 or a positive number")
-
-    def sample(logits: torch.Tensor, rng: np.random.Generator) -> list[int]:
-        if temperature == 0:
-            # numpy says which of several largest it takes: the first.
-            return [int(logits.float().cpu().numpy().argmax())]
-        # The largest logit becomes 0, so that no temperature, however small, makes an infinity.
-        scores = logits.double().cpu()
-        chances = ((scores - scores.max()) / temperature).softmax(-1).numpy()
-        return [int(rng.choice(len(chances), p=chances))]
 
     return sample
 

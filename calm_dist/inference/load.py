@@ -19,7 +19,8 @@ from calm_dist.files import file_sha256
 from calm_dist.inference.decoding import GreedyDecoder
 from calm_dist.models.autoencoder import Autoencoder
 from calm_dist.models.backbone import Backbone, transformer_config
-from calm_dist.models.heads import GenerativeHead
+from calm_dist.models.heads import GenerativeHead, Head, latent_head
+from calm_dist.models.heads.tokens import TokensHead
 from calm_dist.models.kv_cache import KeyValueCache
 from calm_dist.parallel.launch import World, join_world
 from calm_dist.parallel.topology import Topology, build_topology, destroy_topology
@@ -52,7 +53,7 @@ class LoadedModel:
     """None where it is not known: a released checkpoint names no tokenizer."""
     device: torch.device
     backbone: Backbone
-    _head: GenerativeHead | None
+    _head: Head | None
     autoencoder: Autoencoder | None
     autoencoder_sha256: str | None
 
@@ -63,9 +64,15 @@ class LoadedModel:
 
     @property
     def head(self) -> GenerativeHead:
-        """The generative head of a CALM."""
+        """The head of a CALM that predicts latents."""
         assert self._head is not None
-        return self._head
+        return latent_head(self._head)
+
+    @property
+    def has_probabilities(self) -> bool:
+        """Whether it is a Transformer, or a CALM whose head predicts tokens; other models only give
+        samples."""
+        return not isinstance(self._head, GenerativeHead)
 
     @cached_property
     def decoder(self) -> GreedyDecoder:
@@ -114,6 +121,35 @@ class LoadedModel:
         logits = self._run(tokens, tokens.shape[1], positions, mask, cache)
         return logits[..., : self.recipe.model.vocab_size]
 
+    def outputs(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> torch.Tensor:
+        """`hidden` of a CALM, `logits` of a Transformer: what the next step follows from."""
+        run = self.hidden if self.kind == "calm" else self.logits
+        return run(tokens, positions, mask, cache)
+
+    @torch.no_grad()
+    def token_logits(self, outputs: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+        """Logits [S, V] of the next token, of a model that `has_probabilities`.
+
+        Args:
+            outputs: of the steps before, [S, d] or [S, V].
+            previous: tokens of the step that are known already [S, k], k < K; none of a
+                Transformer, whose steps are tokens.
+        """
+        if self.kind == "transformer":
+            return outputs
+        head, tables = self._head, self.backbone.patch_tokens
+        assert isinstance(head, TokensHead) and tables is not None
+        embedded = tables.embed(previous.to(self.device)[:, None])
+        embedded = None if embedded is None else embedded[:, 0]
+        state = head.state(outputs, embedded, previous.shape[1])
+        return tables.logits(state[:, None])[:, 0, : self.recipe.model.vocab_size]
+
     @torch.no_grad()
     def _run(
         self,
@@ -161,7 +197,7 @@ def load_model(
     state = RunState.read(directory)
     topology = single_process_topology(recipe, torch.device(device))
     decoder, decoder_sha256 = None, None
-    if isinstance(recipe.model, CalmModel):
+    if isinstance(recipe.model, CalmModel) and recipe.model.has_latents:
         given = autoencoder or recipe.model.autoencoder
         decoder, decoder_sha256 = _load_autoencoder(given, topology.device)
     backbone, head = _build_model(recipe, topology)
@@ -249,9 +285,7 @@ def tokenizer_file(directory: Path) -> Path | None:
     return next(filter(Path.is_file, files), None)
 
 
-def _build_model(
-    recipe: LanguageModelRecipe, topology: Topology
-) -> tuple[Backbone, GenerativeHead | None]:
+def _build_model(recipe: LanguageModelRecipe, topology: Topology) -> tuple[Backbone, Head | None]:
     """Frozen backbone and head, in eval mode, whose weights are yet to be loaded."""
     backbone = build_backbone(recipe, transformer_config(recipe, torch.float32), topology, None)
     head = None

@@ -34,6 +34,7 @@ from calm_dist.costs.stages import chunk_sizes
 from calm_dist.models.attention import CachedSelfAttention, CoreAttention, RMSNorm
 from calm_dist.models.kv_cache import SLOT_MULTIPLE, KeyValueCache
 from calm_dist.models.patch_embedding import PatchEmbedding, TokenEmbedding
+from calm_dist.models.patch_tokens import PatchTokens
 from calm_dist.recipe import LanguageModelRecipe
 
 
@@ -138,6 +139,9 @@ class Backbone(MegatronModule):
 
     ``first`` stages embed tokens; ``last`` stages end in the final norm. `forward` returns hidden
     states [steps, B, d], this rank's part of the steps under sequence parallelism.
+
+    Attributes:
+        patch_tokens: vocabulary tables of a head that predicts tokens, on the last stage.
     """
 
     def __init__(
@@ -170,6 +174,12 @@ class Backbone(MegatronModule):
             use_cpu_initialization=config.use_cpu_initialization,
             cp_group=groups.cp,
         )
+        self.patch_tokens: PatchTokens | None = None
+        if last and model.kind == "calm" and not model.has_latents:
+            assert model.vocab_size is not None
+            self.patch_tokens = PatchTokens(
+                config, model.vocab_size, groups, independent=model.head.independent
+            )
         # A bare layer spec would make the block use Megatron's own wrapper for the final norm,
         # which refuses sequence parallelism.
         layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp.rank())

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 
 from calm_dist.models.backbone import Backbone
 from calm_dist.models.kv_cache import KeyValueCache
-from calm_dist.models.patch_embedding import padded_vocab_size
+from calm_dist.models.output_layer import OutputLayer
 from calm_dist.recipe import LanguageModelRecipe
 
 
@@ -32,22 +31,10 @@ class Transformer(Backbone):
         vp_stage: int | None = None,
     ) -> None:
         super().__init__(recipe, config, groups, first=first, last=last, vp_stage=vp_stage)
-        self.output_layer: ColumnParallelLinear | None = None
-        if not last:
-            return
-        vocab_size = recipe.model.vocab_size
-        assert vocab_size is not None
-        padded = padded_vocab_size(vocab_size)
-        self.output_layer = ColumnParallelLinear(
-            config.hidden_size,
-            padded,
-            config=config,
-            init_method=config.init_method,
-            bias=False,
-            tp_group=groups.tp,
-        )
-        shard = padded // groups.tp.size()
-        self.real_rows = min(max(vocab_size - groups.tp.rank() * shard, 0), shard)
+        self.output_layer: OutputLayer | None = None
+        if last:
+            assert recipe.model.vocab_size is not None
+            self.output_layer = OutputLayer(config, recipe.model.vocab_size, groups)
 
     def forward(
         self,
@@ -62,7 +49,4 @@ class Transformer(Backbone):
             return hidden
         if cache is not None and positions is None:
             hidden = hidden[-1:]
-        logits, _ = self.output_layer(hidden)
-        if self.real_rows < logits.shape[-1]:
-            logits[..., self.real_rows :] = float("-inf")
-        return logits
+        return self.output_layer(hidden)

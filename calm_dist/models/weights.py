@@ -38,7 +38,7 @@ def init_std(initialization: Initialization, num_layers: int = 0) -> InitStd:
 
 def head_init_std(model: CalmModel) -> InitStd:
     """`init_std` of a generative head, as its description wants it."""
-    std, spec = init_std(model), model.head.spec
+    std, spec = init_std(model), model.head_spec
     return lambda name, shape: spec.weight_std(model.init, name, shape, std(name, shape))
 
 

@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from calm_dist.losses.cross_entropy import next_token_loss
 from calm_dist.models.autoencoder import Autoencoder
 from calm_dist.models.heads.base import NoiseSource
+from calm_dist.models.patch_tokens import PatchTokens
 from calm_dist.parallel.noise import KeyedNoise
 from calm_dist.parallel.topology import Topology
 from calm_dist.parallel.zero_head import ZeroHead
@@ -30,7 +31,7 @@ def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
 
 
 class ForwardStep(ABC):
-    """Base of the two forward steps: pads, runs a stage, scales the loss.
+    """Base of all forward steps: pads, runs a stage, scales the loss.
 
     Each context-parallel rank runs a piece of consecutive steps. A later piece attends to more
     steps than an earlier one, so with C ranks the last does up to 2C - 1 times the attention work
@@ -96,8 +97,33 @@ class TransformerForwardStep(ForwardStep):
         return loss * self._schedule_factor, {"loss": counted}
 
 
-class CalmForwardStep(ForwardStep):
-    """The head's loss of the next patch's latent, each rank for its shard of the sequence."""
+class HeadForwardStep(ForwardStep):
+    """Base of the forward steps of a CALM: the head works on this rank's shard of the sequence."""
+
+    def __init__(
+        self, recipe: LanguageModelRecipe, topology: Topology, head: ZeroHead | None
+    ) -> None:
+        super().__init__(recipe, topology)
+        self._head = head
+        self._sequence_parallel = recipe.parallel.use_sequence_parallel
+        shard = (self._end - self._first) // topology.tp_size
+        self._start = self._first + topology.tp_rank * shard
+        self._stop = self._start + shard
+
+    def _shard(self, output: torch.Tensor) -> torch.Tensor:
+        """Hidden states [positions of this shard, B, d] of the last stage's output."""
+        if self._sequence_parallel:
+            return output
+        return scatter_to_sequence_parallel_region(output, group=self._topology.groups.tp)
+
+    def _is_last_micro_batch(self) -> bool:
+        """Counts the micro-batches; called once for each."""
+        self._forwarded += 1
+        return self._forwarded == self._num_micro_batches
+
+
+class LatentForwardStep(HeadForwardStep):
+    """The head's loss of the next patch's latent."""
 
     def __init__(
         self,
@@ -106,31 +132,24 @@ class CalmForwardStep(ForwardStep):
         head: ZeroHead | None,
         autoencoder: Autoencoder | None,
     ) -> None:
-        super().__init__(recipe, topology)
-        self._head, self._autoencoder = head, autoencoder
+        super().__init__(recipe, topology, head)
+        self._autoencoder = autoencoder
         self._seed = recipe.run.seed
-        self._sequence_parallel = recipe.parallel.use_sequence_parallel
-        shard = (self._end - self._first) // topology.tp_size
-        self._start = self._first + topology.tp_rank * shard
-        self._stop = self._start + shard
 
     def _loss(
         self, batch: Batch, output: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         assert self._head is not None
-        if not self._sequence_parallel:
-            output = scatter_to_sequence_parallel_region(output, group=self._topology.groups.tp)
         # [positions of this shard, B, d] -> [B * positions, d], sample by sample as the noise.
-        hidden = output.transpose(0, 1).flatten(0, 1)
+        hidden = self._shard(output).transpose(0, 1).flatten(0, 1)
         mean, log_std = self._targets(batch)
-        self._forwarded += 1
         loss = self._head.loss(
             hidden,
             mean.flatten(0, 1),
             log_std.flatten(0, 1),
             self._noise_source(batch),
             self._weight[self._start : self._stop].repeat(len(mean)),
-            last_micro_batch=self._forwarded == self._num_micro_batches,
+            last_micro_batch=self._is_last_micro_batch(),
         )
         return loss * self._schedule_factor, {"loss": loss.detach()}
 
@@ -159,3 +178,44 @@ class CalmForwardStep(ForwardStep):
             self._stop,
             self._topology.device,
         )
+
+
+class TokensForwardStep(HeadForwardStep):
+    """Vocabulary-parallel cross entropy of the next patch's tokens, in nats per token."""
+
+    def __init__(
+        self,
+        recipe: LanguageModelRecipe,
+        topology: Topology,
+        head: ZeroHead | None,
+        tables: PatchTokens | None,
+    ) -> None:
+        super().__init__(recipe, topology, head)
+        self._tables = tables
+
+    def _loss(
+        self, batch: Batch, output: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        assert self._head is not None and self._tables is not None
+        hidden = self._shard(output)
+        targets = self._targets(batch)
+        previous = self._tables.embed(targets[..., :-1])
+        states = self._head.states(
+            hidden.flatten(0, 1),
+            None if previous is None else previous.flatten(0, 1),
+            last_micro_batch=self._is_last_micro_batch(),
+        )
+        # [positions of this shard * B, K, d] -> [positions of this shard, B * K, d]
+        logits = self._tables.logits(states.unflatten(0, hidden.shape[:2]).flatten(1, 2))
+        weight = self._weight[self._first : self._end] / self._patch_size
+        loss = next_token_loss(logits, targets.flatten(1).T, weight)
+        # Every rank of a vocabulary shard has the whole loss; it counts once.
+        counted = loss.detach() if self._topology.tp_rank == 0 else torch.zeros_like(loss)
+        return loss * self._schedule_factor, {"loss": counted}
+
+    def _targets(self, batch: Batch) -> torch.Tensor:
+        """Tokens of the patch that each position of this piece predicts, [positions, B, K]."""
+        size = self._patch_size
+        tokens = F.pad(batch["tokens"], (0, (self._padded_steps + 1 - self._steps) * size))
+        tokens = tokens[:, (self._first + 1) * size : (self._end + 1) * size]
+        return tokens.unflatten(1, (-1, size)).transpose(0, 1).contiguous()

@@ -135,6 +135,20 @@ class ZeroHead:
         # The schedule scales the loss in place; it must not touch the engine's own tensor.
         return _ScaleGradient.apply(value, float(self._tp_size)).clone()
 
+    def states(
+        self, hidden: torch.Tensor, previous: torch.Tensor | None, last_micro_batch: bool
+    ) -> torch.Tensor:
+        """States [S, K, d] of a `models.heads.tokens.TokensHead`, for its `forward`'s arguments.
+
+        Gradients are scaled as in `loss`: what is made of the states is the whole batch's loss, of
+        which this rank's positions are a part of the sum.
+        """
+        self._engine.set_gradient_accumulation_boundary(last_micro_batch)
+        hidden = _ScaleGradient.apply(hidden, 1.0 / self._tp_size)
+        if previous is not None:
+            previous = _ScaleGradient.apply(previous, 1.0 / self._tp_size)
+        return _ScaleGradient.apply(self._engine(hidden, previous), float(self._tp_size))
+
     def squared_gradient_norm(self) -> torch.Tensor:
         """Squared norm of this rank's partition of the averaged gradient, fp64 scalar."""
         total = torch.zeros((), dtype=torch.float64, device=self._device)

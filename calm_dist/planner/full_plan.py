@@ -40,7 +40,9 @@ def full_plan(
         "parameters": flops.count(recipe, tokens=0).parameters,
         "steps": recipe.training.steps,
         "tokens_per_step": recipe.tokens_per_step,
-        "stored_latents": recipe.model.kind == "calm" and recipe.data.latents == "stored",
+        "stored_latents": recipe.model.kind == "calm"
+        and recipe.model.has_latents
+        and recipe.data.latents == "stored",
         "gpus": world_size,
         "cluster": {**asdict(cluster), "usable_memory": cluster.usable_memory},
         "fits": own is not None and own.fits,

@@ -11,7 +11,13 @@ from dataclasses import dataclass
 
 from calm_dist.costs import flops
 from calm_dist.costs.clusters import Cluster
-from calm_dist.costs.memory import FP32_BYTES, backbone_parameters, element_bytes, layer_counts
+from calm_dist.costs.memory import (
+    FP32_BYTES,
+    backbone_parameters,
+    element_bytes,
+    last_stage_tables,
+    layer_counts,
+)
 from calm_dist.costs.work import micro_batch_work, optimizer_work, positions
 from calm_dist.planner.collectives import Group, Groups, groups, send
 from calm_dist.recipe import LanguageModelRecipe
@@ -120,6 +126,11 @@ def _tensor_collectives(
         seconds += whole + (whole + 2 * half if model.kind == "calm" else 0)
     if stage == parallel.pipeline_parallel_size - 1:
         seconds += 2 * half
+        if model.kind == "calm" and (tables := last_stage_tables(model)):
+            # States gathered for the output layer, whose input's gradient is summed; embeddings of
+            # a patch's tokens summed, and their gradient gathered.
+            whole = links.tensor.all_reduce(model.patch_size * size, cluster)
+            seconds += tables * (whole + links.tensor.half(model.patch_size * size, cluster))
     return seconds
 
 

@@ -45,7 +45,7 @@ class Reliability:
 def latent_bytes_per_token(recipe: LanguageModelRecipe, latent_bytes: int = FP16_BYTES) -> float:
     """Bytes of a token in the store: itself, and its part of mean and log_std of P + 1 patches."""
     model = recipe.model
-    if model.kind != "calm" or recipe.data.latents != "stored":
+    if model.kind != "calm" or not model.has_latents or recipe.data.latents != "stored":
         return TOKEN_BYTES
     latents = 2 * latent_bytes * flops.known_size(model, "latent_size") * (recipe.num_patches + 1)
     return TOKEN_BYTES + latents / recipe.block_size

@@ -358,7 +358,17 @@ def _head_problems(recipe: RecipeFields) -> list[str]:
         )
     if model.kind != "calm":
         return problems
-    problems += model.head.spec.problems(model.head)
+    problems += model.head_spec.problems(model.head)
+    if model.head.independent and model.has_latents:
+        problems.append(
+            f"model.head.independent: true, but the {model.head.kind} head predicts a latent, no "
+            "tokens; leave it out, or use model.head.kind=tokens"
+        )
+    if recipe.data.latents == "on_the_fly" and not model.has_latents:
+        problems.append(
+            f"data.latents: on_the_fly, but the {model.head.kind} head has no latents; leave it out"
+        )
+        return problems
     if stage == 1 and recipe.precision == "bf16":
         problems.append(
             "parallel.zero_stage: 1 with precision bf16 gives no access to the averaged gradients "

@@ -93,10 +93,12 @@ class Recipe(RecipeFields):
         }
         if model.kind != "transformer":
             stored["model"]["patch_size"] = meta["patch_size"]
-        if model.kind == "calm" and meta["latent_size"] is not None:
+        has_latents = model.kind == "calm" and model.has_latents
+        if has_latents and meta["latent_size"] is not None:
             stored["model"]["latent_size"] = meta["latent_size"]
         if (
             model.kind == "calm"
+            and has_latents
             and meta["variant"] == "tokens"
             and (model.autoencoder or (model.vocab_size or 0) > meta["vocab_size"])
         ):
@@ -112,7 +114,12 @@ class Recipe(RecipeFields):
         problems += self._store_problems(meta)
         if problems:
             raise RecipeError(join_problems(problems))
-        if model.kind == "calm" and model.autoencoder is None and meta["autoencoder"]:
+        if (
+            model.kind == "calm"
+            and has_latents
+            and model.autoencoder is None
+            and meta["autoencoder"]
+        ):
             stored["model"]["autoencoder"] = meta["autoencoder"]["file"]
         if model.kind == "autoencoder" and model.replaced_token_id is None:
             stored["model"]["replaced_token_id"] = meta["tokenizer"]["pad_id"]
@@ -150,7 +157,7 @@ class Recipe(RecipeFields):
         """Contradictions with a store that are more than two different numbers."""
         model = self.model
         problems = []
-        wants_latents = model.kind == "calm" and self.data.latents == "stored"
+        wants_latents = model.kind == "calm" and model.has_latents and self.data.latents == "stored"
         if wants_latents and meta["variant"] == "tokens":
             problems.append(
                 "data.latents: 'stored', but the store holds tokens only; encode it with "

@@ -15,7 +15,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from calm_dist.heads import HeadRecipe, all_specs
+from calm_dist.heads import HeadRecipe, HeadSpec, all_specs
 from calm_dist.optimizers import GROUP as OPTIMIZERS
 from calm_dist.optimizers import OptimizerSpec, all_optimizers, optimizer_spec
 from calm_dist.schema import (
@@ -134,6 +134,16 @@ class CalmModel(BackboneModel):
     absent, replaced by the checkpoint's own (`Recipe.with_autoencoder`) once there is one."""
     head: Annotated[SerializeAsAny[HeadRecipe], BeforeValidator(_of_its_kind)] = HeadRecipe()
     """The generative head, see below."""
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether the head predicts latents; otherwise latent size and autoencoder have no use."""
+        return self.head.spec.predicts == "latents"
+
+    @property
+    def head_spec(self) -> HeadSpec:
+        """The description of the head, for patches of this size."""
+        return self.head.spec.for_patches(self.patch_size)
 
 
 class TransformerModel(BackboneModel):

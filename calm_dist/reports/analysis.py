@@ -150,7 +150,7 @@ def executed_flops_per_token(run: Run) -> float:
     """Training FLOPs that this package executes for a token, recomputation left out; with the
     frozen encoder's, where latents are made on the fly."""
     flops, model = run.counts().train_flops_per_token_ours, run.recipe.model
-    if model.kind == "calm" and run.recipe.data.latents == "on_the_fly":
+    if model.kind == "calm" and model.has_latents and run.recipe.data.latents == "on_the_fly":
         flops += count_autoencoder(model, 0).part("encoder").forward_flops_per_token
     return flops
 
@@ -177,7 +177,7 @@ def training_totals(run: Run, autoencoder_train_flops: float | None) -> dict[str
     if tokens is None:
         return dict.fromkeys(names)
     autoencoder, encoding = None, 0.0
-    if model.kind == "transformer":
+    if model.kind == "transformer" or (model.kind == "calm" and not model.has_latents):
         autoencoder = 0.0
     elif model.kind == "calm":
         autoencoder = autoencoder_train_flops

@@ -16,13 +16,19 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer import TransformerConfig
 from torch import nn
 
+from calm_dist.costs.flops import head_sizes
 from calm_dist.errors import RecipeError
 from calm_dist.models.backbone import Backbone, transformer_config
-from calm_dist.models.heads import GenerativeHead, make_head
+from calm_dist.models.heads import Head, latent_head, make_head
 from calm_dist.models.initialize import initialize_backbone
 from calm_dist.models.transformer import Transformer
 from calm_dist.models.weights import head_init_std, init_std, initialize_module
-from calm_dist.parallel.pipeline import CalmForwardStep, ForwardStep, TransformerForwardStep
+from calm_dist.parallel.pipeline import (
+    ForwardStep,
+    LatentForwardStep,
+    TokensForwardStep,
+    TransformerForwardStep,
+)
 from calm_dist.parallel.topology import Topology
 from calm_dist.parallel.zero_head import ZeroHead
 from calm_dist.recipe import CalmModel, LanguageModelRecipe
@@ -68,10 +74,9 @@ def build_backbone(
     return backbone.to(device=topology.device, dtype=config.params_dtype)
 
 
-def build_head(model: CalmModel, seed: int) -> GenerativeHead:
+def build_head(model: CalmModel, seed: int) -> Head:
     """The initialised head, fp32 on the CPU."""
-    assert model.latent_size is not None
-    head = make_head(model.head, model.hidden_size, model.latent_size)
+    head = make_head(model.head, *head_sizes(model), model.patch_size)
     initialize_module(head, "head", head_init_std(model), seed)
     for layer in head.layers_from_zero(model.init):
         nn.init.zeros_(layer.weight)
@@ -141,22 +146,35 @@ def build_parts(recipe: LanguageModelRecipe, topology: Topology) -> Parts:
     chunks = build_chunks(recipe, config, topology)
     optimizer = build_backbone_optimizer(recipe, chunks, dtype)
     head: ZeroHead | None = None
-    forward_step: ForwardStep
     model = recipe.model
-    if model.kind == "calm":
-        autoencoder = None
-        if topology.is_last_stage:
-            module = build_head(model, recipe.run.seed).to(topology.device)
-            if model.head.spec.scores_energy:
-                check_energy_kernel(recipe, topology.device)
-                module.use_kernel(recipe.training.energy_kernel)
-            head = ZeroHead(module, recipe, topology)
-            if recipe.data.latents == "on_the_fly":
-                assert model.autoencoder is not None
-                autoencoder = load_autoencoder(autoencoder_directory(model.autoencoder)).to(
-                    topology.device
-                )
-        forward_step = CalmForwardStep(recipe, topology, head, autoencoder)
-    else:
-        forward_step = TransformerForwardStep(recipe, topology)
+    if model.kind == "calm" and topology.is_last_stage:
+        head = ZeroHead(_head_module(recipe, model, topology.device), recipe, topology)
+    forward_step = _forward_step(recipe, topology, chunks, head)
     return Parts(config, chunks, optimizer, head, forward_step)
+
+
+def _head_module(recipe: LanguageModelRecipe, model: CalmModel, device: torch.device) -> Head:
+    module = build_head(model, recipe.run.seed).to(device)
+    if model.head.spec.scores_energy:
+        check_energy_kernel(recipe, device)
+        latent_head(module).use_kernel(recipe.training.energy_kernel)
+    return module
+
+
+def _forward_step(
+    recipe: LanguageModelRecipe,
+    topology: Topology,
+    chunks: list[DistributedDataParallel],
+    head: ZeroHead | None,
+) -> ForwardStep:
+    model = recipe.model
+    if model.kind != "calm":
+        return TransformerForwardStep(recipe, topology)
+    if not model.has_latents:
+        return TokensForwardStep(recipe, topology, head, chunks[-1].module.patch_tokens)
+    autoencoder = None
+    if topology.is_last_stage and recipe.data.latents == "on_the_fly":
+        assert model.autoencoder is not None
+        directory = autoencoder_directory(model.autoencoder)
+        autoencoder = load_autoencoder(directory).to(topology.device)
+    return LatentForwardStep(recipe, topology, head, autoencoder)

@@ -136,7 +136,7 @@ def latents_sha256(recipe: Recipe, meta: StoreMeta) -> str | None:
     Args:
         meta: of one of its stores, which all have the same.
     """
-    if recipe.model.kind != "calm":
+    if recipe.model.kind != "calm" or not recipe.model.has_latents:
         return None
     stored = meta.autoencoder
     return encoder_sha256(recipe) or (None if stored is None else stored.sha256)

@@ -28,15 +28,10 @@ def resolve(recipe: KindOfRecipe, *, missing_stores: bool = False) -> KindOfReci
         DataError: a store is missing or damaged.
         RecipeError: store or autoencoder do not fit the recipe.
     """
-    model = recipe.model
-    if (
-        model.kind == "calm"
-        and model.autoencoder is not None
-        and not missing_stores
-        and not Path(model.autoencoder).is_dir()
-    ):
+    autoencoder = named_autoencoder(recipe)
+    if autoencoder is not None and not missing_stores and not Path(autoencoder).is_dir():
         raise RecipeError(
-            f"model.autoencoder: {model.autoencoder}: no such directory; give a "
+            f"model.autoencoder: {autoencoder}: no such directory; give a "
             "run directory or a checkpoint, or leave it out to use the store's"
         )
     for source in recipe.data.sources:
@@ -49,12 +44,18 @@ def resolve(recipe: KindOfRecipe, *, missing_stores: bool = False) -> KindOfReci
     return with_autoencoder_shape(recipe)
 
 
+def named_autoencoder(recipe: Recipe) -> str | None:
+    """``model.autoencoder`` of a model that has a use for it."""
+    model = recipe.model
+    return model.autoencoder if model.kind == "calm" and model.has_latents else None
+
+
 def with_autoencoder_shape(recipe: KindOfRecipe) -> KindOfRecipe:
     """Take over the autoencoder's shape where its checkpoint is there."""
-    model = recipe.model
-    if model.kind != "calm" or model.autoencoder is None or not Path(model.autoencoder).is_dir():
+    autoencoder = named_autoencoder(recipe)
+    if autoencoder is None or not Path(autoencoder).is_dir():
         return recipe
-    directory = autoencoder_directory(model.autoencoder)
+    directory = autoencoder_directory(autoencoder)
     # A released configuration may leave the paper's sizes out.
     config = {"patch_size": 4, **AutoencoderSize().model_dump(), **read_config(directory)}
     if missing := {"vocab_size", "latent_size"} - config.keys():
@@ -78,10 +79,10 @@ def autoencoder_directory(path: str | Path) -> Path:
 
 def encoder_sha256(recipe: Recipe) -> str | None:
     """Fingerprint of the autoencoder that encodes on the fly, if one does."""
-    model = recipe.model
-    if model.kind != "calm" or recipe.data.latents != "on_the_fly" or model.autoencoder is None:
+    autoencoder = named_autoencoder(recipe)
+    if recipe.data.latents != "on_the_fly" or autoencoder is None:
         return None
-    return file_sha256(weights_file(autoencoder_directory(model.autoencoder)))
+    return file_sha256(weights_file(autoencoder_directory(autoencoder)))
 
 
 def _check_token_names(recipe: Recipe, path: str, meta: StoreMeta) -> None:
@@ -109,22 +110,22 @@ def _check_token_names(recipe: Recipe, path: str, meta: StoreMeta) -> None:
 
 def _check_autoencoder(recipe: Recipe, meta: StoreMeta) -> None:
     """Tokens and latents belong to the recipe's autoencoder, where that can be looked at."""
-    model = recipe.model
-    if model.kind != "calm" or model.autoencoder is None or not Path(model.autoencoder).is_dir():
+    autoencoder = named_autoencoder(recipe)
+    if autoencoder is None or not Path(autoencoder).is_dir():
         return
-    directory = autoencoder_directory(model.autoencoder)
+    directory = autoencoder_directory(autoencoder)
     check_tokenizer(directory, meta.tokenizer.sha256, "data.path")
     if meta.autoencoder is None:
         entries = read_config(directory).get("vocab_size", 0)
         if entries < meta.vocab_size:
             raise RecipeError(
-                f"model.autoencoder: {model.autoencoder} knows {entries} tokens, the store has "
+                f"model.autoencoder: {autoencoder} knows {entries} tokens, the store has "
                 f"{meta.vocab_size}; give an autoencoder of the store's tokenizer"
             )
         return
     found = file_sha256(weights_file(directory))
     if found != meta.autoencoder.sha256:
         raise RecipeError(
-            f"model.autoencoder: {model.autoencoder} has sha256 {found[:12]}…, the store was "
+            f"model.autoencoder: {autoencoder} has sha256 {found[:12]}…, the store was "
             f"encoded by {meta.autoencoder.sha256[:12]}…; name that autoencoder, or encode again"
         )

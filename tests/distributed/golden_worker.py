@@ -232,7 +232,7 @@ def golden_forward_step(golden: GoldenRun, encoder: Any) -> Any:
     """The real forward step, with golden noise and a record of the last stage's outputs."""
     import torch.nn.functional as F
 
-    from calm_dist.parallel.pipeline import CalmForwardStep
+    from calm_dist.parallel.pipeline import LatentForwardStep
 
     class GoldenNoise:
         """Golden noise of the rows of a micro-batch, cut to this rank's positions."""
@@ -259,7 +259,7 @@ def golden_forward_step(golden: GoldenRun, encoder: Any) -> Any:
         def keys(self, kind: str) -> Any:
             raise NotImplementedError("golden noise is stored, not drawn by keys")
 
-    class GoldenForwardStep(CalmForwardStep):
+    class GoldenForwardStep(LatentForwardStep):
         outputs: list[Any] = []  # noqa: RUF012
 
         def _loss(self, batch: Any, output: Any) -> Any:

@@ -39,6 +39,7 @@ def plain_training(overrides: list[str]) -> list[tuple[float, float]]:
     from calm_dist.inference.load import single_process_recipe, single_process_topology
     from calm_dist.losses.energy import energy_score_reference
     from calm_dist.models.backbone import transformer_config
+    from calm_dist.models.heads import latent_head
     from calm_dist.parallel.launch import World
     from calm_dist.parallel.noise import KeyedNoise
     from calm_dist.training.build import build_backbone, build_head
@@ -49,7 +50,7 @@ def plain_training(overrides: list[str]) -> list[tuple[float, float]]:
     assert model.kind == "calm"
     topology = single_process_topology(single_process_recipe(given), torch.device("cpu"))
     backbone = build_backbone(given, transformer_config(given, torch.float32), topology, None)
-    head = build_head(model, given.run.seed)
+    head = latent_head(build_head(model, given.run.seed))
     parameters = [*backbone.parameters(), *head.parameters()]
     training = given.training
     groups: list[dict[str, Any]] = [

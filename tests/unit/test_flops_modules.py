@@ -19,9 +19,10 @@ from calm_dist.heads import all_specs
 from calm_dist.inference.load import single_process_topology
 from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig, Encoder
 from calm_dist.models.backbone import Backbone, transformer_config
-from calm_dist.models.heads import make_head
+from calm_dist.models.heads import latent_head, make_head
 from calm_dist.models.heads.diffusion import DiffusionHead
 from calm_dist.models.heads.flow import FlowHead
+from calm_dist.models.heads.tokens import TokensHead
 from calm_dist.models.transformer import Transformer
 from calm_dist.recipe import (
     AutoencoderModel,
@@ -43,6 +44,7 @@ ALONE = (
     "precision=fp32",
 )
 POSITIONS = 6
+LATENT_HEADS = [kind for kind, spec in all_specs().items() if spec.predicts == "latents"]
 
 
 def name(path: Path) -> str:
@@ -111,7 +113,7 @@ def test_grouped_query_attention() -> None:
     assert forward == sum(p.forward_flops_per_token_ours for p in parts) * recipe.block_size
 
 
-@pytest.mark.parametrize("kind", all_specs())
+@pytest.mark.parametrize("kind", LATENT_HEADS)
 @pytest.mark.parametrize("path", CALMS, ids=name)
 def test_every_head_of_every_recipe(path: Path, kind: str) -> None:
     recipe = language_recipe(path, [f"model.head.kind={kind}"])
@@ -120,7 +122,7 @@ def test_every_head_of_every_recipe(path: Path, kind: str) -> None:
     d, latent = model.hidden_size, flops.known_size(model, "latent_size")
     samples = model.head.num_samples
     with torch.device("meta"):
-        head = make_head(model.head, d, latent)
+        head = latent_head(make_head(model.head, d, latent))
         hidden = meta(POSITIONS, d).requires_grad_()
         shape = (samples, POSITIONS)
         with FlopCounterMode(display=False) as counter:
@@ -143,7 +145,46 @@ def test_every_head_of_every_recipe(path: Path, kind: str) -> None:
     assert part.parameters == sum(p.numel() for p in head.parameters())
 
 
-@pytest.mark.parametrize("kind", all_specs())
+@pytest.mark.parametrize("independent", [False, True])
+@pytest.mark.parametrize("path", CALMS, ids=name)
+def test_the_tokens_head_of_every_recipe(path: Path, independent: bool) -> None:
+    recipe = language_recipe(
+        path, [*ALONE, "model.head.kind=tokens", f"model.head.independent={independent}"]
+    )
+    model = recipe.model
+    assert isinstance(model, CalmModel) and model.vocab_size is not None
+    d, size = model.hidden_size, model.patch_size
+    topology = single_process_topology(recipe, torch.device("cpu"))
+    with torch.device("meta"):
+        head = make_head(model.head, d, 0, size)
+        tables = Backbone(
+            recipe, transformer_config(recipe, torch.float32), topology.groups
+        ).patch_tokens
+        assert isinstance(head, TokensHead) and tables is not None
+        previous = None if independent else meta(POSITIONS, size - 1, d).requires_grad_()
+        with FlopCounterMode(display=False) as counter:
+            states = head(meta(POSITIONS, d).requires_grad_(), previous)
+            assert states.shape == (POSITIONS, size, d)
+            of_head = counter.get_total_flops()
+            logits = tables.logits(states)
+            forward, both = forward_and_all(logits.view_as(logits), counter)
+    counts = flops.count(recipe)
+    named = {part.name: part for part in counts.parts}
+    tokens = POSITIONS * size
+    assert of_head == named["head"].forward_flops_per_token_ours * tokens
+    padded = logits.shape[-1] / model.vocab_size
+    of_output = named["output_layer"].forward_flops_per_token_ours * padded
+    assert forward == pytest.approx(of_head + of_output * tokens, rel=1e-12)
+    assert both == 3 * forward
+    assert named["head"].parameters == sum(p.numel() for p in head.parameters())
+    assert ("patch_embedding" in named) is not independent
+    rows = sum(p.shape[0] for p in tables.parameters()) * model.vocab_size / logits.shape[-1]
+    names = ("patch_embedding", "output_layer")
+    assert sum(named[n].parameters for n in names if n in named) == pytest.approx(rows * d)
+    assert not [n for n in named if n.startswith("autoencoder")]
+
+
+@pytest.mark.parametrize("kind", LATENT_HEADS)
 def test_sampling_with_every_head(kind: str) -> None:
     overrides = [f"model.head.kind={kind}"]
     if kind != "energy":
@@ -151,7 +192,7 @@ def test_sampling_with_every_head(kind: str) -> None:
     recipe = language_recipe(CALMS[0].with_name("calm_tiny.yaml"), overrides)
     model = recipe.model
     assert isinstance(model, CalmModel) and model.latent_size is not None
-    head = make_head(model.head, model.hidden_size, model.latent_size)
+    head = latent_head(make_head(model.head, model.hidden_size, model.latent_size))
     noise = head.draw_noise(torch.Generator().manual_seed(0), 1, 1)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         head.sample(torch.zeros(1, model.hidden_size), noise)

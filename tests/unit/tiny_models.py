@@ -29,6 +29,7 @@ def tiny_model(
     vocab_size: int = VOCAB,
     head: str = "energy",
     noise: float | None = None,
+    independent: bool = False,
     **model: Any,
 ) -> LoadedModel:
     """A model of `inference.load` without a checkpoint, its weights a function of ``seed``.
@@ -51,7 +52,8 @@ def tiny_model(
             "kind": head,
             "num_mlp_layers": 1,
             "noise_size": 4,
-            "sampling_steps": None if head == "energy" else 2,
+            "sampling_steps": None if head in ("energy", "tokens") else 2,
+            "independent": independent,
         }
     block_size = block_steps * (patch_size if kind == "calm" else 1)
     recipe = LanguageModelRecipe.from_dict(
@@ -70,17 +72,13 @@ def tiny_model(
         if noise is not None:
             # The blocks normalise their input; noise below the epsilon of that stays small.
             head_module.norm_noise.weight.fill_(noise * LAYER_NORM_EPS**0.5)  # type: ignore[operator,union-attr]
-        autoencoder = Autoencoder(
-            AutoencoderConfig(
-                vocab_size,
-                patch_size,
-                LATENT,
-                hidden_size=12,
-                intermediate_size=16,
+        if recipe.model.has_latents:
+            config = AutoencoderConfig(
+                vocab_size, patch_size, LATENT, hidden_size=12, intermediate_size=16
             )
-        )
-        initialize_module(autoencoder, "autoencoder", init_std(recipe.model), seed)
-        autoencoder = autoencoder.eval().requires_grad_(False)
+            autoencoder = Autoencoder(config)
+            initialize_module(autoencoder, "autoencoder", init_std(recipe.model), seed)
+            autoencoder = autoencoder.eval().requires_grad_(False)
     return LoadedModel(
         recipe=recipe,
         checkpoint=Path("runs/tiny"),

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from calm_dist.heads import HeadRecipe
-from calm_dist.models.heads.base import GenerativeHead
+from calm_dist.models.heads.base import GenerativeHead, Head
 from calm_dist.registry import load_module_part
 
-__all__ = ["GenerativeHead", "make_head"]
+__all__ = ["GenerativeHead", "Head", "latent_head", "make_head"]
 
 
-def make_head(head: HeadRecipe, hidden_size: int, latent_size: int) -> GenerativeHead:
+def make_head(head: HeadRecipe, hidden_size: int, latent_size: int, patch_size: int = 4) -> Head:
     """The module of a head, with torch's own initial weights, fp32 on the CPU.
+
+    Args:
+        latent_size: 0 for a head without latents.
 
     Raises:
         RecipeError: the package that registers this head does not hold the module that it names.
     """
     module = load_module_part(head.spec.module, "model.head.kind", head.kind, "module")
-    return module(head, hidden_size, latent_size)
+    spec = head.spec.for_patches(patch_size)
+    return module(head, hidden_size, latent_size, *spec.module_arguments)
+
+
+def latent_head(head: Head) -> GenerativeHead:
+    """The same head, of which it is known that it predicts latents.
+
+    Raises:
+        TypeError: it does not.
+    """
+    if not isinstance(head, GenerativeHead):
+        raise TypeError(f"{type(head).__name__} predicts no latents")
+    return head

@@ -34,7 +34,15 @@ class NoiseSource(Protocol):
         """A key of a counter-based generator for each position, int64 [S]."""
 
 
-class GenerativeHead(nn.Module, ABC):
+class Head(nn.Module, ABC):
+    """What follows the backbone at each position by itself, in an engine of its own."""
+
+    @abstractmethod
+    def layers_from_zero(self, init: str) -> Iterable[nn.Linear]:
+        """The layers whose weights start at zero under ``model.init``."""
+
+
+class GenerativeHead(Head):
     """From a hidden state of the backbone to samples of the next latent.
 
     N is the number of samples, S that of positions, d the hidden and l the latent size.
@@ -66,10 +74,6 @@ class GenerativeHead(nn.Module, ABC):
             mean, log_std: [S, l], the posterior of the patch to predict.
             noise: the random numbers of this step.
         """
-
-    @abstractmethod
-    def layers_from_zero(self, init: str) -> Iterable[nn.Linear]:
-        """The layers whose weights start at zero under ``model.init``."""
 
     def use_kernel(self, kernel: str) -> None:
         """What computes the energy score, ``training.energy_kernel``; of heads that have one.
