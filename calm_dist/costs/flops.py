@@ -180,6 +180,7 @@ def count_autoencoder(model: CalmModel, tokens: int) -> Counts:
         vocab_size=known_size(model, "vocab_size"),
         patch_size=model.patch_size,
         latent_size=known_size(model, "latent_size"),
+        latent_slots=model.latent_slots or 1,
         **model.autoencoder_size.model_dump(),
     )
     return Counts(tuple(_autoencoder_parts(autoencoder)), tokens)
@@ -229,8 +230,9 @@ def head_flops(
 def head_backward_flops(model: CalmModel, samples: int) -> int:
     """FLOPs of one patch's backward pass through our head: twice the forward pass, without the
     gradients of noise, times and latents, which nobody needs."""
-    inputs = model.head_spec.input_flops(model.head, *head_sizes(model))
-    return 2 * head_flops(model, samples, share_condition=True) - samples * inputs
+    spec, arguments = model.head_spec, (model.head, *head_sizes(model))
+    inputs = samples * spec.input_flops(*arguments) + spec.shared_input_flops(*arguments)
+    return 2 * head_flops(model, samples, share_condition=True) - inputs
 
 
 def head_sizes(model: CalmModel) -> tuple[int, int]:
@@ -253,12 +255,13 @@ def encoder_flops(size: AutoencoderSize, patch_size: int, latent_size: int) -> i
     )
 
 
-def decoder_flops(size: AutoencoderSize, patch_size: int, latent_size: int) -> int:
-    """FLOPs of one patch through the decoder, up to its output layer."""
+def decoder_flops(size: AutoencoderSize, patch_size: int, latent_size: int, slots: int = 1) -> int:
+    """FLOPs of one patch through the decoder, up to its output layer; with K slots its first half
+    runs K times."""
     d = size.hidden_size
-    rows = (patch_size + 1) * size.num_decoder_layers // 2
+    rows = (patch_size + slots) * size.num_decoder_layers // 2
     return (
-        linear_flops(latent_size, d)
+        slots * linear_flops(latent_size, d)
         + rows * mlp_flops(d, size.intermediate_size)
         + linear_flops(d, patch_size * d)
     )
@@ -306,7 +309,8 @@ def _calm_parts(model: CalmModel, recipe: Recipe, causal: bool) -> list[Part]:
 def _decoder_parts(model: CalmModel) -> list[Part]:
     """The frozen autoencoder's decoder, from a sample to tokens."""
     size, latent = model.autoencoder_size, known_size(model, "latent_size")
-    decoder = decoder_flops(size, model.patch_size, latent) / model.patch_size
+    slots = model.latent_slots or 1
+    decoder = decoder_flops(size, model.patch_size, latent, slots) / model.patch_size
     output = linear_flops(size.hidden_size, known_size(model, "vocab_size"))
     return [
         _inference_only("autoencoder_decoder", decoder),
@@ -378,10 +382,15 @@ def _autoencoder_parts(model: AutoencoderModel) -> list[Part]:
     return [
         Part("embedding", vocab_size * d),
         _trained("encoder", encoder, encoder_flops(model, patch_size, latent) / patch_size),
-        _trained("decoder", decoder, decoder_flops(model, patch_size, latent) / patch_size),
+        _trained("decoder", decoder, _decoder_flops_per_token(model)),
         # Tied to the embedding.
         _trained("output_layer", 0, linear_flops(d, vocab_size)),
     ]
+
+
+def _decoder_flops_per_token(model: AutoencoderModel) -> float:
+    size = (model.patch_size, model.latent_size, model.latent_slots)
+    return decoder_flops(model, *size) / model.patch_size
 
 
 def _trained(name: str, parameters: int, forward: float) -> Part:

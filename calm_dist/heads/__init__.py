@@ -6,13 +6,14 @@ compares kinds. The modules themselves are in `calm_dist.models.heads`.
 
 from __future__ import annotations
 
+from calm_dist.heads.chain import CHAIN
 from calm_dist.heads.energy import ENERGY
 from calm_dist.heads.iterative import DIFFUSION, FLOW
 from calm_dist.heads.spec import HeadRecipe, HeadSpec, Released, all_specs, head_spec, register
 from calm_dist.heads.tokens import TOKENS
 
 # The heads of this package; those of others come from the entry-point group `calm_dist.heads`.
-for _spec in (ENERGY, FLOW, DIFFUSION, TOKENS):
+for _spec in (ENERGY, CHAIN, FLOW, DIFFUSION, TOKENS):
     register(_spec)
 
 __all__ = ["HeadRecipe", "HeadSpec", "Released", "all_specs", "head_spec"]

@@ -35,23 +35,30 @@ class HeadRecipe(Section):
     of a recipe. A head of another package may add fields (`HeadSpec.fields`).
     """
 
-    kind: Annotated[str, Field(examples=["energy", "diffusion", "flow", "tokens"])] = "energy"
-    """``energy`` is the paper's own; ``tokens`` is discrete and has no latents; what each costs is
-    in heads.md. An installed package may register others."""
+    kind: Annotated[str, Field(examples=["energy", "chain", "diffusion", "flow", "tokens"])] = (
+        "energy"
+    )
+    """``energy`` is the paper's own; ``chain`` draws the latent slot by slot; ``tokens`` is
+    discrete and has no latents; what each costs is in heads.md. An installed package may register
+    others."""
     num_mlp_layers: Positive = 4
     """Residual blocks."""
     noise_size: Positive = 64
-    """Energy: components of the uniform noise. The other heads start from normal latents."""
+    """Energy, chain: components of the uniform noise, of each slot. Flow and diffusion start from
+    normal latents."""
     num_samples: Positive = 8
-    """Energy: head samples N per position in training, at least two for the score's second term.
+    """Energy, chain: head samples N per position in training, at least two for the score's second
+    term.
     Diffusion and flow: noisy latents per position in training."""
     posterior_samples: Positive = 100
-    """Energy: draws M from the autoencoder's posterior per position."""
+    """Energy, chain: draws M from the autoencoder's posterior per position."""
     beta: Annotated[float, Field(gt=0, lt=2)] = 1.0
-    """Energy: exponent of the score; strictly proper inside (0, 2)."""
+    """Energy, chain: exponent of the score; strictly proper inside (0, 2)."""
     sampling_steps: Positive | None = None
     """Steps that draw one sample. Flow: midpoint steps of two evaluations each, 10 where absent.
     Diffusion: 100 where absent, at most 1,000. The energy head has one step."""
+    width: Positive | None = None
+    """Chain: width of its blocks, which run once for each slot; the hidden size where absent."""
     independent: bool = False
     """Tokens: predict each token of a patch without the earlier ones of the same patch."""
 
@@ -145,6 +152,10 @@ class HeadSpec(ABC):
         """Values of fields that cannot be trained; each names field, value and remedy."""
         return []
 
+    def latent_problems(self, latent_size: int) -> list[str]:
+        """As `problems`, of latents of a size that the head cannot predict."""
+        return []
+
     @abstractmethod
     def parameters(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
         """Weights, biases and norms."""
@@ -161,6 +172,10 @@ class HeadSpec(ABC):
     @abstractmethod
     def input_flops(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
         """Part of `sample_flops` in layers whose input takes no gradient: noise, times, latents."""
+
+    def shared_input_flops(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
+        """Part of `condition_flops` in layers whose input takes no gradient."""
+        return 0
 
     @abstractmethod
     def activation_elements(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:

@@ -22,6 +22,7 @@ from calm_dist.data.tokenizer import Tokenizer, load_tokenizer
 from calm_dist.errors import CheckpointError, DataError, UserError
 from calm_dist.files import file_sha256
 from calm_dist.inference.load import LoadedModel, load_model, load_released, tokenizer_file
+from calm_dist.models.autoencoder import Autoencoder
 from calm_dist.recipe import CalmModel, Recipe, load_recipe
 from calm_dist.released.autoencoder import load_autoencoder, save_autoencoder
 from calm_dist.released.calm import released_calm, released_recipe
@@ -113,9 +114,19 @@ def export_checkpoint(
     if autoencoder:
         raise UserError(f"{source}: is an autoencoder; it takes no --autoencoder")
     model = load_autoencoder(directory)
+    _check_slots(model, directory)
     with _written_aside(target) as partial:
         save_autoencoder(model, partial, _token_ids_of_autoencoder(directory))
     return _report("autoencoder", directory, target, _count(model), [])
+
+
+def _check_slots(model: Autoencoder, directory: Path) -> None:
+    """The authors' class has no slots, and would decode with all of a latent."""
+    if model.config.latent_slots > 1:
+        raise CheckpointError(
+            f"{directory}: its autoencoder has model.latent_slots {model.config.latent_slots}, "
+            "which the authors' released layout has not"
+        )
 
 
 def _import_calm(
@@ -171,6 +182,7 @@ def _export_calm(directory: Path, target: Path, autoencoder: str | Path | None) 
     released_head(recipe.model.head)
     model = load_model(directory, autoencoder=autoencoder)
     assert isinstance(model.recipe.model, CalmModel) and model.autoencoder is not None
+    _check_slots(model.autoencoder, directory)
     tokenizer = _tokenizer_of(model)
     token_ids = _token_ids(checkpoints.run_directory(directory), tokenizer)
     path = str(target.resolve() / AUTOENCODER_DIRECTORY)

@@ -33,9 +33,17 @@ class AutoencoderConfig:
     kl_weight: float = 1e-3
     kl_clamp: float = 0.5
     rms_norm_eps: float = 1e-6
+    latent_slots: int = 1
+    """1, or ``patch_size``: the decoder of token k sees the first k of as many equal parts of the
+    latent. Not in the released code, where it is 1."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError where layers cannot be halved."""
+        """Raises ValueError where layers cannot be halved, or the latent not cut."""
+        if self.latent_slots not in (1, self.patch_size) or self.latent_size % self.latent_slots:
+            raise ValueError(
+                f"latent_slots: {self.latent_slots} with patch_size {self.patch_size} and "
+                f"latent_size {self.latent_size}; use 1, or patch_size where it divides latent_size"
+            )
         for name in ("num_encoder_layers", "num_decoder_layers"):
             layers = getattr(self, name)
             if layers < 2 or layers % 2:
@@ -98,12 +106,16 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [..., l] -> hidden states of K tokens [..., K, d]."""
+    """Latents [..., l] -> hidden states of K tokens [..., K, d].
+
+    With ``latent_slots`` the layers that work on patches run once for each token, on the latent
+    without the slots of later tokens; parameters are the same.
+    """
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         hidden = config.hidden_size
-        self.patch_size = config.patch_size
+        self.patch_size, self.slots = config.patch_size, config.latent_slots
         self.latent_to_hidden = nn.Linear(config.latent_size, hidden)
         self.decoder_layers = nn.ModuleList(
             AELayer(config) for _ in range(config.num_decoder_layers)
@@ -115,26 +127,39 @@ class Decoder(nn.Module):
         return self.token_hidden(self.patch_hidden(latents))
 
     def patch_hidden(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents [..., l] -> hidden states of patches [..., d], which `token_hidden` expands."""
+        """Latents [..., l] -> hidden states of patches [..., d], which `token_hidden` expands; with
+        slots those of a patch as each of its tokens may see it [..., K, d]."""
+        if self.slots > 1:
+            latents = latents[..., None, :] * self._seen(latents)
         x = self.latent_to_hidden(latents)
         for layer in self.decoder_layers[: len(self.decoder_layers) // 2]:
             x = layer(x)
         return x
 
     def token_hidden(self, patches: torch.Tensor, position: int | None = None) -> torch.Tensor:
-        """Hidden states of patches [..., d] -> those of their tokens [..., K, d], or of the tokens
-        at one position alone [..., d]."""
+        """Hidden states of patches, from `patch_hidden`, -> those of their tokens [..., K, d], or
+        of the tokens at one position alone [..., d]."""
         expand = self.expand_layer
-        if position is None:
-            x = expand(patches).unflatten(-1, (self.patch_size, -1))
-        else:
+        if position is not None:
             weight, bias = (
                 part.chunk(self.patch_size)[position] for part in (expand.weight, expand.bias)
             )
-            x = F.linear(patches, weight, bias)
+            x = F.linear(patches if self.slots == 1 else patches[..., position, :], weight, bias)
+        elif self.slots == 1:
+            x = expand(patches).unflatten(-1, (self.patch_size, -1))
+        else:
+            weight = expand.weight.unflatten(0, (self.patch_size, -1))
+            x = torch.einsum("...kd,ked->...ke", patches, weight)
+            x = x + expand.bias.unflatten(0, (self.patch_size, -1))
         for layer in self.decoder_layers[len(self.decoder_layers) // 2 :]:
             x = layer(x)
         return self.norm(x)
+
+    def _seen(self, latents: torch.Tensor) -> torch.Tensor:
+        """1 where the decoder of a token sees a component of the latent, else 0; [K, l]."""
+        tokens = torch.arange(self.slots, device=latents.device)
+        slot = tokens.repeat_interleave(latents.shape[-1] // self.slots)
+        return (slot <= tokens[:, None]).to(latents.dtype)
 
 
 class Autoencoder(nn.Module):

@@ -174,6 +174,16 @@ def _shape_problems(recipe: RecipeFields) -> list[str]:
                 f"model.replaced_token_id: {token} is outside the vocabulary of {vocabulary}; use "
                 "the id of a token that never occurs in text, or leave it out"
             )
+        if model.latent_slots not in (1, model.patch_size):
+            problems.append(
+                f"model.latent_slots: {model.latent_slots}; use 1, or one for each token: "
+                f"model.patch_size {model.patch_size}"
+            )
+        if model.latent_size % model.latent_slots:
+            problems.append(
+                f"model.latent_size: {model.latent_size} cannot be cut into model.latent_slots "
+                f"{model.latent_slots}; use {_round_up(model.latent_size, model.latent_slots)}"
+            )
         return problems + _odd_layers(model, "model")
     if model.kind == "calm":
         problems += _odd_layers(model.autoencoder_size, "model.autoencoder_size")
@@ -359,6 +369,8 @@ def _head_problems(recipe: RecipeFields) -> list[str]:
     if model.kind != "calm":
         return problems
     problems += model.head_spec.problems(model.head)
+    if model.latent_size is not None and model.has_latents:
+        problems += model.head_spec.latent_problems(model.latent_size)
     if model.head.independent and model.has_latents:
         problems.append(
             f"model.head.independent: true, but the {model.head.kind} head predicts a latent, no "

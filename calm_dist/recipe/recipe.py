@@ -138,19 +138,19 @@ class Recipe(RecipeFields):
             RecipeError: its patch, latent or vocabulary size contradicts the recipe, or the
                 recipe's model has no autoencoder.
         """
-        model = self.model
+        model, config = self.model, {"latent_slots": 1, **config}
         if model.kind != "calm":
             raise RecipeError(f"model.kind: {model.kind!r} has no autoencoder; use kind calm")
         problems = [
             f"model.{name}: {value} in the recipe, {config[name]} in the autoencoder "
             f"{model.autoencoder}; change the recipe or use another autoencoder"
-            for name in ("patch_size", "latent_size", "vocab_size")
+            for name in ("patch_size", "latent_size", "vocab_size", "latent_slots")
             if (value := getattr(model, name)) not in (None, config[name])
         ]
         if problems:
             raise RecipeError(join_problems(problems))
         size = {name: config[name] for name in AutoencoderSize.model_fields}
-        sizes = {name: config[name] for name in ("latent_size", "vocab_size")}
+        sizes = {name: config[name] for name in ("latent_size", "vocab_size", "latent_slots")}
         return self._replace({"model": {"autoencoder_size": size, **sizes}})
 
     def _store_problems(self, meta: Mapping[str, Any]) -> list[str]:

@@ -132,6 +132,8 @@ class CalmModel(BackboneModel):
     autoencoder_size: AutoencoderSize = AutoencoderSize()
     """Shape of that autoencoder, from which its FLOPs and memory are counted; the paper's where
     absent, replaced by the checkpoint's own (`Recipe.with_autoencoder`) once there is one."""
+    latent_slots: Positive | None = None
+    """Slots of that autoencoder's latents; taken from its checkpoint where absent."""
     head: Annotated[SerializeAsAny[HeadRecipe], BeforeValidator(_of_its_kind)] = HeadRecipe()
     """The generative head, see below."""
 
@@ -167,6 +169,9 @@ class AutoencoderModel(AutoencoderSize, Initialization):
     """Tokens per patch, K; divides the block."""
     latent_size: Positive = 128
     """Components of a latent, l; the paper has 32 for each token."""
+    latent_slots: Positive = 1
+    """1, or the patch size: the latent is cut into one slot for each token, and the decoder of a
+    token sees its own slot and those before; for the chain head."""
     latent_dropout: Probability = 0.15
     """Probability with which a component of the sampled latent is dropped; the others are scaled
     up."""

@@ -162,16 +162,25 @@ def autoencoder_values(directory: str | Path) -> AutoencoderConfig:
                 f"{path}: {name} {values[name]} is odd; half of the layers work on tokens, half "
                 "on patches"
             )
-    return AutoencoderConfig(**values)
+    try:
+        return AutoencoderConfig(**values)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def autoencoder_config(
     config: AutoencoderConfig, token_ids: Mapping[str, int | None]
 ) -> dict[str, Any]:
-    """``config.json`` of an autoencoder: every key of the authors' configuration, and ours."""
+    """``config.json`` of an autoencoder: every key of the authors' configuration, and ours.
+
+    ``latent_slots`` only where there are some: the authors' class would not see them.
+    """
+    values = dataclasses.asdict(config)
+    if config.latent_slots == 1:
+        del values["latent_slots"]
     return {
         "architectures": [AUTOENCODER_ARCHITECTURE],
-        **dataclasses.asdict(config),
+        **values,
         "initializer_range": _BODY_DEFAULTS["initializer_range"],
         "max_position_embeddings": _MAX_POSITIONS,
         **_WITHOUT,

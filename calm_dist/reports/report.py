@@ -215,7 +215,7 @@ def _model_entry(run: Run) -> dict[str, Any]:
             "pipeline": recipe.parallel.pipeline_parallel_size,
             "data": recipe.data_parallel_size,
             # The Transformer has no head, so no DeepSpeed engine: nothing is partitioned.
-            "zero_stage": recipe.parallel.zero_stage if run.kind == "calm" else 0,
+            "zero_stage": recipe.parallel.zero_stage if run.kind in ("calm", "tokens") else 0,
         },
         "precision": recipe.precision,
         "tokens_per_second": run.tokens_per_second,

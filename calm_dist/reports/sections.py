@@ -25,8 +25,18 @@ from calm_dist.runs.records import CPU, Record, Run
 from calm_dist.scores import brier, brier_text, brierlm_text
 
 NOTHING = "No run has records to show here."
-KINDS = {"calm": "CALM", "transformer": "Transformer", "autoencoder": "autoencoder"}
-LOSSES = {"calm": "energy loss", "transformer": "cross entropy, nats", "autoencoder": "loss"}
+KINDS = {
+    "calm": "CALM",
+    "tokens": "patches, discrete head",
+    "transformer": "Transformer",
+    "autoencoder": "autoencoder",
+}
+LOSSES = {
+    "calm": "energy loss",
+    "tokens": "cross entropy, nats",
+    "transformer": "cross entropy, nats",
+    "autoencoder": "loss",
+}
 _ALL_PARTS = {**plots.PART_NAMES, "encoder": "encoder", "decoder": "decoder"}
 _TABLE_ROWS = 12
 
@@ -281,7 +291,7 @@ def _cost_row(run: Run, cost: Record) -> tuple[Cell, ...]:
         f"{parallel.tensor_parallel_size} × {parallel.pipeline_parallel_size} × "
         f"{run.recipe.data_parallel_size}"
     )
-    if run.kind == "calm":
+    if run.kind in ("calm", "tokens"):
         layout += f", ZeRO-{parallel.zero_stage}"
     seconds, peak = cost["training_seconds"], cost["peak_flops_per_second_per_device"]
     return (

@@ -45,7 +45,10 @@ class Run:
 
     @property
     def kind(self) -> str:
-        return self.recipe.model.kind
+        """``model.kind``; ``tokens`` for a CALM whose head predicts tokens, the control of the
+        others."""
+        model = self.recipe.model
+        return "tokens" if model.kind == "calm" and not model.has_latents else model.kind
 
     @property
     def last_evaluation(self) -> Record:

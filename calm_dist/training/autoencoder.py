@@ -102,6 +102,7 @@ def autoencoder_config(recipe: AutoencoderRecipe) -> AutoencoderConfig:
         replaced_token_id=model.replaced_token_id or 0,
         kl_weight=model.kl_weight,
         kl_clamp=model.kl_clamp,
+        latent_slots=model.latent_slots,
     )
 
 

@@ -16,7 +16,7 @@ from launches import ALONE, WORKER, language_recipe, recipe, run_worker, trainin
 
 KINDS = ("calm", "transformer")
 # The energy head runs in every layout, these in the largest quick one.
-OTHER_HEADS = ("flow", "diffusion", "tokens")
+OTHER_HEADS = ("chain", "flow", "diffusion", "tokens")
 STEPS = 20
 # |a - b| <= TOLERANCE * max(1, |b|)
 TOLERANCE = 1e-5

@@ -31,7 +31,7 @@ ROOMS = (
         "evaluation",
         "reports",
     ),
-    *("benchmark", "cli"),
+    *("benchmark", "study", "cli"),
 )
 # Plans and reports are made of recipes and metrics, where no training library need be.
 PLAIN = {*BASE, "heads", "optimizers", "recipe", "costs", "planner"}

@@ -111,8 +111,12 @@ def normal_noise(num_samples: int, size: int) -> Draw:
 
 
 def posterior_samples(
-    mean: torch.Tensor, log_std: torch.Tensor, noise: NoiseSource, num_samples: int
+    mean: torch.Tensor,
+    log_std: torch.Tensor,
+    noise: NoiseSource,
+    num_samples: int,
+    kind: str = "posterior",
 ) -> torch.Tensor:
-    """Draws of the posterior [S, l] -> fp32 [N, S, l]."""
-    eps = noise.whole("posterior", normal_noise(num_samples, mean.shape[-1]))
+    """Draws of the posterior [S, l] -> fp32 [N, S, l]; ``kind`` names their noise."""
+    eps = noise.whole(kind, normal_noise(num_samples, mean.shape[-1]))
     return mean.float() + eps * log_std.float().exp()

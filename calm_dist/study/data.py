@@ -1,0 +1,97 @@
+"""Tokenizer and stores of tokens that the runs of a study share."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from calm_dist.data.corpus import iter_documents
+from calm_dist.data.tokenizer import train_tokenizer
+from calm_dist.errors import DataError
+
+SPLITS = ("train", "valid", "test")
+TOOLS = Path(__file__).parents[2] / "tools"
+# Enough for a vocabulary of some thousand words, in seconds.
+_TOKENIZER_CHARACTERS = 20_000_000
+
+
+def find_splits(corpus: Path) -> dict[str, Path]:
+    """The file of each split in a directory: train, valid and test with any known ending.
+
+    Raises:
+        DataError: one is missing, or there are several.
+    """
+    found = {}
+    for split in SPLITS:
+        files = sorted(corpus.glob(f"{split}.*"))
+        if len(files) != 1:
+            raise DataError(
+                f"--corpus {corpus}: {len(files)} files {split}.*; give a directory with one file "
+                f"for each of {', '.join(SPLITS)}"
+            )
+        found[split] = files[0]
+    return found
+
+
+def make_tokenizer(
+    out: Path, splits: dict[str, Path], vocabulary: int | None, given: Path | None
+) -> Path:
+    """The study's tokenizer: a copy of the one that is given, or a BPE of the training split.
+
+    Raises:
+        DataError: the plan names no vocabulary, and none is given, or both are.
+    """
+    if (vocabulary is None) == (given is None):
+        raise DataError(
+            f"--tokenizer {given}: the plan's vocabulary is {vocabulary}; give exactly one of them"
+        )
+    if given is not None:
+        target = out / f"tokenizer{given.suffix}"
+        if not target.is_file():
+            shutil.copyfile(given, target)
+        elif target.read_bytes() != given.read_bytes():
+            raise DataError(f"--tokenizer {given}: {target} is another one; use another --out")
+        return target
+    target = out / "tokenizer.json"
+    if not target.is_file():
+        assert vocabulary is not None
+        train_tokenizer(_beginning(splits["train"]), vocabulary, target)
+    return target
+
+
+def _beginning(file: Path) -> Iterator[str]:
+    """Documents of a file, until they are enough for a tokenizer."""
+    characters = 0
+    for document in iter_documents([str(file)]):
+        yield document.text
+        characters += len(document.text)
+        if characters > _TOKENIZER_CHARACTERS:
+            return
+
+
+def encode(
+    out: Path, splits: dict[str, Path], tokenizer: Path, patch_size: int, block_size: int
+) -> None:
+    """The stores of tokens in patches of K tokens, by tools/encode_latents.py; nothing happens
+    where they are there.
+
+    Raises:
+        DataError: a split cannot be encoded.
+    """
+    for split, file in splits.items():
+        target = store(out, patch_size, split)
+        command = [
+            sys.executable, str(TOOLS / "encode_latents.py"), "--variant", "tokens",
+            "--patch-size", str(patch_size), "--block-size", str(block_size),
+            "--tokenizer", str(tokenizer), "--corpus", str(file), "--out", str(target),
+        ]  # fmt: skip
+        if subprocess.run(command, check=False).returncode != 0:
+            raise DataError(f"{target}: was not encoded, see above")
+
+
+def store(out: Path, patch_size: int, split: str) -> Path:
+    """Where the tokens of a split lie."""
+    return out / "data" / f"patches_of_{patch_size}" / split

@@ -1,0 +1,157 @@
+"""A plan of trainings: a YAML file whose entries become single runs.
+
+    vocabulary: 259            # absent: the tokenizer that is given
+    block_size: 256
+    evaluation: {split: valid, blocks: 128, samples: 8}
+    runs:
+      - name: ae
+        recipe: autoencoder.yaml
+        overrides: {training.steps: 500}
+      - name: calm
+        recipe: calm.yaml
+        autoencoder: ae
+        flops: 1e12
+        grid: {training.learning_rate: [1e-3, 2e-3]}
+        seeds: [0, 1]
+
+An entry with a grid stands for every combination of its values, with every seed: here for four
+runs, ``calm-learning_rate=0.001-s0`` and so on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from calm_dist.errors import RecipeError
+from calm_dist.files import read_bounded
+from calm_dist.recipe import LARGEST_FILE
+from calm_dist.recipe.checks import describe_validation_errors
+from calm_dist.recipe.yaml_text import parse_yaml
+from calm_dist.schema import Positive, PositiveFloat, Section, Seed, Text
+
+Values = Annotated[tuple[Any, ...], Field(strict=False, min_length=1)]
+
+
+class Evaluation(Section):
+    """How the runs of a plan are scored."""
+
+    split: Literal["valid", "test"] = "valid"
+    """``valid`` for everything that is chosen by its score; ``test`` for what is reported."""
+    blocks: Positive = 128
+    """Evenly spaced blocks of the split."""
+    samples: Positive = 8
+    """Draws for each position."""
+
+
+class Entry(Section):
+    """One or several runs of a plan."""
+
+    name: Text
+    """Of the runs; directories and results are called by it."""
+    recipe: Text
+    """A recipe file, relative to the plan's directory."""
+    flops: PositiveFloat | None = None
+    """Training FLOPs as this package executes them, from which the number of steps follows; absent:
+    the recipe's own steps."""
+    autoencoder: Text | None = None
+    """Full name of the run whose autoencoder a CALM uses."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Dotted fields of the recipe and their values."""
+    grid: dict[str, Values] = Field(default_factory=dict)
+    """Dotted fields, each with the values that are tried."""
+    seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)] = (0,)
+    """Values of ``run.seed``; of blocks' order, too."""
+    all_checkpoints: bool = False
+    """Score every checkpoint, not only the last."""
+
+
+class Plan(Section):
+    """A whole plan."""
+
+    vocabulary: Annotated[int, Field(ge=259)] | None = None
+    """Entries of a BPE that is trained on the corpus; absent: a tokenizer must be given."""
+    block_size: Positive
+    """Tokens of a block."""
+    evaluation: Evaluation = Evaluation()
+    runs: Annotated[tuple[Entry, ...], Field(strict=False, min_length=1)]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One training of a plan."""
+
+    name: str
+    recipe: Path
+    overrides: tuple[str, ...]
+    """As a command line takes them, apart from those that the study itself sets."""
+    flops: float | None
+    autoencoder: str | None
+    all_checkpoints: bool
+
+
+def read_plan(path: str | Path) -> tuple[Plan, list[PlannedRun]]:
+    """A plan and its runs, autoencoders before the CALMs that use them.
+
+    Raises:
+        RecipeError: what is wrong with it; all problems at once.
+    """
+    path = Path(path)
+    try:
+        text = read_bounded(path, LARGEST_FILE, RecipeError).decode("utf-8")
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}; give the file of a plan") from error
+    values = parse_yaml(text, source=str(path))
+    try:
+        plan = Plan.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {describe_validation_errors(error, Plan)}") from error
+    runs = [run for entry in plan.runs for run in _runs_of(entry, path.parent)]
+    _check(runs, path)
+    used = {run.autoencoder for run in runs}
+    return plan, sorted(runs, key=lambda run: run.name not in used)
+
+
+def _runs_of(entry: Entry, directory: Path) -> Iterator[PlannedRun]:
+    for values in itertools.product(*entry.grid.values()):
+        chosen = dict(zip(entry.grid, values, strict=True))
+        tried = [f"{field.rpartition('.')[2]}={value}" for field, value in chosen.items()]
+        for seed in entry.seeds:
+            parts = [entry.name, *tried, *([f"s{seed}"] if len(entry.seeds) > 1 else [])]
+            fields = {**entry.overrides, **chosen, "run.seed": seed, "data.seed": seed}
+            yield PlannedRun(
+                "-".join(parts),
+                directory / entry.recipe,
+                tuple(f"{field}={_text(value)}" for field, value in fields.items()),
+                entry.flops,
+                entry.autoencoder,
+                entry.all_checkpoints,
+            )
+
+
+def _text(value: Any) -> str:
+    """As an override takes it."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
+def _check(runs: list[PlannedRun], path: Path) -> None:
+    names = [run.name for run in runs]
+    for name in names:
+        if names.count(name) > 1:
+            raise RecipeError(f"{path}: runs: {name} is there twice; give each its own name")
+        if "/" in name or name.startswith("."):
+            raise RecipeError(f"{path}: runs: {name} is no name of a directory; choose another")
+    for run in runs:
+        if run.autoencoder is not None and run.autoencoder not in names:
+            raise RecipeError(
+                f"{path}: {run.name}: autoencoder {run.autoencoder} is no run of this plan; use "
+                f"one of {', '.join(names[:10])}"
+            )
+        if not run.recipe.is_file():
+            raise RecipeError(f"{path}: {run.name}: {run.recipe}: no such recipe")

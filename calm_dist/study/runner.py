@@ -1,0 +1,196 @@
+"""The runs of a plan: trained and scored by the command-line tools, several at a time.
+
+A run that is done has a result in ``results/NAME.json`` and is not looked at again; one that was
+stopped goes on from its newest checkpoint. So the same command finishes what is left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calm_dist.costs.flops import count
+from calm_dist.data.store import read_meta
+from calm_dist.errors import EXIT_DIVERGED, RecipeError
+from calm_dist.recipe import Recipe, load_recipe
+from calm_dist.study import data
+from calm_dist.study.plan import Plan, PlannedRun
+from calm_dist.study.result import result_of
+from calm_dist.training.resolve import resolve
+
+
+class FailedRunError(Exception):
+    """A run ended with an error; its log says which."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Trains the runs of a plan below ``out``."""
+
+    plan: Plan
+    out: Path
+    threads: int = 1
+    """Of each training."""
+
+    def run_all(self, runs: list[PlannedRun], jobs: int) -> list[str]:
+        """Do all runs that have no result yet, ``jobs`` at a time; autoencoders come first.
+
+        Returns:
+            What went wrong, a line for each run that failed or waits for one that did.
+        """
+        (self.out / "results").mkdir(parents=True, exist_ok=True)
+        (self.out / "logs").mkdir(exist_ok=True)
+        waiting = [run for run in runs if not self._result_file(run.name).is_file()]
+        done = len(runs) - len(waiting)
+        failed: dict[str, str] = {}
+        running: dict[Future[dict[str, Any]], PlannedRun] = {}
+        with ThreadPoolExecutor(jobs) as pool:
+            while waiting or running:
+                for run in list(waiting):
+                    if run.autoencoder in failed:
+                        failed[run.name] = f"{run.name}: its autoencoder {run.autoencoder} failed"
+                        waiting.remove(run)
+                    elif len(running) < jobs and self._is_ready(run):
+                        running[pool.submit(self.run_one, run)] = run
+                        waiting.remove(run)
+                if not running:
+                    continue
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    run = running.pop(future)
+                    try:
+                        result = future.result()
+                    except (FailedRunError, RecipeError) as error:
+                        failed[run.name] = f"{run.name}: {error}"
+                        print(failed[run.name], file=sys.stderr, flush=True)
+                        continue
+                    done += 1
+                    print(f"{done}/{len(runs)}  {_line(result)}", flush=True)
+        return list(failed.values())
+
+    def run_one(self, run: PlannedRun) -> dict[str, Any]:
+        """Train and score one run, and keep its result.
+
+        Raises:
+            FailedRunError: a tool ended with an error.
+            RecipeError: the recipe does not fit its data.
+        """
+        overrides = self._overrides(run)
+        recipe = resolve(load_recipe(run.recipe, overrides))
+        if run.flops is not None:
+            overrides.append(f"training.steps={steps_for(recipe, run.flops)}")
+        is_autoencoder = recipe.model.kind == "autoencoder"
+        tool = "train_autoencoder.py" if is_autoencoder else "train.py"
+        started = time.time()
+        code = self._call(run, tool, str(run.recipe), *overrides)
+        if code not in (0, EXIT_DIVERGED):
+            raise FailedRunError(f"ended with code {code}; see {self._log(run)}")
+        diverged = code == EXIT_DIVERGED
+        if not diverged and not is_autoencoder:
+            self._score(run, recipe)
+        result = result_of(
+            run.name, self._run_dir(run.name), overrides, diverged=diverged,
+            autoencoder=run.autoencoder, seconds=time.time() - started,
+        )  # fmt: skip
+        file = self._result_file(run.name)
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(file)
+        return result
+
+    def _score(self, run: PlannedRun, recipe: Recipe) -> None:
+        wanted = self.plan.evaluation
+        code = self._call(
+            run, "evaluate.py", "--checkpoint", str(self._run_dir(run.name)),
+            "--data", str(data.store(self.out, self._patches(recipe), wanted.split)),
+            "--blocks", str(wanted.blocks), "--samples", str(wanted.samples),
+            *(["--all-checkpoints"] if run.all_checkpoints else []),
+        )  # fmt: skip
+        if code != 0:
+            raise FailedRunError(f"scoring ended with code {code}; see {self._log(run)}")
+
+    def _call(self, run: PlannedRun, tool: str, *arguments: str) -> int:
+        """Run a tool, its output at the end of the run's log; returns its exit code."""
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        with self._log(run).open("a", encoding="utf-8") as log:
+            command = [sys.executable, str(data.TOOLS / tool), *arguments]
+            print("$", *command, file=log, flush=True)
+            return subprocess.run(
+                command, stdout=log, stderr=log, env=environment, check=False
+            ).returncode
+
+    def _overrides(self, run: PlannedRun) -> list[str]:
+        given = load_recipe(run.recipe, run.overrides)
+        store = data.store(self.out, self._patches(given), "train")
+        overrides = [
+            *run.overrides,
+            f"run.dir={self._run_dir(run.name)}",
+            f"data.path={store}",
+            f"data.block_size={self.plan.block_size}",
+            f"model.vocab_size={read_meta(store).vocab_size}",
+        ]
+        if run.autoencoder is not None:
+            overrides += [
+                f"model.autoencoder={self._run_dir(run.autoencoder)}",
+                "data.latents=on_the_fly",
+            ]
+        return overrides
+
+    @staticmethod
+    def _patches(recipe: Recipe) -> int:
+        """K of the store that a run reads; Transformers are scored where CALMs of K = 4 are."""
+        return 4 if recipe.model.kind == "transformer" else recipe.model.patch_size
+
+    def _is_ready(self, run: PlannedRun) -> bool:
+        return run.autoencoder is None or self._result_file(run.autoencoder).is_file()
+
+    def _run_dir(self, name: str) -> Path:
+        return self.out / "runs" / name
+
+    def _result_file(self, name: str) -> Path:
+        return self.out / "results" / f"{name}.json"
+
+    def _log(self, run: PlannedRun) -> Path:
+        return self.out / "logs" / f"{run.name}.log"
+
+
+def steps_for(recipe: Recipe, flops: float) -> int:
+    """Steps of a recipe that cost this many training FLOPs as they are executed."""
+    one = count(recipe, recipe.tokens_per_step).train_flops_ours
+    return max(1, round(flops / one))
+
+
+def patch_sizes(runs: list[PlannedRun]) -> list[int]:
+    """K of all stores that these runs read.
+
+    Raises:
+        RecipeError: a recipe that cannot be trained.
+    """
+    sizes = set()
+    for run in runs:
+        try:
+            sizes.add(Runner._patches(load_recipe(run.recipe, run.overrides)))
+        except RecipeError as error:
+            raise RecipeError(f"run {run.name}: {error}") from error
+    return sorted(sizes)
+
+
+def _line(result: dict[str, Any]) -> str:
+    if result["diverged"]:
+        return f"{result['name']}: diverged"
+    if result["kind"] == "autoencoder":
+        return f"{result['name']}: {result['token_accuracy']:.2%} of held-out tokens reconstructed"
+    error = result["brierlm_stderr"]
+    return (
+        f"{result['name']}: BrierLM {result['brierlm']:.2f}"
+        + (f" ± {error:.2f}" if error is not None else "")
+        + " (Brier-1..4 "
+        + ", ".join(f"{100 * value:.2f}" for value in result["brier"])
+        + f")  {result['train_flops']:.3g} FLOPs, {result['seconds']:.0f} s"
+    )

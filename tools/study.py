@@ -1,0 +1,95 @@
+#!/usr/bin/env python3
+"""Train and score all runs of a plan, each at its budget of FLOPs, and keep the results as JSON.
+
+    python tools/study.py recipes/study/proxy.yaml --corpus books --out runs/proxy
+    python tools/study.py recipes/study/words.yaml --corpus books --tokenizer bpe.json \\
+        --out runs/words --jobs 2
+    python tools/study.py recipes/study/words.yaml --out runs/words --collect words.json
+
+The corpus is a directory with one file for each of train, valid and test. The same command goes on
+where a stopped one was, and does nothing for runs that have a result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from calm_dist.cli.console import announce, at_least, run, writable_directory, writable_file
+from calm_dist.errors import UserError
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("plan", type=Path, help="a plan, see calm_dist/study/plan.py")
+    parser.add_argument(
+        "--corpus", type=Path, metavar="DIR", help="directory with train.*, valid.* and test.*"
+    )
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="the corpus's tokenizer")
+    parser.add_argument(
+        "--out", type=writable_directory, required=True, metavar="DIR", help="where everything goes"
+    )
+    parser.add_argument(
+        "--jobs", type=at_least(1), default=1, metavar="N", help="trainings at a time (default 1)"
+    )
+    parser.add_argument(
+        "--only", metavar="TEXT", help="only runs with this in their name, and their autoencoders"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="only show the runs, and which have a result"
+    )
+    parser.add_argument(
+        "--collect",
+        type=writable_file,
+        metavar="F",
+        help="write the results of the plan's runs that have one to F, and train nothing",
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    announce("loading ...")
+
+    from calm_dist.study import data
+    from calm_dist.study.plan import read_plan
+    from calm_dist.study.runner import Runner, patch_sizes
+
+    out = Path(arguments.out)
+    plan, runs = read_plan(arguments.plan)
+    if arguments.only:
+        chosen = [one for one in runs if arguments.only in one.name]
+        needed = {one.autoencoder for one in chosen}
+        runs = [one for one in runs if one in chosen or one.name in needed]
+        if not chosen:
+            raise UserError(f"--only {arguments.only}: no run of {arguments.plan} has that name")
+    results = {one.name: out / "results" / f"{one.name}.json" for one in runs}
+    if arguments.list:
+        for name, file in results.items():
+            print(f"{'done' if file.is_file() else 'left'}  {name}")
+        return 0
+    if arguments.collect:
+        found = [json.loads(file.read_text()) for file in results.values() if file.is_file()]
+        text = json.dumps({"plan": arguments.plan.name, "runs": found}, indent=1)
+        Path(arguments.collect).write_text(text + "\n", encoding="utf-8")
+        print(f"{arguments.collect}: {len(found)} of {len(runs)} runs")
+        return 0
+    if arguments.corpus is None:
+        raise UserError("--corpus: is needed to train; give a directory with train, valid and test")
+    sizes = patch_sizes(runs)
+    splits = data.find_splits(arguments.corpus)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = data.make_tokenizer(out, splits, plan.vocabulary, arguments.tokenizer)
+    for patch_size in sizes:
+        data.encode(out, splits, tokenizer, patch_size, plan.block_size)
+    failed = Runner(plan, out).run_all(runs, arguments.jobs)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed\n  " + "\n  ".join(failed))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
