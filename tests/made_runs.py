@@ -24,6 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "autoencoder_size": {"hidden_size": 64, "intermediate_size": 128},
         **BACKBONE,
     },
+    "tokens": {"kind": "calm", "patch_size": 4, "head": {"kind": "tokens"}, **BACKBONE},
     "transformer": {"kind": "transformer", **BACKBONE},
     "autoencoder": {
         "kind": "autoencoder",

@@ -73,9 +73,16 @@ def headline(summary: dict[str, Any]) -> tuple[str, str, tuple[Fact, ...]]:
         )
     if ratios["brierlm_compares"] is False:
         lead += " Their last BrierLM were taken in different ways and do not compare."
+    control = first_of_kind(entries, "tokens")
+    if control is not None:
+        lead += (
+            f" {control['name']} is the control: patches on the same backbone without latents, its "
+            "tokens from a softmax."
+        )
     facts = (
         _score(calm),
         _score(transformer),
+        *([_score(control)] if control is not None else []),
         Fact("training FLOPs, CALM / Transformer", _times(training)),
         Fact("inference FLOPs, CALM / Transformer", _times(inference)),
     )

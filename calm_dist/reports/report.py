@@ -228,8 +228,10 @@ def _comparison(
     entries: Sequence[dict[str, Any]], models: Sequence[Run]
 ) -> dict[str, float | bool | None]:
     """FLOPs of the first CALM over those of the first Transformer, and whether their last BrierLM
-    were taken alike (None where one has none)."""
-    calm, transformer = (first_of_kind(entries, kind) for kind in ("calm", "transformer"))
+    were taken alike (None where one has none); the control's FLOPs over the Transformer's."""
+    calm, transformer, control = (
+        first_of_kind(entries, kind) for kind in ("calm", "transformer", "tokens")
+    )
     ways = {
         conditions(run.last_evaluation)
         for entry, run in zip(entries, models, strict=True)
@@ -247,6 +249,8 @@ def _comparison(
             )
         },
         "inference_flops_ratio": _ratio(calm, transformer, "inference_flops_per_token"),
+        "tokens_train_flops_ratio": _ratio(control, transformer, "train_flops"),
+        "tokens_inference_flops_ratio": _ratio(control, transformer, "inference_flops_per_token"),
         "brierlm_compares": len(ways) == 1 if scored else None,
     }
 

@@ -122,6 +122,27 @@ def test_totals_bear_the_autoencoder_and_its_pass_over_the_text(
     assert comparison["train_flops_with_autoencoder_ratio"] is None and "it took" not in page
 
 
+def test_the_control_stands_beside_the_two(experiment: dict[str, Path], tmp_path: Path) -> None:
+    """Whatever the order of the runs, it is not taken for the CALM."""
+    records = [training(400), evaluation(400, 3.0, cross_entropy=2.5)]
+    control = make_run(tmp_path / "patches", "tokens", records)
+    runs = [control, experiment["transformer"], experiment["calm"]]
+    summary = write_report(runs, tmp_path / "report", autoencoder=experiment["autoencoder"])
+    entry = summary["models"][0]
+    assert entry["kind"] == "tokens" and entry["layout"]["zero_stage"] == 2
+    assert entry["autoencoder_train_flops"] == entry["encoding_flops"] == 0
+    counts = count(read_run(control).recipe, tokens=400 * TOKENS_PER_STEP)
+    comparison, transformer = summary["comparison"], summary["models"][1]
+    ratio = counts.train_flops / transformer["train_flops"]
+    assert comparison["tokens_train_flops_ratio"] == pytest.approx(ratio)
+    assert comparison["train_flops_ratio"] == pytest.approx(
+        summary["models"][2]["train_flops"] / transformer["train_flops"]
+    )
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "patches is the control" in page and "patches, discrete head" in page
+    assert "output layer" in page
+
+
 def test_a_run_given_twice_is_one(experiment: dict[str, Path], tmp_path: Path) -> None:
     calm = experiment["calm"]
     (tmp_path / "link").symlink_to(calm)
