@@ -5,17 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from calm_dist.benchmark.timing import environment, median_seconds
 from calm_dist.costs import flops
 from calm_dist.errors import RecipeError
+from calm_dist.inference.load import single_process_recipe, single_process_topology
+from calm_dist.models.backbone import transformer_config
 from calm_dist.models.heads import latent_head
+from calm_dist.models.heads.tokens import TokensHead
+from calm_dist.models.patch_tokens import PatchTokens
 from calm_dist.parallel.noise import KeyedNoise
-from calm_dist.recipe import CalmModel, Recipe
+from calm_dist.recipe import CalmModel, LanguageModelRecipe, Recipe
 from calm_dist.training.build import build_head
 
 HEADS = (
     ("energy", None),
+    ("chain", None),
     ("flow", 2),
     ("flow", 4),
     ("flow", 10),
@@ -53,6 +59,7 @@ def measure_heads(
     rows = [
         _measure(recipe, kind, steps, positions, samples, repeats, device) for kind, steps in HEADS
     ]
+    rows.append(_measure_tokens(recipe, positions, samples, repeats, device))
     sizes = {"positions": positions, "samples": samples, "repeats": repeats}
     return {**environment(device), **sizes, "recipe": recipe.run.display_name, "heads": rows}
 
@@ -98,6 +105,56 @@ def _measure(
         "ms_per_sample": 1e3 * median_seconds(sample, repeats, device) / (positions * samples),
         "train_flops_per_position": TRAIN_FLOPS
         * flops.head_flops(model, model.head.num_samples, share_condition=True),
+        "train_ms_per_position": 1e3 * median_seconds(train, repeats, device) / positions,
+    }
+
+
+def _measure_tokens(
+    recipe: Recipe, positions: int, samples: int, repeats: int, device: torch.device
+) -> dict[str, Any]:
+    """The discrete head with its output layer; a sample is a patch, token by token."""
+    values = single_process_recipe(LanguageModelRecipe.from_dict(recipe.to_dict())).to_dict()
+    values["model"]["head"] |= {"kind": "tokens", "sampling_steps": None}
+    tokens_recipe = LanguageModelRecipe.from_dict(values)
+    model = tokens_recipe.model
+    assert isinstance(model, CalmModel) and model.vocab_size is not None
+    topology = single_process_topology(tokens_recipe, device)
+    config = transformer_config(tokens_recipe, torch.float32)
+    tables = PatchTokens(config, model.vocab_size, topology.groups, independent=False).to(device)
+    head = build_head(model, seed=0).to(device)
+    assert isinstance(head, TokensHead)
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(positions, model.hidden_size, generator=generator, device=device)
+    shape = (positions, model.patch_size)
+    targets = torch.randint(model.vocab_size, shape, generator=generator, device=device)
+
+    @torch.no_grad()
+    def sample() -> None:
+        same = hidden.repeat(samples, 1)
+        patch = torch.empty(len(same), 0, dtype=torch.long, device=device)
+        for place in range(model.patch_size):
+            embedded = tables.embed(patch)
+            state = head.state(same, embedded, place)
+            chances = tables.logits(state[:, None])[:, 0].softmax(-1)
+            patch = torch.cat([patch, torch.multinomial(chances, 1, generator=generator)], dim=1)
+
+    def train() -> None:
+        head.zero_grad()
+        tables.zero_grad()
+        states = head(hidden.requires_grad_(), tables.embed(targets[:, :-1]))
+        F.cross_entropy(tables.logits(states).flatten(0, 1), targets.flatten()).backward()
+
+    parts = {part.name: part for part in flops.count(tokens_recipe, tokens=0).parts}
+    own = [parts[name] for name in ("head", "patch_embedding", "output_layer")]
+    patch_flops = model.patch_size * sum(part.forward_flops_per_token_ours for part in own)
+    return {
+        "kind": "tokens",
+        "sampling_steps": 1,
+        "evaluations_per_sample": model.patch_size,
+        "parameters": sum(part.parameters for part in own),
+        "flops_per_sample": patch_flops,
+        "ms_per_sample": 1e3 * median_seconds(sample, repeats, device) / (positions * samples),
+        "train_flops_per_position": TRAIN_FLOPS * patch_flops,
         "train_ms_per_position": 1e3 * median_seconds(train, repeats, device) / positions,
     }
 
