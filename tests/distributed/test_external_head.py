@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from launches import ALONE, ROOT, call, recipe, torchrun, training_records
 
+from calm_dist.heads import all_specs
+
 PAGE = ROOT / "docs" / "howto" / "add_a_head.md"
 HEAD = ["model.head.kind=gaussian", "model.head.min_std=0.02"]
 
@@ -88,9 +90,8 @@ def test_faults_of_a_registered_head_are_named(
     wrong = tool(*python("train.py"), calm_m, HEAD[0], "model.head.min_std=-1", "--dry-run", code=2)
     assert "model.head.min_std: found -1" in wrong.stderr
     unknown = tool(*python("train.py"), calm_m, "model.head.kind=gauss", "--dry-run", code=2)
-    assert "model.head.kind: found 'gauss'; use one of energy, flow, diffusion, gaussian" in (
-        unknown.stderr
-    )
+    known = ", ".join(all_specs())
+    assert f"model.head.kind: found 'gauss'; use one of {known}, gaussian;" in unknown.stderr
     without = tool(*python("train.py"), calm_m, "model.head.min_std=1", "--dry-run", code=2)
     assert "model.head.min_std: unknown key" in without.stderr
     # A package whose entry point leads nowhere, beside it.
