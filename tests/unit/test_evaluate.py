@@ -169,13 +169,15 @@ def rule_calm(patch_size: int = K, head: Any = None) -> Any:
         decoder=GreedyDecoder(autoencoder),
         head=head or MostlyRightHead(),
         hidden=hidden,
+        has_probabilities=False,
         new_cache=NoCache,
     )
 
 
 def transformer_of(logits: Any) -> Any:
     model = rule_calm()
-    model.kind, model.logits = "transformer", logits
+    model.kind, model.has_probabilities = "transformer", True
+    model.outputs, model.token_logits = logits, lambda outputs, previous: outputs
     model.recipe = recipe("transformer")
     return model
 
