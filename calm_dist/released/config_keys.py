@@ -81,8 +81,10 @@ def check_keys(config: Mapping[str, Any], read: Collection[str], path: Path) -> 
     Raises:
         CheckpointError: naming the key and its value.
     """
+    # As Qwen 2 writes it: the size of a window that is not used.
+    unused = {"sliding_window"} if config.get("use_sliding_window") is False else set()
     for key, value in NEUTRAL.items():
-        if key not in read and key not in _ROPE:
+        if key not in read and key not in _ROPE and key not in unused:
             _check_neutral(key, config.get(key), value, path)
     known = {*read, *NEUTRAL, *LABELS}
     unknown = [
@@ -140,4 +142,5 @@ def rope_theta(config: Mapping[str, Any], default: float, path: Path) -> Any:
 def _check_neutral(key: str, found: Any, value: Any, path: Path) -> None:
     if found is None or found == value or (found is False and value is None):
         return
-    raise CheckpointError(f"{path}: {key} {shown(found)}; this model has only {value!r}")
+    only = "this model has no such field" if value is None else f"this model has only {value!r}"
+    raise CheckpointError(f"{path}: {key} {shown(found)}; {only}")

@@ -166,7 +166,7 @@ def test_fields_that_change_nothing_are_accepted(calm: Path) -> None:
         "transformers_version": "5.0.0",
         "id2label": {"0": "LABEL_0"},
         "temperature": 0.5,
-        "sliding_window": None,
+        "sliding_window": 4096,
         "use_sliding_window": False,
         "qk_norm": False,
         "partial_rotary_factor": 1.0,
