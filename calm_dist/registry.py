@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pkgutil import resolve_name
 from typing import Any, Protocol, TypeVar
+
+from pydantic_core import PydanticCustomError
 
 from calm_dist.errors import RecipeError
 
@@ -35,6 +37,21 @@ def with_installed(own: Mapping[str, T], group: str, described: Any, what: str) 
     for point in sorted(entry_points(group=group), key=lambda point: point.name):
         found[point.name] = _load(point, found, group, described, what)
     return found
+
+
+def known_kind(kind: str, known: Collection[str], group: str, what: str) -> str:
+    """``kind``, for a validator of a recipe's field.
+
+    Raises:
+        PydanticCustomError: nothing of this name is known.
+    """
+    if kind not in known:
+        message = (
+            f"use one of {', '.join(known)}; {what} of another package must be installed, with an "
+            f"entry point {group}"
+        )
+        raise PydanticCustomError("unknown_kind", "{message}", {"message": message})
+    return kind
 
 
 def load_module_part(name: str, field: str, kind: str, what: str) -> Any:

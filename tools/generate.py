@@ -47,7 +47,8 @@ def parse_arguments() -> argparse.Namespace:
         choices=("auto", "exact", "pool"),
         default="auto",
         help="CALM: rejection (any temperature), a pool of draws (1/n only, approximate), or the "
-        "pool where the temperature is 1/n (default)",
+        "pool where the temperature is 1/n (default). With the tokens head: exact for patches as "
+        "a whole, or each token as a Transformer draws it (default)",
     )
     parser.add_argument(
         "--pool-size", type=at_least(1), default=200, help="draws in a pool (default: 200)"

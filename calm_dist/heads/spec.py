@@ -18,9 +18,8 @@ from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
-from pydantic_core import PydanticCustomError
 
-from calm_dist.registry import with_installed
+from calm_dist.registry import known_kind, with_installed
 from calm_dist.schema import Positive, Section
 
 GROUP = "calm_dist.heads"
@@ -65,16 +64,7 @@ class HeadRecipe(Section):
     @field_validator("kind")
     @classmethod
     def _is_registered(cls, kind: str) -> str:
-        if kind not in all_specs():
-            raise PydanticCustomError(
-                "unknown_head",
-                "{message}",
-                {
-                    "message": f"use one of {', '.join(all_specs())}; a head of another "
-                    f"package must be installed, with an entry point {GROUP}"
-                },
-            )
-        return kind
+        return known_kind(kind, all_specs(), GROUP, "a head")
 
     @property
     def spec(self) -> HeadSpec:

@@ -12,6 +12,7 @@ from typing import Any
 from calm_dist.costs import flops
 from calm_dist.costs.memory import stage_memory
 from calm_dist.costs.stages import stage_layers, work_shares
+from calm_dist.planner.storage import size_text
 from calm_dist.recipe import Recipe
 
 
@@ -85,10 +86,11 @@ def format_plan(values: dict[str, Any]) -> str:
         memory = stage["memory_bytes"]
         lines.append(
             f"{stage['stage']:<6}{_ranges(stage['layers']):<10}{stage['train_flops_share']:>7.1%}"
-            f"{_size(memory['weights']):>10}{_size(memory['gradients']):>10}"
-            f"{_size(memory['optimizer']):>10}{_size(memory['activations']):>12}"
-            f"{_size(memory['head_samples']):>10}"
-            f"{_size(memory['energy_score'] + memory['buffers']):>10}{_size(memory['total']):>11}"
+            f"{size_text(memory['weights']):>10}{size_text(memory['gradients']):>10}"
+            f"{size_text(memory['optimizer']):>10}{size_text(memory['activations']):>12}"
+            f"{size_text(memory['head_samples']):>10}"
+            f"{size_text(memory['energy_score'] + memory['buffers']):>10}"
+            f"{size_text(memory['total']):>11}"
         )
     lines.append(
         f"stage balance {values['stage_balance']:.0%} (mean / largest), pipeline bubble "
@@ -140,11 +142,3 @@ def _ranges(numbers: list[int]) -> str:
         else:
             parts.append([number])
     return ",".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts) or "-"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"

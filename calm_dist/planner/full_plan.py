@@ -11,7 +11,7 @@ from calm_dist.costs.clusters import Cluster
 from calm_dist.errors import RecipeError
 from calm_dist.planner.predict import Prediction, predict, training_cost
 from calm_dist.planner.search import Search, search
-from calm_dist.planner.storage import Reliability
+from calm_dist.planner.storage import Reliability, size_text
 from calm_dist.recipe import LanguageModelRecipe
 
 BEST = 5
@@ -157,9 +157,10 @@ def _memory_lines(own: dict[str, Any], cluster: dict[str, Any]) -> list[str]:
     where = f" of stage {own['largest_stage']}" if stages > 1 else ""
     return [
         f"This layout: {_layout_text(own)}",
-        f"Memory per rank{where}, at its peak: {_gb(parts['total'])} of {_gb(usable)}: {verdict}",
+        f"Memory per rank{where}, at its peak: {size_text(parts['total'])} of "
+        f"{size_text(usable)}: {verdict}",
         *_wrapped(
-            f"{name.replace('_', ' ')} {_gb(size)}"
+            f"{name.replace('_', ' ')} {size_text(size)}"
             for name, size in parts.items()
             if name != "total" and size
         ),
@@ -191,7 +192,7 @@ def _run_lines(run: dict[str, Any], steps: int, stored_latents: bool, device: st
         f"Failures: one in {_duration(failures['mtbf_hours'] * 3600)}; goodput "
         f"{own['goodput']:.1%} with a checkpoint every {own['interval_steps']:,} steps",
         f"  (best: every {best['interval_steps']:,} steps, {best['goodput']:.1%})",
-        f"Checkpoint: {_gb(checkpoint['bytes'])}, written in "
+        f"Checkpoint: {size_text(checkpoint['bytes'])}, written in "
         f"{_duration(checkpoint['write_seconds'])}, training waits "
         f"{_duration(checkpoint['stall_seconds'])}",
         f"Data: {data['bytes_per_token']:.3g} bytes a token{as_int8}, "
@@ -216,7 +217,7 @@ def _best_lines(values: dict[str, Any]) -> list[str]:
         lines.append(
             f"  {_layout_text(layout):<40}{_duration(layout['step_seconds']):>9}"
             f"{layout['mfu']:>8.1%}"
-            f"{_gb(max(stage['total'] for stage in layout['memory_bytes'])):>10}"
+            f"{size_text(max(stage['total'] for stage in layout['memory_bytes'])):>10}"
             + (f"{own / layout['step_seconds']:>18.2f}x" if own else "")
         )
     chosen = values["best"][0]["overrides"]
@@ -233,7 +234,7 @@ def _lost_lines(found: dict[str, Any], cluster: dict[str, Any]) -> list[str]:
         )
     if found["out_of_memory"]:
         lines.append(
-            f"  {found['out_of_memory']:,} need more than {_gb(cluster['usable_memory'])}, "
+            f"  {found['out_of_memory']:,} need more than {size_text(cluster['usable_memory'])}, "
             "most of it for"
         )
         lines += _wrapped(
@@ -279,10 +280,6 @@ def _wrapped(items: Iterable[str], indent: int = 2, separator: str = ", ") -> li
 def _amount(value: float) -> str:
     """Hours or money: whole ones, or two digits of less than ten."""
     return f"{value:,.0f}" if value >= 10 or value == 0 else f"{value:.2g}"
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def _duration(seconds: float) -> str:

@@ -22,6 +22,14 @@ HOUR = 3600.0
 STALL_SECONDS = 0.08
 
 
+def size_text(size: float) -> str:
+    """Bytes for people, in the units in which GPUs' memory is sold: 1 GB is 10^9 bytes."""
+    for unit, one in (("GB", 1e9), ("MB", 1e6)):
+        if size >= 0.1 * one:
+            return f"{size / one:,.1f} {unit}"
+    return f"{size / 1e3:.1f} kB"
+
+
 @dataclass(frozen=True)
 class Reliability:
     """How often nodes fail, and what a failure costs; every number can be replaced."""

@@ -13,11 +13,11 @@ from pydantic import (
     Tag,
     field_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from calm_dist.heads import HeadRecipe, HeadSpec, all_specs
 from calm_dist.optimizers import GROUP as OPTIMIZERS
 from calm_dist.optimizers import OptimizerSpec, all_optimizers, optimizer_spec
+from calm_dist.registry import known_kind
 from calm_dist.schema import (
     NonNegative,
     NonNegativeFloat,
@@ -347,16 +347,7 @@ class Training(Section):
     @field_validator("optimizer")
     @classmethod
     def _is_registered(cls, kind: str) -> str:
-        if kind not in all_optimizers():
-            raise PydanticCustomError(
-                "unknown_optimizer",
-                "{message}",
-                {
-                    "message": f"use one of {', '.join(all_optimizers())}; an optimizer of another "
-                    f"package must be installed, with an entry point {OPTIMIZERS}"
-                },
-            )
-        return kind
+        return known_kind(kind, all_optimizers(), OPTIMIZERS, "an optimizer")
 
     @property
     def optimizer_spec(self) -> OptimizerSpec:
