@@ -26,7 +26,7 @@ _MODULES = {
     "TokenEmbedding": "embedding",
     "CachedSelfAttention": "attention",
     "MLP": "MLP",
-    "ColumnParallelLinear": "output layer",
+    "OutputLayer": "output layer",
 }
 """Modules whose time is told apart, the outermost of each that is met."""
 _SCORES = ("_ChunkedEnergyScore", "_FusedEnergyScore")

@@ -150,7 +150,10 @@ class Recipe(RecipeFields):
         if problems:
             raise RecipeError(join_problems(problems))
         size = {name: config[name] for name in AutoencoderSize.model_fields}
-        sizes = {name: config[name] for name in ("latent_size", "vocab_size", "latent_slots")}
+        sizes = {name: config[name] for name in ("latent_size", "vocab_size")}
+        if config["latent_slots"] > 1:
+            # Otherwise left out, as in recipes from before there were any.
+            sizes["latent_slots"] = config["latent_slots"]
         return self._replace({"model": {"autoencoder_size": size, **sizes}})
 
     def _store_problems(self, meta: Mapping[str, Any]) -> list[str]:

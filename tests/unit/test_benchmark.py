@@ -142,11 +142,11 @@ def test_time_belongs_to_the_part_that_spends_it() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return (x @ x).tanh()
 
-    class ColumnParallelLinear(torch.nn.Module):
+    class OutputLayer(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.sum()
 
-    layers = torch.nn.Sequential(MLP(), ColumnParallelLinear())
+    layers = torch.nn.Sequential(MLP(), OutputLayer())
     x = torch.randn(700, 700, requires_grad=True)
     for recomputed in (False, True):
         handles = model._annotate(layers)
