@@ -6,8 +6,8 @@
         --out runs/words --jobs 2
     python tools/study.py recipes/study/words.yaml --out runs/words --collect words.json
 
-The corpus is a directory with one file for each of train, valid and test. The same command goes on
-where a stopped one was, and does nothing for runs that have a result.
+The corpus is a directory with one file for each of train, valid and test. Repeat a command that was
+interrupted to resume it; runs that have a result are skipped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ import argparse
 import json
 from pathlib import Path
 
-from calm_dist.cli.console import announce, at_least, run, writable_directory, writable_file
+from calm_dist.cli.console import (
+    announce,
+    at_least,
+    run,
+    writable_directory,
+    writable_file,
+    write_json,
+)
 from calm_dist.errors import UserError
 
 
@@ -66,15 +73,15 @@ def main() -> int:
         runs = [one for one in runs if one in chosen or one.name in needed]
         if not chosen:
             raise UserError(f"--only {arguments.only}: no run of {arguments.plan} has that name")
-    results = {one.name: out / "results" / f"{one.name}.json" for one in runs}
+    runner = Runner(plan, out)
+    results = {one.name: runner.result_file(one.name) for one in runs}
     if arguments.list:
         for name, file in results.items():
             print(f"{'done' if file.is_file() else 'left'}  {name}")
         return 0
     if arguments.collect:
         found = [json.loads(file.read_text()) for file in results.values() if file.is_file()]
-        text = json.dumps({"plan": arguments.plan.name, "runs": found}, indent=1)
-        Path(arguments.collect).write_text(text + "\n", encoding="utf-8")
+        write_json({"plan": arguments.plan.name, "runs": found}, arguments.collect)
         print(f"{arguments.collect}: {len(found)} of {len(runs)} runs")
         return 0
     if arguments.corpus is None:
@@ -85,7 +92,7 @@ def main() -> int:
     tokenizer = data.make_tokenizer(out, splits, plan.vocabulary, arguments.tokenizer)
     for patch_size in sizes:
         data.encode(out, splits, tokenizer, patch_size, plan.block_size)
-    failed = Runner(plan, out).run_all(runs, arguments.jobs)
+    failed = runner.run_all(runs, arguments.jobs)
     if failed:
         raise UserError(f"{len(failed)} of {len(runs)} runs failed\n  " + "\n  ".join(failed))
     return 0

@@ -40,10 +40,7 @@ class ChainSpec(HeadSpec):
         return ChainSpec(patch_size)
 
     def problems(self, head: HeadRecipe) -> list[str]:
-        return [
-            problem.replace("the energy head", "the chain head")
-            for problem in ENERGY.problems(head)
-        ]
+        return ENERGY.problems(head)
 
     def latent_problems(self, latent_size: int) -> list[str]:
         if latent_size % self.slots == 0:

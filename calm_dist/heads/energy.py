@@ -31,8 +31,8 @@ class EnergySpec(HeadSpec):
             )
         if head.sampling_steps is not None:
             problems.append(
-                f"model.head.sampling_steps: {head.sampling_steps}, but the energy head draws a "
-                "sample in one step; leave it out"
+                f"model.head.sampling_steps: {head.sampling_steps}, but the {head.kind} head draws "
+                "a sample in one step; leave it out"
             )
         return problems
 

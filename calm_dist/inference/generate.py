@@ -112,7 +112,7 @@ def generate(
         seed: at least 0: one for every prompt, or a sequence of one for each.
         method: CALM only. ``pool`` (T = 1/n), ``exact`` (any T), ``auto``: the pool where T = 1/n.
             With the tokens head ``exact`` draws patches from P(patch)^(1/T) / Z, T in (0, 1], as
-            CALM does; ``auto`` each token at T, as a Transformer does; there is no pool.
+            CALM does; ``auto`` draws each token at T, like a Transformer; ``pool`` is refused.
         pool_size: draws in a pool.
         max_draws: limit of the exact method for one patch.
         show_progress: report the steps done on stderr.

@@ -125,7 +125,7 @@ def _check_slots(model: Autoencoder, directory: Path) -> None:
     if model.config.latent_slots > 1:
         raise CheckpointError(
             f"{directory}: its autoencoder has model.latent_slots {model.config.latent_slots}, "
-            "which the authors' released layout has not"
+            "which the authors' released layout does not support"
         )
 
 

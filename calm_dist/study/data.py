@@ -39,10 +39,10 @@ def find_splits(corpus: Path) -> dict[str, Path]:
 def make_tokenizer(
     out: Path, splits: dict[str, Path], vocabulary: int | None, given: Path | None
 ) -> Path:
-    """The study's tokenizer: a copy of the one that is given, or a BPE of the training split.
+    """Copy the given tokenizer, or train a BPE on the training split.
 
     Raises:
-        DataError: the plan names no vocabulary, and none is given, or both are.
+        DataError: neither a tokenizer nor a vocabulary size is given, or both are.
     """
     if (vocabulary is None) == (given is None):
         raise DataError(

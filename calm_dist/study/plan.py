@@ -90,7 +90,7 @@ class PlannedRun:
     name: str
     recipe: Path
     overrides: tuple[str, ...]
-    """As a command line takes them, apart from those that the study itself sets."""
+    """Command-line overrides, without those that the study sets."""
     flops: float | None
     autoencoder: str | None
     all_checkpoints: bool
@@ -146,11 +146,11 @@ def _check(runs: list[PlannedRun], path: Path) -> None:
         if names.count(name) > 1:
             raise RecipeError(f"{path}: runs: {name} is there twice; give each its own name")
         if "/" in name or name.startswith("."):
-            raise RecipeError(f"{path}: runs: {name} is no name of a directory; choose another")
+            raise RecipeError(f"{path}: runs: {name} cannot name a directory; choose another")
     for run in runs:
         if run.autoencoder is not None and run.autoencoder not in names:
             raise RecipeError(
-                f"{path}: {run.name}: autoencoder {run.autoencoder} is no run of this plan; use "
+                f"{path}: {run.name}: autoencoder {run.autoencoder} is not a run of this plan; use "
                 f"one of {', '.join(names[:10])}"
             )
         if not run.recipe.is_file():

@@ -25,12 +25,13 @@ def result_of(
     diverged: bool,
     autoencoder: str | None,
     seconds: float,
+    threads: int,
 ) -> dict[str, Any]:
     """A JSON-able dict of a run that is finished or diverged, with its last scores and those of
     earlier checkpoints.
 
-    FLOPs are those that this package executes (`train_flops`), the encoder's on the fly apart
-    (`encoding_flops`); an autoencoder's are in its own result.
+    ``train_flops`` counts what this package executes; ``encoding_flops`` counts the frozen encoder,
+    which runs on the fly. The autoencoder's own training is in its own result.
     """
     run = read_run(run_dir)
     recipe, counts = run.recipe, run.counts()
@@ -74,5 +75,5 @@ def result_of(
         ],
         "training_seconds": run.training_seconds,
         "seconds": seconds,
-        "hardware": f"{platform.processor() or platform.machine()}, 1 thread",
+        "hardware": f"{platform.processor() or platform.machine()}, {threads} thread",
     }

@@ -1,7 +1,7 @@
 """The runs of a plan: trained and scored by the command-line tools, several at a time.
 
-A run that is done has a result in ``results/NAME.json`` and is not looked at again; one that was
-stopped goes on from its newest checkpoint. So the same command finishes what is left.
+A finished run has a result in ``results/NAME.json`` and is skipped; an interrupted run resumes from
+its newest checkpoint. The same command therefore completes whatever is left.
 """
 
 from __future__ import annotations
@@ -18,16 +18,21 @@ from typing import Any
 
 from calm_dist.costs.flops import count
 from calm_dist.data.store import read_meta
-from calm_dist.errors import EXIT_DIVERGED, RecipeError
+from calm_dist.errors import EXIT_DIVERGED, RecipeError, UserError
+from calm_dist.files import replace_text
 from calm_dist.recipe import Recipe, load_recipe
+from calm_dist.scores import summary_text
 from calm_dist.study import data
 from calm_dist.study.plan import Plan, PlannedRun
 from calm_dist.study.result import result_of
 from calm_dist.training.resolve import resolve
 
+THREADS = 1
+"""Of each training: several trainings use several cores better than one does."""
 
-class FailedRunError(Exception):
-    """A run ended with an error; its log says which."""
+
+class FailedRunError(UserError):
+    """A tool ended with an error; the run's log says which."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +41,16 @@ class Runner:
 
     plan: Plan
     out: Path
-    threads: int = 1
-    """Of each training."""
 
     def run_all(self, runs: list[PlannedRun], jobs: int) -> list[str]:
-        """Do all runs that have no result yet, ``jobs`` at a time; autoencoders come first.
+        """Do all runs without a result, ``jobs`` at a time, autoencoders first.
 
         Returns:
-            What went wrong, a line for each run that failed or waits for one that did.
+            One line for each run that failed, or whose autoencoder did.
         """
         (self.out / "results").mkdir(parents=True, exist_ok=True)
         (self.out / "logs").mkdir(exist_ok=True)
-        waiting = [run for run in runs if not self._result_file(run.name).is_file()]
+        waiting = [run for run in runs if not self.result_file(run.name).is_file()]
         done = len(runs) - len(waiting)
         failed: dict[str, str] = {}
         running: dict[Future[dict[str, Any]], PlannedRun] = {}
@@ -66,7 +69,7 @@ class Runner:
                     run = running.pop(future)
                     try:
                         result = future.result()
-                    except (FailedRunError, RecipeError) as error:
+                    except UserError as error:
                         failed[run.name] = f"{run.name}: {error}"
                         print(failed[run.name], file=sys.stderr, flush=True)
                         continue
@@ -78,8 +81,7 @@ class Runner:
         """Train and score one run, and keep its result.
 
         Raises:
-            FailedRunError: a tool ended with an error.
-            RecipeError: the recipe does not fit its data.
+            UserError: a tool ended with an error, or the recipe does not fit its data.
         """
         overrides = self._overrides(run)
         recipe = resolve(load_recipe(run.recipe, overrides))
@@ -96,19 +98,16 @@ class Runner:
             self._score(run, recipe)
         result = result_of(
             run.name, self._run_dir(run.name), overrides, diverged=diverged,
-            autoencoder=run.autoencoder, seconds=time.time() - started,
+            autoencoder=run.autoencoder, seconds=time.time() - started, threads=THREADS,
         )  # fmt: skip
-        file = self._result_file(run.name)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(file)
+        replace_text(self.result_file(run.name), json.dumps(result, indent=1) + "\n")
         return result
 
     def _score(self, run: PlannedRun, recipe: Recipe) -> None:
         wanted = self.plan.evaluation
         code = self._call(
             run, "evaluate.py", "--checkpoint", str(self._run_dir(run.name)),
-            "--data", str(data.store(self.out, self._patches(recipe), wanted.split)),
+            "--data", str(data.store(self.out, store_patch_size(recipe), wanted.split)),
             "--blocks", str(wanted.blocks), "--samples", str(wanted.samples),
             *(["--all-checkpoints"] if run.all_checkpoints else []),
         )  # fmt: skip
@@ -117,7 +116,7 @@ class Runner:
 
     def _call(self, run: PlannedRun, tool: str, *arguments: str) -> int:
         """Run a tool, its output at the end of the run's log; returns its exit code."""
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
         with self._log(run).open("a", encoding="utf-8") as log:
             command = [sys.executable, str(data.TOOLS / tool), *arguments]
             print("$", *command, file=log, flush=True)
@@ -127,7 +126,7 @@ class Runner:
 
     def _overrides(self, run: PlannedRun) -> list[str]:
         given = load_recipe(run.recipe, run.overrides)
-        store = data.store(self.out, self._patches(given), "train")
+        store = data.store(self.out, store_patch_size(given), "train")
         overrides = [
             *run.overrides,
             f"run.dir={self._run_dir(run.name)}",
@@ -142,18 +141,14 @@ class Runner:
             ]
         return overrides
 
-    @staticmethod
-    def _patches(recipe: Recipe) -> int:
-        """K of the store that a run reads; Transformers are scored where CALMs of K = 4 are."""
-        return 4 if recipe.model.kind == "transformer" else recipe.model.patch_size
-
     def _is_ready(self, run: PlannedRun) -> bool:
-        return run.autoencoder is None or self._result_file(run.autoencoder).is_file()
+        return run.autoencoder is None or self.result_file(run.autoencoder).is_file()
 
     def _run_dir(self, name: str) -> Path:
         return self.out / "runs" / name
 
-    def _result_file(self, name: str) -> Path:
+    def result_file(self, name: str) -> Path:
+        """Where the result of a run is, once there is one."""
         return self.out / "results" / f"{name}.json"
 
     def _log(self, run: PlannedRun) -> Path:
@@ -166,6 +161,11 @@ def steps_for(recipe: Recipe, flops: float) -> int:
     return max(1, round(flops / one))
 
 
+def store_patch_size(recipe: Recipe) -> int:
+    """K of the store that a run reads; Transformers are scored where CALMs of K = 4 are."""
+    return 4 if recipe.model.kind == "transformer" else recipe.model.patch_size
+
+
 def patch_sizes(runs: list[PlannedRun]) -> list[int]:
     """K of all stores that these runs read.
 
@@ -175,7 +175,7 @@ def patch_sizes(runs: list[PlannedRun]) -> list[int]:
     sizes = set()
     for run in runs:
         try:
-            sizes.add(Runner._patches(load_recipe(run.recipe, run.overrides)))
+            sizes.add(store_patch_size(load_recipe(run.recipe, run.overrides)))
         except RecipeError as error:
             raise RecipeError(f"run {run.name}: {error}") from error
     return sorted(sizes)
@@ -186,11 +186,7 @@ def _line(result: dict[str, Any]) -> str:
         return f"{result['name']}: diverged"
     if result["kind"] == "autoencoder":
         return f"{result['name']}: {result['token_accuracy']:.2%} of held-out tokens reconstructed"
-    error = result["brierlm_stderr"]
     return (
-        f"{result['name']}: BrierLM {result['brierlm']:.2f}"
-        + (f" ± {error:.2f}" if error is not None else "")
-        + " (Brier-1..4 "
-        + ", ".join(f"{100 * value:.2f}" for value in result["brier"])
-        + f")  {result['train_flops']:.3g} FLOPs, {result['seconds']:.0f} s"
+        f"{result['name']}: {summary_text(result, ', ')}  {result['train_flops']:.3g} FLOPs, "
+        f"{result['seconds']:.0f} s"
     )

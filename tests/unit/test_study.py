@@ -59,8 +59,8 @@ def test_a_grid_stands_for_every_combination(tmp_path: Path) -> None:
     [
         ([], "runs: "),
         ([entry("a"), entry("a")], "a is there twice"),
-        ([entry("a/b")], "a/b is no name of a directory"),
-        ([entry("a", autoencoder="b")], "autoencoder b is no run of this plan; use one of a"),
+        ([entry("a/b")], "a/b cannot name a directory"),
+        ([entry("a", autoencoder="b")], "autoencoder b is not a run of this plan; use one of a"),
         ([{"name": "a", "recipe": "none.yaml"}], "none.yaml: no such recipe"),
         ([entry("a", flop=1e12)], "runs.0.flop: unknown key"),
         ([entry("a", flops=-1)], "runs.0.flops: found -1"),

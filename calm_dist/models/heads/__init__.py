@@ -24,10 +24,10 @@ def make_head(head: HeadRecipe, hidden_size: int, latent_size: int, patch_size: 
 
 
 def latent_head(head: Head) -> GenerativeHead:
-    """The same head, of which it is known that it predicts latents.
+    """Narrow the type of a head that predicts latents.
 
     Raises:
-        TypeError: it does not.
+        TypeError: it predicts tokens.
     """
     if not isinstance(head, GenerativeHead):
         raise TypeError(f"{type(head).__name__} predicts no latents")
