@@ -6,9 +6,11 @@ FAULT in the environment is JSON: {"kind": a function below, "rank": on which ra
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from calm_dist.cli.console import run
@@ -234,10 +236,21 @@ def full_disk(step: int, last: int, bytes: int) -> None:
     in_step(action, step, last)
 
 
+def full_disk_for_common(step: int) -> None:
+    """There is room for nothing of what a state has besides tensors."""
+    from calm_dist.training.checkpoint.tensor_files import _CommonFile
+
+    original = _CommonFile.save_common
+
+    def save(self: Any, state: Any, directory: Any) -> None:
+        with _file_size_limited(f"{step:08d}" in str(directory)):
+            original(self, state, directory)
+
+    _CommonFile.save_common = save  # type: ignore[assignment,method-assign]
+
+
 def full_disk_at_the_end(step: int) -> None:
     """There was room for the tensors, but there is none for what describes them."""
-    import resource
-
     from calm_dist.training.checkpoint.tensor_files import TensorWriter
 
     original = TensorWriter._finalize
@@ -246,17 +259,25 @@ def full_disk_at_the_end(step: int) -> None:
         write = finish()
 
         def write_to_full_disk() -> None:
-            if f"{step:08d}" in str(directory):
-                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-            try:
+            with _file_size_limited(f"{step:08d}" in str(directory)):
                 write()
-            finally:
-                unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-                resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 
         original(self, lambda: write_to_full_disk, directory, commit)
 
     TensorWriter._finalize = finalize  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _file_size_limited(limited: bool) -> Iterator[None]:
+    import resource
+
+    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    if limited:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 
 
 def no_process(step: int) -> None:
@@ -270,6 +291,20 @@ def no_process(step: int) -> None:
 
     in_step(lambda *_: setattr(os, "fork", refuse), step)
     in_step(lambda *_: setattr(os, "fork", real), step + 1)
+
+
+def lost_forks(step: int, times: int) -> None:
+    """The first processes that are forked from step ``step`` on never run their own code."""
+    real, left = os.fork, [times]
+
+    def lose() -> int:
+        lost = left[0] > 0
+        left[0] -= 1
+        if (pid := real()) == 0 and lost:
+            time.sleep(FOREVER)
+        return pid
+
+    in_step(lambda *_: setattr(os, "fork", lose), step)
 
 
 def no_directory(step: int) -> None:

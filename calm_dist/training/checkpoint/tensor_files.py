@@ -51,6 +51,7 @@ from calm_dist.parallel.processes import stand_back
 from calm_dist.parallel.rank_zero import RankZeroTask
 from calm_dist.runs.checkpoints import describe_files
 from calm_dist.runs.checkpoints.trusted import DESCRIPTION, read_description
+from calm_dist.training.checkpoint import forks
 from calm_dist.training.checkpoint.staging import Staging
 
 State = dict[str, Any]
@@ -303,7 +304,7 @@ def _first_failure(directory: Path, failures: dict[int, Any]) -> str:
 def write_now(state: State, directory: Path) -> None:
     """Write the state of a single process."""
     calls, writer = AsyncCallsQueue(), TensorWriter()
-    calls.schedule_async_request(writer.plan(state, directory, urgent=True, commit=lambda: None))
+    forks.schedule(calls, writer.plan(state, directory, urgent=True, commit=lambda: None))
     calls.maybe_finalize_async_calls(blocking=True)
     writer.ended(wait=True)
 

@@ -18,7 +18,7 @@ from calm_dist.recipe import LanguageModelRecipe
 from calm_dist.runs import checkpoints
 from calm_dist.runs.checkpoints.run_state import RunState
 from calm_dist.training.build import Parts
-from calm_dist.training.checkpoint import model_state
+from calm_dist.training.checkpoint import forks, model_state
 from calm_dist.training.checkpoint.attempts import Attempts
 from calm_dist.training.checkpoint.staging import not_forked
 from calm_dist.training.checkpoint.tensor_files import TensorWriter
@@ -115,14 +115,13 @@ class CheckpointWriter:
         )
         try:
             with not_forked(memory if self._writer.has_copies else ()):
-                self._calls.schedule_async_request(request)
+                forks.schedule(self._calls, request)
         except OSError as error:
             # No memory or no process left on this rank, which the others cannot know. It takes
             # part with nothing to run, so that all learn that it has written nothing.
             rank = self._topology.rank
             _log.log(NOTE, f"rank {rank}: no process can be forked ({error})")
-            self._calls.call_idx -= 1
-            self._calls.schedule_async_request(request._replace(async_fn=None))
+            forks.schedule(self._calls, request._replace(async_fn=None))
 
     def _state(self, parts: Parts) -> dict[str, Any]:
         moments = self._recipe.training.optimizer_spec.moments

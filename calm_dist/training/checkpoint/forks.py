@@ -1,0 +1,74 @@
+"""Fork the process that writes a checkpoint, and make sure that it runs.
+
+CPython 3.11 can lose a forked child before it executes its first line: the child waits for the lock
+of the interpreter's thread list, which another thread of the parent held at the fork
+(``_PyThreadState_DeleteExcept``). Such a child would never write, and would keep the descriptors of
+its parent open.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+from functools import partial
+from typing import Any
+
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+
+from calm_dist.log import NOTE
+
+_log = logging.getLogger(__name__)
+
+# A child reports in milliseconds; a slow one is only forked again.
+_SECONDS_UNTIL_IT_RUNS = 5.0
+_TRIES = 3
+
+
+def schedule(calls: AsyncCallsQueue, request: AsyncRequest) -> None:
+    """Schedule a request whose process is known to run, or that has none.
+
+    Raises:
+        OSError: no process can be forked, or none of several runs; nothing is scheduled.
+    """
+    for _ in range(_TRIES):
+        reader, writer = os.pipe()
+        try:
+            _schedule(calls, _reporting(request, writer))
+            os.close(writer)
+            writer = -1
+            process = calls.async_calls[-1].async_caller.process
+            # Also readable once the child has ended without a report.
+            if process is None or select.select([reader], [], [], _SECONDS_UNTIL_IT_RUNS)[0]:
+                return
+        finally:
+            os.close(reader)
+            if writer >= 0:
+                os.close(writer)
+        process.kill()
+        process.join()
+        calls.async_calls.pop()
+        calls.call_idx -= 1
+        _log.log(NOTE, f"process {process.pid} did not start to write a checkpoint; forking again")
+    raise OSError(f"{_TRIES} forked processes did not start")
+
+
+def _schedule(calls: AsyncCallsQueue, request: AsyncRequest) -> None:
+    try:
+        calls.schedule_async_request(request)
+    except OSError:
+        calls.call_idx -= 1
+        raise
+
+
+def _reporting(request: AsyncRequest, writer: int) -> AsyncRequest:
+    if request.async_fn is None:
+        return request
+    return request._replace(async_fn=partial(_report_and_run, writer, request.async_fn))
+
+
+def _report_and_run(writer: int, function: Any, *arguments: Any, **named: Any) -> None:
+    """In the forked process."""
+    os.write(writer, b"1")
+    os.close(writer)
+    function(*arguments, **named)
