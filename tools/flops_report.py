@@ -1,14 +1,22 @@
 #!/usr/bin/env python
 """Compare models by FLOPs: the paper's, counted from their shapes, or runs with what they reached.
 
-Without --run: the paper's models beside its Table 1. With --run: a report of these runs.
+Without --run: the paper's models beside its Table 1. With --run: a report of these runs. With
+--page: a page whose tables and plots come from the results of studies.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from calm_dist.cli.console import add_json, run, writable_directory, write_json
+from calm_dist.cli.console import (
+    add_json,
+    run,
+    writable_directory,
+    writable_file,
+    write_json,
+)
 from calm_dist.errors import UserError
 
 
@@ -21,7 +29,8 @@ def parse_arguments() -> argparse.Namespace:
         epilog="examples:\n"
         "  python tools/flops_report.py --json flops.json\n"
         "  python tools/flops_report.py --run runs/calm_m runs/transformer_s --out runs/report\n"
-        "  python tools/flops_report.py --run runs/calm_* --json - --peak-tflops 312",
+        "  python tools/flops_report.py --run runs/calm_* --json - --peak-tflops 312\n"
+        "  python tools/flops_report.py --study docs/results --page docs/results.md",
     )
     parser.add_argument(
         "--run",
@@ -36,6 +45,18 @@ def parse_arguments() -> argparse.Namespace:
         type=writable_directory,
         metavar="DIR",
         help="write index.html, report.md, report.json and plots/ of the runs there",
+    )
+    parser.add_argument(
+        "--study",
+        type=Path,
+        metavar="DIR",
+        help="results of study.py --collect, which the comments of --page name",
+    )
+    parser.add_argument(
+        "--page",
+        type=writable_file,
+        metavar="F",
+        help="fill the tables of this Markdown page, and draw its plots",
     )
     add_json(parser, "write JSON to F, or to stdout (and nothing else) for -")
     add_options(parser)
@@ -58,8 +79,28 @@ def compare_paper(arguments: argparse.Namespace) -> None:
         write_json(comparison, arguments.json)
 
 
+def update_page(directory: Path, page: Path) -> None:
+    """Fill a page of results, and draw its plots beside it."""
+    from calm_dist.files import replace_text
+    from calm_dist.study.page import fill_page, page_plots
+
+    try:
+        filled = fill_page(page.read_text(encoding="utf-8"), directory)
+    except OSError as error:
+        raise UserError(f"--page {page}: {error.strerror}; give a page with comments") from error
+    for path, plot in page_plots(filled, directory).items():
+        (page.parent / path).write_bytes(plot.png())
+    replace_text(page, filled)
+    print(page)
+
+
 def main() -> None:
     arguments = parse_arguments()
+    if (arguments.study is None) != (arguments.page is None):
+        raise UserError("--study and --page belong together; give both")
+    if arguments.page is not None:
+        update_page(arguments.study, Path(arguments.page))
+        return
     if not arguments.runs:
         compare_paper(arguments)
         return

@@ -5,6 +5,8 @@
     python tools/study.py recipes/study/words.yaml --corpus books --tokenizer bpe.json \\
         --out runs/words --jobs 2
     python tools/study.py recipes/study/words.yaml --out runs/words --collect words.json
+    python tools/study.py recipes/study/words.yaml --corpus books --tokenizer bpe.json \\
+        --out runs/words --known docs/results/words.json
 
 The corpus is a directory with one file for each of train, valid and test. Repeat a command that was
 interrupted to resume it; runs that have a result are skipped.
@@ -49,6 +51,12 @@ def parse_arguments() -> argparse.Namespace:
         "--list", action="store_true", help="only show the runs, and which have a result"
     )
     parser.add_argument(
+        "--known",
+        type=Path,
+        metavar="F",
+        help="results of --collect, for instance of another machine: do only what they lack",
+    )
+    parser.add_argument(
         "--collect",
         type=writable_file,
         metavar="F",
@@ -63,6 +71,7 @@ def main() -> int:
 
     from calm_dist.study import data
     from calm_dist.study.plan import read_plan
+    from calm_dist.study.result import collected, read_collected
     from calm_dist.study.runner import Runner, patch_sizes
 
     out = Path(arguments.out)
@@ -74,6 +83,9 @@ def main() -> int:
         if not chosen:
             raise UserError(f"--only {arguments.only}: no run of {arguments.plan} has that name")
     runner = Runner(plan, out)
+    if arguments.known is not None:
+        known = read_collected(arguments.known)
+        print(f"{runner.adopt(known)} results taken from {arguments.known}", flush=True)
     results = {one.name: runner.result_file(one.name) for one in runs}
     if arguments.list:
         for name, file in results.items():
@@ -81,7 +93,7 @@ def main() -> int:
         return 0
     if arguments.collect:
         found = [json.loads(file.read_text()) for file in results.values() if file.is_file()]
-        write_json({"plan": arguments.plan.name, "runs": found}, arguments.collect)
+        write_json(collected(arguments.plan.name, found), arguments.collect)
         print(f"{arguments.collect}: {len(found)} of {len(runs)} runs")
         return 0
     if arguments.corpus is None:

@@ -41,11 +41,12 @@ def _section(section: Section, images: bool) -> list[str]:
     for text in filter(None, section.text):
         lines += [_plain(text), ""]
     for table in section.tables:
-        lines += [*_table(table), ""]
+        lines += [*markdown_table(table), ""]
     return lines[:-1]
 
 
-def _table(table: Table) -> list[str]:
+def markdown_table(table: Table) -> list[str]:
+    """Lines of a table whose columns are aligned in the source, too."""
     heads = [_plain(head) for head in table.heads]
     rows = [[_plain(cell.text) for cell in row] for row in table.rows]
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]

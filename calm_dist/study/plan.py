@@ -140,12 +140,17 @@ def _text(value: Any) -> str:
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
+def is_run_name(name: str) -> bool:
+    """Whether it can name a directory."""
+    return "/" not in name and "\0" not in name and not name.startswith(".") and name != ""
+
+
 def _check(runs: list[PlannedRun], path: Path) -> None:
     names = [run.name for run in runs]
     for name in names:
         if names.count(name) > 1:
             raise RecipeError(f"{path}: runs: {name} is there twice; give each its own name")
-        if "/" in name or name.startswith("."):
+        if not is_run_name(name):
             raise RecipeError(f"{path}: runs: {name} cannot name a directory; choose another")
     for run in runs:
         if run.autoencoder is not None and run.autoencoder not in names:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from pathlib import Path
 from typing import Any
 
+from calm_dist.errors import UserError
+from calm_dist.files import read_bounded
 from calm_dist.reports.analysis import training_totals
 from calm_dist.runs.records import read_run
+from calm_dist.study.plan import is_run_name
+
+LARGEST_COLLECTED = 1 << 26
+"""Bytes of a file of collected results."""
+_RUNS = "runs"
 
 _SCORES = (
     *("brier", "brier_stderr", "brierlm", "brierlm_stderr", "cross_entropy"),
@@ -77,3 +85,29 @@ def result_of(
         "seconds": seconds,
         "hardware": f"{platform.processor() or platform.machine()}, {threads} thread",
     }
+
+
+def collected(plan: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The one JSON object of a study that is published."""
+    return {"plan": plan, _RUNS: results}
+
+
+def read_collected(file: Path) -> list[dict[str, Any]]:
+    """The results of a file of `collected`.
+
+    Raises:
+        UserError: it is not such a file.
+    """
+    try:
+        results = json.loads(read_bounded(file, LARGEST_COLLECTED, UserError))[_RUNS]
+        names = [result["name"] for result in results]
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}; give a file of study.py --collect") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{file}: has no results; give a file of study.py --collect") from error
+    wrong = [name for name in names if not isinstance(name, str) or not is_run_name(name)]
+    if wrong:
+        raise UserError(
+            f"{file}: {wrong[0]!r} cannot name a run; give a file of study.py --collect"
+        )
+    return results

@@ -21,6 +21,8 @@ from calm_dist.data.store import read_meta
 from calm_dist.errors import EXIT_DIVERGED, RecipeError, UserError
 from calm_dist.files import replace_text
 from calm_dist.recipe import Recipe, load_recipe
+from calm_dist.runs.directory import FINISHED
+from calm_dist.runs.listing import describe
 from calm_dist.scores import summary_text
 from calm_dist.study import data
 from calm_dist.study.plan import Plan, PlannedRun
@@ -50,7 +52,7 @@ class Runner:
         """
         (self.out / "results").mkdir(parents=True, exist_ok=True)
         (self.out / "logs").mkdir(exist_ok=True)
-        waiting = [run for run in runs if not self.result_file(run.name).is_file()]
+        waiting = self._left(runs)
         done = len(runs) - len(waiting)
         failed: dict[str, str] = {}
         running: dict[Future[dict[str, Any]], PlannedRun] = {}
@@ -76,6 +78,16 @@ class Runner:
                     done += 1
                     print(f"{done}/{len(runs)}  {_line(result)}", flush=True)
         return list(failed.values())
+
+    def _left(self, runs: list[PlannedRun]) -> list[PlannedRun]:
+        """Runs without a result, and autoencoders that these need and that only have a result."""
+        used = {run.autoencoder for run in runs if not self.result_file(run.name).is_file()}
+        return [
+            run
+            for run in runs
+            if not self.result_file(run.name).is_file()
+            or (run.name in used and not self._is_trained(run.name))
+        ]
 
     def run_one(self, run: PlannedRun) -> dict[str, Any]:
         """Train and score one run, and keep its result.
@@ -142,10 +154,26 @@ class Runner:
         return overrides
 
     def _is_ready(self, run: PlannedRun) -> bool:
-        return run.autoencoder is None or self.result_file(run.autoencoder).is_file()
+        return run.autoencoder is None or self._is_trained(run.autoencoder)
+
+    def _is_trained(self, name: str) -> bool:
+        """Whether a run's result is there, and not only its numbers from elsewhere."""
+        finished = describe(self._run_dir(name))["state"] == FINISHED
+        return finished and self.result_file(name).is_file()
 
     def _run_dir(self, name: str) -> Path:
         return self.out / "runs" / name
+
+    def adopt(self, results: list[dict[str, Any]]) -> int:
+        """Take over results from elsewhere, of runs that have none here; returns how many.
+
+        Autoencoders are trained again where a run without a result needs them.
+        """
+        (self.out / "results").mkdir(parents=True, exist_ok=True)
+        new = [one for one in results if not self.result_file(one["name"]).is_file()]
+        for one in new:
+            replace_text(self.result_file(one["name"]), json.dumps(one, indent=1) + "\n")
+        return len(new)
 
     def result_file(self, name: str) -> Path:
         """Where the result of a run is, once there is one."""

@@ -144,6 +144,18 @@ def test_a_plan_from_corpus_to_results(corpus: Path, tmp_path: Path) -> None:
     assert encoder["kind"] == "autoencoder" and 0 <= encoder["token_accuracy"] <= 1
     assert str(tmp_path) not in json.dumps([r["overrides"] for r in collected])
 
+    # On another machine: only the run that is left, and the autoencoder that it needs.
+    known = tmp_path / "known.json"
+    known.write_text(json.dumps({"runs": [encoder, control]}))
+    elsewhere = [*study[:-1], str(tmp_path / "elsewhere"), "--corpus", str(corpus)]
+    done = call([*elsewhere, "--known", str(known), "--only", "chain"])
+    assert f"2 results taken from {known}" in done.stdout
+    lines = [line.split(":")[0] for line in done.stdout.splitlines() if "/2  " in line]
+    assert lines == ["1/2  ae", "2/2  chain"]
+    known.write_text(json.dumps({"runs": [{"name": "../chain"}]}))
+    refused = call([*elsewhere, "--known", str(known)], code=2)
+    assert "'../chain' cannot name a run" in refused.stderr
+
 
 def test_a_recipe_that_cannot_be_trained_is_refused_first(corpus: Path, tmp_path: Path) -> None:
     wrong = {"model.num_attention_heads": 3}

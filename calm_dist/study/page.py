@@ -1,0 +1,177 @@
+"""A results page: Markdown whose tables and plots are made from the published results of studies.
+
+A table stands between two comments, of which the first says what it shows:
+
+    <!-- results proxy.json: transformer*, tokens* -->
+    <!-- end -->
+
+It has a row for each run of the file whose name matches; seeds of one run share a row. A plot of
+BrierLM against training FLOPs is an image with the same comment before it:
+
+    <!-- plot words.json: *main* -->
+    ![...](images/words.png)
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calm_dist.errors import UserError
+from calm_dist.reports.markdown import markdown_table
+from calm_dist.reports.plots import Palette, Plot
+from calm_dist.reports.tables import UNKNOWN, Cell, Table, number, power_of_ten, short, text
+from calm_dist.scores import brier_text, brierlm_text
+from calm_dist.study.result import read_collected
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Result = dict[str, Any]
+
+_TABLE = re.compile(r"(<!-- results (\S+): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_PLOT = re.compile(r"<!-- plot (\S+): (.+?) -->\n!\[[^]]*\]\((\S+)\)")
+_SEED = re.compile(r"-s\d+$")
+
+
+def fill_page(page: str, directory: Path) -> str:
+    """The page with its tables made from the files in ``directory``.
+
+    Raises:
+        UserError: a file that is not there or holds no results, or a pattern without a run.
+    """
+
+    def fill(found: re.Match[str]) -> str:
+        first, file, patterns, last = found.groups()
+        lines = markdown_table(results_table(_chosen(directory / file, patterns)))
+        return "\n".join([first, *lines, "", last])
+
+    return _TABLE.sub(fill, page)
+
+
+def page_plots(page: str, directory: Path) -> dict[str, Plot]:
+    """The plots of a page, by their path relative to it.
+
+    Raises:
+        UserError: as `fill_page`.
+    """
+    plots = {}
+    for file, patterns, path in _PLOT.findall(page):
+        results = [r for r in _chosen(directory / file, patterns) if r["brierlm"] is not None]
+        labels = tuple(dict.fromkeys(map(label_of, results)))
+        plots[path] = Plot(Path(path).stem, "", "", _brierlm_against_flops(results), legend=labels)
+    return plots
+
+
+def _chosen(file: Path, patterns: str) -> list[Result]:
+    results = read_collected(file)
+    names = [result["name"] for result in results]
+    wanted = [pattern.strip() for pattern in patterns.split(",")]
+    for pattern in wanted:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UserError(f"{file}: no run is named {pattern}; runs are {', '.join(names[:20])}")
+    return [r for r in results if any(fnmatchcase(r["name"], pattern) for pattern in wanted)]
+
+
+def label_of(result: Result) -> str:
+    """What kind of model a run trains: transformer, tokens, or the kind of a CALM's head."""
+    return f"CALM, {result['head']} head" if result["kind"] == "calm" else result["kind"]
+
+
+def by_seed(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Results by the name of their run without its seed."""
+    groups: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        groups[_SEED.sub("", result["name"])].append(result)
+    return groups
+
+
+def results_table(results: Sequence[Result]) -> Table:
+    """One row for each run, in the order of the file.
+
+    Raises:
+        UserError: autoencoders and language models, which have no columns in common.
+    """
+    kinds = {result["kind"] == "autoencoder" for result in results}
+    if len(kinds) > 1:
+        raise UserError("a table of results: has autoencoders and language models; name either")
+    columns = _AUTOENCODER if True in kinds else _MODEL
+    rows = [
+        (Cell(name, name), *(column(group) for column in columns.values()))
+        for name, group in by_seed(results).items()
+    ]
+    return Table("", ("run", *columns), tuple(rows))
+
+
+def _scores(pattern: Callable[[Result], str], key: Callable[[Result], float]) -> Any:
+    """Of one seed its score and the error of its blocks; of several the mean and both errors."""
+
+    def column(group: list[Result]) -> Cell:
+        if any(result["diverged"] for result in group):
+            return Cell("diverged", None)
+        if len(group) == 1:
+            return text(pattern(group[0]))
+        values = [key(result) for result in group]
+        mean, spread = statistics.mean(values), statistics.stdev(values)
+        blocks = pattern(group[0]).rpartition(" ± ")[2]
+        return Cell(f"{mean:.2f} ± {blocks} (seeds {spread:.2f})", mean)
+
+    return column
+
+
+def _first(cell: Callable[[Result], Cell]) -> Callable[[list[Result]], Cell]:
+    return lambda group: cell(group[0])
+
+
+_MODEL: dict[str, Callable[[list[Result]], Cell]] = {
+    "parameters": _first(lambda r: short(r["parameters"])),
+    "training FLOPs": _first(lambda r: Cell(power_of_ten(r["train_flops"], 2), None)),
+    "tokens": _first(lambda r: short(r["tokens"])),
+    "seeds": lambda group: number(len(group)),
+    "Brier-1, %": _scores(lambda r: brier_text(r, 1), lambda r: 100 * r["brier"][0]),
+    "Brier-2, %": _scores(lambda r: brier_text(r, 2), lambda r: 100 * r["brier"][1]),
+    "BrierLM": _scores(brierlm_text, lambda r: r["brierlm"]),
+}
+
+_AUTOENCODER: dict[str, Callable[[list[Result]], Cell]] = {
+    "parameters": _first(lambda r: short(r["parameters"])),
+    "training FLOPs": _first(lambda r: Cell(power_of_ten(r["train_flops"], 2), None)),
+    "tokens": _first(lambda r: short(r["tokens"])),
+    "reconstructed": _first(lambda r: number(r["token_accuracy"], "{:.2%}")),
+    "of the mean latent": _first(lambda r: number(r["token_accuracy_mean"], "{:.2%}")),
+    "posterior std": _first(
+        lambda r: UNKNOWN if r.get("mean_std") is None else number(r["mean_std"], "{:.3f}")
+    ),
+}
+
+
+def _brierlm_against_flops(results: Sequence[Result]) -> Callable[[Axes, Palette], None]:
+    """Mean over the seeds of each run, with the larger of both errors."""
+
+    def draw(axis: Axes, palette: Palette) -> None:
+        curves: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+        for group in by_seed(results).values():
+            scores = [result["brierlm"] for result in group]
+            spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+            error = max(spread, group[0]["brierlm_stderr"] or 0.0)
+            point = (group[0]["train_flops"], statistics.mean(scores), error)
+            curves[label_of(group[0])].append(point)
+        for color, (label, points) in zip(palette.series, curves.items(), strict=False):
+            flops, scores, errors = zip(*sorted(points), strict=True)
+            axis.errorbar(
+                flops, scores, errors, color=color, marker="o", capsize=3, linewidth=1.5,
+                label=label,
+            )  # fmt: skip
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda value, _: power_of_ten(value))
+        axis.xaxis.set_minor_formatter("")
+        axis.set_xlabel("training FLOPs")
+        axis.set_ylabel("BrierLM")
+        axis.set_ylim(bottom=0)
+
+    return draw
