@@ -57,8 +57,6 @@ set_up() {
   # The other half reads data and writes checkpoints.
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((${SLURM_CPUS_PER_TASK:-1} + 1) / 2))}
   export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-  # Tensor parallelism overlaps communication as Megatron-core means it only with one queue.
-  export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
   SRUN=(srun --kill-on-bad-exit=1 --distribution=block)
   if [ -n "${CALM_CONTAINER:-}" ]; then
     SRUN+=(--container-image="$CALM_CONTAINER" --container-workdir="$PWD"

@@ -26,16 +26,30 @@ step() {
 step ruff check .
 step ruff format --check .
 step mypy
+# Triton compiles the energy kernel, and interprets it, without a GPU. Beside .venv and not in it:
+# other libraries look for it, and would behave as on a GPU.
+TRITON=$VENV/triton
+ensure_triton() {
+  python -c 'import triton' 2>/dev/null && return
+  [ -d "$TRITON/triton" ] || "$VENV/bin/pip" install -qq --no-deps --target "$TRITON" triton==3.9.0
+}
 # -rs: a test that is skipped for want of hardware is announced.
 tests=(python -m pytest -rs --durations=10)
 case "$*" in
 "" | --full)
   # Tests of several processes have the cores to themselves; the others share them.
   shared=(tests/browser tests/docs tests/earlier tests/recipes tests/unit)
-  step "${tests[@]}" "$@" "${shared[@]/#/--ignore=}"
+  step "${tests[@]}" "$@" "${shared[@]/#/--ignore=}" --ignore=tests/gpu
   step "${tests[@]}" "$@" -n "$(workers)" --dist loadfile "${shared[@]}"
   ;;
 *) step "${tests[@]}" "$@" ;;
+esac
+case "$*" in
+"" | --full)
+  # A process of its own: Triton's interpreter is chosen when it is loaded.
+  step ensure_triton
+  PYTHONPATH=$TRITON step "${tests[@]}" "$@" tests/gpu
+  ;;
 esac
 # Shown, and held to nothing: no test depends on the time that something takes.
 step python tools/benchmark.py energy

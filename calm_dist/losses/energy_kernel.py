@@ -1,7 +1,7 @@
 """The energy score as one Triton kernel: draws, distances and gradient of a position in registers.
 
-Written for GPUs; correct in Triton's interpreter (``TRITON_INTERPRET=1``, on CPUs), not timed on a
-GPU yet, and so used only where ``training.energy_kernel`` asks for it.
+Correct in Triton's interpreter (``TRITON_INTERPRET=1``, on CPUs) and compiled ahead of time for
+NVIDIA's 8.0, 9.0 and 10.0 (tests/gpu); not timed on a GPU yet.
 
 The draws come from Triton's counter-based generator (Philox) with a key for each position: they are
 the same for every split of the positions.
@@ -15,9 +15,17 @@ import torch
 import triton
 import triton.language as tl
 
-# Matrix products take at least so many rows and columns.
-_SMALLEST_TILE = 16
+# Matrix products of tensor cores have at least so many columns, and sum over so many elements.
+_SMALLEST_ROWS, _SMALLEST_GROUP = 8, 16
 _DRAWS_AT_ONCE = 16
+# Three products of tf32 parts: the digits of fp32 at the speed of tensor cores.
+_PRECISION = "tf32x3"
+_WARPS = 2
+# Of Philox: the fewest that pass all tests of randomness (Salmon et al. 2011, table 2); 10 are the
+# usual margin of safety.
+_ROUNDS = tl.constexpr(7)
+# Squared distances below this fraction of ‖x‖² + ‖z‖² are rounding errors: x and z coincide.
+_COINCIDING = tl.constexpr(1e-6)
 
 
 def fused_energy_score(
@@ -49,6 +57,17 @@ def fused_energy_score(
     return _FusedEnergyScore.apply(samples, mean, log_std, noise, beta, num_draws, keys)
 
 
+def constants(num_samples: int, size: int) -> dict[str, Any]:
+    """What the kernel is compiled with for N samples of l components."""
+    return {
+        "ROWS": max(_SMALLEST_ROWS, triton.next_power_of_2(num_samples)),
+        "DRAWS": _DRAWS_AT_ONCE,
+        "GROUP": max(_SMALLEST_GROUP, triton.next_power_of_2(size) // 4),
+        "PRECISION": _PRECISION,
+        "num_warps": _WARPS,
+    }
+
+
 class _FusedEnergyScore(torch.autograd.Function):
     """The gradient is worked out in the forward pass, while the draws exist."""
 
@@ -76,16 +95,13 @@ class _FusedEnergyScore(torch.autograd.Function):
                 score,
                 gradient,
                 score if keys is None else keys,
-                positions,
                 num_samples,
                 num_draws if noise is None else noise.shape[0],
                 size,
                 BETA=beta,
                 IS_DRAWN=noise is None,
                 NEEDS_GRADIENT=ctx.needs_input_grad[0],
-                ROWS=max(_SMALLEST_TILE, triton.next_power_of_2(num_samples)),
-                DRAWS=_DRAWS_AT_ONCE,
-                COLUMNS=max(_SMALLEST_TILE, triton.next_power_of_2(size)),
+                **constants(num_samples, size),
             )
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(gradient)
@@ -103,8 +119,66 @@ def _power_and_weight(squared, BETA: tl.constexpr):  # type: ignore[no-untyped-d
     """‖v‖^β and β ‖v‖^(β-2) of squared norms; both zero at zero."""
     is_positive = squared > 0
     positive = tl.where(is_positive, squared, 1.0)
-    power = tl.sqrt(positive) if BETA == 1.0 else tl.exp2(tl.log2(positive) * (BETA / 2))
-    return tl.where(is_positive, power, 0.0), tl.where(is_positive, BETA * power / positive, 0.0)
+    if BETA == 1.0:
+        weight = tl.rsqrt(positive)
+        power = positive * weight
+    else:
+        power = tl.exp2(tl.log2(positive) * (BETA / 2))
+        weight = BETA * power / positive
+    return tl.where(is_positive, power, 0.0), tl.where(is_positive, weight, 0.0)
+
+
+@triton.jit
+def _load(pointer, places, mask, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The four groups of columns of one tensor in fp32, zero outside."""
+    return (
+        tl.load(pointer + places, mask=mask[0], other=0.0).to(tl.float32),
+        tl.load(pointer + places + GROUP, mask=mask[1], other=0.0).to(tl.float32),
+        tl.load(pointer + places + 2 * GROUP, mask=mask[2], other=0.0).to(tl.float32),
+        tl.load(pointer + places + 3 * GROUP, mask=mask[3], other=0.0).to(tl.float32),
+    )
+
+
+@triton.jit
+def _minus(a, b, mask):  # type: ignore[no-untyped-def]
+    """Differences of the groups, zero outside."""
+    return (
+        tl.where(mask[0], a[0] - b[0], 0.0),
+        tl.where(mask[1], a[1] - b[1], 0.0),
+        tl.where(mask[2], a[2] - b[2], 0.0),
+        tl.where(mask[3], a[3] - b[3], 0.0),
+    )
+
+
+@triton.jit
+def _squared_norms(a):  # type: ignore[no-untyped-def]
+    """‖row‖² over the groups."""
+    return tl.sum(a[0] * a[0] + a[1] * a[1] + a[2] * a[2] + a[3] * a[3], axis=1)
+
+
+@triton.jit
+def _normal_pair(of_radius, of_angle):  # type: ignore[no-untyped-def]
+    """Two independent standard normal numbers of two random int32, by Box and Muller.
+
+    The angle is a number of turns: a polynomial on a quarter turn to both sides (error 2e-7) needs
+    no reduction of large arguments, on which sin and cos spend most of their instructions.
+    """
+    # In (0, 1], without the sign bit.
+    uniform = ((of_radius & 0x7FFFFFFF).to(tl.float32) + 0.5) * 4.656612873077393e-10
+    radius = tl.sqrt(tl.maximum(-1.3862943611198906 * tl.log2(uniform), 0.0))
+    # In [-1/2, 1/2) turns, then in [-1/4, 1/4]: half a turn changes both signs.
+    turns = of_angle.to(tl.float32) * 2.3283064365386963e-10
+    is_far = tl.abs(turns) > 0.25
+    turns = tl.where(is_far, turns - tl.where(turns > 0, 0.5, -0.5), turns)
+    radius = tl.where(is_far, -radius, radius)
+    square = turns * turns
+    sine = 39.80992473201534 * square - 76.58786991031394
+    sine = (sine * square + 81.60276680207635) * square - 41.34168500868819
+    sine = (sine * square + 6.283185295010626) * turns
+    cosine = -25.00678499796259 * square + 60.148065447382706
+    cosine = (cosine * square - 85.45381063870806) * square + 64.93935261648542
+    cosine = (cosine * square - 19.739208606238346) * square + 0.9999999999053991
+    return radius * cosine, radius * sine
 
 
 @triton.jit
@@ -116,7 +190,6 @@ def _energy_kernel(  # type: ignore[no-untyped-def]
     score,  # [S]
     gradient,  # [N, S, l] if NEEDS_GRADIENT
     keys,  # [S] if IS_DRAWN
-    positions,
     num_samples,
     num_draws,
     size,
@@ -125,62 +198,116 @@ def _energy_kernel(  # type: ignore[no-untyped-def]
     NEEDS_GRADIENT: tl.constexpr,
     ROWS: tl.constexpr,
     DRAWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    # 64 bits: N·S·l passes 2^31 at the sizes of the paper's largest models.
+    # The columns are four groups, since the generator gives four numbers at a time: each stays in
+    # the thread that drew it. 64 bits, since N·S·l passes 2^31 at the sizes of the paper's models.
     position = tl.program_id(0).to(tl.int64)
-    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    in_columns = columns < size
-    here = position * size + columns
-    per_sample = positions.to(tl.int64) * size
-    centre = tl.load(mean + here, mask=in_columns, other=0.0).to(tl.float32)
-    scale = tl.exp(tl.load(log_std + here, mask=in_columns, other=0.0).to(tl.float32))
-    inside = (rows[:, None] < num_samples) & in_columns[None, :]
-    places = rows[:, None].to(tl.int64) * per_sample + here[None, :]
-    # Centred on the mean, as all that follows.
-    x = tl.load(samples + places, mask=inside, other=0.0).to(tl.float32)
-    x = tl.where(inside, x - centre[None, :], 0.0)
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, GROUP)
+    inside = (
+        (columns < size)[None, :],
+        (columns + GROUP < size)[None, :],
+        (columns + 2 * GROUP < size)[None, :],
+        (columns + 3 * GROUP < size)[None, :],
+    )
+    is_row = (rows < num_samples)[:, None]
+    known = (
+        is_row & inside[0],
+        is_row & inside[1],
+        is_row & inside[2],
+        is_row & inside[3],
+    )
+    here = (position * size + columns)[None, :]
+    per_sample = tl.num_programs(0).to(tl.int64) * size
+    centre = _load(mean, here, inside, GROUP)
+    log_scale = _load(log_std, here, inside, GROUP)
+    scale = (
+        tl.where(inside[0], tl.exp(log_scale[0]), 0.0),
+        tl.where(inside[1], tl.exp(log_scale[1]), 0.0),
+        tl.where(inside[2], tl.exp(log_scale[2]), 0.0),
+        tl.where(inside[3], tl.exp(log_scale[3]), 0.0),
+    )
+    # Centred on the mean, as all that follows: products of small numbers lose few digits.
+    places = rows[:, None].to(tl.int64) * per_sample + here
+    x = _minus(_load(samples, places, known, GROUP), centre, known)
 
+    # Samples among themselves by differences: those of a new head nearly coincide.
     between = 0.0
-    push = tl.zeros((ROWS, COLUMNS), tl.float32)
+    zeros = tl.zeros((ROWS, GROUP), tl.float32)
+    push = (zeros, zeros, zeros, zeros)
     for k in range(num_samples):
-        one = tl.load(samples + k * per_sample + here, mask=in_columns, other=0.0).to(tl.float32)
-        difference = tl.where(inside, x - (one - centre)[None, :], 0.0)
-        power, weight = _power_and_weight(tl.sum(difference * difference, axis=1), BETA)
+        one = _minus(_load(samples, k * per_sample + here, inside, GROUP), centre, inside)
+        away = _minus(x, one, known)
+        power, weight = _power_and_weight(_squared_norms(away), BETA)
         between += tl.sum(power)
-        push += weight[:, None] * difference
+        weight = weight[:, None]
+        push = (
+            push[0] + weight * away[0],
+            push[1] + weight * away[1],
+            push[2] + weight * away[2],
+            push[3] + weight * away[3],
+        )
 
     to_draws = 0.0
-    pull = tl.zeros((ROWS, COLUMNS), tl.float32)
+    norms = _squared_norms(x)
+    weights = tl.zeros((ROWS,), tl.float32)
+    none = tl.zeros((GROUP, ROWS), tl.float32)
+    pull = (none, none, none, none)
     for start in range(0, num_draws, DRAWS):
         draws = start + tl.arange(0, DRAWS)
         if IS_DRAWN:
-            # Each counter gives four numbers. It has 32 bits: a position has a key of its own.
+            # The counter has 32 bits: a position has a key of its own.
             key = tl.load(keys + position)
-            counters = draws[:, None] * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)[None, :]
-            a, b, c, d = tl.randn4x(key, counters)
-            eps = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (DRAWS, COLUMNS))
+            counters = draws[:, None] * GROUP + columns[None, :]
+            a, b, c, d = tl.randint4x(key, counters, n_rounds=_ROUNDS)
+            first, second = _normal_pair(a, b), _normal_pair(c, d)
+            eps = (first[0], first[1], second[0], second[1])
         else:
-            at = draws[:, None].to(tl.int64) * per_sample + here[None, :]
-            known = (draws[:, None] < num_draws) & in_columns[None, :]
-            eps = tl.load(noise + at, mask=known, other=0.0).to(tl.float32)
-        z = tl.where(in_columns[None, :], eps * scale[None, :], 0.0)
-        squared = tl.zeros((ROWS, DRAWS), tl.float32)
-        for n in range(num_samples):
-            one = tl.load(samples + n * per_sample + here, mask=in_columns, other=0.0)
-            away = tl.where(in_columns, one.to(tl.float32) - centre, 0.0)[None, :] - z
-            distances = tl.sum(away * away, axis=1)
-            squared = tl.where(rows[:, None] == n, distances[None, :], squared)
-        squared = tl.where(draws[None, :] < num_draws, squared, 0.0)
+            is_draw = (draws < num_draws)[:, None]
+            at = draws[:, None].to(tl.int64) * per_sample + here
+            given = (
+                is_draw & inside[0],
+                is_draw & inside[1],
+                is_draw & inside[2],
+                is_draw & inside[3],
+            )
+            eps = _load(noise, at, given, GROUP)
+        z = (eps[0] * scale[0], eps[1] * scale[1], eps[2] * scale[2], eps[3] * scale[3])
+        # Draws are the rows of the products: tensor cores take 16 of them, but 8 columns.
+        product = tl.dot(z[0], tl.trans(x[0]), input_precision=PRECISION)
+        product = tl.dot(z[1], tl.trans(x[1]), product, input_precision=PRECISION)
+        product = tl.dot(z[2], tl.trans(x[2]), product, input_precision=PRECISION)
+        product = tl.dot(z[3], tl.trans(x[3]), product, input_precision=PRECISION)
+        sizes = _squared_norms(z)[:, None] + norms[None, :]
+        squared = sizes - 2 * product
+        is_pair = (draws < num_draws)[:, None] & (rows < num_samples)[None, :]
+        squared = tl.where(is_pair & (squared > _COINCIDING * sizes), squared, 0.0)
         power, weight = _power_and_weight(squared, BETA)
         to_draws += tl.sum(power)
         if NEEDS_GRADIENT:
-            pull += x * tl.sum(weight, axis=1)[:, None]
-            pull -= tl.dot(weight, z, input_precision="ieee")
+            weights += tl.sum(weight, axis=0)
+            pull = (
+                tl.dot(tl.trans(z[0]), weight, pull[0], input_precision=PRECISION),
+                tl.dot(tl.trans(z[1]), weight, pull[1], input_precision=PRECISION),
+                tl.dot(tl.trans(z[2]), weight, pull[2], input_precision=PRECISION),
+                tl.dot(tl.trans(z[3]), weight, pull[3], input_precision=PRECISION),
+            )
 
     pairs = num_samples * (num_samples - 1)
-    tl.store(score + position, between / pairs - 2 * to_draws / (num_samples * num_draws))
+    all_draws = num_samples * num_draws
+    tl.store(score + position, between / pairs - 2 * to_draws / all_draws)
     if NEEDS_GRADIENT:
         # A pair of samples pulls at both of its ends.
-        total = 2 * (push / pairs - pull / (num_samples * num_draws))
-        tl.store(gradient + places, total.to(gradient.dtype.element_ty), mask=inside)
+        of_pair, of_draw = 2.0 / pairs, 2.0 / all_draws
+        weights = weights[:, None]
+        element = gradient.dtype.element_ty
+        at = gradient + places
+        total = of_pair * push[0] - of_draw * (weights * x[0] - tl.trans(pull[0]))
+        tl.store(at, total.to(element), mask=known[0])
+        total = of_pair * push[1] - of_draw * (weights * x[1] - tl.trans(pull[1]))
+        tl.store(at + GROUP, total.to(element), mask=known[1])
+        total = of_pair * push[2] - of_draw * (weights * x[2] - tl.trans(pull[2]))
+        tl.store(at + 2 * GROUP, total.to(element), mask=known[2])
+        total = of_pair * push[3] - of_draw * (weights * x[3] - tl.trans(pull[3]))
+        tl.store(at + 3 * GROUP, total.to(element), mask=known[3])

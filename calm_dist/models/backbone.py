@@ -85,6 +85,8 @@ def transformer_config(recipe: LanguageModelRecipe, dtype: torch.dtype) -> Trans
         # Batched and overlapped p2p gave a silently wrong loss on gloo. NCCL needs batching, where
         # it does not overlap.
         batch_p2p_comm=not on_cpu and not parallel.overlap_p2p,
+        # A synchronisation of the device after every message, against an old fault of PyTorch.
+        batch_p2p_sync=False,
         overlap_p2p_comm=parallel.overlap_p2p,
         **recompute,
     )

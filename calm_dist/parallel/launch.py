@@ -162,6 +162,19 @@ def select_device(world: World, device: str, field: str = "parallel.device") -> 
     return torch.device("cuda", world.local_rank)
 
 
+def cuda_environment(tensor_parallel_size: int) -> dict[str, str]:
+    """Settings of CUDA and its allocator that have to be there before the first use of a GPU.
+
+    One hardware queue lets the kernels of tensor parallelism run in the order of their launch, so
+    that communication starts before the computation that it overlaps with (Megatron-core asks for
+    it). Expandable segments keep the memory of changing sizes from fragmenting.
+    """
+    settings = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    if tensor_parallel_size > 1:
+        settings["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    return settings
+
+
 def own_device(device: str) -> torch.device:
     """The device of a tool's process, alone or one of several that know nothing of each other,
     for its option ``--device`` (auto, cuda or cpu).

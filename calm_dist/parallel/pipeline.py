@@ -68,7 +68,12 @@ class ForwardStep(ABC):
         self._step, self._forwarded = step, 0
 
     def __call__(self, batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, LossFunction]:
-        batch = {name: value.to(self._topology.device) for name, value in next(batches).items()}
+        device = self._topology.device
+        # The index is read on the host.
+        batch = {
+            name: value if name == "index" else value.to(device, non_blocking=True)
+            for name, value in next(batches).items()
+        }
         padding = (self._padded_steps - self._steps) * self._patch_size
         tokens = F.pad(batch["tokens"], (0, padding))
         tokens = tokens[:, self._first * self._patch_size : self._end * self._patch_size]

@@ -361,10 +361,10 @@ def _head_problems(recipe: RecipeFields) -> list[str]:
             "on every rank, but it lives on the last stage only; use 2"
         )
     scores_energy = model.kind == "calm" and model.head.spec.scores_energy
-    if recipe.training.energy_kernel != "torch" and not scores_energy:
+    if recipe.training.energy_kernel == "triton" and not scores_energy:
         problems.append(
-            f"training.energy_kernel: {recipe.training.energy_kernel}, but only a CALM with the "
-            "energy head has an energy score; leave it out"
+            "training.energy_kernel: triton, but only a CALM with the energy head has an energy "
+            "score; leave it out"
         )
     if model.kind != "calm":
         return problems

@@ -340,9 +340,10 @@ class Training(Section):
     """Added to the root of the second moment."""
     clip_grad_norm: PositiveFloat = 1.0
     """Limit of the joint gradient norm of backbone and head."""
-    energy_kernel: Literal["torch", "triton"] = "torch"
+    energy_kernel: Literal["auto", "torch", "triton"] = "auto"
     """What computes the energy score of a CALM's energy head. ``triton``: one fused kernel, for
-    GPUs; not timed yet. The random streams differ; the distribution is the same."""
+    GPUs; ``auto``: ``triton`` on a GPU where it is installed, else ``torch``. The random streams
+    differ; the distribution is the same."""
 
     @field_validator("optimizer")
     @classmethod

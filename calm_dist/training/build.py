@@ -116,21 +116,25 @@ def build_chunks(
     return chunks
 
 
-def check_energy_kernel(recipe: LanguageModelRecipe, device: torch.device) -> None:
-    """Refuse a kernel that cannot run here.
+def energy_kernel(wanted: str, device: torch.device) -> str:
+    """What ``training.energy_kernel`` means on this device: torch or triton.
 
     Raises:
-        RecipeError: see above.
+        RecipeError: triton is asked for and cannot run here.
     """
-    if recipe.training.energy_kernel == "torch":
-        return
+    is_installed = importlib.util.find_spec("triton") is not None
+    if wanted == "auto":
+        return "triton" if device.type == "cuda" and is_installed else "torch"
+    if wanted == "torch":
+        return wanted
     # Its interpreter runs on CPUs, for tests.
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RecipeError("training.energy_kernel: triton, but this is a CPU; use torch")
-    if importlib.util.find_spec("triton") is None:
+        raise RecipeError("training.energy_kernel: triton, but this is a CPU; use auto")
+    if not is_installed:
         raise RecipeError(
-            "training.energy_kernel: triton, but it is not installed; use torch, or install triton"
+            "training.energy_kernel: triton, but it is not installed; use auto, or install triton"
         )
+    return wanted
 
 
 def build_parts(recipe: LanguageModelRecipe, topology: Topology) -> Parts:
@@ -156,8 +160,7 @@ def build_parts(recipe: LanguageModelRecipe, topology: Topology) -> Parts:
 def _head_module(recipe: LanguageModelRecipe, model: CalmModel, device: torch.device) -> Head:
     module = build_head(model, recipe.run.seed).to(device)
     if model.head.spec.scores_energy:
-        check_energy_kernel(recipe, device)
-        latent_head(module).use_kernel(recipe.training.energy_kernel)
+        latent_head(module).use_kernel(energy_kernel(recipe.training.energy_kernel, device))
     return module
 
 

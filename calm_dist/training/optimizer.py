@@ -101,16 +101,34 @@ class JointOptimizer:
         self, loss: torch.Tensor, stop: bool, data_failed: bool
     ) -> tuple[float, float, bool, bool]:
         """Loss, joint gradient norm, whether to stop, whether data failed; equal on all ranks."""
-        # Already summed over the ranks that share the backbone, and equal on its replicas.
-        backbone_norm = float(self._backbone.get_grad_norm())
+        backbone_squared = self._backbone_squared_norm()
         sums = torch.zeros(4, dtype=torch.float64, device=self._device)
         sums[0] = loss
         if self._head is not None:
             sums[1] = self._head.squared_gradient_norm()
         sums[2], sums[3] = float(stop), float(data_failed)
         dist.all_reduce(sums)
-        total_loss, head_squared, stopping, failing = sums.tolist()
-        return total_loss, math.sqrt(backbone_norm**2 + head_squared), stopping > 0, failing > 0
+        # The one place of a step where the host waits for the device.
+        total_loss, head_squared, stopping, failing, squared = torch.cat(
+            [sums, backbone_squared]
+        ).tolist()
+        return total_loss, math.sqrt(squared + head_squared), stopping > 0, failing > 0
+
+    def _backbone_squared_norm(self) -> torch.Tensor:
+        """Squared norm of the backbone's gradient, [1] in fp64, equal on all its replicas.
+
+        Megatron's own, without Apex and Transformer Engine, waits for the device once for every
+        parameter.
+        """
+        squared = torch.zeros(1, dtype=torch.float64, device=self._device)
+        for single in single_optimizers(self._backbone):
+            gradients = single.get_main_grads_for_grad_norm()
+            own = torch.zeros_like(squared)
+            if gradients:
+                own += torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+            dist.all_reduce(own, group=single.get_grad_stats_parallel_group())
+            squared += own
+        return squared
 
     def _clip(self, norm: float) -> None:
         limit = self._training.clip_grad_norm

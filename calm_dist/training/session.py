@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Generic
 
 from calm_dist.errors import UserError
 from calm_dist.files import replace_text
-from calm_dist.parallel.launch import World, join_world, read_world, select_device
+from calm_dist.parallel.launch import (
+    World,
+    cuda_environment,
+    join_world,
+    read_world,
+    select_device,
+)
 from calm_dist.parallel.processes import children_die_with_us
 from calm_dist.progress import duration
 from calm_dist.recipe import Recipe
@@ -78,6 +84,8 @@ def launched(recipe: KindOfRecipe) -> Iterator[Session[KindOfRecipe]]:
     if recipe.parallel.device == "cpu":
         # Before torch looks: Megatron-core and DeepSpeed use a GPU that they see.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    for name, value in cuda_environment(recipe.parallel.tensor_parallel_size).items():
+        os.environ.setdefault(name, value)
 
     import torch.distributed as dist
 

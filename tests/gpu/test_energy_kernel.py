@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
-pytest.importorskip("triton", reason="the energy kernel needs triton: pip install '.[gpu]'")
+pytest.importorskip("triton", reason="needs triton, as bash tools/run_tests.sh installs it")
 
 from calm_dist.losses.energy import energy_score_reference  # noqa: E402
 from calm_dist.losses.energy_kernel import fused_energy_score  # noqa: E402
@@ -34,7 +35,9 @@ def inputs(n: int, s: int, size: int, seed: int = 0) -> tuple[torch.Tensor, ...]
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 1.5])
-@pytest.mark.parametrize(("n", "m", "s", "size"), [(8, 100, 3, 128), (2, 1, 2, 5), (17, 33, 2, 40)])
+@pytest.mark.parametrize(
+    ("n", "m", "s", "size"), [(8, 100, 3, 128), (2, 1, 1, 7), (17, 33, 2, 40), (64, 20, 1, 256)]
+)
 def test_given_noise_gives_the_formula(beta: float, n: int, m: int, s: int, size: int) -> None:
     x, mean, log_std = inputs(n, s, size)
     noise = torch.randn(m, s, size, device=DEVICE)
@@ -77,6 +80,36 @@ def test_draws_are_normal_and_differ() -> None:
     expected = energy_score_reference(x, mean, log_std, noise)
     for score in scores:
         assert ((score - expected).abs() < 5 * error).all()
+
+
+def test_draws_are_normal_by_their_distribution() -> None:
+    """Kolmogorov-Smirnov on the numbers themselves, each component apart, moments of their squares,
+    and correlations between components, which come in pairs from one radius and angle."""
+    from scipy import stats
+
+    draws = drawn_numbers(200, 64, seed=11)
+    pvalues = [stats.kstest(column, "norm").pvalue for column in draws.T]
+    # 64 tests at a level of 1e-4 each.
+    assert min(pvalues) > 1e-4
+    flat = draws.ravel()
+    assert stats.kstest(flat, "norm").pvalue > 1e-4
+    for power, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        error = (variance / len(flat)) ** 0.5
+        assert abs((flat**power).mean() - expected) < 5 * error
+    for values in (draws, draws**2):
+        correlations = np.corrcoef(values.T) - np.eye(64)
+        # Of 2,016 pairs.
+        assert abs(correlations).max() < 5.5 / 200**0.5
+
+
+def drawn_numbers(draws: int, size: int, seed: int) -> np.ndarray:
+    """[draws, size]: the kernel's own numbers. With both samples at the posterior's mean and one
+    draw z, the score is -2 ‖z‖ and its gradient with respect to a sample is z/‖z‖."""
+    leaf = torch.zeros(2, draws, size, device=DEVICE, requires_grad=True)
+    posterior = torch.zeros(draws, size, device=DEVICE)
+    score = fused_energy_score(leaf, posterior, posterior, keys_of(draws, seed), num_draws=1)
+    (gradient,) = torch.autograd.grad(score.sum(), leaf)
+    return (gradient[0] * (-score.detach() / 2)[:, None]).cpu().numpy()
 
 
 def test_draws_do_not_depend_on_how_positions_are_split() -> None:

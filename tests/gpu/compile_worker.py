@@ -1,0 +1,108 @@
+"""Compile the energy kernel ahead of time, without a GPU: what each variant needs, as JSON.
+
+python compile_worker.py '[{"arch": 90, "dtype": "bf16", "samples": 8, "size": 128}]'
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from calm_dist.losses import energy_kernel
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ALIGNED = ("samples", "mean", "log_std", "noise", "score", "gradient", "keys")
+DRAWS = 100
+
+
+def compile_kernel(
+    arch: int,
+    dtype: str = "bf16",
+    samples: int = 8,
+    size: int = 128,
+    is_drawn: bool = True,
+    needs_gradient: bool = True,
+) -> dict[str, Any]:
+    """Registers, spilled bytes, shared memory and instructions of a position."""
+    kernel = energy_kernel._energy_kernel
+    constants = energy_kernel.constants(samples, size) | {
+        "BETA": 1.0, "IS_DRAWN": is_drawn, "NEEDS_GRADIENT": needs_gradient,
+    }  # fmt: skip
+    warps = constants.pop("num_warps")
+    of_samples = {"bf16": "*bf16", "fp32": "*fp32"}[dtype]
+    types = dict.fromkeys(("mean", "log_std", "noise", "score"), "*fp32")
+    types |= {"samples": of_samples, "gradient": of_samples, "keys": "*i64"}
+    types |= dict.fromkeys(("num_samples", "num_draws", "size"), "i32")
+    names = [parameter.name for parameter in kernel.params]
+    source = ASTSource(
+        fn=kernel,
+        signature=types | dict.fromkeys(constants, "constexpr"),
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in ALIGNED},
+    )
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps}
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        binary = Path(directory) / "kernel.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+        usage = _output(TOOLS / "cuobjdump", "-res-usage", binary)
+        listing = _output(TOOLS / "nvdisasm", "-c", binary)
+    instructions, by_kind = executed(listing, samples)
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),  # type: ignore[index]
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),  # type: ignore[index]
+        "shared": compiled.metadata.shared,
+        "instructions": warps * instructions,
+        "by_kind": {kind: warps * count for kind, count in by_kind.most_common(8)},
+    }
+
+
+def executed(listing: str, samples: int) -> tuple[int, Counter[str]]:
+    """Instructions that one warp executes for a position: those of the loop over samples N times,
+    those of the loop over draws once for each tile of draws."""
+    kinds: list[str] = []
+    labels: dict[str, int] = {}
+    jumps: list[tuple[int, str]] = []
+    for line in listing.splitlines():
+        if label := re.match(r"^\.(L_\w+):", line):
+            labels[label[1]] = len(kinds)
+        elif found := re.match(
+            r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+ )?\s*([A-Z0-9_]+)(.*?);", line
+        ):
+            if found[1] == "BRA" and (target := re.search(r"\.(L_\w+)", found[2])):
+                jumps.append((len(kinds), target[1]))
+            kinds.append(found[1])
+    loops = sorted(
+        (labels[target], place + 1)
+        for place, target in jumps
+        if labels[target] < place  # The last instruction of a kernel jumps to itself.
+    )
+    over_samples, over_draws = loops
+    times = [1] * len(kinds)
+    times[slice(*over_samples)] = [samples] * (over_samples[1] - over_samples[0])
+    tiles = -(-DRAWS // energy_kernel._DRAWS_AT_ONCE)
+    times[slice(*over_draws)] = [tiles] * (over_draws[1] - over_draws[0])
+    by_kind: Counter[str] = Counter()
+    for kind, count in zip(kinds, times, strict=True):
+        by_kind[kind] += count
+    return sum(times), by_kind
+
+
+def _output(*command: str | Path) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+if __name__ == "__main__":
+    for variant in json.loads(sys.argv[1]):
+        print(json.dumps(variant | compile_kernel(**variant)), flush=True)
