@@ -108,7 +108,7 @@ class JointOptimizer:
             sums[1] = self._head.squared_gradient_norm()
         sums[2], sums[3] = float(stop), float(data_failed)
         dist.all_reduce(sums)
-        # The one place of a step where the host waits for the device.
+        # One wait of the host for the device.
         total_loss, head_squared, stopping, failing, squared = torch.cat(
             [sums, backbone_squared]
         ).tolist()
