@@ -62,7 +62,7 @@ def page_plots(page: str, directory: Path) -> dict[str, Plot]:
     """
     plots = {}
     for file, patterns, path in _PLOT.findall(page):
-        results = [r for r in _chosen(directory / file, patterns) if r["brierlm"] is not None]
+        results = [r for r in _chosen(directory / file, patterns) if r.get("brierlm") is not None]
         labels = tuple(dict.fromkeys(map(label_of, results)))
         plots[path] = Plot(Path(path).stem, "", "", _brierlm_against_flops(results), legend=labels)
     return plots
