@@ -74,7 +74,7 @@ def test_second_run_in_a_directory(tmp_path: Path, tiny: Callable[..., list[str]
 
 def test_json_without_dry_run(tmp_path: Path, tiny: Callable[..., list[str]]) -> None:
     message = refused(tiny(tmp_path / "run", "calm", **ALONE), "--json", "-")
-    assert "--json: goes with --dry-run" in message
+    assert "--json: needs --dry-run" in message
 
 
 def write_checkpoint(run_dir: Path, step: int, text: str, tokenizer_sha256: str) -> Path:
