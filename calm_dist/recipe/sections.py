@@ -42,8 +42,8 @@ class Run(Section):
 
     continue_from: Text | None = None
     """Run directory or checkpoint of another run; this run starts with its weights and optimizer
-    state, for example for a second phase on other data; see checkpoints.md. Ignored once ``dir``
-    has a checkpoint of its own."""
+    state, for example to train on other data; see checkpoints.md. Ignored once ``dir`` has a
+    checkpoint of its own."""
 
     @property
     def display_name(self) -> str:
