@@ -68,7 +68,7 @@ def test_second_run_in_a_directory(tmp_path: Path, tiny: Callable[..., list[str]
         lock.write("process 7 on there\n")
         lock.flush()
         message = refused(tiny(run_dir, "calm", **ALONE))
-    assert f"another run is at work in {run_dir} (process 7 on there)" in message
+    assert f"another run is using {run_dir} (process 7 on there)" in message
     assert not (run_dir / "recipe.yaml").exists()
 
 

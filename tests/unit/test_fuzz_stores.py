@@ -327,7 +327,7 @@ def test_a_listed_recipe_may_not_grow_or_nest_without_end(run: Path) -> None:
     for text in ("\n".join(laughs), "[" * 100_000, "- " * 100_000, '{"a":' * 50_000, huge):
         (run / "recipe.yaml").write_text(text)
         [row] = list_runs([run])
-        assert row["state"] == DAMAGED and row["reason"].startswith("recipe.yaml: is no recipe")
+        assert row["state"] == DAMAGED and row["reason"].startswith("recipe.yaml: is not a recipe")
 
 
 @pytest.mark.parametrize("scores", [[0.1] * 3, [0.1] * 5, [], [0.1, None, 0.1, 0.1]])
@@ -336,7 +336,7 @@ def test_scores_of_another_number_of_n_grams_are_damage(run: Path, scores: list[
         file.write(json.dumps(evaluation(40, 5.0, brier=scores)) + "\n")
     read = read_run(run)
     assert "brier" not in read.last_evaluation and read.last_evaluation["brierlm"] == 5.0
-    assert read.damage == ("1 of the lines of metrics.jsonl are damaged; what is, is left out.",)
+    assert read.damage == ("Damaged lines in metrics.jsonl: 1; the damaged parts are left out.",)
     read_run_files(run, None)
 
 
