@@ -1,4 +1,4 @@
-"""Small things that are done to files everywhere."""
+"""Small helpers for files."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any
 from calm_dist.errors import DataError, UserError
 
 NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
-"""What `flock` says where a file system does not have it."""
+"""Errors of `flock` on a file system that does not support it."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
-"""What a write to a disk without room fails with."""
+"""Errors of a write to a full disk."""
 
 
 def file_sha256(path: Path) -> str:
@@ -37,10 +37,11 @@ def read_bounded(path: Path, limit: int, error_type: type[UserError] = DataError
     """All bytes of a file of at most ``limit`` bytes.
 
     Raises:
-        OSError: the file cannot be opened or read; callers say what it means to them.
-        UserError: of ``error_type``; it is larger, or no file: a pipe or a device might never end.
+        OSError: the file cannot be opened or read; callers add their own context.
+        UserError: of ``error_type``; it is larger, or is not a regular file: a pipe or a device
+            might never end.
     """
-    # Opening a pipe would otherwise wait for somebody to write into it.
+    # Without O_NONBLOCK, opening a pipe would wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     status = os.fstat(descriptor)
     if stat.S_ISDIR(status.st_mode):
@@ -52,18 +53,18 @@ def read_bounded(path: Path, limit: int, error_type: type[UserError] = DataError
         if status.st_size > limit:
             raise error_type(
                 f"{path}: has {status.st_size:,} bytes, more than the {limit:,} that such a file "
-                "can have; it is damaged, or another file"
+                "can have; it is damaged, or the wrong file"
             )
         return stream.read()
 
 
 def on_one_line(text: str) -> str:
-    """Text with its line breaks escaped, for ``printf %b`` of the shell, which gives it back."""
+    """Text with its line breaks escaped, so that the shell's ``printf %b`` restores it."""
     return text.replace("\\", "\\\\").replace("\n", "\\n")
 
 
 def finite(value: Any) -> Any:
-    """Plain values with null for numbers that are not finite, of which JSON has none."""
+    """Plain values with numbers that are not finite replaced by None: JSON cannot hold them."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -74,9 +75,9 @@ def finite(value: Any) -> Any:
 
 
 def follow_umask(path: Path) -> None:
-    """Give a file the mode of any new file beside it.
+    """Give a file the mode that any new file in its directory gets.
 
-    safetensors 0.8 makes files that only their owner can read.
+    safetensors 0.8 creates files that only their owner can read.
     """
     fresh = path.with_name(path.name + ".mode")
     fresh.touch()
@@ -85,33 +86,33 @@ def follow_umask(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file so that whoever looks finds the old text or all of the new one."""
+    """Write a text file atomically: a reader finds the old text or all of the new one."""
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
 def process_started(pid: int) -> int | None:
-    """When a process of this machine began, in ticks since the boot; None where there is none, or
-    only what is left of a dead one."""
+    """Start time of a process on this machine, in ticks since the boot; None if there is no such
+    process or it is a zombie."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    # The name before may hold spaces and parentheses.
+    # The process name before it may hold spaces and parentheses.
     fields = text.rpartition(")")[2].split()
     return None if fields[0] in "ZX" else int(fields[19])
 
 
 def check_file_is_writable(path: str | Path) -> None:
-    """Find out before long work whether its result can be written to a file; leaves no trace.
+    """Check before long work that its result can be written to a file; leaves no trace.
 
-    Missing directories above it count as made.
+    Missing parent directories count as created.
 
     Raises:
         OSError: it cannot.
     """
-    # Resolved, so that a link to nothing is judged by the place that it names.
+    # Resolved, so that a dangling link is judged by its target.
     path = Path(os.path.realpath(path))
     if not path.exists():
         check_directory_is_writable(path.parent)
@@ -122,7 +123,7 @@ def check_file_is_writable(path: str | Path) -> None:
         try:
             check_directory_is_writable(path.parent)
         except OSError as error:
-            # A file may be writable where its directory is not; on a full disk it would be lost.
+            # A file may be writable although its directory is not; on a full disk it would be lost.
             if error.errno in FULL:
                 raise
     elif not os.access(path, os.W_OK):
@@ -130,8 +131,8 @@ def check_file_is_writable(path: str | Path) -> None:
 
 
 def check_directory_is_writable(path: str | Path) -> None:
-    """Find out before long work whether files can be written below a directory, which may not be
-    there yet; leaves no trace.
+    """Check before long work that files can be written below a directory, which need not exist
+    yet; leaves no trace.
 
     Raises:
         OSError: they cannot.
@@ -141,7 +142,7 @@ def check_directory_is_writable(path: str | Path) -> None:
         path = path.parent
     if not path.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
-    # Permission bits say nothing of read-only mounts, full disks and network file systems.
+    # Permission bits say nothing about read-only mounts, full disks and network file systems.
     with tempfile.TemporaryFile(dir=path) as file:
         file.write(bytes(4096))
         file.flush()

@@ -1,9 +1,9 @@
-"""Pickles from files that are not trusted: measured before any unpickler reads them.
+"""Pickles from untrusted files: measured before any unpickler reads them.
 
-A few bytes of a pickle can ask for any amount of memory or time: an entry of the memo with a huge
-number (the interpreter's unpickler makes room for all below it), values that hold each other twice
-on each of many levels, an archive that unpacks to a thousand times its size. What a pickle may
-name, and so run, is not decided here; whoever reads it must do that.
+A few bytes of a pickle can ask for any amount of memory or time: a memo entry with a huge number
+(the interpreter's unpickler allocates all entries below it), values that hold each other twice on
+each of many levels, an archive that unpacks to a thousand times its size. This module does not
+decide what a pickle may name, and therefore run; the caller must do that.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 ZIP_MAGIC = b"PK\x03\x04"
 # torch's older format: number, version, machine, the content, the names of its storages.
 _PICKLES_OF_LEGACY_FILES = 5
-# How often the values of a genuine file appear again, in all, is a small multiple of its length.
+# In a genuine file, the total number of repeated values is a small multiple of its length.
 _LARGEST_GROWTH = 100
 
 _REMEMBER = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
 _RECALL = {"GET", "BINGET", "LONG_BINGET"}
-# These change the value below what they take.
+# These modify the value below their arguments.
 _FILL = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
 
 
@@ -33,14 +33,14 @@ class PickleBombError(ValueError):
 
 
 def load_weights(path: Path, *, map_file: bool = False) -> Any:
-    """What `torch.save` wrote, on the CPU, with ``weights_only`` and measured before.
+    """Load what `torch.save` wrote onto the CPU, with ``weights_only`` and after `check_pickle`.
 
     Args:
-        map_file: leave tensors in the file until they are used, where its format allows that.
+        map_file: map the file, so that tensors are read when used, if its format allows that.
 
     Raises:
-        PickleBombError: see `check_pickle`; or the archive is compressed, which torch's are not.
-        Exception: whatever the bytes of a damaged file lead to.
+        PickleBombError: see `check_pickle`; or the archive is compressed, which torch's never are.
+        Exception: any type, for a damaged file.
     """
     with path.open("rb") as file:
         is_archive = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
@@ -54,13 +54,13 @@ def load_weights(path: Path, *, map_file: bool = False) -> Any:
 
 
 def check_pickle(stream: bytes | IO[bytes]) -> None:
-    """Refuse a pickle whose values would be much more than its bytes; read up to its end.
+    """Refuse a pickle whose values far outnumber its bytes; reads the stream up to its end.
 
-    Each value has a weight, the number of values that are in it, counted as often as they are met.
+    Each value has a weight: the number of values in it, repetitions included.
 
     Raises:
-        PickleBombError: numbers of the memo have gaps, a value holds itself, or the weights of all
-            that is taken from the memo are out of proportion.
+        PickleBombError: the memo numbers have gaps, a value holds itself, or the total weight of
+            the values recalled from the memo is out of proportion.
         ValueError: it is damaged.
     """
     memo: dict[int, _Value] = {}
@@ -72,8 +72,8 @@ def check_pickle(stream: bytes | IO[bytes]) -> None:
         if name in _REMEMBER:
             number = len(memo) if argument is None else argument
             if number > len(memo):
-                raise PickleBombError(f"it has {len(memo)} entries of the memo, and asks for one "
-                                      f"with the number {number}")  # fmt: skip
+                raise PickleBombError(f"it has {len(memo)} memo entries and asks for number "
+                                      f"{number}")  # fmt: skip
             memo[number] = _top(stack)
         elif name in _RECALL or name == "DUP":
             value = _top(stack) if name == "DUP" else memo[argument]
@@ -83,7 +83,7 @@ def check_pickle(stream: bytes | IO[bytes]) -> None:
         else:
             _run(opcode, stack)
         if recalled > _LARGEST_GROWTH * (count + 100):
-            raise PickleBombError(f"its values are {recalled} after {count} instructions")
+            raise PickleBombError(f"it repeats {recalled} values within {count} instructions")
 
 
 class _Value:
@@ -97,7 +97,7 @@ class _Value:
 
 
 def _run(opcode: pickletools.OpcodeInfo, stack: list[_Value | None]) -> None:
-    """What an instruction takes from the stack and leaves there."""
+    """Apply the stack effect of an instruction."""
     before, after = list(opcode.stack_before), list(opcode.stack_after)
     taken: list[_Value | None] = []
     if pickletools.markobject in before:
@@ -123,20 +123,20 @@ def _run(opcode: pickletools.OpcodeInfo, stack: list[_Value | None]) -> None:
 def _top(stack: list[_Value | None]) -> _Value:
     value = stack[-1]
     if value is None:
-        raise ValueError("a mark where a value is wanted")
+        raise ValueError("a mark instead of a value")
     return value
 
 
 def _check_archive(path: Path) -> None:
-    """Raises PickleBombError; or what torch and zipfile raise for a damaged one."""
+    """Raises PickleBombError, or the errors of torch and zipfile for a damaged archive."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
     compressed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     if compressed:
-        raise PickleBombError(f"{compressed[0]} in it is compressed, which torch never does")
+        raise PickleBombError(f"its entry {compressed[0]} is compressed, which torch never does")
     size, total = path.stat().st_size, sum(entry.file_size for entry in entries)
     if total > size:
-        raise PickleBombError(f"its entries have {total} bytes together, the file has {size}")
+        raise PickleBombError(f"its entries have {total} bytes in total, the file only {size}")
     # The same bytes that torch will read.
     reader = torch._C.PyTorchFileReader(str(path))
     check_pickle(io.BytesIO(reader.get_record("data.pkl")))

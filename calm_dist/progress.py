@@ -1,4 +1,4 @@
-"""Progress of long jobs: a bar on a terminal, else a line now and then, more seldom with time."""
+"""Progress of long jobs: a bar on a terminal, otherwise log lines at growing intervals."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from calm_dist.log import NOTE
 _log = logging.getLogger(__name__)
 
 TERMINAL = "CALM_TERMINAL"
-"""Environment variable with a terminal's path: bars go there although our output goes into a log.
+"""Environment variable with the path of a terminal: bars go there although stderr goes to a log.
 The quickstart sets it."""
 
 _FIRST_LINE = 10.0
-"""Seconds to the first line of a log."""
+"""Seconds until the first log line."""
 _LAST_INTERVAL = 600.0
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}  {rate_noinv_fmt}  {remaining} left"
 _UNBOUNDED_BAR = "{desc} {n_fmt}  {rate_noinv_fmt}"
@@ -33,7 +33,7 @@ T = TypeVar("T")
 def progress(items: Iterable[T], total: int | None, *, label: str, unit: str) -> Iterator[T]:
     """Yield ``items`` while showing how many of ``total`` are done, the rate and the time left.
 
-    ``total`` is None where it is not known.
+    ``total`` is None if it is not known.
     """
     with Meter(total, label=label, unit=unit) as meter:
         for item in items:
@@ -42,14 +42,14 @@ def progress(items: Iterable[T], total: int | None, *, label: str, unit: str) ->
 
 
 class Meter:
-    """How far a job is: a bar at the bottom of a terminal, or lines in a log.
+    """The progress of a job: a bar at the bottom of a terminal, or lines in a log.
 
     Args:
-        total: units of the whole job; None where it is not known.
+        total: units of the whole job; None if it is not known.
         label: what is being done.
         unit: what is counted, in the plural.
-        done: units that an earlier start has done.
-        lines: whether to write lines where there is no terminal.
+        done: units that an earlier start completed.
+        lines: whether to write lines if there is no terminal.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Meter:
         screen = self._screen()
         self._bar: tqdm[None] | None = None
         if screen is not None:
-            # Also where a run ends with an error: no half line may stay behind.
+            # A run that ends with an error must not leave half a line behind either.
             atexit.register(self.close)
             self._bar = tqdm(
                 total=total,
@@ -80,7 +80,7 @@ class Meter:
             )
 
     def _screen(self) -> TextIO | None:
-        """Where the bar goes, if anywhere."""
+        """The stream of the bar; None for no bar."""
         if isinstance(sys.stderr, _AboveBars):
             return sys.stderr.screen
         if sys.stderr.isatty():
@@ -98,7 +98,7 @@ class Meter:
         return self._own_terminal
 
     def advance(self, units: int = 1) -> None:
-        """Note that so many more units are done."""
+        """Count ``units`` more as done."""
         self._done += units
         if self._bar is not None:
             self._bar.update(units)
@@ -145,7 +145,7 @@ class Meter:
 
 
 class _AboveBars:
-    """stdout or stderr while there are bars on ``screen``: whole lines, above them."""
+    """stdout or stderr while ``screen`` shows bars: writes whole lines above them."""
 
     def __init__(self, stream: TextIO, screen: TextIO) -> None:
         self._stream, self.screen = stream, screen

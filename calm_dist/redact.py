@@ -1,6 +1,6 @@
-"""Mask secrets in what is written to files and logs: passwords, tokens, keys, signed URLs.
+"""Mask secrets in text for files and logs: passwords, tokens, keys, signed URLs.
 
-What a program reads stays as it is; only what it writes about itself goes through here.
+Values that a program reads are not changed; only its own output passes through here.
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ from typing import Any
 
 MASK = "***"
 
-# A name whose last word is one of these names a secret, as ``hub.token`` and ``db-password`` do.
+# A name whose last word is one of these names a secret: ``hub.token``, ``db-password``.
 _SECRET_WORDS = {
     *("password", "passwd", "passphrase", "passcode", "pwd", "pass", "pw"),
     *("auth", "secret", "secrets", "token", "credential", "credentials", "signature", "sig"),
     *("apikey", "accesskey", "secretkey", "accountkey", "authorization", "bearer", "pat"),
 }
-# A name that contains one of these does, whatever follows: ``secret_name``, ``password2``.
+# So does a name that contains one of these, whatever follows: ``secret_name``, ``password2``.
 _SECRET_PARTS = ("password", "passwd", "secret")
-# A name that ends in "key" does, unless one of these comes before it: ``sort_key``, ``text-key``.
+# So does a name that ends in "key", unless one of these precedes it: ``sort_key``, ``text-key``.
 _PLAIN_KEYS = {
     *("public", "sort", "primary", "foreign", "partition", "group", "cache", "json", "jsonl"),
     *("text", "column", "field", "dict", "record", "metric", "data", "input", "output", "index"),
 }
-# A name that ends in "token" does, unless it is one of a vocabulary: ``begin_token``.
+# A name that ends in "token" does not if it means a vocabulary entry: ``begin_token``.
 _VOCABULARY = {"begin", "end", "bos", "eos", "pad", "unk", "unknown", "mask", "special", "stop"}
 _NOT_HASHES = {"revision", "rev", "commit", "sha", "sha1", "hash", "version", "id"}
 
 _SCHEME = r"[A-Za-z][A-Za-z0-9+.-]*://"
 _URL_PASSWORD = re.compile(rf"({_SCHEME}[^\s/:@?#'\"]*):([^\s/?#'\"]+)@")
 _URL_TOKEN = re.compile(rf"({_SCHEME})(?=[^\s/:@]*[0-9])[A-Za-z0-9_.~%-]{{20,}}@")
-# ``name=value`` in arguments, queries of URLs and texts; ``"name": "value"`` in JSON.
+# ``name=value`` in arguments, URL queries and texts; ``"name": "value"`` in JSON.
 _ASSIGNMENT = re.compile(
     r"(?P<name>[A-Za-z_][A-Za-z0-9_.-]*)(?P<equals>=|['\"]\s*:\s*(?=['\"]))"
     r"(?P<value>\"[^\"]*\"|'[^']*'|[^\s&'\"]+)"
 )
-# What several services put in front of their keys, so that leaks can be found.
+# Prefixes that several services give their keys, so that leaks can be found.
 _KNOWN_KEYS = re.compile(
     r"(?<![A-Za-z0-9])(?:"
     r"(?:AKIA|ASIA)[A-Z0-9]{16}"
@@ -56,7 +56,7 @@ _HEADER = re.compile(
 )
 _BEARER = re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE)
 _PEM = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*-----|\Z)", re.DOTALL)
-# Keys without a sign of their own, where they are a whole value: of wandb, and AWS's secret ones.
+# Keys without a prefix, recognized only as a whole value: those of wandb, and AWS secret keys.
 _WANDB_KEY = re.compile(r"[0-9a-f]{40}")
 _AWS_SECRET = re.compile(
     r"(?=(?:.*[A-Z]){5})(?=(?:.*[a-z]){5})(?=.*[0-9])[A-Za-z0-9+][A-Za-z0-9/+]{39}"
@@ -64,7 +64,7 @@ _AWS_SECRET = re.compile(
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether what is given under this name, ``a.b_c`` or ``--a-b`` or ``aB``, is a secret."""
+    """Whether a value of this name (``a.b_c``, ``--a-b`` or ``aB``) is a secret."""
     last = name.rstrip(".").rpartition(".")[2]
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", last)
     words = [word.lower() for word in re.split(r"[\s_-]+", spaced) if word]
@@ -80,8 +80,8 @@ def is_secret_name(name: str) -> bool:
 
 
 def redact(text: str) -> str:
-    """The text with every secret in it masked: passwords in URLs, signed queries, ``name=value``
-    with a secret's name, and keys of a known shape."""
+    """The text with every secret masked: passwords in URLs, signed queries, ``name=value`` with a
+    secret's name, and keys of a known shape."""
     text = _PEM.sub(MASK, text)
     text = _URL_PASSWORD.sub(rf"\1:{MASK}@", text)
     text = _URL_TOKEN.sub(rf"\1{MASK}@", text)
@@ -97,7 +97,7 @@ def _mask_assignment(match: re.Match[str]) -> str:
         return f"{name}{equals}{quote}{MASK}{quote}"
     if not _is_hash(name) and _is_bare_key(value):
         return f"{name}{equals}{MASK}"
-    # The value may be an assignment itself, such as the query of a URL.
+    # The value may itself be an assignment, such as the query of a URL.
     return f"{name}{equals}{_ASSIGNMENT.sub(_mask_assignment, value)}"
 
 
@@ -110,7 +110,7 @@ def _is_bare_key(value: str) -> bool:
 
 
 def redact_arguments(arguments: Sequence[str]) -> list[str]:
-    """A command line with every secret in it masked, also one that follows its option,
+    """A command line with every secret masked, including a value that follows its option:
     ``--token X``."""
     masked, option = [], ""
     for argument in arguments:
@@ -129,7 +129,7 @@ def redact_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def _redact_option(argument: str) -> str:
-    """``name=value``, in which the value may have spaces and quotes."""
+    """Redact ``name=value``, in which the value may have spaces and quotes."""
     name, _, value = argument.partition("=")
     if re.fullmatch(r"-{0,2}[A-Za-z_][\w.-]*", name) and is_secret_name(name.lstrip("-")) and value:
         return f"{name}={MASK}"
@@ -137,7 +137,7 @@ def _redact_option(argument: str) -> str:
 
 
 def redact_values(value: Any, name: str = "") -> Any:
-    """Plain values with every secret in them masked, by their names and by what they look like."""
+    """Plain values with every secret masked, recognized by its name or its shape."""
     if isinstance(value, str):
         return MASK if value and is_secret_name(name) else redact(value)
     if isinstance(value, Mapping):

@@ -1,8 +1,8 @@
-"""What is shown of a BrierLM, wherever it is shown: with its errors, marked where it is noise, and
-with a note where the blocks are not those of the training.
+"""How BrierLM is shown everywhere: with its standard errors, marked if it is mostly noise, and with
+a note if the scored blocks differ from the training's.
 
-BrierLM is a geometric mean, so that its smallest factor decides. Of models that are right about few
-n-grams Brier-3 and Brier-4 are hardly known, and their BrierLM may be above that of a model whose
+BrierLM is a geometric mean, so its smallest factor dominates. For models that predict few n-grams
+correctly, Brier-3 and Brier-4 are hardly known, and BrierLM may exceed that of a model whose
 Brier-1 and Brier-2 are better. Needs no torch.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MARK = "*"
-"""Behind a BrierLM that is mostly noise."""
+"""Follows a BrierLM that is mostly noise."""
 
 MARK_EXPLAINED = (
     f"{MARK} Brier-3 or Brier-4 is not above two standard errors: BrierLM is mostly noise"
@@ -22,7 +22,7 @@ MARK_EXPLAINED = (
 MISSING = "–"
 
 Evaluation = Mapping[str, Any]
-"""A result of `calm_dist.evaluation.evaluate`, or what a record or a report holds of one: brierlm,
+"""A result of `calm_dist.evaluation.evaluate`, or the part of it in a record or a report: brierlm,
 brierlm_stderr, brier [4], brier_stderr [4], each of which may be absent or None."""
 
 _DECIDING = (3, 4)
@@ -30,11 +30,11 @@ _STANDARD_ERRORS = 2
 
 
 def noisy_brier(evaluation: Evaluation) -> list[int]:
-    """The n of 3 and 4 whose Brier-n is not above two standard errors; the BrierLM is marked where
-    there is any.
+    """Those n of 3 and 4 whose Brier-n is not above two standard errors; BrierLM is marked if there
+    are any.
 
-    One that is not above 0 is among them also where no error is known; of a positive one without
-    an error, as in records of early versions, nothing is said.
+    A value that is not above 0 counts even if its error is not known; a positive value without an
+    error, as in records of early versions, does not.
     """
     noisy = []
     for n in _DECIDING:
@@ -45,7 +45,7 @@ def noisy_brier(evaluation: Evaluation) -> list[int]:
 
 
 def brier(evaluation: Evaluation, n: int) -> tuple[float | None, float | None]:
-    """Brier-n and its standard error, as fractions of 1; None for what is not known."""
+    """Brier-n and its standard error, as fractions of 1; None for an unknown value."""
     value, error = (_at(evaluation.get(name), n - 1) for name in ("brier", "brier_stderr"))
     return value, error
 
@@ -75,23 +75,23 @@ def summary_text(evaluation: Evaluation, between: str = ", ") -> str:
 
 
 def block_size_note(scored: int, recipe_block_size: int | None, step: int) -> str | None:
-    """What is to be known where a model was scored on other blocks than it was trained on.
+    """A note for a model that was scored on blocks of another size than it was trained on.
 
     Args:
-        scored: tokens of the scored blocks.
+        scored: tokens per scored block.
         recipe_block_size: ``data.block_size`` of the checkpoint's recipe.
-        step: of the checkpoint. At 0 it was imported and has not been trained here: its recipe has
-            the largest block of the released configuration (max_position_embeddings).
+        step: step of the checkpoint. At 0 it was imported and has not been trained here: its recipe
+            has the largest block of the released configuration (max_position_embeddings).
 
     Returns:
-        A sentence without its full stop, or None where there is nothing to say.
+        A sentence without a full stop, or None if the sizes agree.
     """
     if recipe_block_size is None:
         return f"scored on blocks of {scored} tokens; the model's training block size is not known"
     if step == 0:
         allowed = f"its configuration has positions for {recipe_block_size} tokens"
         if scored > recipe_block_size:
-            allowed += f", and what comes after the first {recipe_block_size} exceeds them"
+            allowed += f", and tokens after the first {recipe_block_size} exceed them"
         return (
             f"scored on blocks of {scored} tokens; the training block size of an imported model is "
             f"not known, {allowed}"
@@ -101,7 +101,7 @@ def block_size_note(scored: int, recipe_block_size: int | None, step: int) -> st
     differs = f"scored on blocks of {scored} tokens, trained on blocks of {recipe_block_size}"
     if scored > recipe_block_size:
         return f"{differs}: longer blocks exceed the trained context, and scores suffer"
-    return f"{differs}: it sees less context than in training"
+    return f"{differs}: the model sees less context than in training"
 
 
 def number(value: Any) -> float | None:

@@ -1,4 +1,4 @@
-"""What all command-line tools share: errors as exit codes, types of options, JSON output."""
+"""Shared by all command-line tools: exit codes for errors, option types, JSON output."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ def run(main: Callable[[], int | None]) -> None:
     _silence_library_warnings()
     show_on_console()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Names of files may have bytes that are no text; stderr shows them like this anyway.
+        # File names may have bytes that are not text; stderr escapes them like this by default.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
-        # Not left to the interpreter's end, which could only print a traceback.
+        # Flush here: at exit, the interpreter could only print a traceback.
         sys.stdout.flush()
     except UserError as error:
         _report(error)
         code = EXIT_UNREACHABLE if isinstance(error, UnreachableError) else EXIT_BAD_INPUT
     except BrokenPipeError:
-        # The reader of our output (head, less) went away: not an error of ours.
+        # The reader of our output (head, less) has exited: not an error of ours.
         sys.stderr.close()
         code = 0
     except OSError as error:
@@ -71,7 +71,7 @@ def run(main: Callable[[], int | None]) -> None:
         print(redact(f"error: {error}"), file=sys.stderr, flush=True)
         code = EXIT_PEER_LOST if isinstance(error, PeerLostError) else EXIT_DIVERGED
     except HungError:
-        # The rank that found it out has said so.
+        # The rank that detected it has already printed the message.
         code = EXIT_HUNG
     except StoppedError as stopped:
         if os.environ.get("RANK", "0") == "0":
@@ -84,7 +84,8 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def _drop_what_stdout_refuses() -> None:
-    """The interpreter would try to write it once more, and replace the exit code by 120."""
+    """Discard output that cannot be written: the interpreter would try again at exit and replace
+    the exit code with 120."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -92,34 +93,34 @@ def _drop_what_stdout_refuses() -> None:
 
 
 def _silence_library_warnings() -> None:
-    """Libraries warn dozens of times about their own deprecations and about optional packages;
-    none of it is for the user of a tool. Errors, and warnings about our code, are not touched;
+    """Hide the dozens of warnings of libraries about their own deprecations and optional packages,
+    which do not concern the user of a tool. Errors and warnings about our code are kept;
     ``PYTHONWARNINGS=default`` or ``python -W`` shows all."""
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", module=r"(?!calm_dist\b|__main__$)")
 
 
 def announce(text: str) -> None:
-    """Say on a terminal what the seconds before the first result go into; logs do without."""
+    """Print on a terminal, but not into logs, what a tool does before its first result."""
     if sys.stderr.isatty():
         print(text, file=sys.stderr, flush=True)
 
 
 def _report(error: UserError) -> None:
-    """Print an error once: every rank of a launch finds the same one in recipe and files."""
+    """Print an error; only rank 0 prints one that every rank finds, as in recipe or files."""
     same_everywhere = isinstance(error, RecipeError) or getattr(error, "reported", False)
     if not same_everywhere or os.environ.get("RANK", "0") == "0":
         print(redact(f"error: {shortened(str(error))}"), file=sys.stderr, flush=True)
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
-    """A type for argparse: a whole number from ``minimum`` up to the largest seed."""
+    """A type for argparse: a whole number from ``minimum`` to the largest seed, 2^63 - 1."""
 
     def number(text: str) -> int:
         value = int(text)
         if not minimum <= value < 2**63:
             raise argparse.ArgumentTypeError(
-                f"{value}: give a whole number from {minimum}, below 2^63"
+                f"{value}: give a whole number from {minimum} to 2^63 - 1"
             )
         return value
 
@@ -145,24 +146,24 @@ def add_device(parser: argparse.ArgumentParser) -> None:
         "--device",
         choices=("auto", "cuda", "cpu"),
         default="auto",
-        help="auto: a GPU where there is one (default)",
+        help="auto: a GPU if there is one (default)",
     )
 
 
 def writable_file(text: str) -> str:
-    """A type for argparse: a file that the tool's result can be written to, checked at once."""
+    """A type for argparse: a file for the tool's result, checked immediately to be writable."""
     return _writable(text, check_file_is_writable, "file")
 
 
 def writable_directory(text: str) -> str:
-    """A type for argparse: a directory, there or not, that files can be written to."""
+    """A type for argparse: a writable directory, which need not exist yet."""
     return _writable(text, check_directory_is_writable, "directory")
 
 
 def image_file(text: str) -> str:
-    """A type for argparse: a file that a plot can be written to."""
+    """A type for argparse: a writable file for a plot."""
     if not text.endswith((".svg", ".png")):
-        raise argparse.ArgumentTypeError(f"{text}: give a file that ends in .svg or .png")
+        raise argparse.ArgumentTypeError(f"{text}: give a file name that ends in .svg or .png")
     return writable_file(text)
 
 
@@ -181,9 +182,9 @@ def _writable(text: str, check: Callable[[str], None], what: str, or_else: str =
 def add_json(
     parser: argparse.ArgumentParser, text: str = "write JSON to F, or to stdout for -"
 ) -> None:
-    """Add the option ``--json`` of a tool, whose value is for `write_json`.
+    """Add the option ``--json`` of a tool, whose value goes to `write_json`.
 
-    A file that cannot be written is refused while the command line is read: before any work.
+    A file that cannot be written is refused while the command line is parsed, before any work.
     """
 
     def target(value: str) -> str:
@@ -195,9 +196,9 @@ def add_json(
 
 
 def write_json(value: Any, target: str | Path) -> None:
-    """Write ``value`` as JSON to a file, or to stdout for ``-``; what is not finite is null.
+    """Write ``value`` as JSON to a file, or to stdout for ``-``; non-finite numbers become null.
 
-    Tools print their result before, so that a disk that has filled up since does not cost it.
+    Tools print their result first, so that it is not lost if the disk has filled up since.
 
     Raises:
         UserError: the file cannot be written.

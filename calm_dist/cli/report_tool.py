@@ -11,18 +11,18 @@ from calm_dist.reports.report import read_runs, report_content, summarize, write
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a report of runs, but for ``--run``, ``--out`` and ``--json``."""
+    """Add the options of a report of runs, except ``--run``, ``--out`` and ``--json``."""
     parser.add_argument("--autoencoder", metavar="RUN", help="run directory of the autoencoder")
     parser.add_argument(
         "--peak-tflops",
         type=between(1e-3, 1e6),
         metavar="X",
-        help="TFLOP/s that one device can reach, for MFU; known for A100, H100, H200 and B200",
+        help="peak TFLOP/s of one device, for MFU; known for A100, H100, H200 and B200",
     )
 
 
 def report_runs(arguments: argparse.Namespace) -> None:
-    """Do what the command line asks for: write files, print where, or print the report itself.
+    """Write the files that the command line asks for and print where, or print the report itself.
 
     Raises:
         UserError: see `reports.report.write_report`.

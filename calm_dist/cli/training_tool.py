@@ -12,15 +12,15 @@ from calm_dist.recipe import Recipe, load_recipe
 
 
 def run_training_tool(description: str | None, train: Callable[[Recipe], None]) -> None:
-    """Parse ``RECIPE [key=value ...] [--dry-run]`` and train, or show what a training would be.
+    """Parse ``RECIPE [key=value ...] [--dry-run]`` and train, or show the plan of the training.
 
     Args:
         description: the tool's docstring.
         train: called with the recipe; it imports what it needs, so that --help and --dry-run
-            do without torch.
+            work without torch.
 
     Raises:
-        UserError: whatever is wrong with recipe, overrides or launch.
+        UserError: recipe, overrides or launch are wrong.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -28,14 +28,18 @@ def run_training_tool(description: str | None, train: Callable[[Recipe], None]) 
     parser.add_argument("recipe", help="recipe file, see recipes/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="training.steps=20 …")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print sizes, memory, layout and balance; no run"
+        "--dry-run",
+        action="store_true",
+        help="print sizes, memory, layout and balance without training",
     )
-    add_json(parser, "with --dry-run: write it as JSON (- = stdout)")
-    # The deepspeed launcher adds it; the environment says the same.
+    add_json(parser, "with --dry-run: write the plan as JSON to F, or to stdout for -")
+    # The deepspeed launcher adds it; the environment holds the same value.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
     if arguments.json and not arguments.dry_run:
-        raise UserError("--json: goes with --dry-run; a training writes metrics.jsonl in run.dir")
+        raise UserError(
+            "--json: needs --dry-run; a training writes its metrics to metrics.jsonl in run.dir"
+        )
     if not arguments.dry_run:
         die_with_launcher()
         train(_recipe_for_launch(arguments.recipe, arguments.overrides))
@@ -53,7 +57,7 @@ def run_training_tool(description: str | None, train: Callable[[Recipe], None]) 
 
 
 def _recipe_for_launch(path: str, overrides: list[str]) -> Recipe:
-    """The recipe, also where it fits the launched number of processes but not the planned one."""
+    """Load the recipe, even if it fits only the launched number of processes, not the planned."""
     from calm_dist.parallel.launch import read_world
 
     try:

@@ -1,1 +1,1 @@
-"""Text in, batches out: corpus, tokenizer, latent stores and the guarded streaming reader."""
+"""From text to batches: corpus, tokenizer, latent stores and the guarded streaming reader."""

@@ -1,7 +1,7 @@
-"""Streams over compressed files, which end with an error where the file does not end as it should.
+"""Streams over compressed files that raise an error if the file is truncated or has extra bytes.
 
-The standard library's own file classes are not used: `lzma` and `bz2` drop what follows the last
-whole stream without an error, and zstandard's reader takes a frame that ends early for a whole one.
+The libraries' own file classes are not used: `lzma` and `bz2` silently drop bytes after the last
+complete stream, and zstandard's reader accepts a truncated frame as complete.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any, Protocol
 
 from calm_dist.errors import DataError
 
-# The dictionary of an .xz file may demand any amount of memory; `xz -9` makes files of 65 MiB. So
+# The dictionary of an .xz file may demand any amount of memory; files of `xz -9` need 65 MiB. So
 # may the window of a .zst file, up to 2 GiB with `zstd --long=31`.
 _MEMORY_BYTES = 1 << 30
 
 
 class Decoder(Protocol):
-    """Decodes one frame (gzip: member; xz and bzip2: stream), as `bz2.BZ2Decompressor` does."""
+    """Decodes one frame (gzip: member; xz and bzip2: stream), like `bz2.BZ2Decompressor`."""
 
     @property
     def eof(self) -> bool: ...
@@ -35,7 +35,7 @@ class Decoder(Protocol):
 
 
 class _Adapted:
-    """A library's object, given the rest of the interface of `Decoder` by a subclass."""
+    """Wraps a library's decompressor; a subclass adds the rest of `Decoder`."""
 
     needs_input = True
 
@@ -52,20 +52,20 @@ class _Adapted:
 
 
 class _Gzip(_Adapted):
-    """zlib's; it checks the checksum and the length."""
+    """zlib's decompressor, which verifies checksum and length."""
 
     def __init__(self) -> None:
         super().__init__(zlib.decompressobj(wbits=16 + zlib.MAX_WBITS))
 
     def decompress(self, data: bytes, max_length: int, /) -> bytes:
         text: bytes = self._inner.decompress(self._inner.unconsumed_tail + data, max_length)
-        # Where the output is full, zlib may hold more of it without any input left.
+        # If the output is full, zlib may hold more output although all input is consumed.
         self.needs_input = len(text) < max_length and not self._inner.unconsumed_tail
         return text
 
 
 class _Zstd(_Adapted):
-    """zstandard's, which has no limit on the output."""
+    """zstandard's decompressor, which does not limit its output."""
 
     def __init__(self) -> None:
         import zstandard
@@ -82,11 +82,11 @@ class _Zstd(_Adapted):
 
 @dataclass(frozen=True)
 class Codec:
-    """A compression: how its frames are decoded.
+    """A compression.
 
     Attributes:
         decoder: makes the decoder of a frame.
-        step: bytes that a decoder is given at once.
+        step: bytes passed to a decoder at once.
         padding: whether zero bytes may follow the last frame, as tapes and `xz` leave them.
     """
 
@@ -99,19 +99,18 @@ CODECS = {
     ".gz": Codec(_Gzip, padding=True),
     ".xz": Codec(lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, _MEMORY_BYTES), padding=True),
     ".bz2": Codec(bz2.BZ2Decompressor),
-    # 4 bytes can stand for 128 KiB: a step gives at most 32 MiB.
+    # 4 bytes can expand to 128 KiB: a step gives at most 32 MiB.
     ".zst": Codec(_Zstd, step=1 << 10),
 }
-"""The compressions that a corpus may have, by suffix."""
+"""The supported compressions by suffix."""
 
 
 class Unpacked(io.RawIOBase):
     """The contents of a compressed file of one or more frames.
 
     Reading raises:
-        DataError: the file is empty, ends inside a frame, is damaged, or holds something else
-            after its last frame. A file that was cut exactly between two frames cannot be told
-            from a whole one.
+        DataError: the file is empty, ends inside a frame, is damaged, or has other bytes after its
+            last frame. A file that was cut exactly between two frames looks like a complete one.
     """
 
     def __init__(self, path: Path, source: io.BufferedReader, suffix: str) -> None:
@@ -120,7 +119,7 @@ class Unpacked(io.RawIOBase):
         self._decoder: Decoder | None = None
         self._frames = 0
         self._position = 0
-        """Bytes of the file that were read, without those in `_ahead`."""
+        """Bytes read from the file, without those in `_ahead`."""
         self._ahead = b""
         self._ready = memoryview(b"")
 
@@ -155,7 +154,7 @@ class Unpacked(io.RawIOBase):
         if not data:
             if not self._frames:
                 raise DataError(
-                    f"corpus {self._path}: is empty, and no {self._suffix} file; write it again or "
+                    f"corpus {self._path}: is empty, not a {self._suffix} file; write it again or "
                     "remove it"
                 )
             return False
@@ -179,9 +178,9 @@ class Unpacked(io.RawIOBase):
         except (zlib.error, lzma.LZMAError, OSError, EOFError, ValueError) as error:
             if "memory" in str(error).lower():
                 raise DataError(
-                    f"corpus {self._path}: needs more than {_MEMORY_BYTES >> 20} MiB of memory to "
-                    f"unpack, the limit ({error}); compress it again with a smaller window or "
-                    "dictionary (zstd --long=27, xz -9)"
+                    f"corpus {self._path}: unpacking needs more memory than the limit of "
+                    f"{_MEMORY_BYTES >> 20} MiB ({error}); compress it again with a smaller window "
+                    "or dictionary (zstd --long=27, xz -9)"
                 ) from error
             after = f", or other bytes follow its frame {self._frames}" if self._frames else ""
             raise DataError(

@@ -1,7 +1,7 @@
-"""Text corpora: files to documents, splits, and blocks of tokens.
+"""Text corpora: from files to documents, splits and blocks of tokens.
 
-Which files are read, and how, is in `corpus_files` and `formats`. Every fault of a file is a
-`DataError` that names the file and, for lines, the line.
+`corpus_files` finds the files and `formats` reads them. Every fault of a file is a `DataError` that
+names the file and, for lines, the line.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ __all__ = [
 
 SPLITS = ("train", "valid", "test")
 
-# Parts of the standard library's directory that are not its text: installed packages, tests,
-# programs, and the machine-made tables of character sets.
+# Parts of the standard library's directory that are not used as text: installed packages, tests,
+# programs, and generated tables of character sets.
 _NOT_LIBRARY = {
     "site-packages",
     "dist-packages",
@@ -77,11 +77,11 @@ def corpus_sha256(files: Iterable[CorpusFile]) -> str:
 
 
 def iter_documents(paths: CorpusPaths) -> Iterator[Document]:
-    """The documents of a corpus in the order of its files; texts without content are left out.
+    """The documents of a corpus in the order of its files; blank texts are left out.
 
     Raises:
-        DataError: see `find_files`; a file that is damaged or cut off; a line that is not JSON, has
-            no text, or is not UTF-8; a corpus in which no document has content.
+        DataError: see `find_files`; a file is damaged or truncated; a line is not JSON, has no
+            text, or is not UTF-8; or no document of the corpus has content.
     """
     for _, _, document in _places_and_documents(find_files(paths)):
         yield document
@@ -102,12 +102,12 @@ def _places_and_documents(files: CorpusFiles) -> Iterator[tuple[CorpusFile, int,
 class ShuffledDocuments:
     """The documents of a corpus in an order that is a function of ``seed`` and the files.
 
-    Memory holds 16 bytes a document, not the text: a first pass, in the constructor, notes where
-    each document starts; iteration reads them in the new order. Compressed files are unpacked
-    into a temporary directory for that (``TMPDIR`` chooses the disk).
+    Memory holds 16 bytes per document, not the text: the constructor records where each document
+    starts, and iteration reads the documents in the new order. For that, compressed files are
+    unpacked into a temporary directory (``TMPDIR`` chooses the disk).
 
     Raises:
-        DataError: as `iter_documents`; a full disk; a file that changes while it is used.
+        DataError: as `iter_documents`; the disk is full; a file changes while it is used.
     """
 
     def __init__(self, paths: CorpusPaths, seed: int) -> None:
@@ -131,7 +131,8 @@ class ShuffledDocuments:
         self._places = np.random.default_rng(seed).permutation(in_order)
 
     def _open(self, number: int, file: CorpusFile) -> tuple[Path, io.BufferedReader]:
-        """Where a file's unpacked contents are once the stream has been read to its end."""
+        """The path of a file's unpacked contents, complete once the stream has been read to its
+        end, and the stream."""
         stream = open_file(file)
         if not format_of(file.path.name).compression:  # type: ignore[union-attr]
             return file.path, stream
@@ -145,12 +146,12 @@ class ShuffledDocuments:
         return self.read(range(len(self)))
 
     def part(self, number: int, parts: int) -> range:
-        """Positions, in the new order, of one of ``parts`` parts of equally many documents."""
+        """Positions, in the new order, of part ``number`` of ``parts`` parts of equal size."""
         start, end = (len(self) * bound // parts for bound in (number, number + 1))
         return range(start, end)
 
     def read(self, positions: range) -> Iterator[Document]:
-        """The documents at some positions of the new order; no others are read."""
+        """The documents at ``positions`` of the new order; reads no others."""
         for i, offset in self._places[positions.start : positions.stop]:
             yield self._document(int(i), int(offset))
 
@@ -168,13 +169,13 @@ class ShuffledDocuments:
         except (DataError, StopIteration, OSError) as error:
             raise DataError(
                 f"corpus {file.path}: was changed while it was used (byte {offset}: "
-                f"{str(error) or 'nothing is there'}); start again"
+                f"{str(error) or 'no document'}); start again"
             ) from error
         return document
 
 
 class _Copying(io.RawIOBase):
-    """A stream that copies into a file what is read from it."""
+    """A stream that copies everything read from it into a file."""
 
     def __init__(self, source: io.BufferedReader, target: Path) -> None:
         self._source, self._target = source, target
@@ -211,10 +212,10 @@ def standard_library_documents() -> list[Document]:
     """The source files of the running Python's standard library, sorted by name.
 
     Each document is one file with its docstrings and comments. Files that do not decode are left
-    out, as are tests, installed packages and machine-made tables.
+    out, as are tests, installed packages and generated tables.
 
     Raises:
-        DataError: this Python carries no source files.
+        DataError: this Python has no source files.
     """
     root = Path(sysconfig.get_path("stdlib"))
     documents = []
@@ -235,14 +236,14 @@ def standard_library_documents() -> list[Document]:
 
 
 class DocumentIds:
-    """The ids of documents, 16 bytes each; the first six bytes decide the split.
+    """Hashes of document ids, 16 bytes each; the first six bytes decide the split.
 
-    A document's split depends on ``(seed, id)`` alone, about 90, 5 and 5 percent; only where valid
-    or test would stay empty, the document that came nearest to it is moved there.
+    A document's split depends only on ``(seed, id)``, about 90, 5 and 5 percent; but if valid or
+    test would be empty, the document nearest to it is moved there.
     """
 
     def __init__(self, seed: int) -> None:
-        # Of `key_fraction(seed, "split", id)`, hashed once.
+        # The common prefix of `key_fraction(seed, "split", id)`, hashed once.
         self._prefix = hashlib.sha256(f"{seed}\0split\0".encode())
         self._hashes = bytearray()
 
@@ -255,7 +256,7 @@ class DocumentIds:
         self._hashes += digest.digest()[:16]
 
     def repeated(self) -> tuple[int, int] | None:
-        """Positions of two documents that have one id, if there are any."""
+        """Positions of two documents with the same id, or None."""
         halves = np.frombuffer(self._hashes, ">u8").reshape(-1, 2)
         order = np.lexsort((halves[:, 1], halves[:, 0]))
         same = (halves[order[1:]] == halves[order[:-1]]).all(axis=1)
@@ -266,7 +267,7 @@ class DocumentIds:
         return first, second
 
     def splits(self) -> np.ndarray:
-        """For each document the position of its split in `SPLITS`; uint8 of shape [documents].
+        """For each document the position of its split in `SPLITS`; uint8[documents].
 
         Raises:
             DataError: fewer than 3 documents.
@@ -280,7 +281,7 @@ class DocumentIds:
         places = (np.frombuffer(self._hashes, ">u8")[::2] >> 16) / 2**48
         num_test = max(1, int((places >= 0.95).sum()))
         num_valid = max(1, int(((places >= 0.9) & (places < 0.95)).sum()))
-        # Test may not take what valid and train need.
+        # Leave documents for valid and train.
         num_test = min(num_test, count - 2)
         num_valid = min(num_valid, count - num_test - 1)
         by_place = np.argsort(places, kind="stable")
@@ -291,13 +292,13 @@ class DocumentIds:
 
 
 def split_documents(ids: Sequence[str], seed: int) -> dict[str, list[int]]:
-    """Divide documents into train, valid and test, as `DocumentIds` says.
+    """Divide documents into train, valid and test by the rule of `DocumentIds`.
 
     Returns:
         For each split the positions in ``ids``, ascending.
 
     Raises:
-        DataError: fewer than 3 documents, or two of one id.
+        DataError: fewer than 3 documents, or two with the same id.
     """
     known = DocumentIds(seed)
     for document_id in ids:
@@ -309,14 +310,14 @@ def split_documents(ids: Sequence[str], seed: int) -> dict[str, list[int]]:
 
 
 def refuse_repeated_ids(known: DocumentIds, paths: CorpusPaths) -> None:
-    """Refuse a corpus in which two documents have one id, and would share a split.
+    """Refuse a corpus in which two documents have the same id and hence share a split.
 
     Args:
         known: the ids of the documents of ``paths``, in their order.
-        paths: the corpus; it is read again to name the places.
+        paths: the corpus; it is read again to find file and line of both documents.
 
     Raises:
-        DataError: naming the id and both places.
+        DataError: there are such documents; the message names the id and both places.
     """
     pair = known.repeated()
     if pair is None:
@@ -332,7 +333,7 @@ def refuse_repeated_ids(known: DocumentIds, paths: CorpusPaths) -> None:
 
 
 def _place(file: CorpusFile, offset: int) -> str:
-    """File and line of what starts at a byte of the unpacked contents."""
+    """File and line of a byte offset in the unpacked contents."""
     line = 1
     with open_file(file) as stream:
         while offset > 0 and (read := stream.read(min(offset, 1 << 20))):
@@ -342,8 +343,8 @@ def _place(file: CorpusFile, offset: int) -> str:
 
 def _repeated_id(document_id: str, *places: str) -> DataError:
     return DataError(
-        f"corpus: {' and '.join(places)} have the same id {quoted(document_id)!r}, so that both "
-        'would be in one split; give each document an id of its own, or leave "id" out'
+        f"corpus: {' and '.join(places)} have the same id {quoted(document_id)!r}, so both would "
+        'be in the same split; give each document a unique id, or leave "id" out'
     )
 
 
@@ -356,12 +357,12 @@ def pack_blocks(
 ) -> Iterator[np.ndarray]:
     """Cut documents, in the order given, into blocks of exactly ``block_size`` tokens.
 
-    Each document stands between 1 to ``patch_size`` begin tokens (how many is a function of
-    ``seed`` and the document's id) and one end token. A prompt that is left-filled with begin
-    tokens to whole patches therefore looks like the training text. Where one token is both, the
-    begin tokens of the next document are the end of this one: with one more, a patch of begin
-    tokens could be followed by another, which would end a generated text at once. Tokens after the
-    last full block are dropped.
+    Each document is preceded by 1 to ``patch_size`` begin tokens (the number is a function of
+    ``seed`` and the document's id) and followed by one end token. A prompt that is left-padded with
+    begin tokens to whole patches therefore looks like the training text. If one token is both, the
+    begin tokens of the next document also end this one: with an additional end token, a whole patch
+    of begin tokens could be followed by another begin token, which would end a generated text at
+    once. Tokens after the last full block are dropped.
 
     Yields:
         uint32 arrays of shape [block_size].
@@ -384,7 +385,7 @@ def pack_blocks(
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in groups of about a megabyte of text, for the tokenizer's own threads."""
+    """Documents in groups of about a megabyte of text, for the tokenizer's threads."""
     batch: list[Document] = []
     size = 0
     for document in documents:

@@ -1,4 +1,4 @@
-"""Which files a corpus has: directories and globs to files, each once, under a name of its own."""
+"""Find the files of a corpus: expands directories and globs; each file once, with a unique name."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ _NOT_FILES = (
     (stat.S_ISBLK, "a device"),
 )
 
-# Kinds that a summary names; the rest of them is counted.
+# Most kinds that a summary names; the others are only counted.
 _NAMED_KINDS = 40
 
 
 @dataclass(frozen=True)
 class CorpusFiles(Sequence[CorpusFile]):
-    """The files of a corpus in a fixed order, and what was left out of its directories.
+    """The files of a corpus in a fixed order, and counts of the files left out.
 
     Attributes:
-        files: each with a name that no other one has.
-        left_out: how many files of a directory are not read, by kind.
-        directories: real paths of the directories that were searched, without those below them.
-        globs: the patterns that were given.
+        files: the files, each with a unique name.
+        left_out: number of files in the directories that are not read, by kind.
+        directories: real paths of the searched directories, without those below them.
+        globs: the patterns given.
     """
 
     files: tuple[CorpusFile, ...]
@@ -71,21 +71,21 @@ class CorpusFiles(Sequence[CorpusFile]):
         return f"{text}; left out: {_counts(self.left_out)}" if self.left_out else text
 
     def report(self) -> None:
-        """Log the summary, except for a corpus that is one file given by its name."""
+        """Log the summary, unless the corpus is a single file given by its path."""
         if len(self.files) > 1 or self.left_out or self.directories or self.globs:
             _log.log(NOTE, self.summary())
 
     def refuse_output(self, out: str | Path, written: Iterable[str]) -> None:
-        """Refuse an output directory in which this corpus lies, or that is a part of it.
+        """Refuse an output directory that holds files of this corpus or is inside it.
 
-        What is written would be read as text: now, or by the next start of the same command.
+        Otherwise the output would be read as text: now, or when the same command starts again.
 
         Args:
             out: a local directory, which need not exist.
             written: names, relative to ``out``, of files that will be written.
 
         Raises:
-            DataError: naming the file or directory of the corpus.
+            DataError: they overlap; the message names the file or directory of the corpus.
         """
         place = os.path.realpath(out)
         for directory in sorted(self.directories):
@@ -106,20 +106,21 @@ class CorpusFiles(Sequence[CorpusFile]):
 
 
 CorpusPaths = CorpusFiles | Sequence[str | Path]
-"""A corpus as a user gives it, or as `find_files` has found it."""
+"""A corpus as given by a user, or the result of `find_files`."""
 
 
 def find_files(paths: CorpusPaths) -> CorpusFiles:
-    """The corpus files behind files, directories and globs.
+    """The corpus files that files, directories and globs stand for.
 
-    Directories are searched with all that is below them, links included; hidden files are left
-    out. Order: as given, and sorted within a directory or a glob. The name of a file is its own, or
-    its path in the directory that was given; where two files would have one name, all of them are
-    named by their paths from the directory that they have in common.
+    Directories are searched recursively, following links; hidden files are left out. Order: as
+    given, and sorted within a directory or a glob. A file is named by its base name, or by its path
+    relative to the directory given; if two files would have the same name, all files are named by
+    their paths relative to their common directory.
 
     Raises:
-        DataError: a path that does not exist or is not a file or directory, a glob without match, a
-            directory without corpus files, a file of an unknown kind, or a file found twice.
+        DataError: a path does not exist or is neither a file nor a directory, a glob matches
+            nothing, a directory holds no corpus files, a file is of an unknown kind, or a file is
+            found twice.
     """
     if isinstance(paths, CorpusFiles):
         return paths
@@ -153,8 +154,8 @@ class _Search:
         )
 
     def _refuse_compressed_twins(self) -> None:
-        """A file beside its own compressed form, as `gzip -k` leaves it, would be read twice, and
-        its documents get into several splits."""
+        """Refuse a file next to its compressed copy, as `gzip -k` leaves it: its documents would be
+        read twice and end up in several splits."""
         known: dict[str, str] = {}
         for path in self._paths:
             found = format_of(os.path.basename(path))
@@ -162,14 +163,14 @@ class _Search:
             other = known.setdefault(plain, path)
             if other != path:
                 raise DataError(
-                    f"corpus {other} and {path}: have the same name but for the compression, and "
-                    "the same documents would be read twice; remove one of them, or rename it if "
-                    "it holds others"
+                    f"corpus {other} and {path}: differ only in the compression suffix, so the "
+                    "same documents would be read twice; remove one of them, or rename it if it "
+                    "holds other documents"
                 )
 
     def add(self, given: str) -> None:
         if not given:
-            raise DataError("corpus: an empty path; an unset variable on the command line?")
+            raise DataError("corpus: an empty path; is a variable on the command line unset?")
         path = str(Path(given))
         if os.path.lexists(path):
             self._add_path(path)
@@ -192,8 +193,8 @@ class _Search:
         for is_kind, words in _NOT_FILES:
             if is_kind(status.st_mode):
                 raise DataError(
-                    f"corpus {path}: is {words}, and a corpus is read more than once; write its "
-                    "contents into a file and give that"
+                    f"corpus {path}: is {words}, but a corpus is read more than once; write its "
+                    "contents to a file and give that"
                 )
         if format_of(os.path.basename(path)) is None:
             raise unknown_format(path)
@@ -221,7 +222,7 @@ class _Search:
             self._add_file(path.removeprefix("./"), "/".join(parts), status)
 
     def _status_if_read(self, entry: os.DirEntry[str]) -> os.stat_result | None:
-        """Of a file that is read; others are counted as left out."""
+        """The status of a file that is part of the corpus; counts others as left out."""
         found = format_of(entry.name)
         if found is None:
             if not _is_directory(entry):
@@ -239,13 +240,13 @@ class _Search:
         return status
 
     def _add_file(self, path: str, name: str, status: os.stat_result) -> None:
-        # Some network file systems number no files.
+        # Some network file systems have no inode numbers.
         identity = (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
         number = self._numbers.setdefault(identity, len(self._paths))
         if number < len(self._paths):
             other = self._paths[number]
             how = "" if other == path else f": {other} is the same file, by a link or another path"
-            raise DataError(f"corpus {path}: is named twice{how}; name each file once")
+            raise DataError(f"corpus {path}: is given twice{how}; give each file once")
         self._paths.append(path)
         # A file name may hold bytes that are not text; a document id may not.
         self._names.append(name.encode("utf-8", "backslashreplace").decode())
@@ -255,14 +256,14 @@ class _Search:
 class _Directory:
     path: str
     is_root: bool
-    """Whether it is where the search starts, or the target of a link."""
+    """Whether the search starts here, or this is the target of a link."""
 
 
 def _directories(root: str) -> Iterator[tuple[_Directory, list[os.DirEntry[str]]]]:
     """Each directory at and below ``root`` once, with its entries sorted by name.
 
-    Hidden ones are left out. Those behind links come after all others, so that a link to a
-    directory that is reached without it changes nothing.
+    Hidden directories are left out. Targets of links come after all others, so that a link to a
+    directory that is also reached directly changes nothing.
     """
     below: deque[_Directory] = deque([_Directory(root, True)])
     linked: deque[_Directory] = deque()
@@ -301,16 +302,16 @@ def _status(path: str) -> os.stat_result:
     try:
         return os.stat(path)
     except OSError as error:
-        link = "is a link to what " if os.path.islink(path) else ""
+        link = "is a link whose target " if os.path.islink(path) else ""
         raise DataError(
-            f"corpus {path}: {link}cannot be read ({error.strerror}); mend or remove it"
+            f"corpus {path}: {link}cannot be read ({error.strerror}); fix or remove it"
         ) from error
 
 
 def _expand(pattern: str) -> set[str]:
     """The files and directories that a glob matches; ``**`` enters each directory once.
 
-    Python's own ``**`` follows links in circles, up to the longest path that the system allows.
+    Python's own ``**`` follows cyclic links up to the longest path that the system allows.
     """
     if not glob.has_magic(pattern):
         return set()
@@ -331,7 +332,7 @@ def _expand(pattern: str) -> set[str]:
 
 
 def _would_match(pattern: str, path: str) -> bool:
-    """Whether a glob matches a path, which need not exist, or a directory above it."""
+    """Whether a glob matches a path, which need not exist, or one of its parent directories."""
     parts = pattern.split(os.sep)
     fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
     start = os.path.realpath(os.sep.join([*parts[:fixed], ""]) or ".")
@@ -368,13 +369,13 @@ def _is_inside(path: str, directory: str) -> bool:
 
 def _overlap(out: str | Path, how: str) -> DataError:
     return DataError(
-        f"--out {out}: {how}; what is written there would be read as text. Give another --out, or "
-        "move the corpus"
+        f"--out {out}: {how}; the output would be read as text. Give another --out, or move the "
+        "corpus"
     )
 
 
 def _kind(name: str) -> str:
-    """The suffix of a file's name, or both where the second is a compression."""
+    """The suffix of a file name, or both suffixes if the second is a compression."""
     found = format_of(name)
     if found is not None:
         return found.suffix
@@ -385,7 +386,7 @@ def _kind(name: str) -> str:
 
 
 def _counts(kinds: Counter[str]) -> str:
-    # What looks like a corpus first, since it may be missed; then by number.
+    # Files that look like a corpus first, since their absence matters; then by number.
     ordered = sorted(kinds.items(), key=lambda kind: (kind[0] not in NOT_YET, -kind[1], kind[0]))
     named = [f"{number} {kind}" for kind, number in ordered[:_NAMED_KINDS]]
     others = sum(number for _, number in ordered[_NAMED_KINDS:])

@@ -31,21 +31,21 @@ _log = logging.getLogger(__name__)
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
 _CHUNK_BYTES = 64 << 10
-# Between the end of a pause or an attempt and the next sign of life.
+# Allowance between the end of a pause or an attempt and the next sign of life.
 _MARGIN_SECONDS = 5.0
 
 
 class MissingError(DataError):
-    """An object store answers that it holds no such object."""
+    """The object store does not hold the object."""
 
 
 class InterruptedTransferError(Exception):
-    """The reader is told to end, so that nothing is tried again."""
+    """The reader is stopping, so the transfer is not retried."""
 
 
 @dataclass(frozen=True)
 class Downloads:
-    """How patient transfers are; the fields of `recipe.sections.Data` of these names."""
+    """Retries and time limits of transfers; the ``download_*`` fields of `recipe.sections.Data`."""
 
     retries: int = Data.model_fields["download_retries"].default
     timeout_seconds: float = Data.model_fields["download_timeout_seconds"].default
@@ -53,7 +53,7 @@ class Downloads:
 
     @classmethod
     def of(cls, data: Data) -> Downloads:
-        """As the recipe says."""
+        """The settings of a recipe."""
         return cls(
             data.download_retries, data.download_timeout_seconds, data.download_limit_seconds
         )
@@ -72,44 +72,47 @@ class _SharedNumber(Protocol):
 
 
 class Busy:
-    """Until when this process, or another one of the run on its node, is at work on a transfer that
-    is slow or is tried again; seconds of `time.monotonic`, which all processes of a node share."""
+    """How long this process, or another one of the run on its node, may still be busy with a
+    transfer that is slow or retried.
+
+    In seconds of `time.monotonic`, which is the same in all processes of a node.
+    """
 
     def __init__(self) -> None:
         self._until = 0.0
         self._shared: _SharedNumber | None = None
 
     def share(self, number: _SharedNumber) -> None:
-        """Tell the processes of the node, which share this number, and hear from them."""
+        """Exchange the time with the other processes of the node through a shared number."""
         self._shared = number
 
     def extend(self, seconds: float) -> None:
-        """The transfer may take this much longer."""
+        """Announce that the transfer may take ``seconds`` more."""
         self._until = max(self.until(), time.monotonic() + seconds)
         if self._shared is not None:
-            # Whole milliseconds in an int64. Whoever is overwritten comes back soon.
+            # Whole milliseconds in an int64. A process that is overwritten soon writes again.
             self._shared.set(int(self._until * 1000))
 
     def until(self) -> float:
-        """When what was announced ends."""
+        """The end of the announced time."""
         shared = 0.0 if self._shared is None else float(self._shared.get()) / 1000
         return max(self._until, shared)
 
 
 busy = Busy()
-"""Of this process; what the watchdog asks. Forked readers share its shared number."""
+"""This process's instance, which the watchdog reads. Forked readers share its shared number."""
 
 
 class Fault(Enum):
-    """What a failed transfer means."""
+    """The kind of a failed transfer."""
 
-    PASSING = "may succeed when it is tried again"
-    CREDENTIALS = "the store refuses us"
+    PASSING = "may succeed when it is retried"
+    CREDENTIALS = "the store refuses the credentials"
     MISSING = "the object does not exist"
     LASTING = "will fail again"
 
 
-# Answers of object stores, by their code or HTTP status.
+# Answers of object stores, by code or HTTP status.
 _PASSING_CODES = {
     *("SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "RequestThrottled"),
     *("Throttling", "ThrottlingException", "ThrottledException", "RequestThrottledException"),
@@ -125,7 +128,7 @@ _CREDENTIAL_CODES = {
 }
 _MISSING_CODES = {"NoSuchKey", "NoSuchBucket", "NotFound", "NOT_FOUND", "BlobNotFound"}
 _PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524, 529}
-# Names of exceptions, of Python's and of each cloud's library, which need not be installed.
+# Names of exceptions of Python and of the clouds' libraries, which need not be installed.
 _NETWORK_TYPES = {
     *("ConnectionError", "TimeoutError", "gaierror", "timeout", "HTTPException", "EOFError"),
     *("HTTPClientError", "IncompleteReadError", "FlexibleChecksumError", "ResponseParserError"),
@@ -143,7 +146,7 @@ _CREDENTIAL_TYPES = {
 
 
 def fault_of(error: BaseException) -> Fault:
-    """What a failed transfer means, by the answer of the store, or by the type of the error."""
+    """The kind of a failed transfer, from the answer of the store or the type of the error."""
     for cause in _chain(error):
         code, status = _answer(cause)
         names = {kind.__name__ for kind in type(cause).__mro__}
@@ -170,7 +173,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _answer(error: BaseException) -> tuple[str, int | None]:
-    """Code and HTTP status that a store answered, as its library hands them on."""
+    """Code and HTTP status of a store's answer, as its library reports them."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         code = str(response.get("Error", {}).get("Code", ""))
@@ -186,7 +189,7 @@ def _answer(error: BaseException) -> tuple[str, int | None]:
 
 
 def describe(error: BaseException) -> str:
-    """A failed transfer in less than a line."""
+    """A short description of a failed transfer."""
     response = getattr(error, "response", None)
     if isinstance(response, dict) and "Error" in response:
         code, status = _answer(error)
@@ -205,21 +208,21 @@ def transfer(
     verb: str = "downloaded",
     stopping: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Run ``attempt``, and again after faults that pass, with growing pauses between.
+    """Run ``attempt``, and retry it after transient faults with growing pauses.
 
     Args:
-        what: a name of what is transferred, for messages.
-        stopping: whether to give up, since nobody wants the result any more.
+        what: name of the transferred object, for messages.
+        stopping: returns True once the result is no longer wanted.
 
     Raises:
-        UnreachableError: faults that pass outlasted the retries.
-        DataError: credentials are wrong, an object is missing (`MissingError`), or another fault
-            that will not pass.
-        InterruptedTransferError: ``stopping``.
+        UnreachableError: transient faults outlasted the retries.
+        DataError: credentials are wrong, an object is missing (`MissingError`), or there is another
+            fault that will not pass.
+        InterruptedTransferError: ``stopping`` returned True.
     """
     began = time.monotonic()
     for number in itertools.count(1):
-        # To connect, and to answer.
+        # Time to connect and time to answer.
         busy.extend(2 * downloads.timeout_seconds + _MARGIN_SECONDS)
         try:
             return attempt()
@@ -240,21 +243,21 @@ def transfer(
                     )
                 raise UnreachableError(
                     f"{what} cannot be {verb}: {reason}; {number} attempts failed in "
-                    f"{passed:.0f} s{limits}. Look at the store and the network, then start the "
-                    "same command again"
+                    f"{passed:.0f} s{limits}. Check the store and the network, then start the same "
+                    "command again"
                 ) from error
             _log.log(
                 NOTE,
                 f"{what.removesuffix(':')}: attempt {number} of {downloads.retries + 1} failed "
-                f"({reason}); tries again in {pause:.1f} s",
+                f"({reason}); retrying in {pause:.1f} s",
             )
         _pause(pause, stopping)
 
 
 def pause_after(number: int) -> float:
-    """Seconds to wait after so many failed attempts."""
+    """Seconds to wait after ``number`` failed attempts."""
     pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(number - 1, 10))
-    # All ranks of a run meet the same fault, and must not come back at the same time.
+    # All ranks of a run meet the same fault and must not retry at the same time.
     return pause * random.uniform(0.5, 1.5)
 
 
@@ -269,18 +272,20 @@ def _pause(seconds: float, stopping: Callable[[], bool]) -> None:
 
 def _lasting(fault: Fault, what: str, verb: str, reason: str) -> DataError:
     if fault is Fault.MISSING:
-        return MissingError(f"{what} cannot be {verb}: there is none ({reason}); check the address")
+        return MissingError(
+            f"{what} cannot be {verb}: it does not exist ({reason}); check the address"
+        )
     if fault is Fault.CREDENTIALS:
         return DataError(
-            f"{what} cannot be {verb}: the store refuses the credentials, or there are none "
-            f"({reason}); set those of an account that may use it on every node (for S3 "
+            f"{what} cannot be {verb}: the store refuses the credentials, or none are set "
+            f"({reason}); on every node, set those of an account with access (for S3 "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
         )
     return DataError(f"{what} cannot be {verb} ({reason})")
 
 
 def check_address(path: str) -> None:
-    """Raises DataError where a URL lacks the password that was masked when it was written down."""
+    """Raises DataError if the password in a URL was masked, as in the recipe of a run directory."""
     if is_remote(path) and f":{MASK}@" in path:
         raise DataError(
             f"data.path: {path}: its password was masked when this was written; give "
@@ -289,7 +294,7 @@ def check_address(path: str) -> None:
 
 
 def downloader_for(remote: str) -> CloudDownloader:
-    """What downloads from a URL: Streaming's client, for S3 with attempts of our own."""
+    """The client that downloads from a URL: Streaming's, with single attempts for S3."""
     from calm_dist.compat.streaming import CloudDownloader
 
     return _s3_downloader() if remote.startswith("s3://") else CloudDownloader.get(remote)
@@ -299,11 +304,11 @@ def _s3_downloader() -> CloudDownloader:
     from calm_dist.compat.streaming import S3Downloader
 
     class PlainS3Downloader(S3Downloader):
-        """One request an attempt, which shows the store's own error code and ends when no byte
-        comes for the timeout.
+        """One request per attempt, which gives the store's own error code and ends when no byte
+        arrives within the timeout.
 
-        Streaming's asks for the size first, which is refused without a code, and has the client
-        repeat everything on its own: a stalled download of a minute takes ten.
+        Streaming's client first asks for the size, which is refused without a code, and lets boto3
+        retry everything: a stalled download of a minute takes ten.
         """
 
         def _create_s3_client(self, unsigned: bool = False, timeout: float = 60.0) -> Any:
@@ -325,12 +330,12 @@ def _s3_downloader() -> CloudDownloader:
         def _download_file_impl(self, remote: str, local: str, timeout: float) -> None:
             from botocore.exceptions import NoCredentialsError
 
-            # Another thread may forget the client meanwhile.
+            # Another thread may drop the client meanwhile.
             client = self._s3_client or self._create_s3_client(timeout=timeout)
             try:
                 self._get(client, remote, local, timeout)
             except NoCredentialsError:
-                # A public bucket needs none.
+                # A public bucket needs no credentials.
                 client = self._create_s3_client(unsigned=True, timeout=timeout)
                 self._get(client, remote, local, timeout)
 
@@ -344,7 +349,7 @@ def _s3_downloader() -> CloudDownloader:
             try:
                 answer = client.get_object(Bucket=url.netloc, Key=url.path.lstrip("/"), **payer)
                 with open(partial, "wb") as file:
-                    # It raises where the connection ends before the last byte.
+                    # iter_chunks raises if the connection ends before the last byte.
                     for chunk in answer["Body"].iter_chunks(_CHUNK_BYTES):
                         file.write(chunk)
                         busy.extend(timeout + _MARGIN_SECONDS)

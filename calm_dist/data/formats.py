@@ -1,6 +1,7 @@
-"""The formats of a corpus: which files are read, and how each becomes documents.
+"""The file formats of a corpus and their parsers, which turn files into documents.
 
-This is the only list of them. Messages, help texts and pages say `SUPPORTED`; a test compares.
+This is the only list of formats. Messages, help texts and pages show `SUPPORTED`; a test compares
+them.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from typing import Any
 from calm_dist.data.compressed import CODECS, Unpacked
 from calm_dist.errors import DataError
 
-# A longer .txt file is read as several documents, so that one big file can be split into train,
+# A longer .txt file is read as several documents, so that one large file can be split into train,
 # valid and test, and is never held in memory as a whole.
 TEXT_DOCUMENT_CHARACTERS = 100_000
 
 JSON_LINE_BYTES = 256 << 20
-"""The longest line of JSON that is read; a line is held in memory as a whole."""
+"""Most bytes of a line of JSON; a line is held in memory as a whole."""
 
 _READ_BYTES = 1 << 20
 _LONGEST_QUOTE = 80
@@ -29,7 +30,7 @@ _LONGEST_QUOTE = 80
 
 @dataclass(frozen=True)
 class Document:
-    """One document; its ``id`` decides its split and how many begin tokens precede it."""
+    """One document; its ``id`` decides its split and its number of begin tokens."""
 
     id: str
     text: str
@@ -37,31 +38,31 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class CorpusFile:
-    """A file of a corpus, and the machine-independent name that document ids are made from."""
+    """A file of a corpus, with the machine-independent name that document ids are made from."""
 
     path: Path
     name: str
 
 
-# Takes file, stream and the byte at which it stands; gives byte offset and document of each.
+# Takes file, stream and the stream's byte position; yields byte offset and document.
 Parser = Callable[[CorpusFile, io.BufferedReader, int], Iterator[tuple[int, Document]]]
 
 
 @dataclass(frozen=True)
 class Format:
-    """What a file's name says: its kind of text, and its compression or ``""``."""
+    """The format that a file name implies: the kind of text, and the compression or ``""``."""
 
     kind: str
     compression: str
 
     @property
     def suffix(self) -> str:
-        """As in a file's name, in lower case."""
+        """The suffix of a file name, in lower case."""
         return self.kind + self.compression
 
 
 def format_of(name: str) -> Format | None:
-    """The format of a file of this name, or None where it is not one that is read."""
+    """The format of a file of this name, or None if it is not supported."""
     name = name.lower()
     compression = next((suffix for suffix in CODECS if name.endswith(suffix)), "")
     name = name.removesuffix(compression)
@@ -70,7 +71,7 @@ def format_of(name: str) -> Format | None:
 
 
 def unknown_format(path: str | Path) -> DataError:
-    """The error for a file that was named although it is not in a format that is read."""
+    """The error for a given file in an unsupported format."""
     path = Path(path)
     if path.suffix.lower() in NOT_YET:
         return DataError(
@@ -84,7 +85,7 @@ def open_file(file: CorpusFile) -> io.BufferedReader:
     """The contents of a file, unpacked.
 
     Raises:
-        DataError: it cannot be opened. Reading raises what `Unpacked` does.
+        DataError: it cannot be opened. Reading may raise the errors of `Unpacked`.
     """
     found = format_of(file.path.name)
     if found is None:
@@ -101,14 +102,14 @@ def open_file(file: CorpusFile) -> io.BufferedReader:
 def documents_in(
     file: CorpusFile, stream: io.BufferedReader, start: int = 0
 ) -> Generator[tuple[int, Document], None, None]:
-    """Byte offset and document of each document; the stream stands at byte ``start``.
+    """Byte offset and document of each document; the stream is at byte ``start``.
 
-    Offsets are those of the unpacked contents. A document's id is its own, or a function of the
-    file's name and the offset, so it is the same whether a file is read from its start or from the
-    document's own place. Texts without content are left out.
+    Offsets are those of the unpacked contents. A document's id is given in the file, or is a
+    function of the file's name and the offset, so it is the same whether a file is read from its
+    start or from the document's offset. Blank texts are left out.
 
     Raises:
-        DataError: the file cannot be read, or a document is not as it should be.
+        DataError: the file cannot be read, or a document is invalid.
     """
     found = format_of(file.path.name)
     if found is None:
@@ -126,14 +127,14 @@ def _json_documents(
     *,
     check_first: Callable[[CorpusFile, bytes], None] | None = None,
 ) -> Iterator[tuple[int, Document]]:
-    """One document a line; ``check_first`` sees the first line that is not blank."""
+    """One document per line; ``check_first`` gets the first line that is not blank."""
     number = 0
     while line := stream.readline(JSON_LINE_BYTES + 1):
         number += 1
         if len(line) > JSON_LINE_BYTES:
             raise DataError(
                 f"corpus {file.path}:{number}: is longer than {JSON_LINE_BYTES >> 20} MiB, the "
-                "limit of a line; give each document a line of its own, and cut longer ones"
+                "limit of a line; give each document its own line, and split longer ones"
             )
         if line.strip():
             if check_first is not None:
@@ -149,7 +150,7 @@ def _json_document(file: CorpusFile, line: bytes, offset: int, number: int) -> D
     where = f"corpus {file.path}:{number}"
     try:
         record = json.loads(line)
-    # Thousands of nested brackets exhaust the stack of the parser.
+    # Thousands of nested brackets exhaust the parser's stack.
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: is not a line of JSON in UTF-8 ({error})") from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
@@ -178,7 +179,7 @@ def _keys(record: dict[str, Any]) -> str:
 
 
 def quoted(text: str) -> str:
-    """A name that a message can hold, however long it is."""
+    """A name for a message, shortened if it is long."""
     return text if len(text) <= _LONGEST_QUOTE else text[:_LONGEST_QUOTE] + "…"
 
 
@@ -193,27 +194,27 @@ def _encodable(text: str) -> bool:
 def _refuse_single_value(file: CorpusFile, line: bytes) -> None:
     if (found := _single_value(line)) is not None:
         raise DataError(
-            f"corpus {file.path}: holds {found}, but lines of JSON are read: one object like "
-            f'{{"text": "..."}} a line; convert it, for example with '
+            f"corpus {file.path}: holds {found}, but must hold lines of JSON: one object like "
+            f'{{"text": "..."}} per line; convert it, for example with '
             f"jq -c '{'.[]' if 'array' in found else '.'}' {file.path.name} > documents.jsonl"
         )
 
 
 def _single_value(line: bytes) -> str | None:
-    """What a .json file with this first line holds, if not lines of JSON."""
+    """Contents of a .json file with this first line, in words; None for lines of JSON."""
     line = line.removeprefix(b"\xef\xbb\xbf").strip()
     if line.startswith(b"["):
         return "one JSON array"
-    # No line that is an object of its own ends like this.
+    # A line that is a complete object cannot end like this.
     several_lines = line.startswith(b"{") and line.endswith((b"{", b"[", b","))
     return "one JSON object over several lines" if several_lines else None
 
 
 def holds_documents(file: CorpusFile) -> bool:
-    """Whether a .json file of a directory is a part of the corpus, by its first line.
+    """Whether a .json file in a directory is part of the corpus, judging by its first line.
 
-    Such directories have settings and descriptions in .json files beside the text. A file that is
-    damaged counts as text, so that reading it names the damage.
+    Directories of text may also hold settings and descriptions in .json files. A damaged file
+    counts as text, so that reading it reports the damage.
     """
     try:
         with open_file(file) as stream:
@@ -232,7 +233,7 @@ def _text_documents(
 ) -> Iterator[tuple[int, Document]]:
     """A text file as one document, or as several of about `TEXT_DOCUMENT_CHARACTERS`.
 
-    A cut is made after the first empty line past that length, or after any line past twice it.
+    It is cut after the first empty line past that length, or after any line past twice that length.
     """
     offset = start
     lines: list[str] = []
@@ -261,9 +262,9 @@ def _text_documents(
 
 
 def _read_line(stream: io.BufferedReader, limit: int) -> bytes:
-    """A line, or its first ``limit`` bytes and what completes the character there."""
+    """A line, or its first ``limit`` bytes and the rest of the last character."""
     line = stream.readline(limit)
-    # UTF-8 has at most three such bytes in a row; more are an error that the decoder names.
+    # UTF-8 has at most three continuation bytes in a row; the decoder reports more as an error.
     for _ in range(3):
         if len(line) >= limit and 0x80 <= int.from_bytes(stream.peek(1)[:1], "big") < 0xC0:
             line += stream.read(1)
@@ -275,10 +276,10 @@ PARSERS: dict[str, Parser] = {
     ".jsonl": _json_documents,
     ".json": partial(_json_documents, check_first=_refuse_single_value),
 }
-"""The kinds of text, by suffix."""
+"""The kinds of text by suffix."""
 
 NOT_YET = (".parquet", ".arrow")
-"""Formats of corpora that are named where they are met, but not read."""
+"""Formats that are recognized but cannot be read."""
 
 
 def _either(suffixes: list[str]) -> str:
@@ -286,4 +287,4 @@ def _either(suffixes: list[str]) -> str:
 
 
 SUPPORTED = f"{_either(list(PARSERS))} files, plain or with {_either(list(CODECS))}"
-"""What may be given, in words."""
+"""The supported files, in words."""

@@ -1,8 +1,7 @@
-"""Streaming's dataset behind a guard: what it does silently wrong ends in a `DataError`.
+"""A guard around Streaming's dataset that turns its silent errors into a `DataError`.
 
-MosaicML Streaming 0.13.0 passes over in silence a damaged or missing shard (the epoch ends early),
-data that lies on local disk (never hashed) or changes there, and a failure of its background
-threads.
+MosaicML Streaming 0.13.0 silently ignores a damaged or missing shard (the epoch ends early), damage
+to data on local disk (never hashed) or changes to it, and a failure of its background threads.
 """
 
 from __future__ import annotations
@@ -44,21 +43,22 @@ from calm_dist.redact import redact
 _log = logging.getLogger(__name__)
 
 # Local stores up to this size are hashed when they are opened, so that damage is found before a
-# run starts; the shards of larger ones when each is first used.
+# run starts; each shard of a larger store is hashed when it is first used.
 CHECK_ON_OPEN_BYTES = 4 << 30
 
-# Independent paths through the shards; more mix better, fewer keep more nodes on shards of
-# their own. The number used is its greatest common divisor with the global batch size.
+# Independent paths through the shards: more mix better, fewer let more nodes keep to their own
+# shards. The number used is the greatest common divisor of this and the global batch size.
 _MOST_CANONICAL_NODES = 64
-# Samples over which a shard is spread. Blocks were shuffled by document when they were written.
+# Samples over which a shard is spread. Blocks were already shuffled by document when written.
 _SHUFFLE_BLOCK_SIZE = 1 << 12
-# Streaming picks the part of a store that an epoch draws in a Python loop over such picks.
+# Streaming selects the part of a store for an epoch in a Python loop over this many picks.
 _MOST_PICKS_PER_EPOCH = 1 << 16
 
 
 @dataclass(frozen=True)
 class Source:
-    """An opened store: the path as given, where its files are or will be, and what it holds."""
+    """An opened store: the path as given, the directory of its files (now or after download), its
+    description and its shards."""
 
     path: str
     directory: Path
@@ -72,10 +72,12 @@ class Source:
         return not is_remote(self.path) and size <= CHECK_ON_OPEN_BYTES
 
     def check(self) -> None:
-        """Find shards that are missing or of a wrong size and, in small stores, damaged ones.
+        """Check that no shard is missing or of a wrong size or, in small stores, damaged.
+
+        Shards of remote stores are checked when they are downloaded.
 
         Raises:
-            DataError: for the first such shard. Shards of remote stores are checked as they come.
+            DataError: for the first such shard.
         """
         if is_remote(self.path):
             return
@@ -87,7 +89,7 @@ class Source:
 
 
 def open_source(path: str, directory: Path) -> Source:
-    """Read and check the description of the store in ``directory``, not yet its shards.
+    """Read and check the description of the store in ``directory``, but not its shards.
 
     Raises:
         DataError: see `read_meta` and `read_shards`.
@@ -97,9 +99,9 @@ def open_source(path: str, directory: Path) -> Source:
 
 
 class _CheckedStream(Stream):
-    """A store whose every shard is hashed before its first use on a node, and when it changed."""
+    """A store that hashes every shard before its first use on a node, and after a change."""
 
-    # When each shard that was hashed had last changed, 0 for others; from which entry on ours are.
+    # The time of the last change of each hashed shard, 0 for others; our entries begin at _first.
     _hashed: SharedArray
     _first: int
     _stopping: Callable[[], bool]
@@ -117,12 +119,13 @@ class _CheckedStream(Stream):
             self._downloader = downloader_for(self.remote)
 
     def share(self, hashed: SharedArray, first: int, stopping: Callable[[], bool]) -> None:
-        """Remember in ``hashed``, which the readers of a node share, what was hashed; try no
-        download again when ``stopping`` says that the readers end."""
+        """Record hashed shards in ``hashed``, which the readers of a node share; do not retry
+        downloads once ``stopping`` returns True, that is, the readers end."""
         self._hashed, self._first, self._stopping = hashed, first, stopping
 
     def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
-        """As Streaming's, which repeats every failure at once and twice, also of credentials."""
+        """Like Streaming's, which retries every failure twice without a pause, even one of
+        credentials; this retries transient faults only."""
         if self.remote is None:
             return super()._download_file(from_basename, to_basename)
         url = f"{self.remote.rstrip('/')}/{from_basename}"
@@ -132,7 +135,7 @@ class _CheckedStream(Stream):
             try:
                 self._downloader.download(url, local, self._downloads.timeout_seconds)
             except Exception:
-                # With it go connections that may be of no more use.
+                # Also drops connections that may be broken.
                 self._downloader.clean_up()
                 raise
 
@@ -141,15 +144,15 @@ class _CheckedStream(Stream):
         return local
 
     def set_up_local(self, shards: list[Reader], cache_usage_per_shard: np.ndarray) -> None:
-        """Report all shards as absent, so that `prepare_shard` is called: one that was hashed on
-        opening may have changed since."""
+        """Report all shards as absent, so that `prepare_shard` is called: a shard that was hashed
+        on opening may have changed since."""
         super().set_up_local(shards, cache_usage_per_shard)
         cache_usage_per_shard[:] = 0
 
     def prepare_shard(self, shard: Reader) -> int:
-        """Download where needed, then hash."""
+        """Download the shard if needed, then hash it."""
         if self.remote is None:
-            # Streaming says only that there is no remote.
+            # For a missing shard, Streaming would only report that there is no remote.
             self._expected(shard)[1].check_size()
         cached = self._expected(shard)[1].path.exists()
         change = super().prepare_shard(shard)
@@ -158,8 +161,8 @@ class _CheckedStream(Stream):
         except DataError as error:
             if self.remote is None or cached:
                 raise
-            # What came was another file: a proxy may have cut it, which the next one may not.
-            _log.log(NOTE, f"{error}; downloads it once more")
+            # The download was damaged: a proxy may have cut it, and another may not.
+            _log.log(NOTE, f"{error}; downloading it again")
             super().prepare_shard(shard)
             self.check(shard)
         return change
@@ -178,7 +181,7 @@ class _CheckedStream(Stream):
                 self._hashed[self._first + number] = changed
         except DataError:
             if self.remote is not None:
-                # A damaged download must not be taken for a good copy next time.
+                # A later start must not take a damaged download for a good copy.
                 expected.path.unlink(missing_ok=True)
             raise
 
@@ -237,8 +240,8 @@ class GuardedDataset(StreamingDataset):
             )
         assert self.num_canonical_nodes is not None
         if self.num_canonical_nodes % self._parallel_rank_world.num_nodes:
-            # Streaming refuses such node counts. As one big node, each node reads from all
-            # shards instead of its own share; the batches are the same.
+            # Streaming refuses such node counts. Treated as one large node, every node reads from
+            # all shards instead of its own share; the batches are the same.
             rank = world.rank // replication
             self._parallel_rank_world = World(1, num_replicas, 1, rank)
         self._number = number
@@ -261,15 +264,15 @@ class GuardedDataset(StreamingDataset):
         if error is not None:
             self._failure = error
             self._event.set()
-            # At the end of an iteration the parent waits until its threads have counted
-            # themselves out, which one that raises does not (mosaicml-streaming 0.13.0).
+            # At the end of an iteration the parent waits for each of its threads to report its
+            # exit, which a thread that raises does not do (mosaicml-streaming 0.13.0).
             self._iterator.on_exit()
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """As the parent's, and tells all readers on the node where it fails.
+        """As the parent's, but tells all readers on the node about a failure.
 
-        The parent leaves the shard "being prepared", for which readers would wait without end: in
-        their loops, which look for a failure, and inside this method, which does not.
+        After a failure, the parent leaves the shard "being prepared", and readers would wait for it
+        forever: in their loops, which check for failures, and inside this method, which does not.
         """
         try:
             super().prepare_shard(shard_id, blocking)
@@ -281,15 +284,15 @@ class GuardedDataset(StreamingDataset):
             raise
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
-        """The sample, with its number, of a shard that is still what was hashed.
+        """The sample and its number, from a shard that has not changed since it was hashed.
 
-        What rots on a disk without a change that the file system knows of is not found.
+        Corruption on disk that the file system does not record as a change is not detected.
         """
         number, _ = self.spanner[sample_id]
         try:
             sample = super().get_item(sample_id, retry)
         finally:
-            # After the reading, and also where that failed: it may be why.
+            # Check after reading, even if reading failed: a change may be the cause.
             self.streams[self.stream_per_shard[number]].check(self.shards[number])
         return {"index": int(sample_id), **sample}
 
@@ -312,7 +315,7 @@ class GuardedDataset(StreamingDataset):
             )
 
     def _problem(self, error: Exception | None) -> DataError:
-        """The first cause of what went wrong, on this reader or another of the node."""
+        """The first cause of a failure, on this reader or another one on the node."""
         cause = self._failure or error
         if isinstance(cause, DataError):
             return cause
@@ -326,9 +329,9 @@ class GuardedDataset(StreamingDataset):
         return _as_data_error(cause)
 
     def _is_stopping(self) -> bool:
-        """Whether readers on this node end: after a failure, or with their process."""
+        """Whether the readers on this node are ending: after a failure, or with their process."""
         iterator = getattr(self, "_iterator", None)
-        # Neither exists before the first sample is asked for.
+        # Neither exists before the first sample is requested.
         if iterator is None or not hasattr(self, "_event"):
             return False
         return bool(self._event.is_set() or iterator.should_exit())
@@ -341,7 +344,7 @@ def _as_data_error(error: BaseException | None) -> DataError:
 
 
 class _NodeEvent(Event):
-    """Set in this process, or because some reader on the node failed to prepare a shard."""
+    """An event that also counts as set once any reader on the node failed to prepare a shard."""
 
     def __init__(self, failed_shard: SharedScalar) -> None:
         super().__init__()

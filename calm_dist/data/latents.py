@@ -1,9 +1,9 @@
 """Write data stores: pack a corpus into blocks and encode them with a frozen autoencoder.
 
 The shuffled documents are cut into parts, which any number of workers pack and encode, shard by
-shard; whoever finds all of them complete merges them (``parts.py``). A run that was killed goes on
-after its last finished shard, and since no batch of the encoder reaches over the end of a shard,
-the result is the same to the byte as without the kill, and whoever wrote which part.
+shard; a worker that finds all of them complete merges them (``parts.py``). A run that was killed
+continues after its last finished shard. No encoder batch spans two shards, so the result is
+identical to the byte without the kill, and regardless of which worker wrote which part.
 """
 
 from __future__ import annotations
@@ -80,21 +80,21 @@ def plan_store(
     seed: int = 0,
     parts: int = 1,
 ) -> StorePlan:
-    """Say what store these inputs make, without torch and without encoding anything.
+    """Describe the store that these inputs make, without torch and without encoding anything.
 
     Args:
-        corpus: files, directories and globs, or what `find_files` found for them.
-        tokenizer: as `load_tokenizer` gives it.
+        corpus: files, directories and globs, or the result of `find_files` for them.
+        tokenizer: from `load_tokenizer`.
         variant: ``fp16`` (tokens and latents) or ``tokens``.
         block_size: tokens per block.
-        patch_size: tokens per patch K; for ``fp16`` it is the autoencoder's.
-        autoencoder: directory with ``config.json`` and a weights file; for ``fp16`` only.
-        seed: of the order of documents and the number of begin tokens.
-        parts: into how many parts of equally many documents the corpus is cut; each is packed into
-            blocks of its own.
+        patch_size: tokens per patch, K; for ``fp16`` None or the autoencoder's.
+        autoencoder: directory with ``config.json`` and a weights file; only for ``fp16``.
+        seed: seed of the order of documents and of the numbers of begin tokens.
+        parts: number of parts, of equally many documents, that the corpus is cut into; each is
+            packed into blocks of its own.
 
     Raises:
-        DataError: inputs that are missing or do not fit each other.
+        DataError: an input is missing, or the inputs do not fit each other.
     """
     latent_size, info, vocab_size = None, None, tokenizer.vocab_size
     if variant == "fp16":
@@ -109,7 +109,8 @@ def plan_store(
                 f"{config['patch_size']}; leave --patch-size out"
             )
         patch_size = config["patch_size"]
-        # It may have more: the released ones have a padding token that is not in Llama 3's file.
+        # The autoencoder may have more entries than the tokenizer: the released ones have a padding
+        # token that is not in Llama 3's file.
         vocab_size = config["vocab_size"]
         if tokenizer.vocab_size > vocab_size:
             raise DataError(
@@ -120,7 +121,7 @@ def plan_store(
     elif autoencoder is not None:
         raise DataError("variant tokens: uses no autoencoder; leave --autoencoder out")
     if patch_size is None:
-        raise DataError("variant tokens: give --patch-size, the tokens per patch of the model")
+        raise DataError("variant tokens: give --patch-size, the model's tokens per patch")
     if block_size <= 0 or patch_size <= 0 or block_size % patch_size:
         raise DataError(
             f"block size {block_size}: must be a positive multiple of the patch size {patch_size}"
@@ -148,7 +149,7 @@ def plan_store(
 
 
 def _describe_autoencoder(directory: Path) -> tuple[dict[str, int], AutoencoderInfo]:
-    """Sizes and identity of an autoencoder, from its files alone."""
+    """Sizes and identity of an autoencoder, read from its files without torch."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         sizes = {name: config[name] for name in ("patch_size", "latent_size", "vocab_size")}
@@ -167,13 +168,13 @@ def _describe_autoencoder(directory: Path) -> tuple[dict[str, int], AutoencoderI
 
 
 def check_tokenizer(autoencoder: Path, tokenizer_sha256: str, source: str) -> None:
-    """Refuse a tokenizer that an autoencoder was not trained with.
+    """Refuse a tokenizer that the autoencoder was not trained with.
 
-    Two tokenizers of one size still give a token different numbers. Autoencoders in the released
-    layout do not say which one they were trained with.
+    Tokenizers of the same size still number tokens differently. Autoencoders in the released
+    layout do not record their tokenizer and are accepted.
 
     Raises:
-        DataError: naming ``source``, where the tokenizer comes from.
+        DataError: the tokenizer is another one; the message names ``source``, its origin.
     """
     try:
         state = json.loads((autoencoder / "state.json").read_text(encoding="utf-8"))
@@ -199,21 +200,21 @@ def write_store(
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> StoreMeta:
-    """Write the store of ``plan``, or what is still missing of it.
+    """Write the store of ``plan``, or the part of it that is still missing.
 
     Args:
-        out: directory of the store, or a URL that it is uploaded to from a scratch directory
+        out: directory of the store, or a URL to which it is uploaded from a scratch directory
             (``TMPDIR`` chooses the disk).
-        corpus, tokenizer: what ``plan`` was made from.
-        plan: as `plan_store` gives it.
-        autoencoder: in eval mode and fp32; it encodes on the device where its weights are.
+        corpus, tokenizer: the inputs that ``plan`` was made from.
+        plan: from `plan_store`.
+        autoencoder: in eval mode and fp32; encodes on the device of its weights.
         batch_size: blocks per call of the encoder.
-        shard_bytes: size of a shard; large corpora want 512 MiB.
-        overwrite: remove another store in ``out`` first.
+        shard_bytes: size of a shard; use 512 MiB for large corpora.
+        overwrite: first remove another store in ``out``.
 
     Raises:
-        DataError: as `finished_store` without ``overwrite``; a corpus shorter than one block;
-            latents that fp16 cannot hold.
+        DataError: as `finished_store`, without ``overwrite``; the corpus is shorter than one
+            block; fp16 cannot hold the latents.
     """
     if is_remote(out):
         return _write_remote(
@@ -229,7 +230,7 @@ def write_store(
     out = Path(out)
     options: dict[str, Any] = {"batch_size": batch_size, "shard_bytes": shard_bytes}
     if overwrite:
-        # What is wrong with the corpus or the options shows before anything is removed.
+        # Check corpus and options before anything is removed.
         blocks_in_shard(plan, shard_bytes)
         corpus = find_files(corpus)
         refuse_corpus_in_store(out, corpus)
@@ -251,23 +252,23 @@ def write_parts(
     shard_bytes: int = SHARD_BYTES,
     documents: ShuffledDocuments | None = None,
 ) -> list[int]:
-    """Write a worker's parts of a store, and merge all parts if they are complete then.
+    """Write a worker's parts of a store, then merge all parts if they are complete.
 
-    Workers may run at once, be killed and start again, also as workers of another number of
-    workers. Where two of them write the same part, the first to finish a shard has written it.
+    Workers may run at once, be killed and be restarted, even with another number of workers. If
+    two workers write the same part, the first to finish a shard provides it.
 
     Args:
-        out: directory of the store, which all workers see.
+        out: directory of the store, visible to all workers.
         corpus, tokenizer, plan, autoencoder, batch_size, shard_bytes: as for `write_store`, the
             same for all workers.
-        worker: (I, W): does the parts I, I + W, I + 2 W, …
+        worker: (I, W): writes the parts I, I + W, I + 2 W, …
         documents: those of ``corpus``, if they have been read already.
 
     Returns:
-        The parts that other workers have not finished; none: the store is finished.
+        The parts that other workers have not finished; empty if the store is finished.
 
     Raises:
-        DataError: as `write_store`; more parts than documents.
+        DataError: as `write_store`; or there are more parts than documents.
     """
     if finished_store(out, plan) is not None:
         return []
@@ -285,9 +286,9 @@ def write_parts(
                 _write_part(out, documents, tokenizer, plan, part, blocks_per_shard, encode)
         missing = merge(out, tokenizer)
     except OSError as error:
-        # Another process may have finished the store and taken the parts away.
+        # Another process may have finished the store and removed the parts.
         if finished_store(out, plan) is None:
-            # A full disk has no file name of its own.
+            # The error of a full disk has no file name.
             error.filename = error.filename or str(out)
             raise
         missing = []
@@ -300,7 +301,8 @@ def _documents(corpus: CorpusPaths, plan: StorePlan) -> ShuffledDocuments:
     documents = ShuffledDocuments(corpus, plan.seed)
     if plan.parts > len(documents):
         raise DataError(
-            f"--parts {plan.parts}: the corpus has {len(documents)} documents; give at most that"
+            f"--parts {plan.parts}: the corpus has {len(documents)} documents; give at most "
+            "that many"
         )
     return documents
 
@@ -322,7 +324,7 @@ def _write_part(
     blocks = pack_blocks(shown, tokenizer, plan.block_size, plan.patch_size, plan.seed)
     shard = 0
     while of_shard := list(islice(blocks, blocks_per_shard)):
-        # Blocks of shards that an earlier run finished are packed again, but not encoded.
+        # Blocks of shards that an earlier run finished are packed again but not encoded.
         if not has_shard(out, part, shard):
             write_shard(out, part, shard, plan, encode(np.stack(of_shard)))
         shard += 1
@@ -330,10 +332,10 @@ def _write_part(
 
 
 def refuse_corpus_in_store(out: str | Path, corpus: CorpusPaths) -> None:
-    """Refuse a local store that lies in a directory of its own corpus, or holds files of it.
+    """Refuse a local store that is inside a directory of its corpus, or holds files of it.
 
     Raises:
-        DataError: naming both.
+        DataError: it is; the message names both.
     """
     if not is_remote(out):
         find_files(corpus).refuse_output(
@@ -344,7 +346,7 @@ def refuse_corpus_in_store(out: str | Path, corpus: CorpusPaths) -> None:
 def check_worker(
     out: str | Path, worker: tuple[int, int], parts: int, *, overwrite: bool = False
 ) -> None:
-    """Refuse options that do not go with ``worker`` (I, W) of ``parts``, before any work is done.
+    """Refuse options that conflict with ``worker`` (I, W) of ``parts``, before any work is done.
 
     Raises:
         DataError: a remote ``out``, ``overwrite``, or more workers than parts.
@@ -352,12 +354,12 @@ def check_worker(
     number, workers = worker
     if is_remote(out):
         raise DataError(
-            f"--out {out}: workers need a directory that all of them see; give one, or leave "
+            f"--out {out}: workers need a directory that all of them can see; give one, or leave "
             "--worker out"
         )
     if overwrite:
         raise DataError(
-            "--overwrite: a worker must not remove what others write; remove the old store "
+            "--overwrite: a worker must not remove the work of others; remove the old store "
             f"({out}) before the first worker starts, and leave --overwrite out"
         )
     if workers > parts:
@@ -408,8 +410,8 @@ def _encoder(plan: StorePlan, autoencoder: Autoencoder | None, batch_size: int) 
             mean, log_std = (value.to(torch.float16).cpu().numpy() for value in encoded)
             if not (np.isfinite(mean).all() and np.isfinite(log_std).all()):
                 raise DataError(
-                    "autoencoder: gives latents that are not finite in fp16; it is damaged or was "
-                    "not trained far enough"
+                    "autoencoder: its latents are not finite in fp16; it is damaged or was not "
+                    "trained long enough"
                 )
             for i, tokens in enumerate(batch):
                 yield {"tokens": tokens, "mean": mean[i], "log_std": log_std[i]}

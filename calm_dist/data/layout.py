@@ -1,4 +1,4 @@
-"""File names of data stores and the kinds of their addresses, for those who read no store."""
+"""File names and kinds of addresses of data stores, for code that does not read stores."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ INDEX = "index.json"
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether a store is given by a URL and not by a local directory."""
+    """Whether a store is given by a URL, not by a local directory."""
     return "://" in str(path)

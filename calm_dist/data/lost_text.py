@@ -1,4 +1,4 @@
-"""What a tokenizer loses of a text: characters that it knows no token for."""
+"""Counts the text that a tokenizer loses: characters without a token."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ class LostText:
     """Counts over all texts that a tokenizer has encoded."""
 
     unknown_token: str | None = None
-    """What stands for text without a token of its own, where there is such a token."""
+    """The token that replaces text without a token, if there is one."""
     may_drop: bool = False
-    """Whether text without a token can vanish without a trace in the tokens."""
+    """Whether text without a token can vanish from the tokens without a trace."""
     tokens: int = 0
     unknown: int = 0
     """Tokens that are the unknown token."""
     dropped: int = 0
-    """Characters (of byte-level tokenizers: bytes) that gave no token."""
+    """Characters (for byte-level tokenizers: bytes) that gave no token."""
     special: int = 0
-    """Begin and end tokens that came out of the text itself."""
+    """Begin and end tokens that the text itself produced."""
 
     def report(self) -> str | None:
-        """A line on what was lost; None for a tokenizer that cannot lose anything, and did not."""
+        """A line on the lost text; None for a tokenizer that loses nothing."""
         parts = []
         if self.unknown_token is not None:
             share = self.unknown / max(1, self.tokens)
@@ -39,19 +39,19 @@ class LostText:
             )
         if self.may_drop:
             parts.append(
-                f"{self.dropped:,} characters were dropped, for which it has neither a token nor "
-                "an unknown token"
+                f"{self.dropped:,} characters were dropped: it has no token for them, and no "
+                "unknown token"
             )
         if self.special:
-            parts.append(f"{self.special:,} words of the text are its begin or end token")
+            parts.append(f"{self.special:,} words of the text became its begin or end token")
         return "; ".join(parts) or None
 
 
 class SymbolCounter:
-    """Counts the characters that a BPE without an unknown token passes over in silence.
+    """Counts the characters that a BPE without an unknown token silently drops.
 
-    Its tokens are made of the characters that it knows, so what their lengths lack of the text's,
-    after normalizer and pre-tokenizer, was dropped.
+    The tokens consist of the text's known characters, so the number dropped is the length of the
+    text, after normalizer and pre-tokenizer, minus the total length of the tokens.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
@@ -89,7 +89,7 @@ class SymbolCounter:
         model = self._tokenizer.model
         if model.byte_fallback and len(token) == 6 and token.startswith("<0x"):
             try:
-                # Of the bytes of a character, the first counts.
+                # Only the first byte of a character counts.
                 return int(not 0x80 <= int(token[3:5], 16) < 0xC0)
             except ValueError:
                 pass

@@ -1,14 +1,14 @@
-"""A store while it is written: shards under ``OUT/.parts``, and how they become the store.
+"""A store while it is written: shards under ``OUT/.parts``, which are merged into the store.
 
-    .parts/plan.json        what is written; the directory appears together with it
-    .parts/00003/00017/     shard 17 of part 3 and its index; appears whole
-    .parts/00003.json       the index entries of all shards of part 3: it is complete
+    .parts/plan.json        the plan of the store; appears together with the directory
+    .parts/00003/00017/     shard 17 of part 3 and its index; appears atomically
+    .parts/00003.json       the index entries of all shards of part 3; marks it as complete
 
-Any number of processes, on any nodes, write here at once, and each may die at any moment. So there
-is no lock that a dead one could hold: what a process makes has a random name until it is whole,
-and one rename puts it in place. A step that another process has completed is skipped. ``meta.json``
-ends the work; ``.parts`` is removed only after it. So a process that finds ``.parts`` gone finds
-the finished store instead.
+Any number of processes, on any nodes, write here at once, and each may die at any moment. Hence
+there are no locks, which a dead process might hold: each file or directory is made under a random
+name and renamed once it is complete. A step that another process has completed is skipped.
+``meta.json`` is written last, and ``.parts`` is removed only after it: if ``.parts`` is gone, the
+store is finished.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ PARTS = ".parts"
 _PLAN = "plan.json"
 _BLOCKS = "blocks_per_shard"
 
-# MDS counts the bytes of a shard in 32 bits, and wraps without an error. Every sample has an
-# offset of 4 bytes; the rest is what a header needs at most.
+# MDS counts the bytes of a shard in 32 bits and overflows silently. Every sample has an offset of
+# 4 bytes; a header needs at most the rest.
 _MDS_BYTES = 2**32 - 1
 _MDS_HEADER_BYTES = 1 << 16
 _MDS_OFFSET_BYTES = 4
@@ -47,12 +47,12 @@ _TOKEN_NAMES = ("begin_token", "end_token")
 
 
 def finished_store(out: str | Path, plan: StorePlan) -> StoreMeta | None:
-    """The finished store in ``out``, if it is there, complete, and what ``plan`` would write.
+    """The finished store in ``out``, if it exists, is complete and agrees with ``plan``.
 
-    Sizes of shards are compared here, their contents by every reader.
+    Only the sizes of shards are checked here; every reader checks their contents.
 
     Raises:
-        DataError: ``out`` holds a store of another plan, finished or begun, or other files.
+        DataError: ``out`` holds a store of another plan, finished or not, or other files.
     """
     if is_remote(out):
         try:
@@ -64,13 +64,13 @@ def finished_store(out: str | Path, plan: StorePlan) -> StoreMeta | None:
     out = Path(out)
     if not out.exists():
         return None
-    # In this order, since another process may end its work meanwhile: shards lie there only
-    # beside the plan or, later, meta.json.
+    # In this order, since another process may finish meanwhile: there are shards only together
+    # with the plan or, later, meta.json.
     others = not out.is_dir() or any(not file.name.startswith(PARTS) for file in out.iterdir())
     try:
         begun = _begun_plan(out)
     except DataError:
-        # What is left over in a finished store harms nobody.
+        # A leftover plan in a finished store does no harm.
         if not (out / META).is_file():
             raise
         begun = None
@@ -83,7 +83,9 @@ def finished_store(out: str | Path, plan: StorePlan) -> StoreMeta | None:
     if begun is not None:
         _refuse_other_plan(out, begun, plan)
     elif others:
-        raise DataError(f"--out {out}: exists and is no data store; give an empty or new directory")
+        raise DataError(
+            f"--out {out}: exists and is not a data store; give an empty or new directory"
+        )
     return None
 
 
@@ -100,14 +102,14 @@ def _begun_plan(out: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}); mend or remove it") from error
+        raise DataError(f"{file}: cannot be read ({error.strerror}); fix or remove it") from error
     except (ValueError, RecursionError) as error:
         raise _damaged(out, file, error) from error
     return described
 
 
 def _plan_in(out: Path) -> dict[str, Any]:
-    """The plan of a store that was begun; FileNotFoundError where another process finished it."""
+    """The plan of an unfinished store; FileNotFoundError if another process finished it."""
     present = _begun_plan(out)
     if present is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(out / PARTS / _PLAN))
@@ -121,7 +123,7 @@ def _damaged(out: Path, file: Path, error: Exception) -> DataError:
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     return DataError(
         f"{file}: is damaged, or of another version ({reason}); the store in {out} is not "
-        "finished, write it again with --overwrite"
+        "finished: write it again with --overwrite"
     )
 
 
@@ -132,7 +134,7 @@ def _refuse_other_plan(out: str | Path, present: dict[str, Any], plan: StorePlan
             # The same weights at another path are the same autoencoder.
             found, wanted = found["sha256"], wanted["sha256"]
         if key == "tokenizer" and isinstance(found, dict):
-            # The numbers of its tokens decide; earlier versions did not write their names.
+            # Compare the ids of its tokens; earlier versions did not write their names.
             found = {name: found.get(name) for name in wanted if name not in _TOKEN_NAMES}
             wanted = {name: wanted[name] for name in found}
         if found != wanted:
@@ -143,7 +145,7 @@ def _refuse_other_plan(out: str | Path, present: dict[str, Any], plan: StorePlan
 
 
 def blocks_in_shard(plan: StorePlan, shard_bytes: int) -> int:
-    """How many blocks of a store go into a shard of this size; at least one.
+    """Number of blocks in a shard of this size; at least one.
 
     Raises:
         DataError: such a shard, or a single block, is larger than MDS can describe.
@@ -151,8 +153,8 @@ def blocks_in_shard(plan: StorePlan, shard_bytes: int) -> int:
     most = (_MDS_BYTES - _MDS_HEADER_BYTES) // (plan.sample_bytes + _MDS_OFFSET_BYTES)
     if not most:
         raise DataError(
-            f"block size {plan.block_size}: one block has {plan.sample_bytes} bytes in the store, "
-            "and a shard must have less than 4 GiB; give a smaller --block-size"
+            f"block size {plan.block_size}: one block takes {plan.sample_bytes} bytes in the "
+            "store, but a shard must be smaller than 4 GiB; give a smaller --block-size"
         )
     if shard_bytes < 1:
         raise DataError(f"shard size {shard_bytes} bytes: must be positive")
@@ -166,11 +168,11 @@ def blocks_in_shard(plan: StorePlan, shard_bytes: int) -> int:
 
 
 def begin(out: Path, plan: StorePlan, blocks_per_shard: int) -> None:
-    """Make ``out`` the place of this store, or find that it is already.
+    """Begin this store in ``out``, unless it has been begun there already.
 
     Raises:
-        DataError: another store was begun there, or this one with another size of shards; or
-            what was begun there is damaged.
+        DataError: another store was begun there, or this one with another shard size, or the
+            unfinished store is damaged.
     """
     out.mkdir(parents=True, exist_ok=True)
     if _begun_plan(out) is None:
@@ -205,8 +207,8 @@ def write_shard(
     """Write one shard of a part.
 
     Raises:
-        OSError: the disk is full or fails; or other workers have written this part, too, and
-            merged all.
+        OSError: the disk is full or fails; or other workers have written this part too and merged
+            the store.
     """
     from calm_dist.compat.streaming import MDSWriter
 
@@ -228,7 +230,7 @@ def write_shard(
 
 
 def complete_part(out: Path, part: int, num_shards: int) -> None:
-    """Note that the shards of a part are all there; a part may have none."""
+    """Mark a part as complete: all its shards exist. A part may have none."""
     entries = []
     for shard in range(num_shards):
         index = _shard_directory(out, part, shard) / INDEX
@@ -242,24 +244,24 @@ def complete_part(out: Path, part: int, num_shards: int) -> None:
 
 
 def merge(out: Path, tokenizer: Tokenizer) -> list[int]:
-    """Make the finished store of all parts, if they are complete.
+    """Make the finished store from all parts, if they are complete.
 
-    Two processes may do it at once, and one may go on where another died: each shard is moved
-    once, by one or the other, and all else is written from the same notes.
+    Two processes may do this at once, and one may continue where another died: each shard is moved
+    once, by either of them, and both write everything else from the same markers.
 
     Returns:
-        The parts that are not complete yet, or none where the store is finished.
+        The parts that are not complete yet; empty if the store is finished.
 
     Raises:
         DataError: the corpus holds less than one block.
         OSError: the disk is full or fails; or another process was faster, and ``.parts`` is gone.
     """
-    # Not the caller's own: the path of the autoencoder may differ between workers, and all must
+    # Not the caller's plan: the path of the autoencoder may differ between workers, and all must
     # write the same meta.json.
     fields = _plan_in(out)
     fields.pop(_BLOCKS, None)
     plan = StorePlan.model_validate(fields)
-    # On NFS the own marker, written just before, makes those of other nodes visible here. So the
+    # On NFS, our own marker, written just before, makes those of other nodes visible here. So the
     # last two workers cannot both miss each other's.
     missing = [part for part in range(plan.parts) if not is_complete(out, part)]
     if missing:
@@ -288,7 +290,7 @@ def merge(out: Path, tokenizer: Tokenizer) -> list[int]:
 
 
 def _shards_of(out: Path, part: int) -> list[tuple[Path, dict[str, Any]]]:
-    """Files, where they were written, and index entries of a complete part."""
+    """Shard files (at the paths where they were written) and index entries of a complete part."""
     marker = _marker(out, part)
     try:
         entries = json.loads(marker.read_text(encoding="utf-8"))
@@ -305,7 +307,7 @@ def _shards_of(out: Path, part: int) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def _check_entry(entry: Any) -> None:
-    """Raises ValueError, KeyError or TypeError for what is no entry of one shard of this store."""
+    """Raises ValueError, KeyError or TypeError unless this is the entry of a shard of a store."""
     name, samples = entry["raw_data"]["basename"], entry["samples"]
     if not isinstance(name, str) or not re.fullmatch(r"shard\.\d{5,}\.mds", name):
         raise ValueError(f"shard name {name!r}")
@@ -317,14 +319,14 @@ def _move(file: Path, place: Path) -> None:
     try:
         file.replace(place)
     except FileNotFoundError:
-        # Moved already, by another process or before a kill.
+        # Already moved, by another process or before a kill.
         if not place.is_file():
             raise
 
 
 def remove_parts(out: Path) -> None:
-    """Remove what a finished store has no more use for."""
-    # At once out of the way of processes that still write there.
+    """Remove the ``.parts`` that a finished store no longer needs."""
+    # The rename takes it out of the way of processes that still write there.
     with suppress(OSError):
         (out / PARTS).rename(out / f"{PARTS}.{_random_name()}")
     for leftover in out.glob(f"{PARTS}*"):
@@ -332,8 +334,8 @@ def remove_parts(out: Path) -> None:
 
 
 def remove_store(out: Path) -> None:
-    """Remove the files of a store, finished or begun, and nothing else."""
-    # Whatever the plan says, its place tells whose it is: a damaged one is replaced as well.
+    """Remove the files of a store, finished or not, and nothing else."""
+    # The plan's existence shows that this is a store: even a damaged one is replaced.
     if not (out / META).is_file() and not (out / PARTS / _PLAN).is_file():
         return
     (out / META).unlink(missing_ok=True)
@@ -352,12 +354,12 @@ def _shard_directory(out: Path, part: int, shard: int) -> Path:
 
 
 def _random_name() -> str:
-    """Of a file or directory that only this process knows."""
+    """Name for a file or directory that only this process knows."""
     return f"{secrets.token_hex(4)}.tmp"
 
 
 def _put(directory: Path, place: Path) -> None:
-    """Give a directory its name, unless another process has put its equal there."""
+    """Move a directory to its place, unless another process has put the same one there."""
     try:
         directory.rename(place)
     except OSError as error:
@@ -366,7 +368,7 @@ def _put(directory: Path, place: Path) -> None:
 
 
 def _write(out: Path, file: Path, data: bytes) -> None:
-    """Write a file so that whoever looks finds all of it; while ``.parts`` is there."""
+    """Write a file atomically; needs ``.parts`` for the temporary file."""
     partial = out / PARTS / f"{file.name}.{_random_name()}"
     partial.write_bytes(data)
     partial.replace(file)

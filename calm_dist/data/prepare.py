@@ -1,4 +1,4 @@
-"""From raw text to split documents and a tokenizer: what ``tools/prepare_corpus.py`` does."""
+"""From raw text to split documents and a tokenizer; used by ``tools/prepare_corpus.py``."""
 
 from __future__ import annotations
 
@@ -53,27 +53,27 @@ def prepare_corpus(
 
     Args:
         out: directory to write into.
-        paths: corpus files, directories and globs, none of which may hold ``out`` or lie in it;
-            none: Python's standard library on disk.
+        paths: corpus files, directories and globs, none of which may contain ``out`` or be inside
+            it; empty: Python's standard library on disk.
         tokenizer: a tokenizer file to copy; None: a BPE is trained on the train split.
         begin_token, end_token: its tokens around a document, as for `load_tokenizer`; the manifest
-            keeps them, and `encode_latents` is given them again.
+            records them, and `encode_latents` must be given the same.
         vocab_size: entries of a trained BPE.
-        seed: decides which document goes to which split.
+        seed: decides the split of each document.
 
     Returns:
-        False where everything was there already and is intact, else True.
+        True if files were written; False if all existed already and are intact.
 
     Raises:
-        DataError: a fault of the input, or ``out`` holds what was made from another input.
+        DataError: the input is faulty, or ``out`` holds files made from another input.
     """
     out = Path(out)
     given = {"begin_token": begin_token, "end_token": end_token}
     names = {role: name for role, name in given.items() if name is not None}
     if names and tokenizer is None:
         raise DataError(
-            "--begin-token, --end-token: name tokens of a tokenizer that is given with "
-            "--tokenizer; a trained one has its own"
+            "--begin-token, --end-token: need a tokenizer given with --tokenizer; a trained one "
+            "has its own tokens"
         )
     manifest_path = out / "corpus" / MANIFEST
     files = find_files(paths) if paths else None
@@ -99,13 +99,13 @@ def prepare_corpus(
         "splits": splits,
         "tokenizer": {"file": tokenizer_file.name, "sha256": file_sha256(tokenizer_file)},
     }
-    # The manifest comes last: with it, all else is complete.
+    # The manifest comes last: if it exists, everything else is complete.
     replace_text(manifest_path, json.dumps(manifest, indent=2) + "\n")
     return True
 
 
 def _written() -> list[str]:
-    """Names of what is written into ``out``."""
+    """Names of the files written into ``out``."""
     return [
         *(f"corpus/{split}.jsonl" for split in SPLITS),
         f"corpus/{MANIFEST}",
@@ -140,7 +140,7 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); mend or remove it") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}); fix or remove it") from error
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: is damaged ({error}); remove {path.parent}, or give another --out"
@@ -149,7 +149,7 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
 
 
 def _check_manifest(manifest: Any) -> None:
-    """Raises ValueError where a manifest is not what `prepare_corpus` writes."""
+    """Raises ValueError unless a manifest has the form that `prepare_corpus` writes."""
     if not isinstance(manifest, dict):
         raise ValueError(f"a {type(manifest).__name__} instead of an object")
     for name in ("made_from", "splits", "tokenizer"):
@@ -170,7 +170,7 @@ def _refuse_other_input(path: Path, present: dict[str, Any], wanted: dict[str, A
         if present.get(key) != wanted.get(key):
             raise DataError(
                 f"{path.parent}: was made from another input ({key}: {present.get(key)} there, "
-                f"{wanted.get(key)} now); give another --out or remove that directory"
+                f"{wanted.get(key)} now); give another --out, or remove that directory"
             )
 
 
@@ -183,7 +183,7 @@ def _intact(out: Path, manifest: dict[str, Any]) -> bool:
 
 
 def _document_source(files: CorpusFiles | None) -> Callable[[], Iterable[Document]]:
-    """A function that starts a pass over the documents; files are read by each pass."""
+    """A function that starts a pass over the documents; each pass reads the files again."""
     if files is not None:
         return lambda: iter_documents(files)
     documents = standard_library_documents()
@@ -193,7 +193,7 @@ def _document_source(files: CorpusFiles | None) -> Callable[[], Iterable[Documen
 def _split_documents(
     documents: Callable[[], Iterable[Document]], files: CorpusFiles | None, seed: int
 ) -> np.ndarray:
-    """The position in `SPLITS` of each document's split."""
+    """For each document the position of its split in `SPLITS`."""
     known = DocumentIds(seed)
     for document in progress(documents(), None, label="read the corpus", unit="documents"):
         known.add(document.id)
@@ -240,14 +240,14 @@ def _write_splits(
 
 def _changed(number: int) -> DataError:
     return DataError(
-        f"corpus: was changed while it was read: it held {number} documents at first; start again"
+        f"corpus: was changed while it was read: it first held {number} documents; start again"
     )
 
 
 def _make_tokenizer(out: Path, source: Path | None, vocab_size: int, train_documents: int) -> Path:
     if source is None:
         return _train(out, vocab_size, train_documents)
-    # The kind of a tokenizer file is told by its suffix, which is therefore kept.
+    # The suffix of a tokenizer file tells its kind and is therefore kept.
     target = out / f"tokenizer{'.json' if source.suffix == '.json' else '.model'}"
     if not (target.exists() and target.samefile(source)):
         shutil.copyfile(source, target)
@@ -255,8 +255,8 @@ def _make_tokenizer(out: Path, source: Path | None, vocab_size: int, train_docum
 
 
 def _train(out: Path, vocab_size: int, num_documents: int) -> Path:
-    """A BPE of the train split. Merging comes after the last document, and has bars on terminals
-    only."""
+    """Train a BPE on the train split. Merging, after the last document, shows progress only on a
+    terminal."""
     _log.log(NOTE, f"training a tokenizer of {vocab_size} entries on {num_documents} documents")
     texts: Iterator[str] = (
         document.text for document in iter_documents([out / "corpus" / "train.jsonl"])

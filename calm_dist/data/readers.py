@@ -1,6 +1,6 @@
-"""Reader processes: the room that their batches need, and how the end of one is noticed.
+"""Reader processes: the shared memory that their batches need, and detection of their death.
 
-What is private in torch's DataLoader (2.13) is used here and nowhere else.
+Private parts of torch's DataLoader (2.13) are used only here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from calm_dist.errors import DataError, UnreachableError
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFETCHED = 2
-"""Batches that each reader process has ready; torch's default."""
+"""Batches that each reader process prefetches; torch's default."""
 _REMEDY = (
     "enlarge it (docker run --shm-size=…, or mount -o remount,size=… /dev/shm), use fewer "
     "data.num_workers, or data.num_workers=0, which reads in the training process"
@@ -33,7 +33,7 @@ _TIMED_OUT = "timed out after"
 
 
 def batch_bytes(meta: StoreMeta, batch_size: int) -> int:
-    """Bytes of one batch as readers hand it over: int64 tokens, fp32 latents."""
+    """Bytes of one batch as readers deliver it: int64 tokens, fp32 latents."""
     latents = 2 * 4 * meta.num_patches * meta.latent_size if meta.latent_size else 0
     return batch_size * (8 + 8 * meta.block_size + latents)
 
@@ -41,14 +41,17 @@ def batch_bytes(meta: StoreMeta, batch_size: int) -> int:
 def check_room(
     metas: Sequence[StoreMeta], batch_size: int, num_workers: int, num_ranks: int
 ) -> None:
-    """Raises DataError where what the processes of a node share does not fit into its memory: the
-    batches that readers have ready, and the order of an epoch, which Streaming puts there.
+    """Check that the node's shared memory has room for the prefetched batches of its readers and
+    for the order of an epoch, which Streaming puts there.
 
     Args:
-        metas: of the stores, whose blocks have one size.
-        batch_size: of a rank.
-        num_workers: reader processes of a rank.
-        num_ranks: on this node.
+        metas: descriptions of the stores, whose blocks have the same size.
+        batch_size: blocks per batch of a rank.
+        num_workers: reader processes per rank.
+        num_ranks: ranks on this node.
+
+    Raises:
+        DataError: there is not enough room.
     """
     batches = PREFETCHED * num_workers * num_ranks
     needed = 8 * sum(meta.num_blocks for meta in metas)
@@ -57,8 +60,8 @@ def check_room(
     if (free := _free_bytes()) is None or free >= needed:
         return
     raise DataError(
-        f"data.num_workers={num_workers}: the {batches} batches that readers have ready on this "
-        f"node, and the order of an epoch, need {needed / 1e6:,.1f} MB in {SHARED_MEMORY}, which "
+        f"data.num_workers={num_workers}: the {batches} batches that readers prefetch on this "
+        f"node and the order of an epoch need {needed / 1e6:,.1f} MB in {SHARED_MEMORY}, which "
         f"has {free / 1e6:,.1f} MB free; {_REMEDY}"
     )
 
@@ -72,10 +75,10 @@ def _free_bytes() -> int | None:
 
 
 def hand_over(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Put a batch of a reader process where the training process sees it.
+    """Move a batch of a reader process into shared memory, for the training process.
 
-    Otherwise torch does so in a thread of the reader, where a failure loses the batch and nobody
-    hears of it; or the kernel ends the reader (SIGBUS).
+    Otherwise torch does so in a thread of the reader, where a failure silently loses the batch, or
+    the kernel kills the reader (SIGBUS).
 
     Raises:
         DataError: there is no room.
@@ -95,20 +98,21 @@ def hand_over(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def poll_seconds(timeout_seconds: float) -> float:
-    """For the DataLoader: how long it waits before it looks whether its processes live."""
+    """Timeout of the DataLoader: how often it checks whether its processes are alive."""
     return min(_POLL_SECONDS, timeout_seconds)
 
 
 def batches_of(loader: DataLoader, timeout_seconds: float) -> Iterator[dict[str, torch.Tensor]]:
-    """The batches of a loader; its end, or that of a reader process, is noticed within seconds.
+    """The batches of a loader; the death of a reader process is noticed within seconds.
 
     Args:
-        loader: with ``timeout=poll_seconds(…)`` where it has processes.
-        timeout_seconds: how long they may take for a batch, while no download is under way.
+        loader: with ``timeout=poll_seconds(…)`` if it has reader processes.
+        timeout_seconds: longest time for a batch while no download is under way.
 
     Raises:
-        UnreachableError: a reader process was killed, as by the system when memory is short.
-        DataError: one died for want of shared memory, or gave nothing in time.
+        UnreachableError: a reader process was killed, for example by the system when memory is
+            short.
+        DataError: a reader process died for lack of shared memory, or timed out.
     """
     iterator = _iterator(loader)
     while True:
@@ -134,8 +138,8 @@ def batches_of(loader: DataLoader, timeout_seconds: float) -> Iterator[dict[str,
 
 
 def _iterator(loader: DataLoader) -> Any:
-    """torch's iterator, without its handler of SIGCHLD, which raises for a dead reader in whatever
-    the main thread is doing."""
+    """torch's iterator without its SIGCHLD handler, which interrupts the main thread anywhere with
+    an exception when a reader dies."""
     if threading.current_thread() is not threading.main_thread():
         return _start(loader)
     before = signal.getsignal(signal.SIGCHLD)
@@ -158,10 +162,10 @@ def _start(loader: DataLoader) -> Any:
 
 
 def _check_readers(iterator: Any, error: Exception) -> None:
-    """Raises where a reader process is dead."""
+    """Raise an error if a reader process is dead."""
     for worker in getattr(iterator, "_workers", ()):
         if not isinstance(error, RuntimeError):
-            # Its connection may break a moment before its end is known.
+            # Its connection may break shortly before its exit code is known.
             worker.join(0.5)
         if worker.exitcode in (None, 0):
             continue
@@ -172,6 +176,7 @@ def _check_readers(iterator: Any, error: Exception) -> None:
         if worker.exitcode == -signal.SIGBUS:
             raise DataError(f"{said}: {SHARED_MEMORY} is full; {_REMEDY}") from error
         raise UnreachableError(
-            f"{said}; it may have been killed for memory: use fewer data.num_workers, or 0, which "
-            "reads in the training process; start the same command again to go on"
+            f"{said}; the system may have killed it for lack of memory: use fewer "
+            "data.num_workers, or 0, which reads in the training process; start the same command "
+            "again to continue"
         ) from error

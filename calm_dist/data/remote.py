@@ -1,4 +1,4 @@
-"""Stores in S3 and the other object stores that Streaming knows."""
+"""Stores in S3 and other object stores that Streaming supports."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def fetch_meta(path: str, downloads: Downloads) -> Iterator[Path]:
     """A temporary directory that holds ``meta.json`` of a remote store.
 
     Raises:
-        DataError: the download failed; `UnreachableError` where it may succeed later.
+        DataError: the download failed; `UnreachableError` if it may succeed later.
     """
     with tempfile.TemporaryDirectory(prefix="calm_dist_meta_") as directory:
         _download(path, META, Path(directory), downloads)
@@ -52,17 +52,17 @@ def fetch_description(
     fetch: bool = False,
     downloads: Downloads = DEFAULT,
 ) -> Path:
-    """The local directory of a store: its own, or the one that a remote store is cached in.
+    """The local directory of a store: its own, or the cache of a remote store.
 
     Args:
-        path: as the user gave it.
+        path: the store's path or URL, as the user gave it.
         cache_dir: parent of all caches; None: this user's scratch directory on the node.
-        fetch: download ``meta.json`` and ``index.json`` of a remote store. Shards that are
-            cached stay if the store is still the same.
-        downloads: how patient.
+        fetch: download ``meta.json`` and ``index.json`` of a remote store. Cached shards are kept
+            if the store is still the same.
+        downloads: retries and time limits.
 
     Raises:
-        DataError: the download failed; `UnreachableError` where it may succeed later.
+        DataError: the download failed; `UnreachableError` if it may succeed later.
     """
     if not is_remote(path):
         return Path(path)
@@ -71,7 +71,7 @@ def fetch_description(
     if not fetch:
         return cache
     parent.mkdir(parents=True, exist_ok=True)
-    # Its own for each process: nodes may share the parent of the cache.
+    # One per process, because nodes may share the parent of the cache.
     incoming = Path(tempfile.mkdtemp(prefix="incoming_", dir=parent))
     try:
         for name in (META, INDEX):
@@ -90,27 +90,27 @@ def fetch_description(
 
 
 def staging_directory(url: str) -> Path:
-    """Where a store is written before it is uploaded to ``url``; the same after a kill."""
+    """The directory where a store is written before upload to ``url``; the same after a kill."""
     return scratch_directory() / f"staging_{hashlib.sha256(url.encode()).hexdigest()[:16]}"
 
 
 def upload_store(directory: Path, files: Sequence[str], url: str) -> None:
-    """Upload a finished store, ``meta.json`` last, since it is what makes a store complete.
+    """Upload a finished store; ``meta.json`` comes last, because it marks a store as complete.
 
     Args:
-        directory: of the finished store.
+        directory: directory of the finished store.
         files: names of its files besides ``meta.json`` and ``index.json``.
-        url: where the store will be.
+        url: address of the store after the upload.
 
     Raises:
-        DataError: the upload failed; the store stays in ``directory``. `UnreachableError` where it
-            may succeed later.
+        DataError: the upload failed; the store stays in ``directory``. `UnreachableError` if it may
+            succeed later.
     """
     uploaders: list[CloudUploader] = []
 
     def upload(name: str) -> None:
         if not uploaders:
-            # It looks for the bucket.
+            # Its construction checks for the bucket.
             place = (str(directory), url.rstrip("/"))
             uploaders.append(CloudUploader.get(place, True, retry=1, exist_ok=True))
         uploaders[0].upload_file(name)
@@ -122,5 +122,5 @@ def upload_store(directory: Path, files: Sequence[str], url: str) -> None:
             transfer(partial(upload, name), what, DEFAULT, verb="uploaded")
     except DataError as error:
         raise type(error)(
-            f"{error}; the store stays in {directory}, and the same command tries again"
+            f"{error}; the store stays in {directory}, run the same command again to retry"
         ) from error

@@ -1,10 +1,10 @@
 """Names under which the processes of one run share Streaming's memory on a node.
 
 Streaming 0.13.0 numbers its shared memory and lock files 0, 1, 2, … by what it finds in use. Two
-runs that start together take the same number, and what a killed run leaves behind stands in the
-way of the next. Here every run draws a number of its own. While it lives it holds a lock file;
-the kernel drops that lock when the process dies, however it dies, and the next run removes what
-an unlocked number has left.
+runs that start together take the same number, and leftovers of a killed run block the next one.
+Here every run draws a random number of its own and holds a lock file while it lives. The kernel
+releases the lock when the process dies in any way, and the next run removes the leftovers of
+unlocked numbers.
 """
 
 from __future__ import annotations
@@ -44,52 +44,52 @@ _OUR_NAMES = ("failed_shard", "hashed", "busy_until")
 
 
 def scratch_directory() -> Path:
-    """This user's directory for what the processes of a node share."""
+    """This user's directory for files that the processes of a node share."""
     path = Path(tempfile.gettempdir()) / f"calm_dist_{os.getuid()}"
     path.mkdir(mode=0o700, exist_ok=True)
     return path
 
 
 class RunNumber:
-    """A number that no other run uses, the same on all ranks of a node of this run.
+    """A number that no other run uses, the same on all ranks of this run on a node.
 
-    Every rank must take part. The first rank of each node holds the lock file while it lives; at
-    its exit it removes the run's files, and each process the shared memory that it created.
+    Every rank must make one. The first rank of each node holds the lock file while it lives and
+    removes the run's files at exit; each process removes the shared memory that it created.
     """
 
     def __init__(self, world: World) -> None:
         drawn = [secrets.randbits(48)]
         if dist.is_initialized():
             dist.broadcast_object_list(drawn, src=0)
-        # Nodes may be simulated on one machine, so each has a number of its own.
+        # Several nodes may be simulated on one machine, so each needs its own number.
         self.value: int = drawn[0] + world.node
         if world.is_local_leader:
             remove_leftovers()
-            # Never closed: the kernel does it when the process ends.
+            # Never closed: the kernel releases the lock when the process ends.
             _lock(_lock_path(self.value))
             atexit.register(_remove_files, self.value)
 
     def shared_scalar(self, name: str) -> SharedScalar:
-        """An int64, at first 0, that all processes of this run on this node share."""
+        """An int64, initially 0, that all processes of this run on this node share."""
         assert name in _OUR_NAMES
         with patient_attaching():
             return SharedScalar(np.int64, shared_path(self.value, name))
 
     def shared_array(self, name: str, size: int) -> SharedArray:
-        """Such numbers, as many as ``size``."""
+        """An array of ``size`` such numbers."""
         assert name in _OUR_NAMES
         with patient_attaching():
             return SharedArray(size, np.int64, shared_path(self.value, name))
 
     def tell_failure(self, error: DataError) -> None:
-        """Tell all readers on this node why one of them fails; the first one is kept."""
+        """Tell all readers on this node why one of them fails; only the first error is kept."""
         path = _failure_path(self.value)
-        # Without a place to write, the others know only that there was a failure.
+        # If this cannot be written, the others know only that there was a failure.
         with suppress(OSError), path.open("x", encoding="utf-8") as file:
             json.dump([isinstance(error, UnreachableError), str(error)], file)
 
     def failure(self) -> DataError | None:
-        """What `tell_failure` was told, on any reader of this node."""
+        """The error passed to `tell_failure` by any reader of this node, or None."""
         try:
             unreachable, message = json.loads(_failure_path(self.value).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -98,7 +98,7 @@ class RunNumber:
 
     @contextmanager
     def used_by_streaming(self) -> Iterator[None]:
-        """Let a StreamingDataset that is built inside take this number instead of its own."""
+        """Make a StreamingDataset constructed in this context use this number."""
 
         def get_shm_prefix(*_: Any, **__: Any) -> tuple[int, StreamingSharedMemory]:
             name = shared_path(self.value, LOCALS)
@@ -114,7 +114,7 @@ class RunNumber:
 
 
 def remove_leftovers() -> None:
-    """Remove shared memory and lock files of runs on this node that are no longer alive."""
+    """Remove shared memory and lock files of dead runs on this node."""
     for path in scratch_directory().glob("run_*.lock"):
         lock = _lock(path, wait=False)
         if lock is not None:
@@ -133,7 +133,7 @@ def _failure_path(number: int) -> Path:
 
 
 def _lock(path: Path, wait: bool = True) -> int | None:
-    """A descriptor that holds the lock on ``path``, or None where another process holds it."""
+    """A descriptor that holds the lock on ``path``, or None if another process holds it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -149,7 +149,7 @@ def _lock(path: Path, wait: bool = True) -> int | None:
         except OSError as error:
             if error.errno not in NO_FLOCK:
                 raise
-            # Nobody can tell whether a run lives, so nothing of it is removed.
+            # Without locks, dead runs cannot be recognized, so nothing is removed.
             if wait:
                 return descriptor
         os.close(descriptor)

@@ -1,9 +1,9 @@
-"""What a data store is: one MDS dataset, its ``meta.json`` and a copy of its tokenizer.
+"""The format of a data store: one MDS dataset, its ``meta.json`` and a copy of its tokenizer.
 
 A sample is one block: ``tokens`` uint32[T] and, in the variant ``fp16``, the posterior of every
 patch, ``mean`` and ``log_std`` float16[P, l] with P = T/K. Streaming trusts ``index.json``: it
-unpickles what the index calls a pickle, writes where the index says, and skips what it cannot
-read. So the index is checked here, field by field, before Streaming sees it.
+unpickles columns that the index calls pickles, writes to paths that the index names, and skips
+files that it cannot read. Therefore every field of the index is checked here first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from calm_dist.files import file_sha256, read_bounded
 if TYPE_CHECKING:
     from calm_dist.data.download import Downloads
 
-# Of every shard, in the index. Streaming's name for it is the same.
+# The hash of every shard in the index; also Streaming's name for it.
 HASH = "sha256"
 
 Variant = Literal["fp16", "tokens"]
@@ -35,9 +35,9 @@ NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 Sha256 = Annotated[str, Field(pattern=f"^{_SHA256.pattern}$")]
 
-# Of meta.json, which has one, and of index.json, which has 600 for each shard.
+# Bytes of meta.json, which has about a thousand, and of index.json, which has 600 per shard.
 _LARGEST_META, _LARGEST_INDEX = 1 << 20, 1 << 28
-# MDS keeps places in a shard in 32 bits, and describes the columns at its beginning.
+# MDS keeps offsets in a shard in 32 bits, and describes the columns in a header.
 _LARGEST_SHARD, _LARGEST_HEADER = 1 << 32, 1 << 16
 
 _SHARD_NAME = re.compile(r"shard\.\d{5,}\.mds")
@@ -57,18 +57,18 @@ class TokenizerInfo(_Strict):
     pad_id: NonNegative | None
     begin_token: str | None = None
     end_token: str | None = None
-    """Names of these tokens; None in stores of earlier versions, which took the tokenizer's own."""
+    """Names of these tokens; None in stores of earlier versions, which used the tokenizer's own."""
 
 
 class AutoencoderInfo(_Strict):
-    """The autoencoder of a store: sha256 of its weights file, and the directory it came from."""
+    """The autoencoder of a store: sha256 of its weights file, and its original directory."""
 
     sha256: Sha256
     file: str
 
 
 class StorePlan(_Strict):
-    """All that is known of a store before it is written; two runs of equal plan write one store."""
+    """A store's description before it is written; runs with equal plans write the same store."""
 
     format: Literal[1] = 1
     variant: Variant
@@ -76,22 +76,23 @@ class StorePlan(_Strict):
     patch_size: Positive
     latent_size: Positive | None
     vocab_size: Positive
-    """The autoencoder's, from which models take theirs; the tokenizer's in the variant tokens."""
+    """The autoencoder's vocabulary size, or the tokenizer's in the variant tokens; models use
+    it."""
     tokenizer: TokenizerInfo
     autoencoder: AutoencoderInfo | None
     corpus_sha256: Sha256
     seed: NonNegative
     parts: Positive = 1
-    """Into how many parts the shuffled documents were cut; each drops the tail that fills no
-    block."""
+    """Number of parts that the shuffled documents were cut into; each drops the tokens after its
+    last full block."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.block_size % self.patch_size:
-            raise ValueError(f"block_size is no multiple of patch_size {self.patch_size}")
+            raise ValueError(f"block_size is not a multiple of patch_size {self.patch_size}")
         given = [value is not None for value in (self.latent_size, self.autoencoder)]
         if given != [self.variant == "fp16"] * 2:
-            raise ValueError("latent_size and autoencoder belong to the variant fp16, both of them")
+            raise ValueError("latent_size and autoencoder are needed by the variant fp16 only")
         return self
 
     @property
@@ -125,10 +126,10 @@ class StorePlan(_Strict):
         """As plain values, in the form of ``meta.json``."""
         values = self.model_dump(mode="json")
         if self.parts == 1:
-            # Such stores are the same, and have the fingerprint, as before there were parts.
+            # Keep the fingerprint that such stores had before there were parts.
             del values["parts"]
         for name in ("begin_token", "end_token"):
-            # Of earlier versions, whose fingerprint is over what they wrote.
+            # Absent in earlier versions, whose fingerprint covers the fields that they wrote.
             if values["tokenizer"][name] is None:
                 del values["tokenizer"][name]
         return values
@@ -140,7 +141,7 @@ class StoreMeta(StorePlan):
     num_blocks: Positive
     num_tokens: Positive
     fingerprint: Sha256
-    """sha256 over the other fields and ``index.json``: it pins every byte of the store."""
+    """sha256 over the other fields and ``index.json``; pins every byte of the store."""
 
     @model_validator(mode="after")
     def _counts_agree(self) -> Self:
@@ -150,7 +151,7 @@ class StoreMeta(StorePlan):
 
 
 def fingerprint(fields: dict[str, Any], index: bytes) -> str:
-    """The fingerprint that a store with these ``meta.json`` fields and this index must have."""
+    """The fingerprint of a store with these ``meta.json`` fields and this index."""
     others = {name: value for name, value in fields.items() if name != "fingerprint"}
     digest = hashlib.sha256(json.dumps(others, sort_keys=True).encode())
     digest.update(index)
@@ -158,17 +159,17 @@ def fingerprint(fields: dict[str, Any], index: bytes) -> str:
 
 
 def read_meta(path: str | Path, downloads: Downloads | None = None) -> StoreMeta:
-    """``meta.json`` of a store in a local directory, or at a URL.
+    """Read ``meta.json`` of a store in a local directory or at a URL.
 
     Args:
-        path: of the store.
-        downloads: how patient to be with a URL; None: as recipes are by default.
+        path: the store's path or URL.
+        downloads: retries and time limits for a URL; None: the defaults of recipes.
 
     Raises:
         DataError: there is no store, it is unfinished, or its ``meta.json`` is damaged.
     """
     if is_remote(path):
-        # Importing Streaming takes seconds, which local stores need not wait for.
+        # Imported here, because importing Streaming takes seconds.
         from calm_dist.data.download import DEFAULT
         from calm_dist.data.remote import fetch_meta
 
@@ -179,13 +180,13 @@ def read_meta(path: str | Path, downloads: Downloads | None = None) -> StoreMeta
         raise DataError(
             f"data store {path}: no such directory; set data.path (or --data) to a store, or write "
             f"this one: python tools/encode_latents.py --out {path} --corpus PATH --tokenizer F "
-            "--autoencoder CKPT (for tokens without latents --variant tokens --patch-size K)"
+            "--autoencoder CKPT (for tokens without latents: --variant tokens --patch-size K)"
         )
     try:
         text = read_bounded(path / META, _LARGEST_META)
     except OSError as error:
         raise DataError(
-            f"data store {path}: has no readable {META}; it is unfinished or no store. Run "
+            f"data store {path}: has no readable {META}; it is unfinished or not a store. Run "
             "tools/encode_latents.py (again)"
         ) from error
     try:
@@ -195,13 +196,13 @@ def read_meta(path: str | Path, downloads: Downloads | None = None) -> StoreMeta
         where = listed([".".join(map(str, first["loc"])) or "JSON"])
         raise DataError(
             f"{path / META}: {where}: {first['msg'][:300]}; the file is damaged or of another "
-            "version, encode the corpus again"
+            "version; encode the corpus again"
         ) from error
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a store as its index describes it."""
+    """One file of a store, as described by the index."""
 
     path: Path
     samples: int
@@ -210,7 +211,11 @@ class Shard:
     sample_bytes: int
 
     def changed(self) -> int:
-        """When the file last changed in any way, in nanoseconds; DataError where it is missing."""
+        """Time of the file's last change of any kind, in nanoseconds.
+
+        Raises:
+            DataError: the file is missing.
+        """
         return self._stat().st_ctime_ns
 
     def _stat(self) -> os.stat_result:
@@ -222,7 +227,7 @@ class Shard:
             ) from error
 
     def check_size(self) -> None:
-        """Raises DataError where the file is missing or of another size."""
+        """Raises DataError if the file is missing or has another size."""
         found = self._stat().st_size
         if found != self.size:
             raise DataError(
@@ -231,7 +236,7 @@ class Shard:
             )
 
     def check(self) -> None:
-        """Raises DataError where the file is missing or any byte differs."""
+        """Raises DataError if the file is missing or any byte differs."""
         self.check_size()
         found = file_sha256(self.path)
         if found != self.sha256:
@@ -242,9 +247,9 @@ class Shard:
         self._check_places()
 
     def _check_places(self) -> None:
-        """Raises DataError where samples do not lie one after the other up to the file's end.
+        """Raises DataError unless the samples follow one another up to the end of the file.
 
-        Streaming would read whatever lies where the file says.
+        Streaming would read from whatever offsets the file holds.
         """
         import numpy as np
 
@@ -256,16 +261,16 @@ class Shard:
         wanted = list(range(first, self.size + 1, self.sample_bytes))
         if count != self.samples or places != wanted:
             raise DataError(
-                f"shard {self.path}: its samples do not lie where they should; encode it again"
+                f"shard {self.path}: its samples are not at the expected offsets; encode it again"
             )
 
 
 def read_shards(path: str | Path, meta: StoreMeta) -> list[Shard]:
-    """The shards of a store whose index is exactly what ``meta`` promises.
+    """The shards of a store, after checking that its index matches ``meta`` exactly.
 
     Raises:
         DataError: the index is missing, damaged, altered, or names anything but shards of the
-            store's own columns inside the store's own directory.
+            store's columns inside the store's directory.
     """
     path = Path(path)
     file = path / INDEX
@@ -276,9 +281,9 @@ def read_shards(path: str | Path, meta: StoreMeta) -> list[Shard]:
     if fingerprint(meta.to_dict(), raw) != meta.fingerprint:
         raise DataError(
             f"{file}: does not belong to {path / META} (fingerprints differ); one of them was "
-            "changed or is damaged, copy or encode the store again"
+            "changed or is damaged; copy or encode the store again"
         )
-    # The fingerprint proves consistency, not good will: whoever wrote both files chose it.
+    # The fingerprint proves consistency, not trustworthiness: the author of both files chose it.
     try:
         index = json.loads(raw)
         _check_keys("index", index, ("shards", "version"))
@@ -296,11 +301,12 @@ def read_shards(path: str | Path, meta: StoreMeta) -> list[Shard]:
 
 
 def _check_keys(what: str, found: Any, wanted: Iterable[str]) -> None:
-    """Streaming takes every key for an argument of its readers."""
+    """Raises ValueError unless the keys are those wanted: Streaming passes every key as an argument
+    to its readers."""
     if not isinstance(found, dict):
         raise ValueError(f"{what} is {shown(found)} instead of an object")
     if others := sorted(found.keys() ^ set(wanted)):
-        raise ValueError(f"{what} has too many keys or too few: {listed(others)}")
+        raise ValueError(f"{what} has missing or unknown keys: {listed(others)}")
 
 
 def _shard(path: Path, meta: StoreMeta, entry: dict[str, Any]) -> Shard:
@@ -331,7 +337,7 @@ def _shard(path: Path, meta: StoreMeta, entry: dict[str, Any]) -> Shard:
         raise ValueError(f"size_limit {shown(limit)} of {name}")
     if not (type(samples) is int and samples > 0 and type(size) is int and size < _LARGEST_SHARD):
         raise ValueError(f"{shown(samples)} samples in {shown(size)} bytes")
-    # Before the samples: their number, their places and the end of the last, and a header.
+    # Before the samples: their number, their offsets, the end of the last one, and a header.
     header = size - samples * meta.sample_bytes - 4 * (samples + 2)
     if not 0 <= header <= _LARGEST_HEADER:
         raise ValueError(f"{samples} samples of {meta.sample_bytes} bytes in {size} bytes")

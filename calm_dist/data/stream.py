@@ -1,11 +1,11 @@
 """Read data stores: an endless stream of training batches, and random access for evaluation.
 
-MosaicML Streaming orders, shares out and downloads the samples, behind the guard of `guard.py`.
+MosaicML Streaming orders, distributes and downloads the samples, behind the guard of `guard.py`.
 
 Order. With G blocks in a global batch, an epoch is N // G global batches drawn from N blocks
-without repetition; the N % G blocks that an epoch leaves out are others each time. Which blocks
-form step s is a function of the stores, their weights, G and the seed: not of the number of ranks,
-nodes or workers, nor of where the run was resumed.
+without repetition; each epoch leaves out a different set of N % G blocks. The blocks of step s are
+a function of the stores, their weights, G and the seed; they do not depend on the number of ranks,
+nodes or workers, or on where the run was resumed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from calm_dist.errors import (
 Batch = dict[str, torch.Tensor]
 T = TypeVar("T")
 
-# In which stores of one run must agree.
+# Properties in which the stores of one run must agree.
 _COMMON: dict[str, Callable[[StoreMeta], Any]] = {
     **{
         name: attrgetter(name)
@@ -61,7 +61,7 @@ class Store:
     ``"log_std"`` float16[P, l], as numpy arrays.
 
     Raises:
-        DataError: on opening or on access, what is missing or damaged.
+        DataError: on opening or on access, if something is missing or damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -74,7 +74,7 @@ class Store:
 
     @property
     def meta(self) -> StoreMeta:
-        """What the store holds."""
+        """The description of the store."""
         return self._source.meta
 
     def __len__(self) -> int:
@@ -103,14 +103,14 @@ def open_store(path: str | Path) -> Store:
 
 
 class TrainingStream:
-    """Batches of one rank, one for each optimizer step, endless over epochs.
+    """Batches of one rank, one per optimizer step, endless over epochs.
 
     Iterating gives ``{"index": int64[B], "tokens": int64[B, T]}`` and, in the variant ``fp16``,
     ``"mean"`` and ``"log_std"`` float32[B, P, l], on the CPU. ``index`` is the number of the block
     over all stores in the order given.
 
     Attributes:
-        metas: what the stores hold, in the order given.
+        metas: descriptions of the stores, in the order given.
         steps_per_epoch: global batches in an epoch.
     """
 
@@ -132,7 +132,7 @@ class TrainingStream:
 
     def __iter__(self) -> Iterator[Batch]:
         if self._started:
-            raise RuntimeError("a TrainingStream is iterated once; open another one")
+            raise RuntimeError("a TrainingStream can be iterated only once; open another one")
         self._started = True
         while True:
             steps_left = self.steps_per_epoch - self._step % self.steps_per_epoch
@@ -151,14 +151,14 @@ class TrainingStream:
         try:
             yield from batches_of(self._loader, self._timeout_seconds)
         except DataError as error:
-            # From a worker process the message comes wrapped in that process's traceback.
+            # A worker process wraps the message in its traceback.
             message = str(error).rstrip().rpartition(f"{type(error).__name__}: ")[2]
             raise type(error)(message) from error
         except (RuntimeError, OSError, EOFError) as error:
             if is_lost_connection(error):
                 raise
             raise DataError(
-                f"data store: a reader process died or gave nothing in time ({error}); "
+                f"data store: a reader process died or timed out ({error}); "
                 "data.num_workers=0 reads in the training process"
             ) from error
 
@@ -167,21 +167,21 @@ class TrainingStream:
         return {"steps_done": steps_done, **self._identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue behind ``state["steps_done"]`` steps; the number of ranks may differ.
+        """Continue after ``state["steps_done"]`` steps; the number of ranks may differ.
 
-        Every rank calls this, before the first batch.
+        Every rank must call this before the first batch.
 
         Raises:
             DataError: the state belongs to other stores, weights, batch size or seed.
         """
         if self._started:
-            raise RuntimeError("load_state_dict comes before the first batch")
+            raise RuntimeError("load_state_dict must be called before the first batch")
         for key, value in self._identity.items():
             if state.get(key) != value:
                 raise DataError(
                     f"checkpoint: its data position is for {key}={state.get(key)}, this run has "
                     f"{value}; continue with the same stores, weights, batch size and seed, or "
-                    "begin a second stage on others with run.continue_from in another run.dir"
+                    "train on others in another run.dir with run.continue_from"
                 )
         self._step = state["steps_done"]
         epoch, step = divmod(self._step, self.steps_per_epoch)
@@ -191,7 +191,7 @@ class TrainingStream:
             "num_canonical_nodes": self._dataset.num_canonical_nodes,
             "shuffle_seed": self._dataset.shuffle_seed,
         }
-        # All ranks of a node create or attach to the memory that holds it.
+        # All ranks of a node create or attach to the shared memory that holds the position.
         with patient_attaching():
             self._dataset.load_state_dict(position)
 
@@ -208,24 +208,26 @@ def open_training_stream(
     timeout_seconds: float = 600.0,
     downloads: Downloads = DEFAULT,
 ) -> TrainingStream:
-    """Open stores for training. Every rank calls this; RANK, WORLD_SIZE, LOCAL_RANK and
-    LOCAL_WORLD_SIZE are set, and with several ranks the process group exists.
+    """Open stores for training.
+
+    Every rank must call this. RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be set, and
+    with several ranks the process group must exist.
 
     Args:
-        paths: stores: local directories, or ``s3://…`` and other schemes of Streaming.
+        paths: stores: local directories, or URLs with ``s3://…`` or another scheme of Streaming.
         weights: share of the blocks drawn from each store; None: in proportion to their sizes.
         batch_size: blocks of this rank per optimizer step, B.
         replication: consecutive ranks that get the same blocks (TP·CP·PP).
-        seed: of the order.
+        seed: seed of the order.
         num_workers: reader processes per rank; 0 reads in this process.
-        cache_dir: where shards of remote stores are kept; it must hold all of them.
-        timeout_seconds: how long a reader process may take for a batch, downloads apart.
-        downloads: how patient to be with object stores.
+        cache_dir: directory for the shards of remote stores; it must have room for all of them.
+        timeout_seconds: longest time for a batch from a reader process, without downloads.
+        downloads: retries and time limits for object stores.
 
     Raises:
-        DataError: on every rank, whatever is missing, damaged, or does not fit together on any;
-            a store smaller than one global batch. `UnreachableError` where an object store did
-            not answer.
+        DataError: on every rank, if on any rank something is missing, damaged or inconsistent, or
+            if the stores are smaller than one global batch. `UnreachableError` if an object store
+            did not answer.
     """
     world = World.detect()
     _check_world(world, replication)
@@ -240,7 +242,7 @@ def open_training_stream(
     sources = _open_on_all_ranks(given, world, cache_dir, downloads, check_node)
     _on_all_ranks(lambda: _check_together(sources, weights, global_batch_size))
 
-    # It warns at each epoch that replication must be counted in its state; ours does.
+    # It warns at each epoch that its state must account for replication; ours does.
     logging.getLogger("streaming.base.dataset").setLevel(logging.ERROR)
     dataset = GuardedDataset(
         sources,
@@ -277,11 +279,11 @@ def _open_on_all_ranks(
     downloads: Downloads,
     check_node: Callable[[list[StoreMeta]], None],
 ) -> list[Source]:
-    """The stores, the same on every rank. The first rank of each node fetches what describes them,
-    looks at their files, and calls ``check_node``.
+    """Open the stores on every rank. The first rank of each node fetches their descriptions,
+    checks their files and calls ``check_node``.
 
     Raises:
-        DataError: on every rank.
+        DataError: on every rank, if it fails on any or the ranks see different stores.
     """
 
     def fetch() -> None:
@@ -315,13 +317,13 @@ def _collate(samples: list[dict[str, Any]]) -> Batch:
     ):
         if name in samples[0]:
             stacked = np.stack([sample[name] for sample in samples])
-            # By torch, which takes half as long as numpy from fp16.
+            # Converted by torch, which takes half as long as numpy from fp16.
             batch[name] = torch.from_numpy(stacked).to(dtype)
     return hand_over(batch)
 
 
 def _check_world(world: World, replication: int) -> None:
-    """Refuse what Streaming would take for one node per rank, or hang on."""
+    """Refuse launches that Streaming would take for one node per rank, or would hang on."""
     if world.num_ranks > 1 and "LOCAL_WORLD_SIZE" not in os.environ:
         raise LaunchError("LOCAL_WORLD_SIZE is not set; start through calm_dist.parallel.launch")
     if world.num_ranks > 1 and not dist.is_initialized():
@@ -363,14 +365,14 @@ def _check_together(
         raise DataError("data store: no path was given")
     if len({source.directory.resolve() for source in sources}) != len(sources):
         raise DataError(
-            f"data stores {[source.path for source in sources]}: one is named twice; name it once "
-            "with a larger weight"
+            f"data stores {[source.path for source in sources]}: a store is named twice; name it "
+            "once with a larger weight"
         )
     if weights is not None and (
         len(weights) != len(sources) or not all(weight > 0 for weight in weights)
     ):
         raise DataError(
-            f"weights {list(weights)}: give one number above 0 for each of {len(sources)} stores"
+            f"weights {list(weights)}: give a number above 0 for each of the {len(sources)} stores"
         )
     first = sources[0]
     for source in sources[1:]:
@@ -378,12 +380,12 @@ def _check_together(
             if value(source.meta) != value(first.meta):
                 raise DataError(
                     f"data stores {first.path} and {source.path}: differ in {name} "
-                    f"({value(first.meta)} and {value(source.meta)}); encode both alike"
+                    f"({value(first.meta)} and {value(source.meta)}); encode both the same way"
                 )
     num_blocks = sum(source.meta.num_blocks for source in sources)
     if num_blocks < global_batch_size:
         raise DataError(
             f"data store {', '.join(source.path for source in sources)}: holds {num_blocks} "
-            f"blocks, less than one global batch of {global_batch_size}; encode more text or "
+            f"blocks, fewer than one global batch of {global_batch_size}; encode more text or "
             "lower training.global_batch_size"
         )

@@ -1,7 +1,7 @@
 """Tokenizers: a BPE trained on the corpus, any Hugging Face ``tokenizer.json``, or a tiktoken-style
 ``tokenizer.model`` (Llama 3).
 
-Text never turns into special tokens: a corpus that quotes ``<|end|>`` keeps it as plain characters.
+Text never becomes special tokens: a ``<|end|>`` quoted in a corpus stays plain characters.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 
-# Names under which published tokenizers carry the three roles, ours and Llama 3's first.
+# Names of the three roles in published tokenizers, ours and Llama 3's first.
 _BEGIN_NAMES = (BEGIN, "<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>",
                 "<｜begin▁of▁sentence｜>")  # fmt: skip
 _END_NAMES = (END, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|endoftext|>",
@@ -44,7 +44,7 @@ _LLAMA3_PATTERN = (
 )
 _LLAMA3_NUM_SPECIAL = 256
 _CHARACTER_BYTES = 4
-"""Bytes of a character of UTF-8, at most."""
+"""Most bytes of a UTF-8 character."""
 _LLAMA3_SPECIAL = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -62,24 +62,24 @@ _LLAMA3_SPECIAL = (
 
 
 _NO_UNKNOWN_TOKEN = (
-    "cannot encode a text; where it lacks an unknown token, give one that has it, or a byte-level "
-    "tokenizer"
+    "cannot encode a text; if it lacks an unknown token, give a tokenizer that has one, or a "
+    "byte-level tokenizer"
 )
-# More entries than any tokenizer has: the number of a token is damaged.
+# More entries than any tokenizer has; a larger token id means a damaged file.
 _MOST_ENTRIES = 1 << 24
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back, with known begin, end and (where there is one) pad tokens.
+    """Text to token ids and back, with known begin, end and (if any) pad tokens.
 
     Attributes:
-        path: the file that it was loaded from.
+        path: the file it was loaded from.
         fingerprint: sha256 of that file.
         vocab_size: largest id + 1, special tokens included.
-        begin_token, end_token: the tokens around a document; one may be both.
-        begin_id, end_id: their numbers.
-        pad_id: the padding token, or None.
-        lost: counts what the texts that were encoded have lost.
+        begin_token, end_token: the tokens around a document; may be the same.
+        begin_id, end_id: their ids.
+        pad_id: id of the padding token, or None.
+        lost: counts the text lost in encoding.
     """
 
     def __init__(
@@ -91,11 +91,11 @@ class Tokenizer(ABC):
         begin_token: str | None,
         end_token: str | None,
     ) -> None:
-        """``special``: tokens that text never turns into; ``entries``: all that may be named."""
+        """``special``: tokens that text never becomes; ``entries``: all tokens that may be named
+        as begin or end token."""
         if vocab_size > _MOST_ENTRIES:
             raise DataError(
-                f"tokenizer {path}: its largest token has number {vocab_size - 1:,}; the file is "
-                "damaged"
+                f"tokenizer {path}: its largest token id is {vocab_size - 1:,}; the file is damaged"
             )
         self.path = path
         self.fingerprint = file_sha256(path)
@@ -109,56 +109,56 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without begin and end tokens; `lost` counts what they lack.
+        """Token ids of each text, without begin and end tokens; `lost` counts the text they lose.
 
         Raises:
-            DataError: it has no token for some text, and none that stands for unknown text.
+            DataError: it has neither a token for some text nor an unknown token.
         """
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; special tokens give nothing."""
+        """Text of token ids; special tokens are skipped."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one text, without begin and end tokens."""
         return self.encode_batch([text])[0]
 
     def decode_continuation(self, prompt: str, ids: Sequence[int]) -> str:
-        """Text of tokens that follow those of ``prompt``: ``prompt + text`` reads as one text.
+        """Text of the tokens that follow those of ``prompt``: ``prompt + text`` reads as one text.
 
-        A decoder may treat the beginning of a text in a way of its own (Llama 2 and other
-        SentencePiece-like ones strip its blank, WordPiece writes none), so that the new tokens
-        cannot be decoded alone.
+        The new tokens cannot be decoded alone, because a decoder may treat the beginning of a text
+        specially (Llama 2 and other SentencePiece-like decoders strip its blank, WordPiece writes
+        none).
         """
         known, new = self.encode(prompt), list(ids)
         text = self.decode(new)
-        # One that decodes bytes in groups may read the prompt's last bytes otherwise with more of
-        # them behind; a shorter piece of the prompt, of at most one character, then serves.
+        # A decoder of byte groups may decode the prompt's last bytes differently if more bytes
+        # follow; then try shorter pieces of the prompt, of at most one character.
         for length in (len(known), *range(_CHARACTER_BYTES, 0, -1)):
             before = self.decode(known[-length:]) if 0 < length <= len(known) else ""
             whole = self.decode(known[-length:] + new) if before else ""
             if before and whole.startswith(before):
                 text = whole.removeprefix(before)
                 break
-        # The blank at the prompt's end may be no token, and would be there twice.
+        # A blank at the end of the prompt may have no token and would appear twice.
         if prompt[-1:].isspace() and known and not self.decode(known)[-1:].isspace():
             text = text.removeprefix(" ")
         return text
 
     def describe_filling(self, patch_size: int) -> str | None:
-        """How patches are filled where one token both begins and ends documents, else None."""
+        """How patches are filled if one token both begins and ends documents; otherwise None."""
         if self.begin_id != self.end_id:
             return None
         return (
             f"{shown(self.begin_token)} begins and ends documents: 1 to {patch_size} of it stand "
-            "between two documents, and before a prompt, so that it fills whole patches"
+            "between two documents, and fill each prompt up to whole patches"
         )
 
 
 def _own(
     path: Path, role: str, names: Sequence[str], special: Mapping[str, int], entries: Iterable[str]
 ) -> str:
-    """The special token that has the role in published tokenizers."""
+    """The special token that has this role in published tokenizers."""
     for name in names:
         if name in special:
             return name
@@ -168,8 +168,8 @@ def _own(
         found += f", and {listed(unmarked)} is not marked as special"
     raise DataError(
         f"tokenizer {path}: has no {role} token, such as {', '.join(names)}; {found}. Documents "
-        f"are joined by one end token and begin tokens: name one with --{role}-token (in recipes "
-        f"data.{role}_token); one token may be both"
+        f"are joined by one end token and begin tokens: name a token with --{role}-token (in "
+        f"recipes data.{role}_token); the same token may do both"
     )
 
 
@@ -189,15 +189,13 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Load a Hugging Face ``tokenizer.json`` or a tiktoken-style ``tokenizer.model``.
 
-    A directory stands for the tokenizer file in it.
-
     Args:
-        path: the file.
+        path: the file, or a directory that holds it.
         begin_token, end_token: names of the tokens around a document, marked as special or not;
-            where absent, the special tokens that have these roles in published tokenizers.
+            None: the special tokens that have these roles in published tokenizers.
 
     Raises:
-        DataError: the file is missing or damaged, of another kind, or lacks a begin or end token.
+        DataError: the file is missing, damaged, of another kind, or lacks a begin or end token.
     """
     path = Path(path)
     if path.is_dir():
@@ -213,13 +211,13 @@ def load_tokenizer(
 
 @contextmanager
 def _library_errors(path: Path, problem: str) -> Iterator[None]:
-    """Turn bare exceptions of tokenizers and tiktoken, and panics of Rust, into a DataError."""
+    """Turn exceptions of tokenizers and tiktoken, and Rust panics, into a DataError."""
     try:
         yield
     except (DataError, MemoryError):
         raise
     except BaseException as error:
-        # pyo3 derives it from BaseException, and gives it no name that could be imported.
+        # pyo3 derives PanicException from BaseException and does not export it.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = str(error)[:300]
@@ -231,14 +229,14 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train a byte-level BPE and save it as a Hugging Face ``tokenizer.json``.
 
-    The same texts in the same order give the same file. Where they hold too few distinct pairs,
-    the vocabulary stays smaller than asked for.
+    The same texts in the same order give the same file. If they hold too few distinct pairs, the
+    vocabulary is smaller than requested.
 
     Args:
         texts: training text.
         vocab_size: entries, special tokens included; at least 259.
         path: file to write.
-        show_progress: bars of the library's own on a terminal.
+        show_progress: show the library's own bars on a terminal.
 
     Raises:
         DataError: ``vocab_size`` is too small, or the file cannot be written.
@@ -276,7 +274,7 @@ class _HuggingFaceTokenizer(Tokenizer):
 
         with _library_errors(path, "is not a Hugging Face tokenizer.json"):
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-            # Neither a template with begin and end tokens nor limits of length apply to a corpus.
+            # Templates with begin and end tokens and length limits do not apply to a corpus.
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
             self._tokenizer.encode_special_tokens = True
@@ -286,7 +284,7 @@ class _HuggingFaceTokenizer(Tokenizer):
         size = 1 + max(entries.values(), default=-1)
         super().__init__(path, size, special, entries, begin_token, end_token)
         with _library_errors(path, "cannot be used"):
-            # Where they are plain entries of the file: text must not turn into them.
+            # They may be plain entries of the file, but text must not become these tokens.
             self._tokenizer.add_special_tokens(
                 [
                     tokenizers.AddedToken(name, special=True, normalized=False)
@@ -322,18 +320,18 @@ class _HuggingFaceTokenizer(Tokenizer):
 
 
 def _unknown_token(tokenizer: tokenizers.Tokenizer) -> str | None:
-    """The name of the token for unknown text, which need not be among the model's entries."""
+    """The name of the token for unknown text, which need not be one of the model's entries."""
     from tokenizers import models
 
     if not isinstance(tokenizer.model, models.Unigram):
         return tokenizer.model.unk_token
-    # Only what it writes says so (tokenizers 0.22).
+    # Only its serialized form holds the name (tokenizers 0.22).
     model = json.loads(tokenizer.model.__getstate__())
     return None if model["unk_id"] is None else model["vocab"][model["unk_id"]][0]
 
 
 class _TiktokenTokenizer(Tokenizer):
-    """Byte-pair ranks in base64, one a line, with Llama 3's pattern and special tokens."""
+    """Byte-pair ranks in base64, one per line, with Llama 3's pattern and special tokens."""
 
     def __init__(self, path: Path, begin_token: str | None, end_token: str | None) -> None:
         ranks = _load_ranks(path)
@@ -377,7 +375,7 @@ def _load_ranks(path: Path) -> dict[bytes, int]:
         # tiktoken would panic at the first text that needs one.
         raise DataError(
             f"tokenizer {path}: has no ranks for {len(missing)} of the 256 single bytes; the file "
-            "is cut or damaged"
+            "is truncated or damaged"
         )
     return ranks
 

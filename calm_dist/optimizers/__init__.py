@@ -1,7 +1,7 @@
-"""What each optimizer says of itself: its state, its settings, what an update costs. No torch.
+"""Descriptions of optimizers: their state and the cost of an update. No torch.
 
-`optimizer_spec` finds a description by ``training.optimizer``; trainers, checkpoints, planner and
-recipe ask it. What makes the optimizer, with torch, is what `OptimizerSpec.builder` names.
+`optimizer_spec` finds a description by ``training.optimizer``, for trainers, checkpoints, planner
+and recipe. `OptimizerSpec.builder` names the function that makes the optimizer, with torch.
 """
 
 from calm_dist.optimizers.spec import (

@@ -1,4 +1,4 @@
-"""The optimizer of a recipe."""
+"""Make the optimizer of a recipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Groups = list[dict[str, Any]]
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], training: Any) -> Groups:
-    """Two parameter groups: matrices, whose weights decay, and norms and biases."""
+    """Two parameter groups: matrices, with weight decay, and norms and biases, without."""
     parameters = list(parameters)
     return [
         {
@@ -32,10 +32,10 @@ def decay_groups(parameters: Iterable[nn.Parameter], training: Any) -> Groups:
 
 
 def make_optimizer(spec: OptimizerSpec, groups: Groups, training: Any) -> torch.optim.Optimizer:
-    """The optimizer that a description names.
+    """Make the optimizer that ``spec`` describes.
 
     Raises:
-        RecipeError: the package that registers it does not hold the function that it names.
+        RecipeError: the package that registers it does not hold the function it names.
     """
     builder = load_module_part(spec.builder, "training.optimizer", spec.kind, "builder")
     return builder(groups, training)

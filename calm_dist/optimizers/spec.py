@@ -1,6 +1,6 @@
-"""Descriptions of optimizers, and which there are.
+"""Descriptions of optimizers, and a registry of them.
 
-Another package adds one by naming an instance of `OptimizerSpec` in the entry-point group
+Another package adds an optimizer by naming an instance of `OptimizerSpec` in the entry-point group
 ``calm_dist.optimizers``::
 
     [project.entry-points."calm_dist.optimizers"]
@@ -19,21 +19,21 @@ GROUP = "calm_dist.optimizers"
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """An optimizer of torch's interface that updates every element by itself.
+    """An optimizer with torch's interface that updates every element independently.
 
     ZeRO and Megatron's distributed optimizer cut the flattened parameters anywhere, so an update
-    may not depend on the shape of a parameter, or on other elements of it.
+    must not depend on the shape of a parameter or on its other elements.
 
     Attributes:
         kind: ``training.optimizer``.
         builder: ``package.module:function``, called with (parameter groups, the recipe's
-            ``training`` section); each group has ``params``, ``lr`` and ``weight_decay``, which it
-            must keep. Returns a `torch.optim.Optimizer`.
-        moments: the names that its state gives to the tensors that it keeps of each parameter, of
-            the parameter's shape, in fp32. Zeros must be the state before the first update. Beside
-            them only ``step`` is kept in checkpoints, the number of updates.
-        accesses: elements that an update reads and writes for each parameter, norm and clipping
-            included: of the backbone, and of the head, whose norm is in fp64.
+            ``training`` section); each group has ``params``, ``lr`` and ``weight_decay``, which the
+            optimizer must keep. Returns a `torch.optim.Optimizer`.
+        moments: names of the state tensors kept for each parameter, of the parameter's shape, in
+            fp32. They must be zero before the first update. Besides them, checkpoints keep only
+            ``step``, the number of updates.
+        accesses: elements that an update reads and writes per parameter, norm and clipping
+            included: for the backbone, and for the head, whose norm is in fp64.
     """
 
     kind: str
@@ -48,13 +48,13 @@ class OptimizerSpec:
 
     @property
     def can_be_distributed(self) -> bool:
-        """Whether Megatron's distributed optimizer can gather its state for a checkpoint; it knows
-        Adam's moments alone (0.16.1)."""
+        """Whether Megatron's distributed optimizer can gather its state for a checkpoint; Megatron
+        0.16.1 knows only Adam's moments."""
         return self.moments == ADAMW.moments
 
 
-# Norm, clipping and torch's fused AdamW, per parameter, fp32; of the head with a norm in fp64 and
-# the copy of the new weight: counted with a TorchDispatchMode, see `costs.work`.
+# Norm, clipping and torch's fused AdamW, per parameter, fp32; for the head, with a norm in fp64 and
+# the copy of the new weight. Counted with a TorchDispatchMode, see `costs.work`.
 ADAMW = OptimizerSpec(
     "adamw", "calm_dist.optimizers.adamw:adamw", ("exp_avg", "exp_avg_sq"), accesses=(11, 15)
 )
@@ -64,7 +64,7 @@ _OWN = {spec.kind: spec for spec in (ADAMW,)}
 
 @cache
 def all_optimizers() -> dict[str, OptimizerSpec]:
-    """Every optimizer and its description, this package's first.
+    """The descriptions of all optimizers by kind, this package's first.
 
     Raises:
         RecipeError: see `registry.with_installed`.
@@ -73,5 +73,9 @@ def all_optimizers() -> dict[str, OptimizerSpec]:
 
 
 def optimizer_spec(kind: str) -> OptimizerSpec:
-    """The description of an optimizer; `KeyError` for one that no recipe can name."""
+    """The description of an optimizer.
+
+    Raises:
+        KeyError: no optimizer of this kind is registered.
+    """
     return all_optimizers()[kind]

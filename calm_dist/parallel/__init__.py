@@ -1,1 +1,1 @@
-"""Everything that knows about processes: launch, groups, pipeline schedule, ZeRO engine."""
+"""Code that deals with processes: launch, groups, pipeline schedule, ZeRO engine."""

@@ -1,7 +1,7 @@
-"""One world from the environment of deepspeed, torchrun, srun or a single process.
+"""Makes a world from the environment of deepspeed, torchrun, srun or a single process.
 
-`read_world` reads the launcher's variables, `join_world` connects the processes. Both end with a
-message that names what is wrong: a port that is taken, a rank that never came.
+`read_world` reads the launcher's variables, `join_world` connects the processes. Both report what
+is wrong: a port that is in use, a rank that never connected.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DEFAULT_PORT = 29500
 
 @dataclass(frozen=True)
 class World:
-    """Who this process is among all processes of the run."""
+    """The place of this process among all processes of the run."""
 
     rank: int
     size: int
@@ -39,8 +39,8 @@ class World:
     def export(self) -> None:
         """Set the variables that Streaming and DeepSpeed read.
 
-        DeepSpeed's launcher sets no LOCAL_WORLD_SIZE; without it Streaming takes every rank for
-        a node of its own.
+        DeepSpeed's launcher does not set LOCAL_WORLD_SIZE; without it, Streaming takes every rank
+        for a separate node.
         """
         os.environ.update(
             RANK=str(self.rank),
@@ -68,15 +68,15 @@ def read_world(env: Mapping[str, str] | None = None) -> World:
         world = World(0, 1, 0, 1, DEFAULT_ADDRESS, DEFAULT_PORT, "single process")
     if not (0 <= world.rank < world.size and 0 <= world.local_rank < world.local_size):
         raise LaunchError(
-            f"rank {world.rank} of {world.size} (local {world.local_rank} of {world.local_size}) "
-            f"cannot be, as {world.launcher} set it; check RANK, WORLD_SIZE, LOCAL_RANK and "
+            f"rank {world.rank} of {world.size} (local {world.local_rank} of {world.local_size}), "
+            f"set by {world.launcher}, is impossible; check RANK, WORLD_SIZE, LOCAL_RANK and "
             "LOCAL_WORLD_SIZE"
         )
     return world
 
 
 def _number(env: Mapping[str, str], *names: str) -> int:
-    """The first of ``names`` that is set, as a number."""
+    """The first of the variables ``names`` that is set, as a number."""
     for name in names:
         if name in env:
             try:
@@ -132,11 +132,11 @@ def select_device(world: World, device: str, field: str = "parallel.device") -> 
     """The device of this process for ``parallel.device`` (auto, cuda or cpu).
 
     Args:
-        field: what the user sets ``device`` with, for messages.
+        field: the field or option that sets ``device``, for messages.
 
     Raises:
-        LaunchError: cuda is asked for and absent, or has fewer devices than local ranks; or the
-            job was given GPUs that torch does not find, and would train on the CPU unasked.
+        LaunchError: cuda is requested but absent or has fewer devices than local ranks; or the job
+            has GPUs that torch does not find, and would silently train on the CPU.
     """
     import torch
 
@@ -155,7 +155,7 @@ def select_device(world: World, device: str, field: str = "parallel.device") -> 
         raise LaunchError(f"{field}=cuda, but torch finds no CUDA device; use auto or cpu")
     if torch.cuda.device_count() <= world.local_rank:
         raise LaunchError(
-            f"local rank {world.local_rank} has no GPU: {socket.gethostname()} shows "
+            f"local rank {world.local_rank} has no GPU: {socket.gethostname()} has "
             f"{torch.cuda.device_count()}; launch one process per GPU"
         )
     torch.cuda.set_device(world.local_rank)
@@ -176,8 +176,8 @@ def cuda_environment(tensor_parallel_size: int) -> dict[str, str]:
 
 
 def own_device(device: str) -> torch.device:
-    """The device of a tool's process, alone or one of several that know nothing of each other,
-    for its option ``--device`` (auto, cuda or cpu).
+    """The device of a tool's process, which is alone or one of several independent ones, for its
+    option ``--device`` (auto, cuda or cpu).
 
     Raises:
         LaunchError: as `select_device`.
@@ -188,9 +188,10 @@ def own_device(device: str) -> torch.device:
 
 
 def patience(timeout_seconds: float) -> float:
-    """How long a start may take, and what is waited for without the watchdog, in seconds.
+    """Time limit, in seconds, of a start and of waits outside the watchdog.
 
-    Longer than ``health.timeout_seconds``, after which the watchdog can tell who is stuck, and why.
+    Longer than ``health.timeout_seconds``, so that the watchdog can first name the stuck rank and
+    the reason.
     """
     return 1.5 * timeout_seconds + 30.0
 
@@ -200,14 +201,13 @@ def join_world(
 ) -> torch.distributed.Store:
     """Connect all processes (NCCL on GPUs, gloo on CPUs) and return their common store.
 
-    A single process opens no port.
+    A single process opens no port. Collectives time out later than `patience`, so that the watchdog
+    reports first.
 
     Raises:
-        LaunchError: the port is taken.
+        LaunchError: the port is in use.
         PeerLostError: rank 0 does not answer, or ranks are missing after ``timeout_seconds``; the
-            message names them. Another start may meet them.
-
-    Collectives wait for longer than `patience`: the watchdog speaks first.
+            message names them. Another start may succeed.
     """
     import torch.distributed as dist
 
@@ -242,20 +242,20 @@ def _open_store(world: World, timeout: timedelta) -> torch.distributed.Store:
         if serve:
             raise LaunchError(
                 f"rank 0 cannot listen on {where} (MASTER_PORT): {_first_line(error)}; "
-                "another job, or what is left of a killed one, uses the port; choose another one"
+                "another job, or a leftover process of a killed one, uses the port; choose another"
             ) from error
         raise PeerLostError(
             f"rank {world.rank} cannot reach rank 0 at {where} within "
             f"{timeout.total_seconds():.0f} s: {_first_line(error)}; see the log of rank 0, and "
             "check MASTER_ADDR and MASTER_PORT"
         ) from error
-    # A restarted group of torchrun meets the keys of its last life in the agent's store.
+    # After a restart by torchrun, the agent's store still holds the keys of the previous attempt.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"calm_dist/{attempt}", store)
 
 
 def _call_the_roll(store: torch.distributed.Store, world: World, timeout: timedelta) -> None:
-    """Wait until every rank has come; name those that have not."""
+    """Wait until every rank has connected; name those that have not."""
     store.set(f"roll/{world.rank}", identity())
     names = [f"roll/{rank}" for rank in range(world.size)]
     try:
@@ -271,7 +271,7 @@ def _call_the_roll(store: torch.distributed.Store, world: World, timeout: timede
         if not missing:
             return
         raise PeerLostError(
-            f"rank {world.rank}: of {world.size} ranks, {_ranks(missing)} did not come within "
+            f"rank {world.rank}: of {world.size} ranks, {_ranks(missing)} did not connect within "
             f"{timeout.total_seconds():.0f} s; see their logs, or launch {world.size} processes"
         ) from error
 

@@ -1,7 +1,7 @@
 """Random numbers that do not depend on the layout.
 
 Noise is keyed by (seed, step, sample index, block of 64 positions, kind). A rank draws only the
-blocks that its positions touch, so every layout trains the same model, per device type.
+blocks that contain its positions, so every layout trains the same model, per device type.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ class KeyedNoise:
     def chunks(
         self, kind: str, draw: Draw
     ) -> Iterator[tuple[int, int, Callable[[], torch.Tensor]]]:
-        """Yield (first, end, what draws noise [n, end - first, ...]) over the flattened positions.
+        """Yield (first, end, function that draws noise [n, end - first, ...]) over the flattened
+        positions.
 
-        A block is always drawn whole: what a position gets depends on no rank's part of it.
+        A block is always drawn whole, so the noise of a position does not depend on the part of the
+        block that a rank has.
         """
         for first, part, sample, block in self._blocks():
             generator = partial(self._generator, sample, block, kind)
@@ -43,7 +45,7 @@ class KeyedNoise:
             yield first, end, partial(_part_of, draw, generator, part)
 
     def keys(self, kind: str) -> torch.Tensor:
-        """A key of a counter-based generator for each of the flattened positions, int64."""
+        """For each flattened position a key for a counter-based generator, int64."""
         keys = [
             self._seed_of(sample, block, kind) + torch.arange(part.start, part.stop)
             for _, part, sample, block in self._blocks()
@@ -51,7 +53,8 @@ class KeyedNoise:
         return torch.cat(keys).to(self._device)
 
     def _blocks(self) -> Iterator[tuple[int, slice, int, int]]:
-        """The first flattened position of each part of a block, the part, its sample and block."""
+        """For each part of a block: its first flattened position, the part, its sample and
+        block."""
         length = self._stop - self._start
         for number, sample in enumerate(self._index):
             first_block = self._start // BLOCK_POSITIONS
@@ -62,7 +65,7 @@ class KeyedNoise:
                 yield flattened, slice(first - base, end - base), sample, block
 
     def whole(self, kind: str, draw: Draw) -> torch.Tensor:
-        """All chunks side by side: [n, positions, ...]."""
+        """All chunks concatenated: [n, positions, ...]."""
         return torch.cat([noise() for _, _, noise in self.chunks(kind, draw)], dim=1)
 
     def _generator(self, sample: int, block: int, kind: str) -> torch.Generator:

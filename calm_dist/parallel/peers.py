@@ -1,4 +1,4 @@
-"""Signs of life of all ranks, in the store that they share."""
+"""Signs of life of all ranks, in their shared store."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from calm_dist.parallel.launch import World
 from calm_dist.parallel.processes import is_gone, kill_if_here
 
 BEAT_SECONDS = 1.0
-# A rank is taken for dead when its beat did not change for this long; the store when it does not
-# answer for this long.
+# A rank counts as dead if its beat has not changed for this long, and the store if it has not
+# answered for this long.
 SILENCE_SECONDS = 5.0
 _POLL_SECONDS = 0.1
 
@@ -26,17 +26,18 @@ T = TypeVar("T")
 
 
 class StoreSilentError(RuntimeError):
-    """The process that serves the store is gone, stopped or cut off."""
+    """The process that serves the store is dead, stopped or unreachable."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """What a rank was doing at its last beat."""
+    """The state of a rank at its last beat."""
 
     host: str
     beat: int = 0
     entered: int = 0
-    """Phases entered so far; all ranks enter the same ones, so the least is furthest behind."""
+    """Phases entered so far. All ranks enter the same phases, so the rank with the lowest number is
+    furthest behind."""
     step: int | None = None
     phase: str = "start"
     idle: float = 0.0
@@ -44,9 +45,9 @@ class Status:
     doing: int = 0
     """See `training.watchdog`."""
     place: str = ""
-    """Where in the code its main thread is."""
+    """The place in the code where its main thread is."""
     left: bool = False
-    """It ended on purpose."""
+    """Whether it ended on purpose."""
 
 
 class Peers:
@@ -54,19 +55,20 @@ class Peers:
 
     def __init__(self, store: Any, world: World) -> None:
         self.world = world
-        # A connection of its own: a blocking wait of the training thread must not stop the beat.
+        # A separate connection, so that a blocking wait of the training thread cannot stop the
+        # beat.
         self._store = store.clone()
         self._asking: threading.Thread | None = None
-        # The watchdog asks, and the main thread when communication failed: one after the other,
-        # or one would take the other's request for one without an answer.
+        # Both the watchdog and, after failed communication, the main thread ask. They take turns;
+        # otherwise one would take the other's pending request for one without an answer.
         self._turn = threading.RLock()
         self.host = f"{socket.gethostname()}, local {world.local_rank}"
-        # While it answers: rank 0 may serve the store.
+        # Read now, while the store answers: rank 0 may serve it.
         self._processes = {0: self._process(0)}
         self.publish(Status(self.host))
 
     def publish(self, status: Status) -> None:
-        """Raises RuntimeError where the store is gone or silent."""
+        """Publish this rank's status; raises RuntimeError if the store is gone or silent."""
         with self._turn:
             self._check_silence()
         self._store.set(f"status/{self.world.rank}", json.dumps(asdict(status)))
@@ -83,18 +85,18 @@ class Peers:
         return {rank: _read_status(s) for rank, s in enumerate(self._store.multi_get(names))}
 
     def verdict(self) -> str:
-        """Why all ranks have to end, or an empty text."""
+        """The reason why all ranks must end, or an empty text."""
         return self._store.get("verdict").decode() if self._store.check(["verdict"]) else ""
 
     def declare(self, verdict: str) -> bool:
-        """Make ``verdict`` known to all ranks; False where another rank was first."""
+        """Publish ``verdict`` to all ranks; returns False if another rank was first."""
         return bool(self._store.compare_set("verdict", "", verdict).decode() == verdict)
 
     def ask(self, work: Callable[[], T]) -> T:
-        """``work`` with the store, which may be served by a process that does not run.
+        """The result of ``work``, which uses the store; the store's process may not be running.
 
         Raises:
-            StoreSilentError: no answer came within `SILENCE_SECONDS`.
+            StoreSilentError: there was no answer within `SILENCE_SECONDS`.
         """
         answers: list[T] = []
 
@@ -112,15 +114,16 @@ class Peers:
         return answers[0]
 
     def _check_silence(self) -> None:
-        """A request without an answer blocks all later ones on its connection."""
+        """Raises StoreSilentError if a request is unanswered: it blocks all later ones on the
+        connection."""
         if self._asking is not None and self._asking.is_alive():
             raise StoreSilentError(f"{self.store_name} does not answer")
 
     def lost(self) -> list[str]:
-        """Descriptions of the ranks that died: they left no message, and are silent now.
+        """Descriptions of the ranks that died: they left no message and are silent now.
 
-        Takes up to `SILENCE_SECONDS`, the time in which a living rank beats; for ranks of this
-        machine as long as it takes them to die.
+        Takes up to `SILENCE_SECONDS`, in which a living rank would beat; less for ranks of this
+        machine, whose death is seen at once.
         """
         try:
             before = self.ask(self.statuses)
@@ -149,11 +152,11 @@ class Peers:
 
     @property
     def serving_rank(self) -> int | None:
-        """The rank that serves the store, where it is another one and no agent."""
+        """The rank that serves the store; None if that is this rank or torchrun's agent."""
         return 0 if self.world.rank != 0 and not agent_serves_store() else None
 
     def left(self) -> list[str]:
-        """Descriptions of the other ranks that ended, by an error that they told themselves."""
+        """Descriptions of the other ranks that ended with an error and reported it themselves."""
         with contextlib.suppress(RuntimeError):
             statuses = self.ask(self.statuses)
             return [
@@ -162,7 +165,7 @@ class Peers:
         return []
 
     def kill(self, rank: int) -> None:
-        """End a rank of this machine that cannot end itself; it would hold port and directory."""
+        """Kill a rank of this machine that cannot end itself and would hold port and directory."""
         kill_if_here(self._processes.get(rank) or self._process(rank))
 
     def _process(self, rank: int) -> str:
@@ -176,7 +179,7 @@ class Peers:
 
     @property
     def store_name(self) -> str:
-        """Who serves the store."""
+        """Name of the process that serves the store."""
         where = f"{self.world.address}:{self.world.port}"
         return f"torchrun's agent at {where}" if agent_serves_store() else f"rank 0 at {where}"
 

@@ -36,11 +36,11 @@ class ForwardStep(ABC):
     Each context-parallel rank runs a piece of consecutive steps. A later piece attends to more
     steps than an earlier one, so with C ranks the last does up to 2C - 1 times the attention work
     of the first; all other work, which is most of it unless blocks are very long, is equal. In
-    return positions, targets and noise of a rank are one slice each. (Megatron's zigzag of two
-    pieces a rank balances attention.)
+    return, positions, targets and noise of a rank are one slice each. (Megatron's zigzag of two
+    pieces per rank balances attention.)
 
     A loss function returns the loss for the schedule, and ``loss``: this rank's contribution to
-    the mean over all valid positions of the global batch. Contributions of all ranks add up.
+    the mean over all valid positions of the global batch. The contributions of all ranks add up.
     """
 
     def __init__(self, recipe: LanguageModelRecipe, topology: Topology) -> None:
@@ -56,8 +56,8 @@ class ForwardStep(ABC):
         valid = torch.arange(self._padded_steps, device=topology.device) < self._steps - 1
         count = recipe.training.global_batch_size * (self._steps - 1)
         self._weight = valid.float() / count
-        # The schedule divides by the number of micro-batches, Megatron's DDP by that of replicas
-        # and of pieces; by the pieces the schedule multiplies.
+        # The schedule divides by the number of micro-batches, and Megatron's DDP by the numbers of
+        # replicas and of pieces; the schedule multiplies by the number of pieces.
         self._schedule_factor = float(recipe.num_micro_batches * topology.dp_size)
         self._num_micro_batches = recipe.num_micro_batches
         self._step = 0
@@ -93,11 +93,11 @@ class TransformerForwardStep(ForwardStep):
     def _loss(
         self, batch: Batch, output: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        # What the last step of a piece predicts lies in the next one.
+        # The target of the last step of a piece is in the next piece.
         targets = F.pad(batch["tokens"], (0, self._padded_steps + 1 - self._steps))
         targets = targets[:, self._first + 1 : self._end + 1]
         loss = next_token_loss(output, targets, self._weight[self._first : self._end])
-        # Every rank of a vocabulary shard has the whole loss; it counts once.
+        # Every tensor-parallel rank has the whole loss; count it once.
         counted = loss.detach() if self._topology.tp_rank == 0 else torch.zeros_like(loss)
         return loss * self._schedule_factor, {"loss": counted}
 
@@ -122,13 +122,13 @@ class HeadForwardStep(ForwardStep):
         return scatter_to_sequence_parallel_region(output, group=self._topology.groups.tp)
 
     def _is_last_micro_batch(self) -> bool:
-        """Counts the micro-batches; called once for each."""
+        """Count the micro-batches; must be called once for each."""
         self._forwarded += 1
         return self._forwarded == self._num_micro_batches
 
 
 class LatentForwardStep(HeadForwardStep):
-    """The head's loss of the next patch's latent."""
+    """The head's loss on the next patch's latent."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class LatentForwardStep(HeadForwardStep):
         self, batch: Batch, output: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         assert self._head is not None
-        # [positions of this shard, B, d] -> [B * positions, d], sample by sample as the noise.
+        # [positions of this shard, B, d] -> [B * positions, d], sample by sample like the noise.
         hidden = self._shard(output).transpose(0, 1).flatten(0, 1)
         mean, log_std = self._targets(batch)
         loss = self._head.loss(
@@ -214,7 +214,7 @@ class TokensForwardStep(HeadForwardStep):
         logits = self._tables.logits(states.unflatten(0, hidden.shape[:2]).flatten(1, 2))
         weight = self._weight[self._first : self._end] / self._patch_size
         loss = next_token_loss(logits, targets.flatten(1).T, weight)
-        # Every rank of a vocabulary shard has the whole loss; it counts once.
+        # Every tensor-parallel rank has the whole loss; count it once.
         counted = loss.detach() if self._topology.tp_rank == 0 else torch.zeros_like(loss)
         return loss * self._schedule_factor, {"loss": counted}
 

@@ -1,8 +1,8 @@
-"""Who this process lives with: it dies with its launcher, and its children die with it.
+"""Lifetimes of processes: this process dies with its launcher, and its children die with it.
 
-A launcher that is killed cannot end its ranks, and a rank cannot end the processes that it forked
-to read data and write checkpoints. What is left of them would hold the port, the GPUs and the run
-directory against the restart, so on Linux the kernel is asked to end them.
+A killed launcher cannot end its ranks, and a killed rank cannot end the processes that it forked
+to read data and write checkpoints. Such leftovers would block the restart by holding the port, the
+GPUs and the run directory, so on Linux the kernel is asked to end them.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.5
-# The niceness of those that come last.
+# Niceness of the lowest priority.
 _LAST = 19
 _TRIES = 100
 
 
 def die_with_launcher() -> None:
-    """Where torchrun or deepspeed started this process: do not outlive them.
+    """If torchrun or deepspeed started this process, do not outlive it.
 
-    A process alone, of srun or started by hand belongs to no such parent: who starts one with
-    nohup and logs out wants it to go on.
+    A single process, a process of srun and one started by hand have no such parent: a user who
+    starts one with nohup and logs out wants it to continue.
     """
     by_deepspeed = "CROSS_RANK" in os.environ and "LOCAL_SIZE" in os.environ
     if not sys.platform.startswith("linux"):
@@ -38,7 +38,7 @@ def die_with_launcher() -> None:
         return
     launcher = os.getppid()
     _die_with_parent(launcher, ctypes.CDLL(None).prctl)
-    # `deepspeed` starts a launcher of the node, which starts the ranks and outlives `deepspeed`.
+    # `deepspeed` starts a launcher on the node, which starts the ranks and outlives `deepspeed`.
     runner = _parent(launcher)
     if by_deepspeed and runner and b"deepspeed" in _read(f"/proc/{runner}/cmdline"):
         threading.Thread(
@@ -47,7 +47,7 @@ def die_with_launcher() -> None:
 
 
 def children_die_with_us() -> None:
-    """Processes that this one forks from its main thread die with it, however it ends."""
+    """Make processes that this one forks from its main thread die with it, however it ends."""
     if sys.platform.startswith("linux") and not _Fork.registered:
         _Fork.registered = True
         _Fork.prctl = ctypes.CDLL(None).prctl
@@ -55,15 +55,15 @@ def children_die_with_us() -> None:
 
 
 def stand_back() -> None:
-    """In a forked child that has time: let the training have every core that it wants.
+    """Give a forked child without urgency the lowest priority, so that the training gets its cores.
 
-    A session of its own, because Linux shares a core equally between sessions (where no control
-    group says otherwise) and looks at niceness only within one.
+    The child gets its own session, because Linux divides a core equally between sessions (unless a
+    control group says otherwise) and applies niceness only within a session.
     """
     os.nice(_LAST)
     os.setsid()
-    # Unless privileged, one process of a machine may say so every 0.1 s, and all ranks come at
-    # once. Until then this one would take the share of a session.
+    # Without privileges, only one process of a machine may write this every 0.1 s, and all ranks
+    # try at once. Until it succeeds, this process has the full share of a session.
     for _ in range(_TRIES):
         try:
             Path("/proc/self/autogroup").write_text(str(_LAST))
@@ -76,13 +76,14 @@ def stand_back() -> None:
 
 
 def hurry(pid: int) -> None:
-    """A child that stands back is waited for now: as far as it may be changed, it need not."""
+    """Restore the session priority of a child that called `stand_back`, if allowed, because it is
+    now waited for."""
     with contextlib.suppress(OSError):
         Path(f"/proc/{pid}/autogroup").write_text("0")
 
 
 class _Fork:
-    """What a child must know of the fork that it came from."""
+    """Facts about a fork that the child needs."""
 
     registered = False
     parent = 0
@@ -91,7 +92,8 @@ class _Fork:
 
     @classmethod
     def before(cls) -> None:
-        # The signal comes when the thread that forked ends: one that ends early must not kill.
+        # The kernel sends the signal when the forking thread ends, so a short-lived thread must
+        # not request it.
         in_main = threading.current_thread() is threading.main_thread()
         cls.parent = os.getpid() if in_main else 0
 
@@ -104,7 +106,7 @@ class _Fork:
 def _die_with_parent(parent: int, prctl: Any) -> None:
     prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != parent:
-        # It died before the kernel knew what we ask for.
+        # The parent died before the request.
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -115,7 +117,7 @@ def _die_when_orphaned(launcher: int, runner: int) -> None:
 
 
 def identity() -> str:
-    """What tells this process from all others: machine, space of process numbers, number, start."""
+    """A unique identity of this process: boot of the machine, PID namespace, PID, start time."""
     if not sys.platform.startswith("linux"):
         return ""
     pid = os.getpid()
@@ -124,7 +126,7 @@ def identity() -> str:
 
 
 def kill_if_here(process: str) -> None:
-    """SIGKILL the process of an `identity`, where it is on this machine and the same still."""
+    """SIGKILL the process of an `identity` if it is still running on this machine."""
     if (here := _number_and_start(process)) is None:
         return
     pid, start = here
@@ -134,7 +136,7 @@ def kill_if_here(process: str) -> None:
 
 
 def is_gone(process: str) -> bool:
-    """Whether the process of an `identity` ran on this machine, and has ended."""
+    """Whether the process of an `identity` ran on this machine and has ended."""
     if (here := _number_and_start(process)) is None:
         return False
     pid, start = here
@@ -142,13 +144,14 @@ def is_gone(process: str) -> bool:
 
 
 def _number_and_start(process: str) -> tuple[int, str] | None:
-    """Of an `identity`, where it is one of this machine."""
+    """PID and start time of an `identity` of this machine; None for other machines."""
     words, own = process.split(), identity().split()
     return (int(words[2]), words[3]) if len(words) == 4 and words[:2] == own[:2] else None
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat behind the name, which may hold anything; [] without one."""
+    """The fields of /proc/PID/stat after the name, which may hold any character; [] if there is no
+    such process."""
     return _read(f"/proc/{pid}/stat").decode(errors="replace").rpartition(")")[2].split()
 
 

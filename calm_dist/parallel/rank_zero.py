@@ -1,4 +1,4 @@
-"""Work that one rank does for all."""
+"""Work that rank 0 does for all ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def on_rank_zero(work: Callable[[], T]) -> T:
-    """Run ``work`` on rank 0 and hand its (picklable) result to every rank.
+    """Run ``work`` on rank 0 and return its (picklable) result on every rank.
 
     A `UserError` or `OSError` of rank 0 is raised on every rank, so that none waits for another.
     """
@@ -25,7 +25,7 @@ def on_rank_zero(work: Callable[[], T]) -> T:
         except (UserError, OSError) as error:
             outcome = [error]
         except Exception as error:
-            # A fault of ours, which this rank reports; the others must not wait for it.
+            # A bug, which this rank reports; the others must not wait for it.
             outcome = [RuntimeError(f"rank 0 failed: {type(error).__name__}: {error}")]
             dist.broadcast_object_list(outcome, src=0)
             raise
@@ -39,7 +39,7 @@ def on_rank_zero(work: Callable[[], T]) -> T:
 
 
 class RankZeroTask:
-    """Work that rank 0 does in a thread, beside what all ranks do meanwhile."""
+    """Work that rank 0 does in a thread while all ranks continue."""
 
     def __init__(self, work: Callable[[], object]) -> None:
         self._future: Future[object] | None = None

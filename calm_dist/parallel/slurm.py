@@ -1,4 +1,4 @@
-"""What Slurm says of a job in the environment: nodes, tasks, GPUs, and where rank 0 is met."""
+"""Facts about a job from Slurm's environment: nodes, tasks, GPUs, and the address of rank 0."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from collections.abc import Iterable, Mapping
 
 from calm_dist.errors import LaunchError
 
-# Ports that are derived from a job id: below Linux's ephemeral range.
+# Range of ports derived from job ids: below Linux's ephemeral range.
 PORTS = range(20000, 32000)
 
 
 def port_of(job_id: int) -> int:
-    """The port on which rank 0 of a job listens: the same on all nodes, another for other jobs."""
+    """The port of a job's rank 0: the same on all nodes, different for most other jobs."""
     return PORTS[job_id % len(PORTS)]
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """Slurm's compact list, such as ``8(x16),4``, as the number of tasks of each node.
+    """The number of tasks on each node, from Slurm's compact list such as ``8(x16),4``.
 
     Raises:
-        LaunchError: it cannot be read.
+        LaunchError: it cannot be parsed.
     """
     counts: list[int] = []
     for part in text.split(","):
@@ -37,7 +37,7 @@ def node_names(text: str) -> list[str]:
     """The names in a node list such as ``gpu[03-18]``.
 
     Raises:
-        LaunchError: scontrol, which knows the syntax, cannot expand it.
+        LaunchError: scontrol cannot expand it.
     """
     if not any(mark in text for mark in "[,"):
         return [text] if text else []
@@ -45,8 +45,8 @@ def node_names(text: str) -> list[str]:
 
 
 def address_of(node: str) -> str:
-    """What other nodes can call a node: its name where that resolves, else the address that Slurm
-    itself uses.
+    """The address at which other nodes reach a node: its name if that resolves, otherwise the
+    address that Slurm itself uses.
 
     Raises:
         LaunchError: the name does not resolve, and Slurm does not know the node.
@@ -57,15 +57,15 @@ def address_of(node: str) -> str:
         match = re.search(r"NodeAddr=(\S+)", _scontrol("node", node))
         if match is None:
             raise LaunchError(
-                f"the name of node {node} does not resolve, and Slurm knows no address of it; "
-                "set MASTER_ADDR to an address that all nodes reach"
+                f"the name of node {node} does not resolve, and Slurm knows no address for it; "
+                "set MASTER_ADDR to an address that all nodes can reach"
             ) from None
         return match[1]
     return node
 
 
 def where(ranks: Iterable[int], env: Mapping[str, str]) -> str:
-    """The nodes of some ranks of a job step, such as ``on n2, n5``; "" outside of one."""
+    """The nodes of ``ranks`` in a job step, such as ``on n2, n5``; "" outside a job step."""
     try:
         counts = tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", ""))
         names = node_names(env.get("SLURM_STEP_NODELIST", ""))
@@ -78,7 +78,7 @@ def where(ranks: Iterable[int], env: Mapping[str, str]) -> str:
 
 
 def allocated_gpus(env: Mapping[str, str]) -> int:
-    """GPUs that the job has on this node; 0 outside of a job and in jobs without."""
+    """GPUs of the job on this node; 0 outside a job and in jobs without GPUs."""
     count = env.get("SLURM_GPUS_ON_NODE", "")
     return int(count) if count.isdigit() else 0
 

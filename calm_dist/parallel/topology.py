@@ -1,4 +1,4 @@
-"""Process groups of a run: Megatron's, and the one of the head."""
+"""Process groups of a run: Megatron's and the head's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RANK_ORDER = "tp-cp-ep-pp-dp"
 
 @dataclass(frozen=True)
 class Topology:
-    """Where this rank stands in the tensor, context, pipeline and data dimensions.
+    """The position of this rank in the tensor, context, pipeline and data dimensions.
 
     ``head_group`` holds every rank of the last pipeline stage: the head is token-wise, so the
     tensor- and context-parallel ranks of that stage are further data parallelism for it.
@@ -61,7 +61,7 @@ class Topology:
 
     @property
     def dp_size(self) -> int:
-        """Replicas with blocks of their own; context-parallel ranks share theirs."""
+        """Replicas with separate blocks; context-parallel ranks share theirs."""
         return self.groups.dp.size()
 
     @property
@@ -71,9 +71,9 @@ class Topology:
 
 
 def build_topology(recipe: Recipe, device: torch.device) -> Topology:
-    """Create all process groups; every rank of an initialised world calls it once."""
+    """Create all process groups; every rank of an initialised world must call this once."""
     parallel = recipe.parallel
-    # Longer than the watchdog's, which says more.
+    # Longer than the watchdog's limit, because the watchdog's message says more.
     seconds = patience(recipe.health.timeout_seconds) + 30.0 + recipe.data.patience_seconds
     timeout = timedelta(seconds=seconds)
     parallel_state.initialize_model_parallel(
@@ -81,8 +81,8 @@ def build_topology(recipe: Recipe, device: torch.device) -> Topology:
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_size,
         context_parallel_size=parallel.context_parallel_size,
-        # There are no experts. With their default size Megatron refuses this order together with
-        # context parallelism and stages: experts would have more replicas than attention.
+        # There are no experts. With their default size, Megatron refuses this order together with
+        # context parallelism and stages, because experts would have more replicas than attention.
         expert_tensor_parallel_size=parallel.tensor_parallel_size * parallel.context_parallel_size,
         order=RANK_ORDER,
         distributed_timeout_minutes=math.ceil(timeout / timedelta(minutes=1)),
@@ -107,12 +107,12 @@ def build_topology(recipe: Recipe, device: torch.device) -> Topology:
 
 
 def destroy_topology(topology: Topology | None = None) -> None:
-    """Take down Megatron's groups, and the head's of ``topology``, so that another recipe can be
-    built in the same world. Gloo keeps threads for every group that is left behind."""
+    """Destroy Megatron's groups and the head's groups of ``topology``, so that another recipe can
+    be built in the same world. Gloo keeps threads for every remaining group."""
     groups = process_groups()
     if topology is not None:
         groups += [topology.head_group, topology.self_group]
     for group in groups:
         dist.destroy_process_group(group)
-    # Last: it destroys those of its groups that are still there.
+    # Last, because it destroys those of its groups that still exist.
     parallel_state.destroy_model_parallel()

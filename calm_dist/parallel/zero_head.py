@@ -33,7 +33,7 @@ MAX_BUCKET_ELEMENTS = 500_000_000
 
 
 class HeadGroups:
-    """The head's process groups in the form of DeepSpeed's ``mpu``: all data parallelism."""
+    """The head's process groups as DeepSpeed's ``mpu``: pure data parallelism."""
 
     def __init__(self, topology: Topology) -> None:
         self._topology = topology
@@ -83,7 +83,7 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 class ZeroHead:
-    """A head module in a ZeRO engine; in stage 3 its matrices are partitioned, too."""
+    """A head module in a ZeRO engine; in stage 3 its matrices are also partitioned."""
 
     def __init__(self, head: nn.Module, recipe: LanguageModelRecipe, topology: Topology) -> None:
         deepspeed = import_deepspeed()
@@ -104,7 +104,7 @@ class ZeroHead:
         )
 
     def close(self) -> None:
-        """Take the engine down: its hooks would keep it, and with it the process groups."""
+        """Destroy the engine; otherwise its hooks would keep it and the process groups alive."""
         self._engine.destroy()
         forget_groups()
 
@@ -140,8 +140,8 @@ class ZeroHead:
     ) -> torch.Tensor:
         """States [S, K, d] of a `models.heads.tokens.TokensHead`, for its `forward`'s arguments.
 
-        Gradients are scaled as in `loss`: what is made of the states is the whole batch's loss, of
-        which this rank's positions are a part of the sum.
+        Gradients are scaled as in `loss`: the loss computed from the states is a sum, to which this
+        rank's positions contribute a part.
         """
         self._engine.set_gradient_accumulation_boundary(last_micro_batch)
         hidden = _ScaleGradient.apply(hidden, 1.0 / self._tp_size)
@@ -150,7 +150,7 @@ class ZeroHead:
         return _ScaleGradient.apply(self._engine(hidden, previous), float(self._tp_size))
 
     def squared_gradient_norm(self) -> torch.Tensor:
-        """Squared norm of this rank's partition of the averaged gradient, fp64 scalar."""
+        """Squared norm of this rank's partition of the averaged gradient; fp64 scalar."""
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for gradient in averaged_gradients(self._zero):
             total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
@@ -168,14 +168,14 @@ class ZeroHead:
         self._engine.step()
 
     def discard_gradients(self) -> None:
-        """Forget the gradient of a skipped step, as the ZeRO optimizer does on an overflow."""
+        """Discard the gradient of a skipped step, as the ZeRO optimizer does after an overflow."""
         discard_gradients(self._zero, self._stage)
 
     def export_state(self) -> dict[str, torch.Tensor]:
-        """fp32 weights and moments as ``<state>.<parameter>``, whole and layout-free.
+        """fp32 weights and moments as ``<state>.<parameter>``, complete and independent of layout.
 
-        A collective of the head's ranks; every rank gets all of it. An fp32 head's weights are its
-        own tensors, not copies.
+        A collective of the head's ranks; every rank gets everything. The weights of an fp32 head
+        are the module's own tensors, not copies.
         """
         return {
             f"{kind}.{name}": whole
@@ -188,9 +188,10 @@ class ZeroHead:
         }
 
     def state_to_save(self) -> dict[str, Copy]:
-        """The same, but of each tensor only the copies that cost nothing or little to have.
+        """As `export_state`, but each rank returns only the tensors that it has at little or no
+        cost.
 
-        A collective of the head's ranks; the copies of all ranks together are the whole state.
+        A collective of the head's ranks; the copies of all ranks together are the complete state.
         """
         return {
             f"{kind}.{name}": copy
@@ -218,7 +219,7 @@ class ZeroHead:
 
     @torch.no_grad()
     def import_state(self, state: dict[str, torch.Tensor], step: int) -> None:
-        """Take over what `export_state` gave, on any number of ranks and in any ZeRO stage.
+        """Load the result of `export_state`, on any number of ranks and in any ZeRO stage.
 
         A collective of the head's ranks; ``step`` is the number of updates.
         """
@@ -238,17 +239,17 @@ class ZeroHead:
                     group.moments[kind] = group.cut(wholes)
             group.moments["step"] = torch.tensor(float(step), device=group.partition.device)
         if self._stage == 3:
-            # Whole on every rank between the steps, as after `step`.
+            # Complete on every rank between steps, as after `step`.
             gather_persistent_parameters(zero)
 
     @property
     def _zero(self) -> Any:
-        """DeepSpeed's ZeRO optimizer around ours."""
+        """DeepSpeed's ZeRO optimizer, which wraps ours."""
         return self._engine.optimizer
 
 
 def _engine_config(recipe: LanguageModelRecipe, head: nn.Module) -> dict[str, Any]:
-    """DeepSpeed's configuration: accumulation, averaging and clipping are ours or Megatron's."""
+    """DeepSpeed's configuration; we or Megatron do accumulation, averaging and clipping."""
     sizes = [p.numel() for p in head.parameters()]
     vectors = [p.numel() for p in head.parameters() if p.dim() <= 1]
     config: dict[str, Any] = {
@@ -261,12 +262,13 @@ def _engine_config(recipe: LanguageModelRecipe, head: nn.Module) -> dict[str, An
         "zero_optimization": {
             "stage": recipe.parallel.zero_stage,
             "overlap_comm": False,
-            # A buffer of this size is allocated, however small the head.
+            # A buffer of this size is allocated, however small the head is.
             "reduce_bucket_size": min(sum(sizes), MAX_BUCKET_ELEMENTS),
-            # ZeRO-3: norms and biases stay whole, to fetch them would cost more than it saves.
+            # ZeRO-3: norms and biases stay unpartitioned; fetching them would cost more than it
+            # saves.
             "stage3_param_persistence_threshold": max(vectors),
-            # ZeRO-3 would replace torch.nn.functional.linear for the whole process, which changes
-            # the rounding of bf16 gradients.
+            # Otherwise ZeRO-3 replaces torch.nn.functional.linear in the whole process, which
+            # changes the rounding of bf16 gradients.
             "memory_efficient_linear": False,
         },
     }

@@ -1,4 +1,4 @@
-"""Typed recipes: sections, fields, YAML, overrides, and all that can be wrong. No torch."""
+"""Typed recipes: sections, fields, YAML, overrides and checks. No torch."""
 
 from calm_dist.recipe.recipe import (
     LARGEST_FILE,

@@ -1,4 +1,4 @@
-"""What can be wrong with a recipe, said so that a person can mend it."""
+"""Checks of a recipe, with messages that tell a user how to fix it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VOCAB_MULTIPLE = 64
 """Rows of vocabulary-parallel tables are padded to a multiple of this, whatever the layout, so that
 a checkpoint has the same shapes for every tensor-parallel size."""
 NO_OVERLAP_ON_CPU = "true on CPUs, where gloo gave silently wrong losses with it; leave it out"
-"""Why ``parallel.overlap_p2p`` is refused as soon as the device is known."""
+"""Why ``parallel.overlap_p2p`` is refused once the device is known."""
 
 _UNION_TAGS = {"model": ("calm", "transformer", "autoencoder"), "path": ("store", "mixture")}
 
@@ -25,10 +25,10 @@ _MOST_PROBLEMS = 10
 
 
 def join_problems(problems: Sequence[str], count: int | None = None) -> str:
-    """One message for all problems: the only one as it is, several as a list.
+    """One message for all problems: a single one verbatim, several as a list.
 
     Args:
-        count: how many there are, where ``problems`` are the first of them.
+        count: number of all problems, if ``problems`` are only the first of them.
     """
     count = len(problems) if count is None else count
     if count == 1:
@@ -40,7 +40,7 @@ def join_problems(problems: Sequence[str], count: int | None = None) -> str:
 
 
 def describe_validation_errors(error: ValidationError, recipe_type: type[BaseModel]) -> str:
-    """A message of one line for each error that pydantic found: dotted field, value, remedy."""
+    """A message with one line per pydantic error: dotted field, value, remedy."""
     found = error.errors(include_url=False)
     first = [_describe(dict(details), recipe_type) for details in found[:_MOST_PROBLEMS]]
     return join_problems(first, len(found))
@@ -68,7 +68,7 @@ def _describe(details: dict[str, Any], recipe_type: type[BaseModel]) -> str:
 
 
 def _dotted(location: Sequence[str | int]) -> str:
-    """``model.hidden_size`` for ("model", "calm", "hidden_size"): the union's tag is no key."""
+    """``model.hidden_size`` for ("model", "calm", "hidden_size"): a union's tag is not a key."""
     parts = [
         listed([part])
         for index, part in enumerate(location)
@@ -78,7 +78,7 @@ def _dotted(location: Sequence[str | int]) -> str:
 
 
 def _suggestion(field: str, kind: str | None, recipe_type: type[BaseModel]) -> str:
-    """What to write instead of an unknown key: a similar one, or the same in another section."""
+    """A remedy for an unknown key: a similar key, or the same key in another section."""
     section, dot, leaf = field.rpartition(".")
     everywhere = _field_names(recipe_type)
     if kind and field in everywhere:
@@ -98,7 +98,7 @@ def _suggestion(field: str, kind: str | None, recipe_type: type[BaseModel]) -> s
 def _field_names(
     section: type[BaseModel], kind: str | None = None, prefix: str = ""
 ) -> dict[str, None]:
-    """All dotted field names, of one ``model.kind`` or of all, in order and each once."""
+    """All dotted field names, of one ``model.kind`` or of all, in order and without repetitions."""
     names: dict[str, None] = {}
     for attribute, info in section.model_fields.items():
         name = info.alias or attribute
@@ -115,7 +115,7 @@ def _field_names(
 
 
 def impossible_combinations(recipe: RecipeFields) -> list[str]:
-    """Every combination of well-typed fields that cannot be trained, with the reason."""
+    """A message for every combination of well-typed fields that cannot be trained."""
     checks = [
         _text_problems,
         _shape_problems,
@@ -130,7 +130,7 @@ def impossible_combinations(recipe: RecipeFields) -> list[str]:
 
 def _text_problems(recipe: RecipeFields) -> list[str]:
     problems = [
-        f"{name}: {shown(value)} has a null character, which no file's name can have; take it out"
+        f"{name}: {shown(value)} has a null character, which file names cannot have; remove it"
         for name, value in _texts(recipe.to_dict())
         if "\0" in value
     ]
@@ -138,7 +138,7 @@ def _text_problems(recipe: RecipeFields) -> list[str]:
     if name is not None and not name.isprintable():
         problems.append(
             f"run.name: {shown(name)} has a line break or another character that cannot be "
-            "shown; give one line of text"
+            "printed; give one line of text"
         )
     return problems
 
@@ -156,7 +156,7 @@ def _shape_problems(recipe: RecipeFields) -> list[str]:
     model, block_size = recipe.model, recipe.data.block_size
     problems = []
     if not recipe.data.sources:
-        problems.append("data.path: an empty list; name at least one store")
+        problems.append("data.path: an empty list; give at least one store")
     if block_size is not None and block_size % model.patch_size:
         problems.append(
             f"data.block_size: {block_size} is not a multiple of model.patch_size "
@@ -164,7 +164,7 @@ def _shape_problems(recipe: RecipeFields) -> list[str]:
         )
     elif model.kind == "calm" and block_size == model.patch_size:
         problems.append(
-            f"data.block_size: {block_size} is a single patch and nothing would be predicted; "
+            f"data.block_size: {block_size} is a single patch, which leaves nothing to predict; "
             f"use at least {2 * model.patch_size}"
         )
     if model.kind == "autoencoder":
@@ -176,12 +176,12 @@ def _shape_problems(recipe: RecipeFields) -> list[str]:
             )
         if model.latent_slots not in (1, model.patch_size):
             problems.append(
-                f"model.latent_slots: {model.latent_slots}; use 1, or one for each token: "
+                f"model.latent_slots: {model.latent_slots}; use 1, or one slot per token: "
                 f"model.patch_size {model.patch_size}"
             )
         if model.latent_size % model.latent_slots:
             problems.append(
-                f"model.latent_size: {model.latent_size} cannot be cut into model.latent_slots "
+                f"model.latent_size: {model.latent_size} is not a multiple of model.latent_slots "
                 f"{model.latent_slots}; use {_round_up(model.latent_size, model.latent_slots)}"
             )
         return problems + _odd_layers(model, "model")
@@ -189,9 +189,10 @@ def _shape_problems(recipe: RecipeFields) -> list[str]:
         problems += _odd_layers(model.autoencoder_size, "model.autoencoder_size")
     if model.hidden_size % (2 * model.num_attention_heads):
         problems.append(
-            f"model.hidden_size: {model.hidden_size} does not give each of the "
-            f"model.num_attention_heads {model.num_attention_heads} an even size, which rotary "
-            f"positions need; use {_round_up(model.hidden_size, 2 * model.num_attention_heads)}"
+            f"model.hidden_size: {model.hidden_size} is not a multiple of twice "
+            f"model.num_attention_heads {model.num_attention_heads}: rotary positions need heads "
+            "of an even size; use "
+            f"{_round_up(model.hidden_size, 2 * model.num_attention_heads)}"
         )
     if model.num_attention_heads % model.key_value_heads:
         problems.append(
@@ -216,8 +217,8 @@ def _layout_problems(recipe: RecipeFields) -> list[str]:
     problems = []
     if recipe.world_size % parallel.model_parallel_size:
         problems.append(
-            f"parallel.world_size: {recipe.world_size} processes cannot be cut into replicas of "
-            f"{parallel.model_parallel_size} (tensor {tensor} x pipeline {pipeline} x context "
+            f"parallel.world_size: {recipe.world_size} processes cannot be cut into replicas "
+            f"of {parallel.model_parallel_size} (tensor {tensor} x pipeline {pipeline} x context "
             f"{parallel.context_parallel_size}); use a multiple of that"
         )
     if model.kind == "autoencoder":
@@ -250,14 +251,14 @@ def _layout_problems(recipe: RecipeFields) -> list[str]:
     ]
     if VOCAB_MULTIPLE % tensor:
         problems.append(
-            f"parallel.tensor_parallel_size: {tensor} does not divide {VOCAB_MULTIPLE}, to a "
-            "multiple of which vocabulary tables are padded; use a power of two"
+            f"parallel.tensor_parallel_size: {tensor} does not divide {VOCAB_MULTIPLE}, and "
+            "vocabulary tables are padded to multiples of that; use a power of two"
         )
     layers, chunks = model.num_hidden_layers, parallel.chunks_per_stage
     if pipeline * chunks > layers:
         problems.append(
-            f"parallel.pipeline_parallel_size: {pipeline} stages of {chunks} chunks need as many "
-            f"layers, but model.num_hidden_layers is {layers}; use fewer stages or chunks"
+            f"parallel.pipeline_parallel_size: {pipeline} stages x {chunks} chunks need at least "
+            f"one layer each, but model.num_hidden_layers is {layers}; use fewer stages or chunks"
         )
     if parallel.distributed_optimizer and not recipe.training.optimizer_spec.can_be_distributed:
         problems.append(
@@ -290,7 +291,7 @@ def _overlap_problems(recipe: RecipeFields) -> list[str]:
     if parallel.overlap_p2p and parallel.virtual_pipeline_size is None:
         problems.append(
             "parallel.overlap_p2p: true, but only the interleaved schedule has other work to do "
-            "meanwhile; set parallel.virtual_pipeline_size, or leave it out"
+            "during a transfer; set parallel.virtual_pipeline_size, or leave it out"
         )
     if parallel.overlap_p2p and parallel.device == "cpu":
         problems.append(f"parallel.overlap_p2p: {NO_OVERLAP_ON_CPU}")
@@ -328,20 +329,20 @@ def _schedule_problems(recipe: RecipeFields) -> list[str]:
     steps, decay, warmup = training.steps, training.decay_steps, training.warmup_steps
     if training.schedule != "wsd" and decay is not None:
         return [
-            f"training.decay_steps: {decay}, but training.schedule is {training.schedule}, not "
-            "wsd, which alone ends in a decay of its own length; leave it out, or use wsd"
+            f"training.decay_steps: {decay}, but training.schedule is {training.schedule}, and "
+            "only wsd ends in a decay of a given length; leave it out, or use wsd"
         ]
     if training.schedule != "wsd":
         return []
     if decay is None:
         return [
             "training.decay_steps: absent, but training.schedule is wsd; give the steps of the "
-            f"decay at the end, such as a tenth of training.steps: {max(steps // 10, 1)}"
+            f"final decay, such as a tenth of training.steps: {max(steps // 10, 1)}"
         ]
     if warmup + decay > steps:
         return [
-            f"training.decay_steps: {decay} after training.warmup_steps {warmup} are more than "
-            f"training.steps {steps}; make one of the three fit"
+            f"training.decay_steps: {decay} plus training.warmup_steps {warmup} is more than "
+            f"training.steps {steps}; change one of the three"
         ]
     return []
 
@@ -358,7 +359,7 @@ def _head_problems(recipe: RecipeFields) -> list[str]:
     if stage == 3 and pipeline > 1:
         problems.append(
             f"parallel.zero_stage: 3 with pipeline_parallel_size {pipeline}; ZeRO-3 needs the head "
-            "on every rank, but it lives on the last stage only; use 2"
+            "on every rank, but only the last stage has it; use 2"
         )
     scores_energy = model.kind == "calm" and model.head.spec.scores_energy
     if recipe.training.energy_kernel == "triton" and not scores_energy:
@@ -373,7 +374,7 @@ def _head_problems(recipe: RecipeFields) -> list[str]:
         problems += model.head_spec.latent_problems(model.latent_size)
     if model.head.independent and model.has_latents:
         problems.append(
-            f"model.head.independent: true, but the {model.head.kind} head predicts a latent, no "
+            f"model.head.independent: true, but the {model.head.kind} head predicts a latent, not "
             "tokens; leave it out, or use model.head.kind=tokens"
         )
     if recipe.data.latents == "on_the_fly" and not model.has_latents:
@@ -388,8 +389,8 @@ def _head_problems(recipe: RecipeFields) -> list[str]:
         )
     if recipe.data.latents == "on_the_fly" and model.autoencoder is None:
         problems.append(
-            "model.autoencoder: absent, but data.latents is 'on_the_fly'; give the checkpoint "
-            "that encodes, or use stored latents"
+            "model.autoencoder: absent, but data.latents is 'on_the_fly'; give the autoencoder's "
+            "checkpoint, or use stored latents"
         )
     return problems
 

@@ -1,4 +1,4 @@
-"""All sections of a recipe side by side, and the sizes that follow from them."""
+"""All sections of a recipe, and the sizes derived from them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from calm_dist.schema import Section
 
 
 class RecipeFields(Section):
-    """What a recipe holds; whether its values fit together is for `recipe.checks`."""
+    """The sections of a recipe; `recipe.checks` decides whether their values fit together."""
 
     run: Run
     model: Model
@@ -28,15 +28,15 @@ class RecipeFields(Section):
     parallel: Parallel = Parallel()
     training: Training
     precision: Literal["fp32", "bf16"] = "fp32"
-    """``bf16``: matrix products in bfloat16, the optimizer's weights in fp32; autoencoders on GPUs
-    only. A run cannot change it."""
+    """``bf16``: matrix products in bfloat16, the optimizer's weights in fp32; for autoencoders,
+    only on GPUs. Fixed for the life of a run."""
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
     health: Health = Health()
     evaluation: Evaluation = Evaluation()
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field, defaults included, as plain values that YAML and JSON can hold."""
+        """All fields, defaults included, as plain values that YAML and JSON can hold."""
         return self.model_dump(mode="json", by_alias=True)
 
     @property
@@ -60,7 +60,7 @@ class RecipeFields(Section):
         """Tokens per block.
 
         Raises:
-            RecipeError: the recipe has none and no store has filled it in.
+            RecipeError: the recipe does not set it, and no store has filled it in.
         """
         if self.data.block_size is None:
             raise RecipeError("data.block_size: absent; set it, or give a data.path that exists")
@@ -73,7 +73,7 @@ class RecipeFields(Section):
 
     @property
     def padded_length(self) -> int:
-        """`num_patches` rounded up to a multiple of TP x CP, as the backbone runs it."""
+        """`num_patches` rounded up to a multiple of TP x CP: the backbone's sequence length."""
         multiple = self.parallel.tensor_parallel_size * self.parallel.context_parallel_size
         return -(-self.num_patches // multiple) * multiple
 

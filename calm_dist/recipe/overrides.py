@@ -18,13 +18,13 @@ def apply_overrides(
 ) -> dict[str, Any]:
     """A copy of ``values`` with each ``a.b=value`` set; later overrides win.
 
-    A field of ``recipe_type`` that holds text, such as a path, gets what follows the equals sign
-    as it is, to the last blank, quote and ``#``. Where such a field may be absent, nothing or
-    ``null`` means that. Where it may also be a list, what begins with ``[`` or ``{`` and is a list
-    or a mapping in YAML is that; every other text is itself. All other fields are YAML.
+    For a field of ``recipe_type`` that holds text, such as a path, the value is everything after
+    the equals sign, verbatim: blanks, quotes and ``#`` belong to it. If such a field may be absent,
+    an empty value or ``null`` makes it so. If it may also be a list, text that begins with ``[`` or
+    ``{`` and is a YAML list or mapping is parsed. The values of all other fields are YAML.
 
     Raises:
-        RecipeError: an override is not of that form, or runs through something without fields.
+        RecipeError: an override is malformed, or its path leads through a value without fields.
     """
     values = copy.deepcopy(values)
     kinds = _field_kinds(recipe_type)
@@ -44,7 +44,7 @@ def apply_overrides(
             if not isinstance(section, dict):
                 raise RecipeError(
                     f"override {shown(override)}: {name} has no fields of its own; override it "
-                    "whole"
+                    "as a whole"
                 )
         source = f"override {shown(override)}"
         section[names[-1]] = _value(text, kinds.get(dotted, set()), source)
@@ -66,12 +66,12 @@ def _value(text: str, kinds: set[Any], source: str) -> Any:
 
 
 def _field_kinds(section: type[BaseModel], prefix: str = "") -> Mapping[str, set[Any]]:
-    """The types that each field allows, by its dotted name."""
+    """The types that each field allows, by dotted name."""
     kinds: dict[str, set[Any]] = {}
     for attribute, info in section.model_fields.items():
         name = prefix + (info.alias or attribute)
         allowed = _plain_types(info.annotation)
-        # Of one name in several kinds of model: what any of them allows.
+        # For a name that several kinds of model have: whatever any of them allows.
         kinds[name] = kinds.get(name, set()) | allowed
         for kind in allowed:
             if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -81,7 +81,7 @@ def _field_kinds(section: type[BaseModel], prefix: str = "") -> Mapping[str, set
 
 
 def _plain_types(annotation: Any) -> set[Any]:
-    """``{str, NoneType}`` for ``Annotated[str, ...] | None``; of generic types their origin."""
+    """``{str, NoneType}`` for ``Annotated[str, ...] | None``; the origin of generic types."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _plain_types(arguments[0])

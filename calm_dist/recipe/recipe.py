@@ -5,7 +5,7 @@ key, a wrong type or an impossible combination is a `RecipeError` that names the
 value found and the remedy; all problems of a recipe are reported at once, before any process group
 exists.
 
-Neither this module nor the ones that it imports need torch.
+Neither this module nor its imports need torch.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from calm_dist.recipe.yaml_text import parse_yaml, write_yaml
 from calm_dist.redact import redact_values
 
 LARGEST_FILE = 1 << 20
-"""Bytes of a recipe file; a mixture of thousands of stores has fewer."""
+"""Most bytes of a recipe file; a mixture of thousands of stores has fewer."""
 
 
 class Recipe(RecipeFields):
     """A whole run: a `LanguageModelRecipe` or an `AutoencoderRecipe`.
 
-    Built by `load_recipe` or `Recipe.from_dict`, which check it as a whole.
+    Made by `load_recipe` or `Recipe.from_dict`, which check it as a whole.
     """
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Recipe:
-        """Build a recipe from nested mappings and check it.
+        """Make a recipe from nested mappings and check it.
 
         Raises:
-            RecipeError: with one line for each problem.
+            RecipeError: the values are not a valid recipe; the message has a line per problem.
         """
         try:
             fields = RecipeFields.model_validate(dict(values))
@@ -60,31 +60,31 @@ class Recipe(RecipeFields):
         return kind.model_construct(**dict(fields))
 
     def to_yaml(self) -> str:
-        """The recipe as resolved; `load_recipe` reads it back to an equal recipe.
+        """The resolved recipe as text; `load_recipe` reads it back to an equal recipe.
 
         Secrets, such as a password in the URL of a store, are masked: this text is for files, and
-        its reader has to give them again.
+        a user who loads it must supply them again.
         """
         return write_yaml(redact_values(self.to_dict()))
 
     def with_world_size(self, world_size: int) -> Self:
-        """The recipe for the processes that were really launched.
+        """The recipe for the number of processes that were launched.
 
         Raises:
-            RecipeError: the layout or the batch does not fit them.
+            RecipeError: the layout or the batch does not fit that number.
         """
         return self._replace({"parallel": {"world_size": world_size}})
 
     def with_store(self, meta: Mapping[str, Any]) -> Self:
-        """Fill what the recipe leaves open from a data store's meta.json.
+        """Fill absent fields from a data store's meta.json.
 
         ``meta`` has the keys variant, block_size, patch_size, latent_size, vocab_size,
         tokenizer {sha256, file, pad_id} and autoencoder {file} or None; ``tokenizer.file`` is
         the name of the copy inside the store. ``tokenizer`` also has begin_token and end_token,
-        but for stores of earlier versions.
+        except in stores of earlier versions.
 
         Raises:
-            RecipeError: recipe and store contradict each other; both values are named.
+            RecipeError: recipe and store contradict each other; the message names both values.
         """
         model = self.model
         stored: dict[str, dict[str, Any]] = {
@@ -102,7 +102,7 @@ class Recipe(RecipeFields):
             and meta["variant"] == "tokens"
             and (model.autoencoder or (model.vocab_size or 0) > meta["vocab_size"])
         ):
-            # The autoencoder has the last word on its vocabulary, which may be the larger one.
+            # The autoencoder decides its vocabulary, which may be larger than the store's.
             del stored["model"]["vocab_size"]
         problems = [
             f"{section}.{name}: {wanted} in the recipe, {value} in the data store; change the "
@@ -132,7 +132,7 @@ class Recipe(RecipeFields):
         return self._replace(stored)
 
     def with_autoencoder(self, config: Mapping[str, Any]) -> Self:
-        """Take over the shape of the autoencoder checkpoint whose config.json holds ``config``.
+        """Fill in the shape of the autoencoder checkpoint whose config.json holds ``config``.
 
         Raises:
             RecipeError: its patch, latent or vocabulary size contradicts the recipe, or the
@@ -152,18 +152,18 @@ class Recipe(RecipeFields):
         size = {name: config[name] for name in AutoencoderSize.model_fields}
         sizes = {name: config[name] for name in ("latent_size", "vocab_size")}
         if config["latent_slots"] > 1:
-            # Otherwise left out, as in recipes from before there were any.
+            # Left out if there is one, as in recipes written before the field existed.
             sizes["latent_slots"] = config["latent_slots"]
         return self._replace({"model": {"autoencoder_size": size, **sizes}})
 
     def _store_problems(self, meta: Mapping[str, Any]) -> list[str]:
-        """Contradictions with a store that are more than two different numbers."""
+        """Contradictions with a store that are not just two different numbers."""
         model = self.model
         problems = []
         wants_latents = model.kind == "calm" and model.has_latents and self.data.latents == "stored"
         if wants_latents and meta["variant"] == "tokens":
             problems.append(
-                "data.latents: 'stored', but the store holds tokens only; encode it with "
+                "data.latents: 'stored', but the store holds only tokens; encode it with "
                 "tools/encode_latents.py, or set data.latents=on_the_fly"
             )
         if (
@@ -204,7 +204,7 @@ class Recipe(RecipeFields):
 
 
 class LanguageModelRecipe(Recipe):
-    """The training of a CALM or a Transformer."""
+    """A recipe that trains a CALM or a Transformer."""
 
     model: LanguageModel = Field(discriminator="kind")
 
@@ -221,7 +221,7 @@ class LanguageModelRecipe(Recipe):
 
 
 class AutoencoderRecipe(Recipe):
-    """The training of an autoencoder."""
+    """A recipe that trains an autoencoder."""
 
     model: AutoencoderModel
 

@@ -1,4 +1,4 @@
-"""The reference of recipes, made from their types: ``docs/recipes.md``.
+"""Generate the reference of recipes, ``docs/recipes.md``, from their types.
 
 python -m calm_dist.recipe.reference > docs/recipes.md
 """
@@ -38,10 +38,10 @@ from calm_dist.schema import Section
 _INTRODUCTION = """\
 # Recipes
 
-Every field of a recipe, made from the types in `calm_dist/recipe/sections.py` by \
-`python -m calm_dist.recipe.reference > docs/recipes.md`; a test holds the two together.
+Every field of a recipe. Generated from the types in `calm_dist/recipe/sections.py` by \
+`python -m calm_dist.recipe.reference > docs/recipes.md`; a test keeps the two in step.
 
-A recipe is a YAML file of sections, of at most 1 MiB and without aliases (`*name`). The command \
+A recipe is a YAML file of sections, at most 1 MiB and without aliases (`*name`). The command \
 line overrides single fields by their dotted names:
 
 ```bash
@@ -50,18 +50,18 @@ python tools/train.py recipes/calm_m.yaml 'data.path=[{path: data/latents/books,
 {path: data/latents/web}]' --dry-run
 ```
 
-A field that holds text, such as a path, gets all that follows the equals sign, as it is: blanks, \
-quotes and `#` belong to it. Where such a field may be absent, nothing or `null` means that it is. \
-Of `data.path`, what begins with `[` or `{` and is a list or a mapping in YAML is that; `./[a]` \
-names a store that is called so. All other values are YAML.
+For a field that holds text, such as a path, the value is everything after the equals sign, \
+verbatim: blanks, quotes and `#` belong to it. If such a field may be absent, an empty value or \
+`null` makes it so. A value of `data.path` that begins with `[` or `{` and is a YAML list or \
+mapping is parsed; write `./[a]` for a store called `[a]`. All other values are YAML.
 
-An unknown field, a wrong type, a value out of range and an impossible combination are refused \
-before anything starts, all of them at once (of very many the first ten), each with the remedy. \
-What does not go together is listed in [layouts.md](layouts.md#refused-with-the-reason). A run \
-writes its recipe, as resolved, into its directory as `recipe.yaml`; `--dry-run` shows what it \
-would be.
+Unknown fields, wrong types, values out of range and impossible combinations are reported before \
+anything starts, all at once (the first ten if there are more), each with the remedy. For \
+combinations that are not supported, see [layouts.md](layouts.md#refused-with-the-reason). A run \
+writes its resolved recipe to `recipe.yaml` in its directory; `--dry-run` shows the plan without \
+running.
 
-A field without default (–) may be absent; its meaning says what holds then."""
+A field whose default is – may be absent; its meaning says what applies then."""
 
 _PLAIN = {int: "integer", float: "number", str: "text", bool: "true, false"}
 
@@ -72,7 +72,7 @@ def reference() -> str:
     parts = [
         _INTRODUCTION,
         _section("run", Run),
-        "## model\n\nWhat is trained. `model.kind` says which of these fields there are.",
+        "## model\n\nWhat is trained. `model.kind` decides which of these fields exist.",
         _table(
             "### Both language models: `kind: calm` and `kind: transformer`\n\n"
             f"{_summary(BackboneModel)} {_summary(TransformerModel)}",
@@ -107,7 +107,7 @@ def _section(name: str, section: type[Section]) -> str:
 
 
 def _summary(section: type[Section]) -> str:
-    """A class's docstring in one line, for Markdown."""
+    """The docstring of a section on one line, in Markdown."""
     return _markdown(section.__doc__ or "")
 
 
@@ -134,7 +134,7 @@ def _table(
 
 
 def _examples(values: Iterable[Any] | None) -> str:
-    """Values of an open set."""
+    """Examples of an open set of values."""
     return ", ".join([*(f"`{value}`" for value in values), "…"]) if values else ""
 
 
@@ -176,7 +176,7 @@ def _limits(metadata: Iterable[Any], whole: bool) -> list[str]:
         if (bound := getattr(item, "ge", None)) is not None:
             limits.append(f"from {bound}")
         if (bound := getattr(item, "lt", None)) is not None:
-            # Every whole number ends there.
+            # The limit of every whole number.
             limits += [] if bound == 2**63 else [f"below {bound}"]
         if (bound := getattr(item, "le", None)) is not None:
             limits.append(f"at most {bound:,.0f}")

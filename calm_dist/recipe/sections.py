@@ -1,4 +1,4 @@
-"""The sections of a recipe and their fields: types, ranges, defaults and what they mean."""
+"""The sections of a recipe and their fields: types, ranges, defaults and meanings."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from calm_dist.schema import (
 
 
 class Run(Section):
-    """What the run is called and where it is kept."""
+    """Name, directory and seed of a run."""
 
     dir: Text
-    """The run directory itself; it holds recipe.yaml, metrics.jsonl, checkpoints/ and logs/."""
+    """The run directory; it holds recipe.yaml, metrics.jsonl, checkpoints/ and logs/."""
     name: str | None = None
-    """Name shown by trackers and reports, one line; the directory's own name where absent."""
+    """Name shown by trackers and reports, one line; the name of the directory if absent."""
     seed: Seed = 0
     """Seed of weights, noise and posterior draws."""
 
     continue_from: Text | None = None
-    """Run directory or checkpoint of another run whose weights and optimizer state this one starts
-    with, such as for a second stage on other data; see checkpoints.md. Not looked at any more once
-    ``dir`` has a checkpoint of its own."""
+    """Run directory or checkpoint of another run; this run starts with its weights and optimizer
+    state, for example to train on other data; see checkpoints.md. Ignored once ``dir`` has a
+    checkpoint of its own."""
 
     @property
     def display_name(self) -> str:
@@ -52,7 +52,7 @@ class Run(Section):
 
 
 def _of_its_kind(value: Any) -> Any:
-    """The fields of a head, read as those that its kind has."""
+    """Validate the fields of a head with the field type of its kind."""
     kind = value.get("kind", HeadRecipe().kind) if isinstance(value, dict) else None
     spec = all_specs().get(kind) if isinstance(kind, str) else None
     return value if spec is None else spec.fields.model_validate(value)
@@ -66,13 +66,13 @@ class AutoencoderSize(Section):
     intermediate_size: Positive = 1280
     """Inner width of the blocks' SwiGLU."""
     num_encoder_layers: Positive = 2
-    """An even number: half of them work on tokens, half on patches."""
+    """An even number: half of the layers work on tokens, half on patches."""
     num_decoder_layers: Positive = 2
-    """An even number: half of them work on patches, half on tokens."""
+    """An even number: half of the layers work on patches, half on tokens."""
 
 
 class Initialization(Section):
-    """How the weights of a model start."""
+    """Initial weights of a model."""
 
     init: Literal["fan_in", "released"] = "fan_in"
     """``fan_in``: std 1/sqrt(fan in); ``released``: ``initializer_range`` everywhere."""
@@ -84,22 +84,23 @@ class BackboneModel(Initialization):
     """Shape of the Llama-like Transformer that both language models share."""
 
     vocab_size: Positive | None = None
-    """Entries of the tokenizer; taken from the data store where absent."""
+    """Vocabulary size of the tokenizer; taken from the data store if absent."""
     hidden_size: Positive
-    """Width of the hidden states; a multiple of twice the attention heads."""
+    """Width of the hidden states; a multiple of twice the number of attention heads."""
     intermediate_size: Positive
     """Inner width of the SwiGLU."""
     num_hidden_layers: Positive
     """Transformer layers, over all pipeline stages."""
     num_attention_heads: Positive
-    """Attention heads of a layer; a multiple of the tensor-parallel size."""
+    """Attention heads per layer; a multiple of the tensor-parallel size."""
     num_key_value_heads: Positive | None = None
-    """Fewer than attention heads: grouped-query attention; as many where absent."""
+    """Key and value heads per layer: fewer than attention heads for grouped-query attention; as
+    many if absent."""
     qk_norm: bool = False
-    """RMSNorm on the queries and keys of each head, as in OLMo 2 and Qwen 3; steadier at high
-    rates. The authors' released layout has no place for its weights."""
+    """RMSNorm on the queries and keys of each head, as in OLMo 2 and Qwen 3; more stable at high
+    learning rates. The authors' released layout cannot hold its weights."""
     rope_theta: PositiveFloat = 10000.0
-    """Base of the rotary position embedding; a position is a step: a patch, or a token."""
+    """Base of the rotary position embedding; each step (patch or token) is a position."""
     rms_norm_eps: PositiveFloat = 1e-6
     """Added to the mean square in RMSNorm."""
 
@@ -120,26 +121,26 @@ class BackboneModel(Initialization):
 
 
 class CalmModel(BackboneModel):
-    """A continuous autoregressive language model: backbone over patches and a generative head."""
+    """A continuous autoregressive language model: a backbone over patches and a generative head."""
 
     kind: Literal["calm"]
     patch_size: Positive = 4
     """Tokens per patch, K."""
     latent_size: Positive | None = None
-    """Components of a latent, l; taken from the data store where absent."""
+    """Components of a latent, l; taken from the data store if absent."""
     autoencoder: str | None = None
-    """Autoencoder checkpoint directory; taken from the data store where absent."""
+    """Autoencoder checkpoint directory; taken from the data store if absent."""
     autoencoder_size: AutoencoderSize = AutoencoderSize()
-    """Shape of that autoencoder, from which its FLOPs and memory are counted; the paper's where
-    absent, replaced by the checkpoint's own (`Recipe.with_autoencoder`) once there is one."""
+    """Shape of that autoencoder, for counting its FLOPs and memory; the paper's if absent, replaced
+    by that of the checkpoint (`Recipe.with_autoencoder`) once there is one."""
     latent_slots: Positive | None = None
-    """Slots of that autoencoder's latents; taken from its checkpoint where absent."""
+    """Slots of that autoencoder's latents; taken from its checkpoint if absent."""
     head: Annotated[SerializeAsAny[HeadRecipe], BeforeValidator(_of_its_kind)] = HeadRecipe()
     """The generative head, see below."""
 
     @property
     def has_latents(self) -> bool:
-        """Whether the head predicts latents; otherwise latent size and autoencoder have no use."""
+        """Whether the head predicts latents; otherwise latent size and autoencoder are unused."""
         return self.head.spec.predicts == "latents"
 
     @property
@@ -149,7 +150,7 @@ class CalmModel(BackboneModel):
 
 
 class TransformerModel(BackboneModel):
-    """The discrete baseline on the same backbone, with an untied output layer."""
+    """The discrete baseline: the same backbone with an untied output layer."""
 
     kind: Literal["transformer"]
 
@@ -164,23 +165,22 @@ class AutoencoderModel(AutoencoderSize, Initialization):
 
     kind: Literal["autoencoder"]
     vocab_size: Positive | None = None
-    """Entries of the tokenizer; taken from the data store where absent."""
+    """Vocabulary size of the tokenizer; taken from the data store if absent."""
     patch_size: Positive = 4
-    """Tokens per patch, K; divides the block."""
+    """Tokens per patch, K; divides the block size."""
     latent_size: Positive = 128
-    """Components of a latent, l; the paper has 32 for each token."""
+    """Components of a latent, l; the paper uses 32 per token."""
     latent_slots: Positive = 1
-    """1, or the patch size: the latent is cut into one slot for each token, and the decoder of a
-    token sees its own slot and those before; for the chain head."""
+    """1, or the patch size. The latter cuts the latent into one slot per token, and the decoder of
+    a token sees its own slot and those before it; for the chain head."""
     latent_dropout: Probability = 0.15
-    """Probability with which a component of the sampled latent is dropped; the others are scaled
-    up."""
+    """Probability that a component of the sampled latent is dropped; the others are scaled up."""
     token_dropout: Probability = 0.15
-    """Probability with which an input token is replaced by ``replaced_token_id``."""
+    """Probability that an input token is replaced by ``replaced_token_id``."""
     replaced_token_id: NonNegative | None = None
-    """The tokenizer's padding token where absent."""
+    """Token that ``token_dropout`` inserts; the tokenizer's padding token if absent."""
     kl_weight: NonNegativeFloat = 1e-3
-    """Weight of the KL term beside K times the cross entropy."""
+    """Weight of the KL term, which is added to K times the cross entropy."""
     kl_clamp: NonNegativeFloat = 0.5
     """Floor of the KL term of each dimension of each latent."""
 
@@ -195,7 +195,7 @@ class DataSource(Section):
     path: Text
     """Directory or URL of the store."""
     weight: PositiveFloat = 1.0
-    """Share of the blocks drawn from it, relative to the other weights."""
+    """Share of the blocks drawn from this store, relative to the other weights."""
 
 
 DataPath = Annotated[
@@ -211,83 +211,82 @@ DataPath = Annotated[
 
 
 class Data(Section):
-    """Where blocks of tokens and latents come from."""
+    """Source of the blocks of tokens and latents."""
 
     path: DataPath
-    """A store, as ``tools/encode_latents.py`` makes it: a directory, ``s3://…`` or another URL that
-    Streaming knows; or a list of ``{path, weight}``, from which blocks are drawn by weight."""
+    """A store made by ``tools/encode_latents.py``: a directory, ``s3://…`` or another URL that
+    Streaming supports; or a list of ``{path, weight}``, from which blocks are drawn by weight."""
     tokenizer: str | None = None
-    """Tokenizer file; the store's own copy where absent."""
+    """Tokenizer file; the store's own copy if absent."""
     begin_token: Text | None = None
-    """Name of the token that begins documents and fills prompts; the store's where absent."""
+    """Name of the token that begins documents and pads prompts; the store's if absent."""
     end_token: Text | None = None
-    """Name of the token that ends documents and generated texts; the store's where absent. One
-    token may be both."""
+    """Name of the token that ends documents and generated texts; the store's if absent. May be the
+    same as ``begin_token``."""
     block_size: Positive | None = None
-    """Tokens per block, a multiple of the patch size; taken from the data store where absent."""
+    """Tokens per block, a multiple of the patch size; taken from the data store if absent."""
     latents: Literal["stored", "on_the_fly"] = "stored"
-    """``on_the_fly``: the frozen autoencoder encodes each batch, so that a store of tokens alone is
-    enough."""
+    """``on_the_fly``: the frozen autoencoder encodes each batch, so the store needs only tokens."""
     seed: Seed = 0
     """Seed of the order in which blocks are read."""
     num_workers: NonNegative = 0
     """Reader processes per rank; 0 reads in the training process."""
     cache_dir: str | None = None
-    """Where shards of remote stores are kept; a temporary directory where absent."""
+    """Directory for downloaded shards of remote stores; a temporary directory if absent."""
     download_retries: NonNegative = 10
-    """How often the download of a file from an object store is tried again after a fault that may
-    pass: throttling, an error of the server, a connection that is cut. The pauses double from one
-    second to 30."""
+    """Retries of a file's download from an object store after a transient fault: throttling, a
+    server error, a broken connection. The pauses double from one second to 30."""
     download_timeout_seconds: Annotated[float, Field(gt=0, le=1e5)] = 60.0
-    """How long S3 may send nothing before an attempt counts as failed; other clouds' clients have
-    limits of their own."""
+    """Time without data from S3 after which an attempt counts as failed; the clients of other
+    clouds have limits of their own."""
     download_limit_seconds: Annotated[float, Field(gt=0, le=1e6)] = 900.0
-    """After this time no further attempt at a file begins: the run ends with exit code 6."""
+    """Time after which a file is not tried again; the run then ends with exit code 6."""
 
     @property
     def patience_seconds(self) -> float:
-        """How long a rank may be busy with downloads that fail, and others wait for it."""
+        """Longest time that failing downloads may keep a rank busy while other ranks wait."""
         if not any("://" in source.path for source in self.sources):
             return 0.0
         return self.download_limit_seconds + self.download_timeout_seconds
 
     @property
     def sources(self) -> tuple[DataSource, ...]:
-        """The stores with their weights, whichever way ``path`` was written."""
+        """The stores with their weights, for both forms of ``path``."""
         return (DataSource(path=self.path),) if isinstance(self.path, str) else self.path
 
 
 class Parallel(Section):
-    """How the model is cut over processes."""
+    """How the model is distributed over processes."""
 
     tensor_parallel_size: Positive = 1
     """Processes that share every matrix of the backbone (TP); a power of two."""
     pipeline_parallel_size: Positive = 1
-    """Stages of consecutive layers (PP); the head lives on the last."""
+    """Stages of consecutive layers (PP); the head is on the last."""
     virtual_pipeline_size: Annotated[int, Field(ge=2)] | None = None
-    """Model chunks per pipeline stage for the interleaved schedule; plain 1F1B where absent."""
+    """Model chunks per pipeline stage for the interleaved schedule; plain 1F1B if absent."""
     stage_layers: Annotated[tuple[Positive, ...], Field(strict=False)] | None = None
-    """Layers of each pipeline stage; where absent, so many that all stages have about as much work,
-    the head's on the last one included."""
+    """Layers of each pipeline stage; if absent, chosen so that all stages have about the same work,
+    counting the head on the last one."""
     sequence_parallel: bool = False
-    """Share norms and dropout along the sequence over tensor-parallel ranks; no effect alone."""
+    """Split norms and dropout along the sequence over tensor-parallel ranks; no effect if TP is
+    1."""
     context_parallel_size: Positive = 1
-    """Processes that share a block: each holds one piece of consecutive steps."""
+    """Processes that share a block (CP); each holds a contiguous piece of its steps."""
     zero_stage: int = 2
     """ZeRO stage (1, 2, 3) of the head's engine, over all ranks of the last pipeline stage; 3 only
     without pipeline stages."""
     distributed_optimizer: bool = False
     """Shard the backbone's optimizer state over its data- and context-parallel replicas."""
     overlap_grad_reduce: bool = False
-    """Reduce the backbone's gradients over its replicas while the backward pass goes on."""
+    """Reduce the backbone's gradients over its replicas during the backward pass."""
     overlap_param_gather: bool = False
     """Gather updated weights during the next forward pass; for ``distributed_optimizer``."""
     overlap_p2p: bool = False
     """Send between pipeline stages while they compute; for the interleaved schedule, on GPUs."""
     world_size: Positive | None = None
-    """Processes planned for; the launch decides. Where absent: one model replica."""
+    """Processes to plan for; one model replica if absent. A training uses the launched number."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """``auto``: GPUs where there are some. A node whose GPUs torch does not find ends the run."""
+    """``auto``: GPUs if there are any. A node whose GPUs torch does not find ends the run."""
     recompute: bool = False
     """Recompute each layer's activations in the backward pass instead of keeping them."""
 
@@ -303,7 +302,7 @@ class Parallel(Section):
 
     @property
     def use_sequence_parallel(self) -> bool:
-        """Whether the sequence is really cut: asked for, and TP > 1."""
+        """Whether the sequence is actually split: requested, and TP > 1."""
         return self.sequence_parallel and self.tensor_parallel_size > 1
 
 
@@ -311,37 +310,38 @@ class Training(Section):
     """Length, batch and optimizer of a run."""
 
     steps: Positive
-    """Optimizer steps of the whole run, those before a restart included."""
+    """Optimizer steps of the whole run, including those before a restart."""
     micro_batch_size: Positive
-    """Blocks per forward pass and rank; what to lower first when memory is short."""
+    """Blocks per forward pass and rank; lower this first if memory is short."""
     global_batch_size: Positive
     """Blocks per optimizer step, over all ranks; a multiple of ``micro_batch_size`` times the
-    replicas."""
+    number of replicas."""
     learning_rate: PositiveFloat = 3e-4
-    """After the warm-up."""
+    """Learning rate after the warm-up."""
     warmup_steps: NonNegative = 2000
     """Steps of linear warm-up; may exceed ``steps``."""
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
     """After warm-up: ``constant``; ``cosine`` and ``linear`` decay to zero at ``steps``; ``wsd``
     (warm-up, stable, decay) stays constant and decays over the last ``decay_steps``, so that a run
-    can be made longer from any checkpoint before them."""
+    can be extended from any checkpoint before the decay."""
     decay_steps: Positive | None = None
-    """Steps of the linear decay to zero at ``steps`` that ends ``wsd``; needed there, and nowhere
-    else."""
+    """Steps of the final linear decay of ``wsd`` to zero at ``steps``; required with ``wsd``, not
+    allowed otherwise."""
     optimizer: Annotated[str, Field(examples=["adamw"])] = "adamw"
-    """``adamw``, or one that an installed package registers. A run cannot change it."""
+    """``adamw``, or an optimizer that an installed package registers. Fixed for the life of a
+    run."""
     weight_decay: NonNegativeFloat = 0.1
-    """Not applied to biases and norms."""
+    """Weight decay; not applied to biases and norms."""
     adam_beta1: Probability = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     adam_beta2: Probability = 0.95
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     adam_eps: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     clip_grad_norm: PositiveFloat = 1.0
     """Limit of the joint gradient norm of backbone and head."""
     energy_kernel: Literal["auto", "torch", "triton"] = "auto"
-    """What computes the energy score of a CALM's energy head. ``triton``: one fused kernel, for
+    """Implementation of the energy score of a CALM's energy head. ``triton``: one fused kernel, for
     GPUs; ``auto``: ``triton`` on a GPU where it is installed, else ``torch``. The random streams
     differ; the distribution is the same."""
 
@@ -357,21 +357,22 @@ class Training(Section):
 
 
 class Checkpoint(Section):
-    """When checkpoints are written."""
+    """When checkpoints are written and which are kept."""
 
     every: Positive = 1000
     """Steps between checkpoints; the last step always writes one."""
     keep: Positive = 2
-    """Newest checkpoints that stay on disk; besides, the newest one that a finite step followed."""
+    """Number of newest checkpoints kept on disk, in addition to the newest one that a finite step
+    followed."""
     keep_every: Positive | None = None
-    """Checkpoints of steps that are multiples of this stay, too."""
+    """Also keep checkpoints of steps that are multiples of this."""
     asynchronous: Annotated[bool, Field(alias="async")] = True
-    """Write beside the training, which waits only while its state is copied. Autoencoders, which
-    are small, are always written at once."""
+    """Write in the background; training waits only while its state is copied. Checkpoints of
+    autoencoders, which are small, are always written synchronously."""
 
 
 class Logging(Section):
-    """What is reported while training."""
+    """What is reported during training."""
 
     every: Positive = 10
     """Steps between records in metrics.jsonl and lines on the console; the last step always has
@@ -379,9 +380,9 @@ class Logging(Section):
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases; ``offline`` writes into the run directory, for ``wandb sync``."""
     tensorboard: bool = False
-    """Event files under ``logs/tensorboard`` of the run directory."""
+    """Write event files under ``logs/tensorboard`` in the run directory."""
     project: str = "calm_dist"
-    """Project of wandb."""
+    """Project in Weights & Biases."""
 
 
 class Health(Section):
@@ -389,23 +390,23 @@ class Health(Section):
 
     timeout_seconds: Annotated[float, Field(gt=0, le=1e6)] = 600.0
     """Longest time that a rank may go without a sign of progress, such as a micro-batch, a batch
-    that was read or a checkpoint that was written; half as long again and 30 s before the first
-    step. Also how long ranks wait for each other to be launched."""
+    read or a checkpoint written; one and a half times this plus 30 s before the first step. Also
+    how long ranks wait for each other at launch."""
     max_skipped_steps: Positive = 50
     """Consecutive steps with a non-finite loss or gradient after which the run ends."""
 
 
 class Evaluation(Section):
-    """How held-out scores are taken."""
+    """How held-out scores are measured."""
 
     data: str | None = None
-    """Store on which autoencoder training measures reconstruction; where absent, the store
-    ``valid`` beside the first of ``data.path``, if there is one."""
+    """Store on which autoencoder training measures reconstruction; if absent, the store ``valid``
+    next to the first of ``data.path``, if it exists."""
     blocks: Positive | None = None
-    """Blocks that are scored; all of the store where absent."""
+    """Blocks to score; all blocks of the store if absent."""
     samples: Annotated[int, Field(ge=2)] = 8
-    """Draws per position; the Brier score needs two."""
+    """Draws per position; the Brier score needs at least two."""
     alignment: Literal["patch", "all"] = "patch"
-    """Where scored n-grams begin: at the beginnings of patches, or at every position."""
+    """Where scored n-grams begin: at the start of each patch, or at every position."""
     seed: NonNegative = 0
     """Seed of the draws."""

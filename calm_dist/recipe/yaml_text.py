@@ -1,4 +1,4 @@
-"""Recipes as text: strict YAML, in and out."""
+"""Recipes as text: reads and writes strict YAML."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class _Loader(yaml.SafeLoader):
     """YAML as people write it in recipes.
 
     PyYAML follows YAML 1.1, in which ``3e-4`` is a string, ``off`` is a boolean, ``010`` is eight,
-    ``1:30`` is ninety and the later of two equal keys wins silently. Here they are a float, a
-    string, no whole numbers and an error. Aliases are an error, too: a few lines of them stand for
-    gigabytes.
+    ``1:30`` is ninety and the later of two equal keys wins silently. Here, ``3e-4`` is a float,
+    ``off`` a string, ``010`` and ``1:30`` are not integers, and a repeated key is an error. So are
+    aliases: a few lines of them expand to gigabytes.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -68,13 +68,13 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    # Of other styles, PyYAML reads some characters (U+0085) back as line breaks.
+    # In other styles, PyYAML reads some characters (U+0085) back as line breaks.
     style = None if text.isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 _Dumper.add_representer(str, _represent_text)
-# A table of its own, to which the loader's readings are added.
+# A separate table, extended by the loader's patterns.
 _Dumper.yaml_implicit_resolvers = {
     first: [
         *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
@@ -95,7 +95,7 @@ def parse_yaml(text: str, *, source: str) -> Any:
     """Parse YAML text; ``source`` names it in errors.
 
     Raises:
-        RecipeError: it is not YAML, or a key appears twice.
+        RecipeError: it is not valid YAML, a key appears twice, or it has aliases.
     """
     try:
         # The loader derives from SafeLoader: it builds plain values only.

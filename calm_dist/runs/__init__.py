@@ -1,1 +1,1 @@
-"""Run directories: lock, environment, metrics, checkpoints, and what is read from them."""
+"""Run directories: lock, environment, metrics, checkpoints, and code that reads them."""

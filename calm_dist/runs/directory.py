@@ -1,4 +1,4 @@
-"""Who is at work in a run directory, and how its last start ended; needs no torch."""
+"""The lock of a run directory, and the record of how its last start ended; needs no torch."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from calm_dist.runs.lease import HeldError, Lease, is_leased
 LOCK_FILE = ".lock"
 ENVIRONMENT_FILE = "environment.json"
 LARGEST_ENVIRONMENT = 1 << 20
-"""Bytes of it."""
+"""Most bytes of the file."""
 ENDED = "ended"
-"""Key of environment.json, absent while a start is at work and where it was killed."""
+"""Key of environment.json; absent while a run is going on, and if it was killed."""
 
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 
-# Whoever only looks whether a run is at work (`is_held`) holds its lock for an instant.
+# `is_held`, which checks for a running process, holds the lock for an instant: try several times.
 _TRIES, _BETWEEN_TRIES = 5, 0.04
 
 
 def acquire_lock(run_dir: Path) -> int:
-    """Hold the run directory; the kernel lets go of it however this process ends.
+    """Lock the run directory; the kernel releases the lock however this process ends.
 
-    Where the file system has no `flock`, by a `Lease`, which the next start sees to be stale.
+    If the file system has no `flock`, a `Lease` is used, which the next start recognizes as stale.
 
     Returns:
-        The descriptor that holds it while it is open, for `release_lock`.
+        The descriptor that holds the lock while it is open, for `release_lock`.
 
     Raises:
-        LaunchError: another run is at work in the directory.
+        LaunchError: another run is using the directory.
     """
     descriptor = os.open(run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
     for last in [False] * _TRIES + [True]:
@@ -52,7 +52,7 @@ def acquire_lock(run_dir: Path) -> int:
                 continue
             holder = os.read(descriptor, 100).decode(errors="replace").strip()
             os.close(descriptor)
-            raise _is_at_work(run_dir, holder) from error
+            raise _in_use(run_dir, holder) from error
         except OSError as error:
             if error.errno not in NO_FLOCK:
                 os.close(descriptor)
@@ -61,7 +61,7 @@ def acquire_lock(run_dir: Path) -> int:
                 _leases[descriptor] = Lease(run_dir)
             except HeldError as held:
                 os.close(descriptor)
-                raise _is_at_work(run_dir, str(held)) from held
+                raise _in_use(run_dir, str(held)) from held
             break
     os.truncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
@@ -69,15 +69,15 @@ def acquire_lock(run_dir: Path) -> int:
     return descriptor
 
 
-def _is_at_work(run_dir: Path, holder: str) -> LaunchError:
+def _in_use(run_dir: Path, holder: str) -> LaunchError:
     return LaunchError(
-        f"run.dir: another run is at work in {run_dir} ({holder}); wait for it or end it, "
+        f"run.dir: another run is using {run_dir} ({holder}); wait for it or end it, "
         "or use another run.dir"
     )
 
 
 def release_lock(descriptor: int) -> None:
-    """Let go of the run directory that `acquire_lock` holds."""
+    """Release a run directory locked by `acquire_lock`."""
     _held.pop(descriptor, None)
     if (lease := _leases.pop(descriptor, None)) is not None:
         lease.release()
@@ -85,10 +85,10 @@ def release_lock(descriptor: int) -> None:
 
 
 def is_held(run_dir: Path) -> bool:
-    """Whether a run is at work in the directory.
+    """Whether a run is using the directory.
 
     Raises:
-        OSError: it cannot be looked at.
+        OSError: the lock file cannot be opened.
     """
     try:
         descriptor = os.open(run_dir / LOCK_FILE, os.O_RDONLY)
@@ -107,19 +107,19 @@ def is_held(run_dir: Path) -> bool:
     return False
 
 
-# Descriptors of the run directories that this process holds, and the files that they are of.
+# Descriptors of the run directories locked by this process, and the identities of their files.
 _held: dict[int, tuple[int, int]] = {}
 _leases: dict[int, Lease] = {}
 
 
 def _release_in_child() -> None:
-    """A child that outlives its rank must not keep the run directory from the restart."""
+    """Drop the locks in a child: if it outlives its rank, it must not block the restart."""
     for descriptor, file in _held.items():
         with contextlib.suppress(OSError):
             if _file_of(descriptor) == file:
                 os.close(descriptor)
     _held.clear()
-    # Its file is the parent's.
+    # The lease file belongs to the parent.
     _leases.clear()
 
 
@@ -132,17 +132,18 @@ def _file_of(descriptor: int) -> tuple[int, int]:
 
 
 def write_environment(run_dir: Path, environment: dict[str, Any]) -> None:
-    """Write ``environment.json``: where and how a start came about."""
+    """Write ``environment.json``, the record of a start."""
     text = json.dumps(environment, indent=2, ensure_ascii=False) + "\n"
     replace_text(run_dir / ENVIRONMENT_FILE, text)
 
 
 @contextlib.contextmanager
 def end_recorded(run_dir: Path, began: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Write into ``environment.json`` how the block ended: ``ended: {how, time, reason}``.
+    """Record in ``environment.json`` how this context ended: ``ended: {how, time, reason}``.
 
     Args:
-        began: whether its start was recorded; otherwise the file tells of an earlier one.
+        began: whether this start was recorded; otherwise the file describes an earlier one and is
+            left alone.
     """
     how, reason = FINISHED, None
     try:
@@ -154,7 +155,7 @@ def end_recorded(run_dir: Path, began: Callable[[], bool] = lambda: True) -> Ite
         how, reason = FAILED, redact(f"{type(error).__name__}: {error}")[:500]
         raise
     finally:
-        # A full disk must not hide why the run ended; what is there may be damaged.
+        # A full disk or a damaged file must not hide why the run ended.
         with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
             if began():
                 environment = json.loads((run_dir / ENVIRONMENT_FILE).read_bytes())

@@ -1,4 +1,4 @@
-"""Scores of a run's checkpoints, recorded in its metrics.jsonl, each measurement once."""
+"""Record the scores of a run's checkpoints in its metrics.jsonl, each measurement once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 def run_directory(directory: Path) -> Path | None:
-    """The run directory that a step directory lies in, or None where it stands alone."""
+    """The run directory that contains a step directory, or None if there is none."""
     run = checkpoints.run_directory(directory.resolve())
     return run if run is not None and (run / checkpoints.RECIPE_FILE).is_file() else None
 
@@ -28,10 +28,10 @@ def record(run: Path, result: Mapping[str, Any]) -> bool:
     """Append ``{"step", "eval"}`` to a run's metrics.jsonl.
 
     Returns:
-        False where that step has been scored on the same data with the same protocol and seed.
+        False if that step has already been scored on the same data with the same protocol and seed.
 
     Raises:
-        OSError: the file cannot be read or written; it is as it was.
+        OSError: the file cannot be read or written; it is unchanged.
     """
     if any(
         known["step"] == result["step"] and _same_measurement(known.get("eval"), result)
@@ -44,15 +44,15 @@ def record(run: Path, result: Mapping[str, Any]) -> bool:
     line = (separator + json_line({"step": result["step"], "eval": result})).encode()
     with path.open("ab", buffering=0) as file:
         if file.write(line) != len(line):
-            # Half a record would damage the next one, too.
+            # Half a record would also damage the next one.
             file.truncate(len(data))
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     return True
 
 
 def why_not_recorded(run: Path) -> str | None:
-    """Why `record` cannot add to a run's metrics.jsonl, or None where it can; found out before
-    the scores are taken."""
+    """The reason why `record` cannot add to a run's metrics.jsonl, or None if it can; checked
+    before the scores are computed."""
     try:
         check_file_is_writable(run / METRICS_FILE)
         read_records(run)
@@ -62,10 +62,10 @@ def why_not_recorded(run: Path) -> str | None:
 
 
 class RecordLog:
-    """Records the results of a run's checkpoints, and says what could not be recorded."""
+    """Records the results of checkpoints, and reports those that could not be recorded."""
 
     def __init__(self, directories: Iterable[Path]) -> None:
-        """Say on stderr where results of these checkpoints will not be recorded."""
+        """Warn about runs in which results of these checkpoints cannot be recorded."""
         runs = {run for path in directories if (run := run_directory(path)) is not None}
         reasons = {run: why_not_recorded(run) for run in sorted(runs)}
         self._writable = {run for run, reason in reasons.items() if reason is None}
@@ -74,7 +74,7 @@ class RecordLog:
             _log.warning(f"{reason}: the scores are shown, not recorded; reports will lack them")
 
     def add(self, directory: Path, result: Mapping[str, Any]) -> None:
-        """Record the result of a checkpoint, where it lies in a run that can be written."""
+        """Record the result of a checkpoint if it belongs to a run that can be written."""
         run = run_directory(directory)
         if run not in self._writable:
             return
@@ -88,7 +88,7 @@ class RecordLog:
 
     def close(self) -> None:
         """Raises:
-        UserError: results that were to be recorded were not.
+        UserError: some results could not be recorded.
         """
         if self._failures:
             raise UserError(
@@ -98,7 +98,8 @@ class RecordLog:
 
 
 def _same_measurement(known: Any, result: Mapping[str, Any]) -> bool:
-    """Records of early versions do not say on what blocks the checkpoint was trained."""
+    """Whether two results have the same data, seed and protocol. The training block size is
+    ignored: records of early versions lack it."""
     if not isinstance(known, Mapping):
         return False
     names = result["protocol"].keys() - {"trained_block_size"}

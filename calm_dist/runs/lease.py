@@ -1,8 +1,8 @@
 """A lock on a directory for file systems without `flock`, such as Lustre mounted without it.
 
-The holder makes a file that only one process can make, and touches it every few seconds. It counts
-as gone when its process is dead, as far as that can be seen from here, or when the file was not
-touched for `LEASE_SECONDS`.
+The holder creates a file that only one process can create, and touches it every few seconds. The
+lease is stale if its process is known to be dead or, if that cannot be determined from here, if the
+file has not been touched for `LEASE_SECONDS`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class HeldError(Exception):
 
 
 class Lease:
-    """The lease on a directory, held until `release`, or as long as this process lives.
+    """The lease on a directory, held until `release` or the end of this process.
 
     Raises:
         HeldError: another process holds it.
@@ -44,14 +44,15 @@ class Lease:
         threading.Thread(target=self._beat, name="lease", daemon=True).start()
 
     def release(self) -> None:
-        """Give the directory back."""
+        """Release the directory."""
         self._ended.set()
         if _read(self._file) == self._text:
             with contextlib.suppress(OSError):
                 self._file.unlink()
 
     def _make(self) -> bool:
-        # Whole from the first moment: written aside, and linked, which fails where there is one.
+        # Complete from the start: written under another name, then linked, which fails if a lease
+        # exists.
         aside = self._file.with_name(f"{LEASE_FILE}.{secrets.token_hex(4)}")
         aside.write_text(self._text, encoding="utf-8")
         try:
@@ -63,13 +64,13 @@ class Lease:
         return True
 
     def _remove_if_gone(self) -> None:
-        """Remove what a dead process has left; HeldError where it lives."""
+        """Remove the lease of a dead process; HeldError if the process is alive."""
         text = _read(self._file)
         if text is None:
             return
         touched, began = _touched(self._file), time.monotonic()
         while (lives := _lives(text)) is None and time.monotonic() - began < LEASE_SECONDS:
-            # Of another machine, whose clock may be wrong: whether it is touched is what counts.
+            # A process of another machine, whose clock may be wrong: wait for the next touch.
             time.sleep(BEAT_SECONDS / 5)
             if _read(self._file) != text:
                 return
@@ -82,7 +83,7 @@ class Lease:
         with contextlib.suppress(FileNotFoundError):
             os.rename(self._file, stale)
             if _read(stale) != text:
-                # Another start was faster, and this is its lease.
+                # Another start was faster: this is its lease, so put it back.
                 with contextlib.suppress(FileExistsError):
                     os.link(stale, self._file)
             stale.unlink()
@@ -94,7 +95,7 @@ class Lease:
 
 
 def is_leased(directory: Path) -> bool:
-    """Whether a living process holds the lease; of other machines by the clock."""
+    """Whether a living process holds the lease; for other machines, judged by the clock."""
     file = directory / LEASE_FILE
     text, touched = _read(file), _touched(file)
     if text is None or touched is None:
@@ -104,7 +105,7 @@ def is_leased(directory: Path) -> bool:
 
 
 def _identity() -> dict[str, Any]:
-    """This process, so that others can tell whether it lives."""
+    """Identifies this process, so that others can tell whether it is alive."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     namespace = Path("/proc/self/ns/pid")
     return {
@@ -117,7 +118,7 @@ def _identity() -> dict[str, Any]:
 
 
 def _lives(text: str) -> bool | None:
-    """Whether the process of a lease lives; None where that cannot be seen from here."""
+    """Whether the process of a lease is alive; None if that cannot be determined from here."""
     try:
         owner, ours = json.loads(text), _identity()
         if any(owner[key] != ours[key] for key in ("host", "boot", "namespace")):
@@ -133,7 +134,7 @@ def _owner(text: str) -> str:
         owner = json.loads(text)
         return f"process {owner['pid']} on {owner['host']}"
     except (ValueError, LookupError, TypeError):
-        return "a process that is not known"
+        return "an unknown process"
 
 
 def _read(file: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""What run directories there are, and the state of each; needs no torch."""
+"""List run directories with their states; needs no torch."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from calm_dist.scores import number
 RUNNING, DAMAGED, NEW = "running", "damaged", "not started"
 _LONGEST_NAME = 80
 _RATE_OF = 20
-"""Records over which the rate is the median."""
+"""Number of last records whose median rate is shown."""
 _DEEPEST = 50
-# The C one is ten times as fast, where PyYAML was built with it.
+# The C loader is ten times as fast, but PyYAML may lack it.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 Row = dict[str, Any]
@@ -51,17 +51,17 @@ def list_runs(directories: Sequence[str | Path]) -> list[Row]:
         started, damaged), reason (why it ended, or what is damaged), step, steps, loss,
         tokens_per_second, checkpoint (step of the newest), idle_seconds (since the last record),
         brierlm, brierlm_stderr, brier and brier_stderr (lists for n = 1..4), noisy_brier (the n of
-        `scores.noisy_brier`), token_accuracy (of an autoencoder). What is not known is None.
+        `scores.noisy_brier`), token_accuracy (of an autoencoder). Unknown values are None.
 
     Raises:
-        UserError: a directory is not there.
+        UserError: a directory does not exist.
     """
     found: set[Path] = set()
     for directory in map(Path, directories):
         if not directory.is_dir():
             raise UserError(f"{directory}: no such directory; give one that holds runs")
         found.update(_run_directories(directory))
-    # A run is listed once, by its own name rather than by those that link to it.
+    # List each run once, by its own path in preference to links to it.
     known = sorted(found, key=lambda path: (os.path.realpath(path) != os.path.abspath(path), path))
     once = {os.path.realpath(path): path for path in reversed(known)}
     return [describe(path) for path in sorted(once.values())]
@@ -76,7 +76,7 @@ def _run_directories(directory: Path) -> Iterator[Path]:
             # A checkpoint, a corpus or a store, which may hold very many files.
             folders.clear()
         for link in filter(os.path.islink, (os.path.join(path, name) for name in folders)):
-            # To runs only: other links may lead to anything.
+            # Follow only links to runs: others may lead anywhere.
             with contextlib.suppress(OSError):
                 if _is_run(os.listdir(link)):
                     yield Path(link)
@@ -114,11 +114,11 @@ def describe(run_dir: Path) -> Row:
 
 
 class _DamagedError(Exception):
-    """A file of a run is not what it should be; the message says which, and what to do."""
+    """A file of a run is damaged; the message names the file and the remedy."""
 
 
 def _recipe_facts(run_dir: Path) -> Row:
-    """Read without the types, so that recipes of other versions are listed, too."""
+    """Read the recipe without its types, so that recipes of other versions are listed too."""
     try:
         text = read_bounded(run_dir / checkpoints.RECIPE_FILE, LARGEST_FILE).decode("utf-8")
         recipe = _load_yaml(text)
@@ -127,15 +127,15 @@ def _recipe_facts(run_dir: Path) -> Row:
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError,
             yaml.YAMLError) as error:  # fmt: skip
         raise _DamagedError(
-            f"{checkpoints.RECIPE_FILE}: is no recipe; copy that of a checkpoint here, or start "
+            f"{checkpoints.RECIPE_FILE}: is not a recipe; copy that of a checkpoint here, or start "
             "the training again, which writes it"
         ) from error
     return {"name": _one_line(str(name)), "kind": _one_line(str(kind)), "steps": steps}
 
 
 def _load_yaml(text: str) -> Any:
-    """YAML without aliases, a few of which stand for gigabytes, and not nested so deeply that the C
-    loader would end the process (PyYAML 6.0)."""
+    """Load YAML, but refuse aliases, a few of which expand to gigabytes, and nesting so deep that
+    the C loader would crash the process (PyYAML 6.0)."""
     depth = 0
     for event in yaml.parse(text, _LOADER):
         depth += isinstance(event, yaml.CollectionStartEvent)
@@ -146,7 +146,7 @@ def _load_yaml(text: str) -> Any:
 
 
 def _one_line(text: str) -> str:
-    """Text that does not tear a table."""
+    """Printable text on one line, for a table."""
     return "".join(c if c.isprintable() else "?" for c in text[:_LONGEST_NAME])
 
 
@@ -157,7 +157,7 @@ def _metrics_facts(run_dir: Path) -> Row:
     except FileNotFoundError:
         return {}
     facts: Row = {"idle_seconds": max(0.0, idle)}
-    # From the end: the last ones count, and a long run has very many.
+    # From the end: only the last records count, and a long run has very many.
     training: list[Record] = []
     scored: Record | None = None
     for line in reversed(lines):
@@ -187,7 +187,7 @@ def _scores(evaluation: Mapping[str, Any]) -> Row:
     if facts["brierlm"] is None:
         return facts
     pairs = [scores.brier(evaluation, n) for n in (1, 2, 3, 4)]
-    # Lists are whole or absent.
+    # Lists are complete or absent.
     for name, values in zip(("brier", "brier_stderr"), zip(*pairs, strict=True), strict=True):
         facts[name] = list(values) if None not in values else None
     return facts | {"noisy_brier": scores.noisy_brier(evaluation)}
@@ -197,8 +197,8 @@ _SCORES = ("brierlm", "token_accuracy")
 
 
 def _is_better(record: Record, scored: Record | None) -> bool:
-    """Whether an evaluation counts instead of a later record: it has a score, and of one step that
-    of most blocks counts."""
+    """Whether an earlier record's evaluation replaces ``scored``: it must have a score and, if
+    ``scored`` exists, be of the same step and of more blocks."""
     evaluation = record.get("eval")
     if not isinstance(evaluation, dict):
         return False
@@ -232,11 +232,11 @@ def _state(run_dir: Path, row: Row) -> tuple[str, str | None]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _DamagedError(
             f"{ENVIRONMENT_FILE}: does not say how the run ended; start the training again, which "
-            "goes on from the newest checkpoint and writes it"
+            "continues from the newest checkpoint and writes it"
         ) from error
     if ended is not None:
         return ended["how"], None if reason is None else str(reason)
-    # Killed, or trained by a version that did not write it down.
+    # Killed, or trained by a version that did not record the end.
     if row["checkpoint"] is not None and row["checkpoint"] >= row["steps"]:
         return FINISHED, None
     return FAILED, "ended unexpectedly: killed, or the node failed"
@@ -244,9 +244,9 @@ def _state(run_dir: Path, row: Row) -> tuple[str, str | None]:
 
 _COLUMNS = ("run", "kind", "state", "step", "loss", "tok/s", "saved", "idle", "score")
 _BRIER = ("Brier-1 x100", "Brier-2 x100")
-"""Further columns, where a run has a BrierLM."""
+"""Further columns, if any run has a BrierLM."""
 _LEFT = 3
-"""Columns of words; the others are numbers."""
+"""Number of columns of words; the others are numbers."""
 
 
 def table(rows: Sequence[Row]) -> str:

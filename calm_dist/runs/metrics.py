@@ -1,4 +1,4 @@
-"""The run's records: ``metrics.jsonl`` is the truth, the console and trackers are fed from it."""
+"""A run's records: appended to ``metrics.jsonl``, and passed on to console and trackers."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from calm_dist.runs.wandb_id import wandb_id
 _log = logging.getLogger(__name__)
 
 _WANDB_SECONDS = 60
-"""How long a start waits for wandb's server."""
+"""Longest wait for wandb's server at the start."""
 
 if TYPE_CHECKING:
     from calm_dist.recipe import Recipe
 
 _STEPS_TIMED = 100
-"""The time left is estimated from so many of the last steps, evaluations and checkpoints between
-them included."""
+"""Number of last steps from which the time left is estimated, including evaluations and checkpoints
+between them."""
 
 Record = dict[str, Any]
 
 
 class Tracker(Protocol):
-    """Something that is fed every record."""
+    """A sink for all records."""
 
     def log(self, step: int, values: dict[str, float]) -> None: ...
 
@@ -46,8 +46,8 @@ class Tracker(Protocol):
 class MetricsLog:
     """Appends records to a run's metrics.jsonl and passes them to the console and trackers.
 
-    Records of steps after ``resume_step`` belong to work that was lost and is done again: they
-    are dropped from the file.
+    Records of steps after ``resume_step`` belong to lost work that will be repeated; they are
+    dropped from the file.
     """
 
     def __init__(self, recipe: Recipe, run_dir: Path, resume_step: int) -> None:
@@ -69,15 +69,15 @@ class MetricsLog:
     def training_step(
         self, step: int, values: dict[str, float], skipped: bool, seconds: float
     ) -> None:
-        """Log training step ``step`` (counted from 1), where it is due (``logging.every``).
+        """Log training step ``step`` (counted from 1) if it is due (``logging.every``).
 
         Args:
-            values: loss, grad_norm, learning_rate and further numbers of the trainer's own.
+            values: loss, grad_norm, learning_rate and further numbers of the trainer.
             skipped: whether the step was not applied; a record has the number of skipped steps
-                since the one before.
+                since the previous record.
             seconds: duration of the step.
 
-        A number that is not finite is written as null: JSON has none.
+        A number that is not finite is written as null, because JSON cannot hold it.
         """
         self._skipped += skipped
         self._ends.append(time.monotonic())
@@ -98,12 +98,12 @@ class MetricsLog:
         self._track(step, {name: value for name, value in record.items() if name != "step"})
 
     def evaluation(self, step: int, values: dict[str, Any]) -> None:
-        """Log an evaluation; it carries ``eval`` and no key ``loss``."""
+        """Log an evaluation; its record has a key ``eval`` and no ``loss``."""
         self._write({"step": step, "eval": values})
         self._track(step, {f"eval/{k}": v for k, v in values.items() if isinstance(v, int | float)})
 
     def _track(self, step: int, values: dict[str, float]) -> None:
-        """Feed the trackers with what can be drawn."""
+        """Pass the finite values to the trackers."""
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         for tracker in self._trackers:
             tracker.log(step, finite)
@@ -117,13 +117,13 @@ class MetricsLog:
             tracker.close()
 
     def _write(self, record: Record) -> None:
-        """Append a record. A full disk must not end a training: what cannot be written now is
-        kept, and written together with a later record."""
+        """Append a record. A full disk must not end a training: records that cannot be written are
+        kept and written together with a later one."""
         self._unwritten.append(json_line(record).encode())
         waited = len(self._unwritten) > 1
         end = os.fstat(self._file.fileno()).st_size
         try:
-            # One write, so that a reader or a crash never sees half a record of ours.
+            # A single write, so that neither a reader nor a crash sees half a record.
             written = self._file.write(b"".join(self._unwritten))
             if written != sum(map(len, self._unwritten)):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -131,14 +131,14 @@ class MetricsLog:
             self._file.truncate(end)
             if not waited:
                 _log.warning(
-                    f"{self._path}: {error.strerror}; training goes on, records are kept until "
-                    "there is room"
+                    f"{self._path}: {error.strerror}; training continues, records are kept in "
+                    "memory until there is room"
                 )
             return
         self._unwritten.clear()
 
     def _console_line(self, record: Record) -> str:
-        """What a step was, in less than 80 columns."""
+        """A training record in fewer than 80 columns."""
         loss = record["loss"]
         shown = f"{loss:.4f}" if abs(loss) < 10 else f"{loss:#.5g}"
         losses = (
@@ -193,11 +193,11 @@ def _open_trackers(recipe: Recipe, run_dir: Path, resume_step: int) -> list[Trac
 
 
 class WandbTracker:
-    """Weights & Biases; a resumed run goes on in the same wandb run.
+    """Weights & Biases; a resumed run continues the same wandb run.
 
-    Offline, each start writes a directory of its own under ``wandb/``, all with the run's id, which
-    `wandb sync` joins in their order. wandb keeps the first record of a step: of steps that are
-    done again after a crash, the second, which says the same, is dropped.
+    Offline, each start writes its own directory under ``wandb/``, all with the run's id, and
+    `wandb sync` joins them in order. wandb keeps the first record of a step: for steps repeated
+    after a crash, the second record, which is the same, is dropped.
     """
 
     def __init__(self, recipe: Recipe, run_dir: Path) -> None:
@@ -214,16 +214,16 @@ class WandbTracker:
             "resume": "allow",
             "dir": run_dir,
             "config": redact_values(recipe.to_dict()),
-            # The console is in logs of ours; wandb would take it over, and our bars with it.
+            # We log the console ourselves; wandb would capture it, including our progress bars.
             "settings": wandb.Settings(silent=True, console="off", init_timeout=_WANDB_SECONDS),
         }
         try:
             with _redacted_command_line():
                 self._run = wandb.init(mode=mode, **options)  # type: ignore[arg-type]
         except wandb.Error as error:
-            # A tracker must not keep a training from its machines.
+            # A tracker must not prevent a training.
             _say_offline(str(error), run_dir)
-            # What failed still holds the run's id.
+            # The failed attempt still holds the run's id.
             wandb.teardown()
             with _redacted_command_line():
                 self._run = wandb.init(mode="offline", **options)
@@ -237,7 +237,7 @@ class WandbTracker:
 
 @contextmanager
 def _redacted_command_line() -> Iterator[None]:
-    """wandb writes the command line into its files, as it finds it in ``sys.argv``."""
+    """Mask secrets in ``sys.argv``, which wandb copies into its files."""
     given = sys.argv
     sys.argv = redact_arguments(given)
     try:
@@ -252,20 +252,20 @@ def _is_logged_in() -> bool:
     try:
         return bool(wandb.login(prompt=False))
     except TypeError:
-        # Older versions ask by another way.
+        # Older versions of wandb lack the argument.
         return bool(wandb.api.api_key)
 
 
 def _say_offline(reason: str, run_dir: Path) -> None:
     _log.warning(
         f"logging.wandb=online: {reason}\n"
-        f"logging offline; later: wandb sync {run_dir}/wandb/offline-run-*"
+        f"logging offline; to upload later: wandb sync {run_dir}/wandb/offline-run-*"
     )
 
 
 class TensorBoardTracker:
-    """TensorBoard event files under ``logs/tensorboard``; a resumed run hides what an earlier start
-    wrote of later steps."""
+    """TensorBoard event files under ``logs/tensorboard``; a resumed run hides records of later
+    steps that an earlier start wrote."""
 
     def __init__(self, run_dir: Path, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

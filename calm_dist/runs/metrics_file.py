@@ -1,7 +1,7 @@
-"""``metrics.jsonl``: its lines, its records, and which of their values can be used.
+"""``metrics.jsonl``: its lines, its records, and checks of their values.
 
-A line may be anything: cut short by a crash, or damaged. A training record has ``loss``, an
-evaluation ``eval`` and no ``loss``.
+A line may be truncated by a crash, or damaged in any way. A training record has ``loss``; an
+evaluation has ``eval`` and no ``loss``.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from calm_dist.files import finite, read_bounded
 
 METRICS_FILE = "metrics.jsonl"
 LARGEST_METRICS = 1 << 30
-"""Bytes of it; millions of steps have fewer."""
+"""Most bytes of the file; millions of steps need fewer."""
 
 
 class Protocol(TypedDict, total=False):
-    """How an evaluation was made; see `evaluation.evaluate.evaluate`."""
+    """Settings of an evaluation; see `evaluation.evaluate.evaluate`."""
 
     block_size: int
     patch_size: int
@@ -79,17 +79,18 @@ def json_line(record: Mapping[str, Any]) -> str:
 
 
 def read_lines(run_dir: str | Path) -> list[bytes]:
-    """The lines of a run's metrics.jsonl; none where there is no such file.
+    """The lines of a run's metrics.jsonl; empty if there is no such file.
 
     Raises:
-        OSError, UserError: it cannot be read, or is larger than any run writes.
+        OSError: it cannot be read.
+        UserError: it is larger than any run writes, or not a file.
     """
     path = Path(run_dir) / METRICS_FILE
     return read_bounded(path, LARGEST_METRICS).splitlines() if path.exists() else []
 
 
 def parse_line(line: bytes) -> Record | None:
-    """The record in a line, with all its keys and values of any type; None where there is none."""
+    """The record in a line, with all keys and with unchecked values; None if there is none."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -105,8 +106,8 @@ def read_records(run_dir: str | Path) -> list[Record]:
 
 
 def usable(found: Record) -> Record:
-    """What of a record can be computed with: its numbers, and the parts of its evaluation that are
-    of the right type."""
+    """The usable part of a record: its valid numbers, and the values of its evaluation that have
+    the right type."""
     record: dict[str, Any] = {
         name: value
         for name, value in found.items()
@@ -119,7 +120,7 @@ def usable(found: Record) -> Record:
 
 
 def num_blocks(evaluation: Mapping[str, Any]) -> int:
-    """Blocks that an evaluation scored; 0 where it does not say."""
+    """Blocks that an evaluation scored; 0 if unknown."""
     protocol = evaluation.get("protocol")
     blocks = protocol.get("blocks") if isinstance(protocol, dict) else None
     return blocks if isinstance(blocks, int) else 0
@@ -146,7 +147,7 @@ _NOT_NEGATIVE = (
     "step_seconds",
 )
 _LISTS: dict[str, int | None] = {"brier": 4, "brier_stderr": 4, "kl_per_dim": None}
-"""Lists of numbers, and how many: one for each length of n-grams, or any number."""
+"""Lists of numbers and their lengths: one number per length of n-grams, or any number."""
 _PROTOCOL = {
     "block_size": int,
     "patch_size": int,
@@ -156,7 +157,7 @@ _PROTOCOL = {
     "samples": int,
 }
 _LARGEST = 1e100
-"""Of numbers that FLOPs are made of, products must stay finite."""
+"""Limit of a number, so that products of such numbers in FLOPs stay finite."""
 
 
 def _fits(name: str, value: Any) -> bool:
@@ -178,7 +179,7 @@ def _has_sign(name: str, value: float | None) -> bool:
 
 
 def is_number(value: Any) -> TypeGuard[float | None]:
-    """A number that can be computed with, or null."""
+    """Whether a value is a number that can be used in computations, or null."""
     if isinstance(value, bool):
         return False
     return value is None or (isinstance(value, int | float) and abs(value) < _LARGEST)

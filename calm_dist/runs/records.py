@@ -1,4 +1,4 @@
-"""What finished (or unfinished) run directories say: their recipe, and their metrics.jsonl."""
+"""Read run directories, finished or not: recipe, metrics.jsonl and environment.json."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class Run:
     path: Path
     recipe: Recipe
     training: list[Record] = field(default_factory=list)
-    """Records with a loss, by step; of a step that was run again after a resume, the last."""
+    """Records with a loss, by step; for a step repeated after a resume, only the last record."""
     evaluations: list[Record] = field(default_factory=list)
-    """The ``eval`` parts with their ``step``, by step; of one step those of unlike `conditions`, of
-    like ones that of most blocks, or the last of several."""
+    """The ``eval`` parts with their ``step``, by step; per step and `conditions` only the one with
+    the most blocks, or the last of several such."""
     environment: Record = field(default_factory=dict)
-    """environment.json: where the run was started last."""
+    """environment.json of the last start."""
     damage: tuple[str, ...] = ()
-    """What of its files could not be read, in words."""
+    """Descriptions of the parts of its files that could not be read."""
     label: str | None = None
-    """A name of its own among runs that are called alike."""
+    """A unique name among runs of the same name."""
 
     @property
     def name(self) -> str:
@@ -45,19 +45,18 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """``model.kind``; ``tokens`` for a CALM whose head predicts tokens, the control of the
-        others."""
+        """``model.kind``; ``tokens`` for a CALM whose head predicts tokens, the control."""
         model = self.recipe.model
         return "tokens" if model.kind == "calm" and not model.has_latents else model.kind
 
     @property
     def last_evaluation(self) -> Record:
-        """The evaluation of the last evaluated step; empty where there is none."""
+        """The evaluation of the last evaluated step; empty if there is none."""
         return self.evaluations[-1] if self.evaluations else {}
 
     @property
     def comparable_evaluations(self) -> list[Record]:
-        """The evaluations taken on the same data and in the same way as the last one."""
+        """The evaluations on the same data and with the same protocol as the last one."""
         wanted = conditions(self.last_evaluation)
         return [
             e for e in self.evaluations if conditions(e) == wanted and e.get("brierlm") is not None
@@ -65,7 +64,7 @@ class Run:
 
     @property
     def tokens_seen(self) -> int | None:
-        """Measured training tokens; None where nothing was recorded."""
+        """Measured training tokens; None if nothing was recorded."""
         trained = [r["tokens"] for r in self.training if r.get("tokens") is not None]
         evaluated = [e["tokens_seen"] for e in self.evaluations if e.get("tokens_seen") is not None]
         return max(trained or evaluated, default=None)
@@ -77,18 +76,18 @@ class Run:
         return median(rates) if rates else None
 
     def tokens_at(self, record: Record) -> int:
-        """Tokens seen up to a training record."""
+        """Tokens seen up to and including a training record."""
         tokens = record.get("tokens")
         return record["step"] * self.recipe.tokens_per_step if tokens is None else tokens
 
     @property
     def ranks(self) -> int | None:
-        """Processes of the last start, one a device; None where nothing says so."""
+        """Processes of the last start, one per device; None if unknown."""
         return self.environment.get("world_size")
 
     @property
     def device(self) -> str | None:
-        """The GPU's name, ``cpu``, or None where nothing says which."""
+        """The GPU's name, ``cpu``, or None if unknown."""
         if "gpu" in self.environment:
             return self.environment["gpu"] or CPU
         version = str(self.environment.get("libraries", {}).get("torch"))
@@ -96,7 +95,7 @@ class Run:
 
     @property
     def training_seconds(self) -> float | None:
-        """Duration of all steps: a logged step stands for those since the one before, too."""
+        """Duration of all steps; a logged step also stands for those since the previous record."""
         seconds, before = 0.0, 0
         for record in self.training:
             if record.get("step_seconds") is None:
@@ -106,12 +105,12 @@ class Run:
         return seconds if self.training else None
 
     def counts(self, tokens: int | None = None) -> Counts:
-        """Parameters and FLOPs over ``tokens`` (default: those seen, 0 where unknown)."""
+        """Parameters and FLOPs over ``tokens`` (default: those seen, 0 if unknown)."""
         return count(self.recipe, tokens=(self.tokens_seen or 0) if tokens is None else tokens)
 
 
 def conditions(evaluation: Record) -> tuple[str, ...]:
-    """What two BrierLM must share to be compared: the data, the block size, the n-grams."""
+    """The data, block size and n-grams, which two BrierLM must share to be comparable."""
     protocol = evaluation.get("protocol") or {}
     names = ("block_size", "patch_size", "alignment")
     values = (evaluation.get("data_fingerprint"), *(protocol.get(name) for name in names))
@@ -122,25 +121,25 @@ def read_run(path: str | Path) -> Run:
     """Read a run directory. Metrics may be missing or damaged; the recipe may not.
 
     Raises:
-        UserError: the directory or its recipe.yaml is not there or damaged.
+        UserError: the directory or its recipe.yaml is missing or damaged.
     """
     path = Path(path)
     if not (path / "recipe.yaml").is_file():
-        raise UserError(f"{path}: no recipe.yaml in it; give a run directory of tools/train.py")
+        raise UserError(f"{path}: has no recipe.yaml; give a run directory of tools/train.py")
     records, lost = _usable_records(path)
     environment, fault = _read_environment(path / "environment.json")
     damage = [fault] if fault else []
     if lost:
-        damage.append(f"{lost} of the lines of metrics.jsonl are damaged; what is, is left out.")
+        damage.append(f"Damaged lines in metrics.jsonl: {lost}; the damaged parts are left out.")
     training = {record["step"]: record for record in records if "loss" in record}
     evaluations: dict[Any, Record] = {}
     for record in records:
         if "eval" in record:
             key = (record["step"], conditions(record["eval"]))
-            # A look at a few blocks does not take the place of a whole evaluation.
+            # An evaluation of a few blocks does not replace a complete one.
             if key in evaluations and num_blocks(record["eval"]) < num_blocks(evaluations[key]):
                 continue
-            # Taken out first: the last one of a step is the last in order.
+            # Removed first, so that the last evaluation of a step is the last in order.
             evaluations.pop(key, None)
             evaluations[key] = {**record["eval"], "step": record["step"]}
     recipe = load_recipe(path / "recipe.yaml")
@@ -159,7 +158,7 @@ def read_run(path: str | Path) -> Run:
 
 
 def _read_environment(path: Path) -> tuple[Record, str | None]:
-    """What of an environment.json is as it should be, and what is wrong with the rest."""
+    """The valid entries of an environment.json, and a description of the damaged ones or None."""
     if not path.exists():
         return {}, None
     try:
@@ -182,7 +181,7 @@ def _is_environment(name: str, value: Any) -> bool:
 
 
 def _usable_records(path: Path) -> tuple[list[Record], int]:
-    """What can be used of the records of a metrics.jsonl, and the number of damaged lines."""
+    """The usable parts of the records of a metrics.jsonl, and the number of damaged lines."""
     records: list[Record] = []
     damaged = 0
     for line in read_lines(path):

@@ -1,4 +1,4 @@
-"""How far a run is, and when it gives up."""
+"""Counters of a run's progress, and the limit of skipped steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from calm_dist.errors import TrainingDivergedError
 
 @dataclass
 class RunProgress:
-    """Counters of a run, the same on every rank; a checkpoint holds them."""
+    """Counters of a run, the same on every rank; saved in checkpoints."""
 
     step: int = 0
     """Steps taken, skipped ones included."""
@@ -19,7 +19,7 @@ class RunProgress:
     """Updates that the optimizers made."""
     skipped_in_a_row: int = 0
     adam_steps_before: int = 0
-    """Those of the updates that were made in the run that this one continues."""
+    """Number of these updates that were made in the run that this one continues."""
     continued_from: str | None = None
     """The checkpoint of that run."""
 

@@ -1,5 +1,4 @@
-"""Which wandb run a run directory belongs to: its own, also after it was moved; not that of the
-directory that it was copied from."""
+"""The wandb run of a run directory: a moved directory keeps its run, a copy gets a new one."""
 
 from __future__ import annotations
 
@@ -20,12 +19,12 @@ _LARGEST_FILE = 10_000
 
 
 def wandb_id(run_dir: Path) -> str:
-    """The id of the directory's wandb run, drawn where it has none yet.
+    """The id of the directory's wandb run, drawn at random if it has none yet.
 
-    The file holds the id and, in a second line, where the directory was when it was last used:
-    its path and inode. A directory that was renamed keeps its inode. One that has another path
-    and inode is a copy if the original is still there, or if both would lie on one file system, on
-    which moving keeps the inode; a copy gets a new id, and a line says so.
+    The file holds the id and, in a second line, the directory's place at its last use: path and
+    inode. A renamed directory keeps its inode. A directory with another path and inode is a copy if
+    the original still exists, or if both places are on the same file system, where moving keeps the
+    inode. A copy gets a new id, and a log line says so.
     """
     file = run_dir / ID_FILE
     place = _place(run_dir)
@@ -36,8 +35,8 @@ def wandb_id(run_dir: Path) -> str:
     if before is not None and _is_copy(place, before, name):
         old, name = name, _draw()
         _log.info(
-            f"{run_dir}: was copied from {before['path']}, which keeps the wandb run {old}; logs "
-            f"into a new one, {name}"
+            f"{run_dir}: was copied from {before['path']}, which keeps the wandb run {old}; "
+            f"logging to a new one, {name}"
         )
     replace_text(file, f"{name}\n{json.dumps(place)}\n")
     return name
@@ -53,7 +52,7 @@ def _place(run_dir: Path) -> dict[str, Any]:
 
 
 def _read(file: Path) -> tuple[str, dict[str, Any] | None]:
-    """Id and place; earlier versions wrote no place.
+    """Id and place; the place is None in files of earlier versions.
 
     Raises:
         ValueError: the file holds no id.
@@ -73,7 +72,7 @@ def _is_copy(place: dict[str, Any], before: dict[str, Any], name: str) -> bool:
     if place["path"] == before["path"]:
         return False
     try:
-        # Also where the original has been moved into, or is seen through, another path.
+        # The original's old path may also lead to this directory, for example through a link.
         original = Path(before["path"])
         if _read(original / ID_FILE)[0] == name:
             return not original.samefile(place["path"])

@@ -1,1 +1,1 @@
-"""Training runs: loop, optimizer, checkpoints of tensors."""
+"""Training runs: loop, optimizers, watchdog and the writing of checkpoints."""

@@ -1,7 +1,7 @@
 """Training of the autoencoder: plain torch, data parallel.
 
 A checkpoint is a directory in the released layout (``config.json``, ``model.safetensors``), so that
-`interop.huggingface.load_autoencoder` reads it, plus what a resume needs.
+`interop.huggingface.load_autoencoder` reads it, plus the state that a resume needs.
 """
 
 from __future__ import annotations
@@ -65,8 +65,9 @@ def train_autoencoder(recipe: Recipe) -> None:
     Raises:
         UserError: recipe, data, checkpoint or launch are wrong.
         PeerLostError: another process died.
-        HungError: another process found out that a rank hangs.
-        StoppedError: a signal asked for it; a checkpoint was written.
+        HungError: another process detected that a rank hangs.
+        StoppedError: a signal asked the run to stop; a checkpoint was written.
+        TrainingDivergedError: too many steps in a row were not finite.
     """
     with launched(of_autoencoder(recipe)) as session:
         AutoencoderTrainer(
@@ -75,7 +76,7 @@ def train_autoencoder(recipe: Recipe) -> None:
 
 
 def of_autoencoder(recipe: Recipe) -> AutoencoderRecipe:
-    """Raises RecipeError for the recipe of a language model."""
+    """Return ``recipe``; raises RecipeError for the recipe of a language model."""
     if not isinstance(recipe, AutoencoderRecipe):
         raise RecipeError(
             f"model.kind: {recipe.model.kind}; this command trains autoencoders, use "
@@ -98,7 +99,7 @@ def autoencoder_config(recipe: AutoencoderRecipe) -> AutoencoderConfig:
         num_decoder_layers=model.num_decoder_layers,
         ae_dropout=model.latent_dropout,
         token_dropout=model.token_dropout,
-        # Absent only where token_dropout is 0 and nothing is replaced.
+        # Absent only if token_dropout is 0 and no token is replaced.
         replaced_token_id=model.replaced_token_id or 0,
         kl_weight=model.kl_weight,
         kl_clamp=model.kl_clamp,
@@ -116,7 +117,7 @@ def build_autoencoder(recipe: AutoencoderRecipe) -> Autoencoder:
 def block_noise(
     model: Autoencoder, tokens: torch.Tensor, index: torch.Tensor, seed: int, step: int
 ) -> TrainingNoise:
-    """Noise keyed by (seed, step, number of the block): any number of ranks trains one model.
+    """Noise keyed by (seed, step, number of the block), hence the same for any number of ranks.
 
     Args:
         tokens: [B, T], on the device of the noise.
@@ -146,7 +147,7 @@ class AutoencoderStep(StepResult):
 
 
 class _LossModule(nn.Module):
-    """The loss as a module: DDP averages the gradients of what runs in its forward."""
+    """The loss as a module: DDP averages gradients of computations in its forward."""
 
     def __init__(self, autoencoder: Autoencoder) -> None:
         super().__init__()
@@ -157,7 +158,7 @@ class _LossModule(nn.Module):
 
 
 class AutoencoderTrainer(TrainingRun):
-    """One rank of an autoencoder's run: data parallel, every rank with the whole model."""
+    """One rank of an autoencoder's run: data parallel, with the whole model on every rank."""
 
     def __init__(
         self,
@@ -191,7 +192,7 @@ class AutoencoderTrainer(TrainingRun):
         training = self.recipe.training
         self.phases.enter("forward and backward", self.progress.step)
         self.optimizer.zero_grad()
-        # Loss, cross entropy, KL, ranks that were asked to stop, ranks without a next batch.
+        # Loss, cross entropy, KL, ranks asked to stop, ranks without a next batch.
         sums = torch.zeros(5, device=self.device)
         parts = list(
             zip(
@@ -240,7 +241,7 @@ class AutoencoderTrainer(TrainingRun):
             self._rotation.step_taken(updates)
 
     def _gradient_exchange(self, wanted: bool) -> contextlib.AbstractContextManager[None]:
-        """Gradients are averaged over ranks in the last micro-batch's backward pass only."""
+        """Average gradients over ranks only in the last micro-batch's backward pass."""
         if wanted or not isinstance(self._loss, DistributedDataParallel):
             return contextlib.nullcontext()
         return self._loss.no_sync()
@@ -286,7 +287,7 @@ class AutoencoderTrainer(TrainingRun):
         )
 
     def save(self, is_last: bool = False) -> None:
-        # The score comes first: where there is a checkpoint, there is its score.
+        # Evaluate first, so that every checkpoint has a score.
         self._evaluate()
         step = self.progress.step
         self.phases.enter("checkpoint", step - 1)
@@ -301,7 +302,7 @@ class AutoencoderTrainer(TrainingRun):
         self._attempts.finish()
 
     def check_resumed(self, directory: Path, state: RunState) -> None:
-        """Nothing is left that `changes` has not compared."""
+        """Nothing to check: `changes` has compared everything."""
 
     def load(self, directory: Path, state: RunState) -> None:
         self.model.load_state_dict(load_autoencoder(directory).state_dict())
@@ -321,12 +322,12 @@ class AutoencoderTrainer(TrainingRun):
         self._rotation.commit(temporary)
 
     def _announce(self) -> None:
-        """Say what a user would not expect."""
+        """Log facts that a user may not expect."""
         if self._held_out is None:
             _log.log(
                 NOTE,
-                f"note: no store {HELD_OUT!r} lies beside data.path, so reconstruction is not "
-                "measured; name a held-out store in evaluation.data",
+                f"note: there is no store {HELD_OUT!r} next to data.path, so reconstruction is not "
+                "measured; set evaluation.data to a held-out store",
             )
         if self.recipe.precision == "bf16" and self.device.type != "cuda":
             _log.log(NOTE, "note: precision bf16 is for GPUs; this run computes in fp32")
@@ -351,7 +352,7 @@ def open_held_out(recipe: AutoencoderRecipe, training: StoreMeta) -> Store | Non
         raise DataError(
             f"evaluation.data: {path} was made with another tokenizer "
             f"({meta.tokenizer.sha256[:12]}…) than the training data "
-            f"({training.tokenizer.sha256[:12]}…); encode it again with the same"
+            f"({training.tokenizer.sha256[:12]}…); encode it again with the same tokenizer"
         )
     ends = [(info.begin_id, info.end_id) for info in (meta.tokenizer, training.tokenizer)]
     if ends[0] != ends[1]:
@@ -361,7 +362,7 @@ def open_held_out(recipe: AutoencoderRecipe, training: StoreMeta) -> Store | Non
         )
     if meta.block_size % recipe.model.patch_size:
         raise DataError(
-            f"evaluation.data: {path} has blocks of {meta.block_size} tokens, no multiple of "
+            f"evaluation.data: {path} has blocks of {meta.block_size} tokens, not a multiple of "
             f"model.patch_size {recipe.model.patch_size}; encode it again"
         )
     return store

@@ -1,4 +1,4 @@
-"""Training batches, read one step ahead so that a failing reader is known before it is needed."""
+"""Training batches, read one step ahead so that a failing reader is known in time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from calm_dist.errors import DataError, first_failure, plain_failure
 
 
 class LookAhead:
-    """The batches of a rank. The next one is read before the ranks meet at the end of a step: if
-    one of them cannot read it, all stop together after this step, with a checkpoint."""
+    """The batches of a rank. Each rank reads its next batch before the ranks synchronize at the end
+    of a step: if one cannot, all stop together after this step, with a checkpoint."""
 
     def __init__(self, stream: Iterable[Batch]) -> None:
         self._batches = iter(stream)
@@ -25,20 +25,20 @@ class LookAhead:
         return self._failure is not None
 
     def read(self) -> None:
-        """Read the next batch; a failure is kept."""
+        """Read the next batch; keep a failure for `check`."""
         try:
             self._next = next(self._batches)
         except DataError as error:
             self._failure = error
 
     def take(self) -> Batch:
-        """The batch that was read."""
+        """The batch that `read` has read."""
         batch, self._next = self._next, None
         assert batch is not None
         return batch
 
     def check(self) -> None:
-        """Compare notes with all other ranks, which call this, too.
+        """Exchange failures with all ranks; a collective of the world.
 
         Raises:
             DataError: the failure of the first rank that has one, on every rank; see

@@ -1,4 +1,4 @@
-"""Models and optimizers of a run, from its recipe."""
+"""Build the models and optimizers of a run from its recipe."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from calm_dist.released.autoencoder import load_autoencoder
 from calm_dist.training.optimizer import build_backbone_optimizer
 from calm_dist.training.resolve import autoencoder_directory
 
-# Gradients that are reduced together: Megatron's default, but never so many that there would be
-# nothing left to overlap with.
+# Gradients reduced together: at most Megatron's default, and at least a few buckets, so that there
+# is something to overlap.
 MAX_BUCKET_ELEMENTS, MIN_BUCKETS = 40_000_000, 4
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything of a run that lives on this rank."""
+    """The parts of a run on this rank."""
 
     config: TransformerConfig
     chunks: list[DistributedDataParallel]
@@ -86,7 +86,8 @@ def build_head(model: CalmModel, seed: int) -> Head:
 def build_chunks(
     recipe: LanguageModelRecipe, config: TransformerConfig, topology: Topology
 ) -> list[DistributedDataParallel]:
-    """This rank's chunks of the backbone in Megatron's DDP, and the hooks for its schedules."""
+    """Build this rank's chunks of the backbone in Megatron's DDP, and set the hooks for its
+    schedules."""
     parallel = recipe.parallel
     size = parallel.virtual_pipeline_size
     stages = [None] if size is None else list(range(size))
@@ -97,18 +98,18 @@ def build_chunks(
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
-        # Has an effect on overlapping runs only.
+        # Affects only overlapping runs.
         bucket_size=min(MAX_BUCKET_ELEMENTS, -(-elements // MIN_BUCKETS)),
     )
     chunks = [
-        # As Megatron's own loop: other chunks compute while a later one is reduced whole.
+        # As in Megatron's own loop: the first chunks compute while a later one is reduced whole.
         DistributedDataParallel(config, ddp_config, backbone, disable_bucketing=number > 0)
         for number, backbone in enumerate(backbones)
     ]
     config.finalize_model_grads_func = finalize_model_grads
     if parallel.overlap_grad_reduce:
-        # Gradients are reduced behind the last micro-batch only; with stages, at the same time on
-        # all of them.
+        # Gradients are reduced only after the last micro-batch; with stages, on all of them at the
+        # same time.
         no_sync = [chunk.no_sync for chunk in chunks]
         start = [chunk.start_grad_sync for chunk in chunks]
         config.no_sync_func = no_sync if size else no_sync[0]
@@ -127,9 +128,9 @@ def energy_kernel(wanted: str, device: torch.device) -> str:
         return "triton" if device.type == "cuda" and is_installed else "torch"
     if wanted == "torch":
         return wanted
-    # Its interpreter runs on CPUs, for tests.
+    # Triton's interpreter runs on CPUs, for tests.
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RecipeError("training.energy_kernel: triton, but this is a CPU; use auto")
+        raise RecipeError("training.energy_kernel: triton, but the device is a CPU; use auto")
     if not is_installed:
         raise RecipeError(
             "training.energy_kernel: triton, but it is not installed; use auto, or install triton"
@@ -141,7 +142,7 @@ def build_parts(recipe: LanguageModelRecipe, topology: Topology) -> Parts:
     """Backbone chunks, head in its ZeRO engine, optimizer and forward step.
 
     Raises:
-        RecipeError: the recipe asks for what the device cannot do.
+        RecipeError: the device does not support something in the recipe.
     """
     if recipe.parallel.overlap_p2p and topology.device.type == "cpu":
         raise RecipeError(f"parallel.overlap_p2p: {NO_OVERLAP_ON_CPU}")

@@ -1,4 +1,4 @@
-"""What a recipe may change from the checkpoint that it goes on from, or that it continues."""
+"""Checks which fields a recipe may change from the checkpoint that it resumes or continues."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from calm_dist.training.schedule import learning_rate
 
 _log = logging.getLogger(__name__)
 
-# A run cannot go on with another of these; what its data must keep, the stream checks.
+# A run cannot change these; the stream checks the fields of its data.
 _FIXED = ("precision", "run.seed", "training.optimizer")
 _FREE_AFTER_IMPORT = ("model.init", "model.initializer_range")
-# What a second stage may change of its model: nothing that has to do with the weights' shapes.
+# Fields of the model that `run.continue_from` allows to change: none affects the weights' shapes.
 _FREE_IN_A_NEW_STAGE = (
     *_FREE_AFTER_IMPORT,
     "model.rope_theta",
@@ -41,11 +41,11 @@ _FREE_IN_A_NEW_STAGE = (
 
 
 def check_changes(run_dir: Path, recipe: Recipe) -> None:
-    """Say what the recipe has changed since the newest checkpoint, and refuse what it may not.
+    """Log what the recipe has changed since the newest checkpoint, and refuse forbidden changes.
 
     Raises:
-        CheckpointError: the checkpoints of the run, or those of ``run.continue_from`` where it has
-            none, are of another model, noise or tokenizer.
+        CheckpointError: the checkpoints of the run or, if it has none, those of
+            ``run.continue_from`` are of another model, noise or tokenizer.
     """
     own = checkpoints.step_directories(run_dir)
     if not own and recipe.run.continue_from is not None:
@@ -56,7 +56,7 @@ def check_changes(run_dir: Path, recipe: Recipe) -> None:
     _check_tokenizer(directory, recipe, "use another run.dir")
     changed = _changed(saved, recipe)
     if checkpoints.has_only_weights(directory):
-        # They say nothing of how to go on, nor of how weights would be drawn.
+        # Imported weights fix neither the training nor the initialization.
         changed = {n: text for n, text in changed.items() if n.startswith("model.")}
         changed = {n: text for n, text in changed.items() if n not in _FREE_AFTER_IMPORT}
     refused = [text for n, text in changed.items() if n.startswith("model.") or n in _FIXED]
@@ -64,7 +64,7 @@ def check_changes(run_dir: Path, recipe: Recipe) -> None:
     if refused:
         raise CheckpointError(
             f"{run_dir}: its checkpoints were written for another model, noise or tokens "
-            f"({', '.join(refused)}); use the recipe that lies in them, or another run.dir"
+            f"({', '.join(refused)}); use the recipe inside them, or another run.dir"
         )
     if changed:
         _log.info(f"changed since {directory.name}: {', '.join(changed.values())}")
@@ -78,7 +78,7 @@ def _other_ends(saved: Recipe, changed: dict[str, str]) -> list[str]:
 
 
 def _say_rates(step: int, saved: Recipe, recipe: Recipe) -> None:
-    """Say how the learning rate goes on, where it is not as it would have been."""
+    """Log the learning rates before and now, if the next one differs from the original plan."""
     if step == 0 or step >= recipe.training.steps:
         return
     last, planned = (learning_rate(saved.training, number) for number in (step - 1, step))
@@ -88,19 +88,19 @@ def _say_rates(step: int, saved: Recipe, recipe: Recipe) -> None:
     advice = ""
     if now > last and recipe.training.schedule in ("cosine", "linear"):
         advice = (
-            "; training.schedule=wsd keeps the rate up to a decay at the end, and a run that stops "
-            "before that can be made longer without a jump"
+            "; training.schedule=wsd keeps the rate constant up to a final decay, so a run that "
+            "stops before the decay can be extended without a jump"
         )
     _log.info(f"learning rate: {last:.3g} in step {step}, {now:.3g} in step {step + 1}{advice}")
 
 
 def _check_source(path: str, recipe: Recipe) -> None:
-    """Raises CheckpointError where the weights of ``run.continue_from`` do not fit the recipe."""
+    """Raises CheckpointError if the weights of ``run.continue_from`` do not fit the recipe."""
     name = "run.continue_from"
     directory, saved = _newest_readable(checkpoints.candidates(path, name))
     if directory is None or saved is None:
         raise CheckpointError(
-            f"{name}: {path}: recipe or state of its checkpoints are damaged; give another"
+            f"{name}: {path}: recipe or state of its checkpoints are damaged; give another one"
         )
     remedy = f"give {name} a checkpoint of the same"
     meta = _check_tokenizer(directory, recipe, remedy)
@@ -112,29 +112,30 @@ def _check_source(path: str, recipe: Recipe) -> None:
         or (
             field.startswith("model.")
             and field not in _FREE_IN_A_NEW_STAGE
-            # Of no weights of its own; the latents are compared below.
+            # It has no weights here; the latents are compared below.
             and not field.startswith("model.autoencoder_size.")
         )
     ]
     refused += _other_ends(saved, changed)
     if refused:
         raise CheckpointError(
-            f"{name}: {directory} is of another model ({', '.join(refused)}); use the fields of "
-            "the recipe that lies in it, or leave run.continue_from out to train from the beginning"
+            f"{name}: {directory} is of another model ({', '.join(refused)}); use the values in "
+            "its recipe, or leave run.continue_from out to train from the beginning"
         )
     trained, given = RunState.read(directory).latents_sha256, latents_sha256(recipe, meta)
     if trained is not None and given is not None and trained != given:
         raise CheckpointError(
             f"{name}: {directory} was trained on latents of the autoencoder of sha256 "
-            f"{trained[:12]}…, these are of {given[:12]}…; encode the data with that autoencoder"
+            f"{trained[:12]}…, the data has latents of {given[:12]}…; encode the data with the "
+            "former autoencoder"
         )
 
 
 def latents_sha256(recipe: Recipe, meta: StoreMeta) -> str | None:
-    """Fingerprint of the autoencoder whose latents the recipe trains on, however they come.
+    """Fingerprint of the autoencoder whose latents the recipe trains on, stored or on the fly.
 
     Args:
-        meta: of one of its stores, which all have the same.
+        meta: description of one of its stores, which all have the same autoencoder.
     """
     if recipe.model.kind != "calm" or not recipe.model.has_latents:
         return None
@@ -143,9 +144,9 @@ def latents_sha256(recipe: Recipe, meta: StoreMeta) -> str | None:
 
 
 def _newest_readable(directories: Sequence[Path]) -> tuple[Path | None, Recipe | None]:
-    """The newest checkpoint whose recipe and state are whole, whether the rest is or not."""
+    """The newest checkpoint whose recipe and state are intact, whatever the rest is."""
     for directory in directories:
-        # A damaged one is reported and passed over when checkpoints are loaded.
+        # Loading reports a damaged checkpoint and passes over it.
         with suppress(UserError, OSError):
             checkpoints.verify_description(directory)
             RunState.read(directory)
@@ -154,7 +155,7 @@ def _newest_readable(directories: Sequence[Path]) -> tuple[Path | None, Recipe |
 
 
 def _check_tokenizer(directory: Path, recipe: Recipe, remedy: str) -> StoreMeta:
-    """What the data's store holds; CheckpointError where a checkpoint is of other tokens."""
+    """The description of the data's store; CheckpointError if a checkpoint has other tokens."""
     trained = RunState.read(directory).tokenizer_sha256
     path = recipe.data.sources[0].path
     meta = read_meta(path, Downloads.of(recipe.data))
@@ -162,17 +163,17 @@ def _check_tokenizer(directory: Path, recipe: Recipe, remedy: str) -> StoreMeta:
     if trained not in (None, given):
         raise CheckpointError(
             f"{directory / checkpoints.STATE_FILE}: written with the tokenizer of sha256 "
-            f"{trained[:12]}…, but {path} was made with {given[:12]}…; use the data of the same "
+            f"{trained[:12]}…, but {path} was made with {given[:12]}…; use data of the same "
             f"tokenizer, or {remedy}"
         )
     return meta
 
 
 def _changed(saved: Recipe, recipe: Recipe) -> dict[str, str]:
-    """``name: before -> now`` of each field that differs, by its dotted name, masked as in the
-    recipe of a checkpoint."""
+    """``name: before -> now`` for each field that differs, by its dotted name, with secrets masked
+    as in the recipe of a checkpoint."""
     before, now = (_fields(redact_values(one.to_dict())) for one in (saved, recipe))
-    # Where things lie is no part of them: data and autoencoder are known by their fingerprints.
+    # Paths may change: the autoencoder is identified by its fingerprint.
     names = sorted((before.keys() | now.keys()) - {"run.dir", "model.autoencoder"})
     return {
         n: f"{n}: {before.get(n)} -> {now.get(n)}" for n in names if before.get(n) != now.get(n)

@@ -1,4 +1,4 @@
-"""A training run, whatever is trained: resume, look ahead, step, count, save, stop, end."""
+"""The loop of a training run, common to all models: resume, read ahead, step, count, save, stop."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did; the same on every rank."""
+    """The result of one optimizer step; the same on every rank."""
 
     loss: float
     grad_norm: float
@@ -47,7 +47,7 @@ class StepResult:
     """Whether any rank could not read its next batch."""
 
     def numbers(self) -> dict[str, float]:
-        """What is logged."""
+        """The logged numbers."""
         return {
             "loss": self.loss,
             "grad_norm": self.grad_norm,
@@ -58,8 +58,8 @@ class StepResult:
 class TrainingRun(ABC):
     """One rank of a run, from its newest checkpoint to the recipe's last step.
 
-    A trainer builds its model, calls `open_data`, then `resume`; it brings `train_step`, `load`,
-    `save` and what has to be waited for at the end. All ranks call every method together.
+    A trainer builds its model and calls `open_data`, then `resume`; it implements `train_step`,
+    `load`, `save` and the waiting for checkpoints. All ranks call every method together.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class TrainingRun(ABC):
     ) -> None:
         """
         Args:
-            stop: notes the signals to stop.
-            phases: is told what this rank is doing.
-            begin: called once nothing can be refused any more; see `session.Session`.
+            stop: records signals to stop.
+            phases: receives the current phase of this rank.
+            begin: called once the run can no longer be refused; see `session.Session`.
         """
         self.recipe, self.rank = recipe, rank
         self.run_dir = Path(recipe.run.dir)
@@ -89,16 +89,16 @@ class TrainingRun(ABC):
 
     @abstractmethod
     def train_step(self, batch: Batch) -> StepResult:
-        """One optimizer step on this rank's part of a global batch; calls `read_ahead` once the
-        batch is used."""
+        """Take one optimizer step on this rank's part of a global batch; call `read_ahead` once the
+        batch has been used."""
 
     @abstractmethod
     def load(self, directory: Path, state: RunState) -> None:
-        """Take over the weights of a checkpoint and, unless it holds weights only, the moments."""
+        """Load the weights of a checkpoint and, unless it holds only weights, the moments."""
 
     @abstractmethod
     def save(self, is_last: bool = False) -> None:
-        """Write a checkpoint of all ranks, or begin to.
+        """Write a checkpoint of all ranks, or begin to write it.
 
         Args:
             is_last: the training ends after this step.
@@ -106,23 +106,23 @@ class TrainingRun(ABC):
 
     @abstractmethod
     def check_resumed(self, directory: Path, state: RunState) -> None:
-        """Raises CheckpointError where this run cannot continue from a checkpoint of its own."""
+        """Raises CheckpointError if this run cannot continue from a checkpoint of its own."""
 
     @abstractmethod
     def after_step(self, updates: int) -> None:
-        """After each step.
+        """Called after each step.
 
         Args:
-            updates: that the optimizers have made, those of this step included.
+            updates: number of updates that the optimizers have made, this step included.
         """
 
     @abstractmethod
     def wait_for_save(self) -> None:
-        """Wait until a checkpoint that is being written is committed, or has failed."""
+        """Wait until the checkpoint being written is committed or has failed."""
 
     @abstractmethod
     def finish_saving(self) -> None:
-        """`wait_for_save` at the end.
+        """`wait_for_save` at the end of the run.
 
         Raises:
             CheckpointError: the last checkpoint could not be written.
@@ -152,7 +152,7 @@ class TrainingRun(ABC):
 
     def resume(self) -> None:
         """Continue from the newest valid checkpoint of the run directory, if it has one; otherwise
-        take over what ``run.continue_from`` says."""
+        start from ``run.continue_from``, if it is set."""
         directory = newest_valid_for_all(self.run_dir)
         if directory is not None:
             self._resume_from(directory)
@@ -162,11 +162,11 @@ class TrainingRun(ABC):
         check_room(self.recipe)
 
     def run(self) -> None:
-        """Train until the last step, until asked to stop, or until the data fails; each leaves a
-        checkpoint.
+        """Train until the last step, until asked to stop, or until the data fails; all of these
+        leave a checkpoint.
 
         Raises:
-            StoppedError: a signal asked for it.
+            StoppedError: a signal asked the run to stop.
             DataError: a rank cannot read its next batch.
             CheckpointError: the last checkpoint could not be written.
             TrainingDivergedError: see `RunProgress.count`.
@@ -214,19 +214,19 @@ class TrainingRun(ABC):
         )
 
     def say(self, text: str) -> None:
-        """Log a line, once for all ranks."""
+        """Log a line on rank 0."""
         if self.rank == 0:
             _log.info(text)
 
     def _begin(self) -> None:
-        """Change the run directory, now that nothing can be refused any more."""
+        """Make the first changes to the run directory, once the run can no longer be refused."""
         tidy(self.run_dir, self._resumed_from)
         self._record_start()
         if self.rank == 0:
             self._metrics = MetricsLog(self.recipe, self.run_dir, self.progress.step)
 
     def _train_to(self, last: int) -> StepResult:
-        """Steps until the ``last`` one, or until one says that the run ends."""
+        """Take steps until the ``last`` one, or until the result of one ends the run."""
         while True:
             started = time.perf_counter()
             result = self.train_step(self._batches.take())
@@ -246,7 +246,7 @@ class TrainingRun(ABC):
         try:
             self.progress.count(skipped, self.recipe.health.max_skipped_steps)
         except TrainingDivergedError as error:
-            # What is being written is from before, and worth having.
+            # The checkpoint being written is from before the divergence and worth keeping.
             self.wait_for_save()
             what_next = on_rank_zero(lambda: checkpoints.go_back(self.run_dir, self.progress))
             raise TrainingDivergedError(f"{error}. {what_next}") from None
@@ -264,7 +264,7 @@ class TrainingRun(ABC):
         self.say(f"resumed from {directory} at step {self.progress.step}")
 
     def _continue_from(self, directory: Path) -> None:
-        """Begin with weights and moments of another run."""
+        """Begin with the weights and moments of another run."""
         state = RunState.read(directory)
         self.progress = RunProgress.continuing(directory, state.adam_steps)
         if state.weights_only:
@@ -274,6 +274,6 @@ class TrainingRun(ABC):
         self.say(taken_over(directory, state))
 
     def _start_from_weights(self, directory: Path, state: RunState) -> None:
-        """Of an import, which has no state of optimizer or data to continue from."""
+        """Begin with imported weights, without a state of optimizer or data."""
         self.load(directory, state)
-        self.say(f"starts from the weights in {directory}")
+        self.say(f"starting from the weights in {directory}")

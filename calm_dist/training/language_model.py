@@ -28,7 +28,7 @@ from calm_dist.training.stop import StopRequest
 
 
 class Trainer(TrainingRun):
-    """One rank of a language model's run: its part of the backbone, and of the head."""
+    """One rank of a language model's run: its part of backbone and head."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class Trainer(TrainingRun):
 
     def after_step(self, updates: int) -> None:
         if not self._has_stepped:
-            # The first step is slow anyway.
+            # In the first step, because that is slow anyway.
             self.phases.enter("checkpoint", self.progress.step)
             self._checkpoints.prepare(self.parts)
             _freeze_long_lived_objects()
@@ -94,7 +94,7 @@ class Trainer(TrainingRun):
         self._checkpoints.poll(updates)
 
     def save(self, is_last: bool = False) -> None:
-        """Begin a checkpoint of all ranks, or write it, as ``checkpoint.async`` says."""
+        """Begin a checkpoint of all ranks or, with ``checkpoint.async: false``, write it."""
         self.phases.enter("checkpoint", self.progress.step - 1)
         state = self.run_state(
             autoencoder_sha256=self._encoder_sha256, latents_sha256=self._latents_sha256
@@ -112,7 +112,7 @@ class Trainer(TrainingRun):
             raise CheckpointError(
                 f"{directory / STATE_FILE}: trained on latents of the autoencoder "
                 f"{state.autoencoder_sha256}, model.autoencoder is {self._encoder_sha256}; "
-                "name that autoencoder, or use another run.dir"
+                "give the former autoencoder, or use another run.dir"
             )
 
     def load(self, directory: Path, state: RunState) -> None:
@@ -135,10 +135,10 @@ class Trainer(TrainingRun):
 
 
 def _freeze_long_lived_objects() -> None:
-    """Take a million objects of the libraries, which stay, out of all later collections.
+    """Exclude the libraries' million long-lived objects from all later garbage collections.
 
-    A collection that visits them takes 0.4 s and writes to each of their pages, which a forked
-    writer of a checkpoint makes the kernel copy.
+    A collection that visits them takes 0.4 s and writes to each of their pages, which the kernel
+    must then copy while a forked writer of a checkpoint is running.
     """
     gc.collect()
     gc.freeze()

@@ -23,8 +23,8 @@ from calm_dist.training.schedule import learning_rate
 def build_backbone_optimizer(
     recipe: LanguageModelRecipe, chunks: list[DistributedDataParallel], dtype: torch.dtype
 ) -> MegatronOptimizer:
-    """Megatron's AdamW for the backbone, plain or distributed, with its own clipping off, or the
-    optimizer of the recipe inside it."""
+    """Megatron's optimizer for the backbone, plain or distributed, without its own clipping: AdamW,
+    or the recipe's optimizer inside Megatron's wrapper."""
     training = recipe.training
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -44,9 +44,9 @@ def build_backbone_optimizer(
         chunks,
     )
     for group in optimizer.param_groups:
-        # Only Megatron's own scheduler would apply the tag that spares norms and biases.
+        # Only Megatron's own scheduler would apply the multiplier that exempts norms and biases.
         group["weight_decay"] = training.weight_decay * group.get("wd_mult", 1.0)
-        # Where it is torch's: one pass over the memory instead of one for each operation.
+        # For torch's AdamW: one pass over the memory instead of one per operation.
         group["fused"] = True
     spec = training.optimizer_spec
     if spec is not ADAMW:
@@ -74,12 +74,13 @@ class JointOptimizer:
     ) -> StepResult:
         """Apply the gradients of training step ``step``.
 
+        If loss or norm is not finite on any rank, every rank skips the step.
+
         Args:
             loss: this rank's contribution to the mean loss, a scalar.
-            stop: whether this rank was asked to stop; the result says it to all.
-            data_failed: whether this rank could not read its next batch; likewise.
-
-        A loss or norm that is not finite anywhere skips the step on every rank.
+            stop: whether this rank was asked to stop; the result tells all ranks.
+            data_failed: whether this rank could not read its next batch; the result tells all
+                ranks.
         """
         rate = learning_rate(self._training, step)
         self._backbone.prepare_grads()
@@ -137,7 +138,7 @@ class JointOptimizer:
         if factor >= 1.0:
             return
         for optimizer in getattr(self._backbone, "chained_optimizers", [self._backbone]):
-            # Megatron's own makes new tensors where neither Apex nor Transformer Engine is there.
+            # Megatron's own function makes new tensors without Apex and Transformer Engine.
             clip_grads_with_norm_(optimizer.get_parameters(), limit, torch.tensor(norm))
         if self._head is not None:
             self._head.scale_gradients(factor)

@@ -1,4 +1,4 @@
-"""What a rank is doing right now, so that a rank that hangs can be named with step and phase."""
+"""The current phase of a rank, so that messages about a hanging rank can name step and phase."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Phases:
 
     Attributes:
         step: training step of the phase, counted from 0; None before training.
-        name: such as ``data``, ``forward and backward``, ``optimizer``, ``checkpoint``.
+        name: name of the phase: ``data``, ``forward and backward``, ``optimizer``, ``checkpoint``…
         since: `time.monotonic` of the last sign of progress.
-        entered: phases entered so far. All ranks enter the same ones in the same order.
+        entered: number of phases entered so far. All ranks enter the same phases in the same order.
     """
 
     def __init__(self) -> None:
@@ -29,11 +29,11 @@ class Phases:
         return self.name in READING
 
     def enter(self, name: str, step: int | None = None) -> None:
-        """A new phase begins."""
+        """Begin a new phase."""
         self.name, self.step = name, step
         self.entered += 1
         self.progress()
 
     def progress(self) -> None:
-        """Something was done in a phase that has several parts, such as micro-batches."""
+        """Record progress within a phase of several parts, such as micro-batches."""
         self.since = time.monotonic()

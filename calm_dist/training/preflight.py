@@ -1,7 +1,7 @@
-"""What is looked at on every node before a job's ranks start.
+"""Checks on every node before a job's ranks start.
 
-Each failure costs a minute here; found by 128 ranks it costs all of their start-ups, and the
-message drowns in theirs.
+A failure found here costs a minute; found by 128 ranks, it costs all their start-ups and is buried
+in their messages.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from calm_dist.training.resolve import resolve
 if TYPE_CHECKING:
     import torch
 
-# Below this much free memory a GPU belongs to somebody else, too.
+# With a smaller share of free memory, another process is using the GPU.
 _FREE_GPU_MEMORY = 0.9
 _ALL_REDUCE_BYTES = 64 << 20
 _ALL_REDUCES = 5
 
 
 def check_node(recipe: Recipe, world: World, timeout_seconds: float) -> str:
-    """Look at this node: its GPUs, disk, data, and whether it can talk to the job's other nodes.
+    """Check this node's GPUs, disk and data, and its connection to the job's other nodes.
 
     Args:
-        world: of one process per node.
-        timeout_seconds: for the other nodes to come.
+        world: a world of one process per node.
+        timeout_seconds: longest wait for the other nodes.
 
     Returns:
-        What was found, in a line.
+        The findings, in one line.
 
     Raises:
         UserError: something is wrong with this node; the message names it.
-        PeerLostError: another node did not come; the message names it.
+        PeerLostError: another node did not connect; the message names it.
     """
     node = node_name()
     try:
@@ -57,12 +57,12 @@ def check_node(recipe: Recipe, world: World, timeout_seconds: float) -> str:
 
 
 def node_name() -> str:
-    """The node as Slurm calls it; several may run on one machine."""
+    """The node's name in Slurm, which may run several nodes on one machine, or the host name."""
     return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
 def _check_disk(recipe: Recipe) -> str:
-    """The run directory can be written from here, and holds another checkpoint."""
+    """Check that the run directory is writable here and has room for another checkpoint."""
     run_dir = Path(recipe.run.dir)
     probe = run_dir / f".preflight.{node_name()}.{os.getpid()}"
     try:
@@ -70,7 +70,7 @@ def _check_disk(recipe: Recipe) -> str:
         probe.write_bytes(b"0" * 4096)
     except OSError as error:
         raise LaunchError(
-            f"run.dir: {run_dir} cannot be written ({error.strerror}); it must lie on a file "
+            f"run.dir: {run_dir} cannot be written ({error.strerror}); it must be on a file "
             "system that every node mounts"
         ) from error
     finally:
@@ -80,14 +80,14 @@ def _check_disk(recipe: Recipe) -> str:
 
 
 def _check_data(recipe: Recipe) -> str:
-    """The stores are here, and the same as elsewhere as far as meta.json tells."""
+    """Check that the stores are visible here, with a valid meta.json."""
     downloads = Downloads.of(recipe.data)
     metas = [read_meta(source.path, downloads) for source in recipe.data.sources]
     return f"data of {sum(meta.num_tokens for meta in metas):.3g} tokens"
 
 
 def _check_gpus(recipe: Recipe, num_nodes: int) -> list[str]:
-    """As many GPUs as the node has ranks, each free, and large enough for the planned memory."""
+    """Check that there is a GPU per rank of the node, free, and large enough for the plan."""
     if recipe.parallel.device == "cpu":
         return []
     import torch
@@ -119,7 +119,7 @@ def _check_gpus(recipe: Recipe, num_nodes: int) -> list[str]:
 
 
 def _all_reduce(recipe: Recipe, world: World, timeout_seconds: float) -> str:
-    """A sum over all nodes, which shows that they reach each other, and how fast."""
+    """Sum over all nodes, to check that they reach each other and how fast."""
     import torch
     import torch.distributed as dist
 
@@ -134,7 +134,7 @@ def _all_reduce(recipe: Recipe, world: World, timeout_seconds: float) -> str:
 
 
 def _time_all_reduce(device: torch.device, size: int) -> float:
-    """Seconds of one; the median of some."""
+    """Seconds of an all-reduce; the median of several."""
     import torch
     import torch.distributed as dist
 

@@ -19,20 +19,21 @@ KindOfRecipe = TypeVar("KindOfRecipe", bound=Recipe)
 
 
 def resolve(recipe: KindOfRecipe, *, missing_stores: bool = False) -> KindOfRecipe:
-    """The recipe with everything filled in that its stores and autoencoder say.
+    """The recipe with absent fields filled in from its stores and autoencoder.
 
     Args:
-        missing_stores: leave stores out that do not exist (for a dry run).
+        missing_stores: ignore stores that do not exist (for a dry run).
 
     Raises:
         DataError: a store is missing or damaged.
-        RecipeError: store or autoencoder do not fit the recipe.
+        RecipeError: a store or the autoencoder does not fit the recipe.
+        CheckpointError: the autoencoder's checkpoint is damaged.
     """
     autoencoder = named_autoencoder(recipe)
     if autoencoder is not None and not missing_stores and not Path(autoencoder).is_dir():
         raise RecipeError(
             f"model.autoencoder: {autoencoder}: no such directory; give a "
-            "run directory or a checkpoint, or leave it out to use the store's"
+            "run directory or a checkpoint, or leave it out to use the store's autoencoder"
         )
     for source in recipe.data.sources:
         if missing_stores and "://" not in source.path and not Path(source.path).exists():
@@ -45,18 +46,18 @@ def resolve(recipe: KindOfRecipe, *, missing_stores: bool = False) -> KindOfReci
 
 
 def named_autoencoder(recipe: Recipe) -> str | None:
-    """``model.autoencoder`` of a model that has a use for it."""
+    """``model.autoencoder`` of a model that uses it; otherwise None."""
     model = recipe.model
     return model.autoencoder if model.kind == "calm" and model.has_latents else None
 
 
 def with_autoencoder_shape(recipe: KindOfRecipe) -> KindOfRecipe:
-    """Take over the autoencoder's shape where its checkpoint is there."""
+    """Fill in the autoencoder's shape if its checkpoint exists."""
     autoencoder = named_autoencoder(recipe)
     if autoencoder is None or not Path(autoencoder).is_dir():
         return recipe
     directory = autoencoder_directory(autoencoder)
-    # A released configuration may leave the paper's sizes out.
+    # A released configuration may omit sizes that equal the paper's.
     config = {"patch_size": 4, **AutoencoderSize().model_dump(), **read_config(directory)}
     if missing := {"vocab_size", "latent_size"} - config.keys():
         raise CheckpointError(
@@ -67,8 +68,8 @@ def with_autoencoder_shape(recipe: KindOfRecipe) -> KindOfRecipe:
 
 
 def autoencoder_directory(path: str | Path) -> Path:
-    """The directory with ``config.json`` and weights that ``path`` means: itself, or the newest
-    valid checkpoint of a run.
+    """The directory with ``config.json`` and weights that ``path`` stands for: itself, or the
+    newest valid checkpoint of a run.
 
     Raises:
         CheckpointError: there is none.
@@ -78,7 +79,7 @@ def autoencoder_directory(path: str | Path) -> Path:
 
 
 def encoder_sha256(recipe: Recipe) -> str | None:
-    """Fingerprint of the autoencoder that encodes on the fly, if one does."""
+    """Fingerprint of the autoencoder that encodes on the fly; None if none does."""
     autoencoder = named_autoencoder(recipe)
     if recipe.data.latents != "on_the_fly" or autoencoder is None:
         return None
@@ -86,8 +87,8 @@ def encoder_sha256(recipe: Recipe) -> str | None:
 
 
 def _check_token_names(recipe: Recipe, path: str, meta: StoreMeta) -> None:
-    """Tokens that the recipe names are those of a store that does not name them itself, as those
-    of earlier versions."""
+    """Check the recipe's begin and end tokens against a store that does not name them, as stores of
+    earlier versions."""
     for role in ("begin", "end"):
         name = getattr(recipe.data, f"{role}_token")
         if name is None or getattr(meta.tokenizer, f"{role}_token") is not None:
@@ -96,7 +97,7 @@ def _check_token_names(recipe: Recipe, path: str, meta: StoreMeta) -> None:
         if not file.is_file():
             raise RecipeError(
                 f"data.{role}_token: {shown(name)}, but {path} does not say whether it was made "
-                "with it; leave the field out, or encode the corpus again"
+                "with that token; leave the field out, or encode the corpus again"
             )
         names = (recipe.data.begin_token, recipe.data.end_token)
         number = getattr(load_tokenizer(file, *names), f"{role}_id")
@@ -109,7 +110,7 @@ def _check_token_names(recipe: Recipe, path: str, meta: StoreMeta) -> None:
 
 
 def _check_autoencoder(recipe: Recipe, meta: StoreMeta) -> None:
-    """Tokens and latents belong to the recipe's autoencoder, where that can be looked at."""
+    """Check that tokens and latents belong to the recipe's autoencoder, if its files exist."""
     autoencoder = named_autoencoder(recipe)
     if autoencoder is None or not Path(autoencoder).is_dir():
         return
@@ -120,12 +121,12 @@ def _check_autoencoder(recipe: Recipe, meta: StoreMeta) -> None:
         if entries < meta.vocab_size:
             raise RecipeError(
                 f"model.autoencoder: {autoencoder} knows {entries} tokens, the store has "
-                f"{meta.vocab_size}; give an autoencoder of the store's tokenizer"
+                f"{meta.vocab_size}; give an autoencoder for the store's tokenizer"
             )
         return
     found = file_sha256(weights_file(directory))
     if found != meta.autoencoder.sha256:
         raise RecipeError(
             f"model.autoencoder: {autoencoder} has sha256 {found[:12]}…, the store was "
-            f"encoded by {meta.autoencoder.sha256[:12]}…; name that autoencoder, or encode again"
+            f"encoded by {meta.autoencoder.sha256[:12]}…; give that autoencoder, or encode again"
         )

@@ -1,4 +1,4 @@
-"""Training of the language models: the one entry of every launcher."""
+"""Training of the language models: the common entry point of all launchers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def train(recipe: Recipe) -> None:
     Raises:
         UserError: recipe, data, checkpoint or launch are wrong.
         PeerLostError: another process died.
-        HungError: another process found out that a rank hangs.
-        StoppedError: a signal asked for it; a checkpoint was written.
+        HungError: another process detected that a rank hangs.
+        StoppedError: a signal asked the run to stop; a checkpoint was written.
         TrainingDivergedError: too many steps in a row were not finite.
     """
     if not isinstance(recipe, LanguageModelRecipe):
@@ -42,7 +42,7 @@ def train_in_world(
     phases: Phases | None = None,
     begin: Callable[[], None] = lambda: None,
 ) -> None:
-    """`train` once the processes are connected; may be called again for another recipe."""
+    """`train` for connected processes; may be called again for another recipe."""
     from calm_dist.compat import megatron_cpu
 
     megatron_cpu.install()

@@ -1,4 +1,4 @@
-"""What every training has around it: launch, world, run directory."""
+"""The frame of every training: launch, world, run directory."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ LIBRARIES = ("torch", "megatron-core", "deepspeed", "mosaicml-streaming", "flash
 
 @dataclass(frozen=True)
 class Session(Generic[KindOfRecipe]):
-    """What a training has around it.
+    """The context of a training.
 
     Attributes:
         recipe: the resolved recipe.
-        stop: notes the signals to stop.
-        phases: what the training is doing, for the watchdog.
-        begin: to be called by all ranks once nothing can be refused any more, before the first
-            step: records the start in the run directory.
+        stop: records signals to stop.
+        phases: the current phase of the training, for the watchdog.
+        begin: records the start in the run directory; all ranks must call it once the run can no
+            longer be refused, before the first step.
     """
 
     recipe: KindOfRecipe
@@ -68,8 +68,8 @@ def launched(recipe: KindOfRecipe) -> Iterator[Session[KindOfRecipe]]:
 
     Raises:
         UserError: recipe, data or launch are wrong, before any process group exists.
-        PeerLostError: another process died inside the block.
-        HungError: another process found out that a rank hangs.
+        PeerLostError: another process died inside the context.
+        HungError: another process detected that a rank hangs.
     """
     started = time.monotonic()
     children_die_with_us()
@@ -79,10 +79,10 @@ def launched(recipe: KindOfRecipe) -> Iterator[Session[KindOfRecipe]]:
     run_dir = Path(recipe.run.dir)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     if world.rank == 0:
-        # Before the libraries are loaded, which takes long.
+        # Before loading the libraries, which takes long.
         _log.info(_introduction(recipe, world))
     if recipe.parallel.device == "cpu":
-        # Before torch looks: Megatron-core and DeepSpeed use a GPU that they see.
+        # Before torch is imported: Megatron-core and DeepSpeed use any GPU that they see.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     for name, value in cuda_environment(recipe.parallel.tensor_parallel_size).items():
         os.environ.setdefault(name, value)
@@ -93,7 +93,7 @@ def launched(recipe: KindOfRecipe) -> Iterator[Session[KindOfRecipe]]:
     from calm_dist.training.watchdog import watched
 
     device = select_device(world, recipe.parallel.device)
-    # A rank may be busy with downloads that are tried again.
+    # A rank may be busy with downloads that are retried.
     seconds = recipe.health.timeout_seconds + recipe.data.patience_seconds
     store = join_world(world, device, seconds)
     stop, phases = StopRequest(), Phases()
@@ -102,8 +102,8 @@ def launched(recipe: KindOfRecipe) -> Iterator[Session[KindOfRecipe]]:
         try:
             lock = on_rank_zero(lambda: prepare_run_directory(recipe))
         except (UserError, OSError):
-            # All ranks have it, and end at the same time. One with its groups still there has been
-            # seen to abort on its way out.
+            # All ranks get this error and end at the same time. A rank that kept its process groups
+            # has been seen to abort at exit.
             dist.destroy_process_group()
             raise
         try:
@@ -114,7 +114,7 @@ def launched(recipe: KindOfRecipe) -> Iterator[Session[KindOfRecipe]]:
         finally:
             if world.rank == 0:
                 release_lock(lock)
-    # Not after an error: it could wait for a peer that is gone.
+    # Not after an error: it could wait for a dead peer.
     dist.destroy_process_group()
     if world.rank == 0:
         _log.info(f"done in {duration(time.monotonic() - started)}: {run_dir}")
@@ -122,9 +122,9 @@ def launched(recipe: KindOfRecipe) -> Iterator[Session[KindOfRecipe]]:
 
 @contextmanager
 def _recorded(recipe: Recipe, world: World) -> Iterator[Callable[[], None]]:
-    """What records the start of a training; at the end of the block it is written how that ended.
+    """Gives a function that records the start of a training, and finally records how it ended.
 
-    A start that is refused leaves what is known of the last one.
+    A refused start leaves the records of the previous one.
     """
     from calm_dist.parallel.rank_zero import on_rank_zero
 
@@ -143,7 +143,7 @@ def _recorded(recipe: Recipe, world: World) -> Iterator[Callable[[], None]]:
         except (UserError, OSError):
             raise
         except Exception:
-            # Not refused, but failed: while the model was built, for example.
+            # Not refused but failed, for example while building the model.
             if not begun:
                 record_start(recipe, world)
                 begun.append(True)
@@ -168,14 +168,14 @@ def _introduction(recipe: Recipe, world: World) -> str:
 
 
 def prepare_run_directory(recipe: Recipe) -> int:
-    """Hold the run directory, and see whether the recipe may go on in it.
+    """Lock the run directory, and check that the recipe may continue in it.
 
     Returns:
         A descriptor that keeps other runs out of the directory while it is open.
 
     Raises:
         CheckpointError: the directory holds checkpoints of another model.
-        LaunchError: another run is at work in the directory.
+        LaunchError: another run is using the directory.
     """
     run_dir = Path(recipe.run.dir)
     lock = acquire_lock(run_dir)
@@ -184,9 +184,9 @@ def prepare_run_directory(recipe: Recipe) -> int:
 
 
 def record_start(recipe: Recipe, world: World) -> None:
-    """Write what the run is made of: ``recipe.yaml`` as resolved and ``environment.json``.
+    """Write the resolved ``recipe.yaml`` and ``environment.json``.
 
-    Not before all else was checked: a start that is refused leaves those of the last one.
+    Only after all checks: a refused start must leave the files of the previous one.
     """
     run_dir = Path(recipe.run.dir)
     replace_text(run_dir / "recipe.yaml", recipe.to_yaml())
@@ -205,7 +205,7 @@ def record_start(recipe: Recipe, world: World) -> None:
 
 
 def _gpu(recipe: Recipe) -> str | None:
-    """The GPU's name; None where the run computes on CPUs."""
+    """The GPU's name; None if the run computes on CPUs."""
     import torch
 
     if recipe.parallel.device == "cpu" or not torch.cuda.is_available():

@@ -1,7 +1,7 @@
-"""Requests from outside to stop: the run writes a checkpoint and ends with an exit code of its own.
+"""External requests to stop: the run writes a checkpoint and ends with its own exit code.
 
-Schedulers send SIGTERM when they take a job's machines away, and SIGUSR1 or SIGUSR2 some time
-before they do, where they are asked to.
+Schedulers send SIGTERM when they withdraw a job's machines and, on request, SIGUSR1 or SIGUSR2
+some time before.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
-    """Whether one of `STOP_SIGNALS` has come. The trainers ask after each step, and all ranks stop
-    after the same one as soon as any rank was asked to."""
+    """Records whether one of `STOP_SIGNALS` was received. The trainers check after each step; once
+    any rank was asked to stop, all ranks stop after the same step."""
 
     def __init__(self) -> None:
         self.received: str | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Note the signals inside the block, in the main thread, instead of dying of them."""
+        """Record the signals inside the context instead of dying of them; main thread only."""
         before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         try:
             yield
@@ -37,10 +37,10 @@ class StopRequest:
         return self.received is not None
 
     def message(self, step: int) -> str:
-        """What is said when a run stops after ``step``."""
+        """The message of a run that stops after ``step``."""
         return (
             f"stopped after step {step} ({self.received or 'asked by another rank'}), checkpoint "
-            "written; start the same command again to go on"
+            "written; start the same command again to continue"
         )
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -1,9 +1,9 @@
-"""Ends a run that does not go on, and names the rank that holds it up.
+"""Ends a run that hangs, and names the rank that causes it.
 
 Every rank has a thread that publishes once a second what its main thread is doing. When a rank has
-made no progress for `health.timeout_seconds`, this thread compares all ranks and says which of them
-the others wait for: one that gives no sign of life (stopped, or its interpreter is held), else one
-that is at work on something of its own, else the one that is furthest behind.
+made no progress for `health.timeout_seconds`, this thread compares all ranks and names the one that
+the others wait for: a rank that gives no sign of life (stopped, or its interpreter is blocked),
+otherwise one that is working and not waiting, otherwise the one furthest behind.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from calm_dist.parallel.peers import (
 from calm_dist.training.phases import Phases
 
 DIED = "died or stopped answering"
-# What a main thread is doing, by how surely it is itself what takes so long.
+# What a main thread is doing, ordered by how likely the thread itself causes the delay.
 WORKING, BACKWARD, WAITING = range(3)
-# A backward pass of torch may wait for the exchange of gradients, which Python does not see.
+# A torch backward pass may be waiting for the exchange of gradients, which Python does not see.
 _BACKWARD_FILES = ("torch/autograd/graph.py",)
 _WAITING_FILES = (
     "torch/distributed/distributed_c10d.py",
@@ -51,7 +51,7 @@ _WAITING_FILES = (
     "megatron/core/pipeline_parallel/p2p_communication.py",
     "streaming/base/shared/barrier.py",
 )
-# Frames, from the innermost, in which a file above says what a thread is doing.
+# Innermost frames that are searched for one of these files.
 _FRAMES = 3
 _TELL_SECONDS = 2.0
 
@@ -60,13 +60,13 @@ _TELL_SECONDS = 2.0
 def watched(
     store: dist.Store, world: World, phases: Phases, timeout_seconds: float
 ) -> Iterator[None]:
-    """Watch over the block, which the main thread runs: name who died or hangs.
+    """Watch over the context, which the main thread runs, and name ranks that die or hang.
 
-    A rank that hangs ends this process with code 5 (`errors.EXIT_HUNG`) from another thread.
+    If a rank hangs, another thread ends this process with code 5 (`errors.EXIT_HUNG`).
 
     Raises:
-        PeerLostError: communication failed, because another rank died.
-        HungError: communication failed, because another rank found that one hangs, and ended.
+        PeerLostError: communication failed because another rank died.
+        HungError: communication failed because another rank detected a hanging rank and ended.
     """
     peers = Peers(store, world)
     watchdog = Watchdog(peers, phases, timeout_seconds)
@@ -95,7 +95,7 @@ def watched(
 
 
 def lost_message(rank: int, lost: list[str], reason: str = DIED) -> str:
-    """What a rank says that ends because others did."""
+    """The message of a rank that ends because others did."""
     return (
         f"rank {rank} stops: {', '.join(lost)} {reason}; see its log, then start the same command "
         "again to resume"
@@ -103,7 +103,8 @@ def lost_message(rank: int, lost: list[str], reason: str = DIED) -> str:
 
 
 class Watchdog:
-    """Publishes what this rank does and, when it does not go on, finds out which rank is why."""
+    """Publishes what this rank does and, if it makes no progress, determines which rank causes
+    it."""
 
     def __init__(self, peers: Peers, phases: Phases, timeout_seconds: float) -> None:
         self._peers, self._phases = peers, phases
@@ -119,7 +120,7 @@ class Watchdog:
         self._thread.start()
 
     def close(self) -> None:
-        """Watch no longer; this rank ends on purpose."""
+        """Stop watching, because this rank ends on purpose."""
         self._stop.set()
         self._thread.join(2 * SILENCE_SECONDS)
         with contextlib.suppress(RuntimeError):
@@ -138,8 +139,8 @@ class Watchdog:
                 if self._status.idle >= min(SILENCE_SECONDS, self._timeout):
                     self._look(now)
             except RuntimeError:
-                # Without the store only this rank is known. The main thread will notice, too,
-                # and has the better explanation where it is not stuck itself.
+                # Without the store, only this rank's status is known. The main thread will notice
+                # too, and has a better explanation unless it is stuck itself.
                 if self._status.idle >= self._limit(self._status):
                     self._leave(
                         f"the run hangs: {self._peers.store_name}, the rendezvous, does not "
@@ -148,30 +149,30 @@ class Watchdog:
                     )
 
     def _look_for_the_dead(self, now: float) -> None:
-        """Leave where a rank died and the main thread does not notice: forming process groups it
-        would wait for half an hour."""
+        """Leave if a rank died and the main thread does not notice: while forming process groups,
+        it would wait for half an hour."""
         if not (dead := self._peers.dead()):
             self._dead_since = now
         elif now - self._dead_since >= SILENCE_SECONDS:
             self._leave(lost_message(self._peers.world.rank, dead), code=EXIT_PEER_LOST)
 
     def _limit(self, status: Status) -> float:
-        """Seconds that a rank may go without progress: more while libraries and data are loaded."""
+        """Seconds that a rank may go without progress; more while libraries and data are loaded."""
         return patience(self._timeout) if status.step is None else self._timeout
 
     def _observe(self, passed: float) -> Status:
-        """What the main thread does; ``passed`` seconds after the last time."""
+        """The status of the main thread, ``passed`` seconds after the last observation."""
         phases, last = self._phases, self._status
-        # On a busy machine the libraries alone take minutes to load.
+        # On a busy machine, loading the libraries alone takes minutes.
         progress = (phases.since, len(sys.modules))
         if progress != self._progress:
             self._progress = progress
             idle = min(passed, time.monotonic() - phases.since)
         else:
-            # A job that was suspended as a whole has not been idle.
+            # Time in which the whole job was suspended does not count as idle.
             idle = last.idle + min(passed, 2 * BEAT_SECONDS)
         if phases.is_reading and busy.until() > time.monotonic():
-            # A slow download, or one that is tried again: no hang, and with limits of its own.
+            # A slow or retried download is not a hang, and has its own time limits.
             idle = 0.0
         doing, place = _main_thread(sys._current_frames()[self._main])  # type: ignore[index]
         return Status(
@@ -200,7 +201,7 @@ class Watchdog:
             return
         names = "; ".join(_describe(rank, statuses[rank], rank in silent) for rank in culprits)
         if silent:
-            # What it did between its last beat and now is known from where it is missing.
+            # Where the others wait shows how far it came after its last beat.
             names += f"; the others wait for it in {_position(self._status)}"
         verdict = (
             f"the run hangs, all ranks end: {names} (health.timeout_seconds={self._timeout:g})"
@@ -211,7 +212,7 @@ class Watchdog:
     def _leave(
         self, message: str | None, silent: set[int] | None = None, code: int = EXIT_HUNG
     ) -> NoReturn:
-        """End this process, whatever its main thread is stuck in."""
+        """End this process, even if its main thread is stuck."""
 
         def tell() -> None:
             if message is not None:
@@ -220,23 +221,23 @@ class Watchdog:
                 self._peers.kill(rank)
             sys.stdout.flush()
 
-        # All of these can block: whoever reads our output may be what hangs.
+        # All of these may block: the reader of our output may be what hangs.
         teller = threading.Thread(target=tell, name="last words", daemon=True)
         teller.start()
         teller.join(_TELL_SECONDS)
         if self._peers.serves_store:
-            # The others must be able to read the verdict.
+            # Give the others time to read the verdict.
             time.sleep(3 * BEAT_SECONDS)
         os._exit(code)
 
 
 def find_culprits(statuses: dict[int, Status], silent: set[int], stuck: set[int]) -> list[int]:
-    """The ranks for which the others wait, or none while it may still go on.
+    """The ranks that the others wait for; empty while the run may still make progress.
 
     Args:
-        statuses: of all ranks that said anything.
-        silent: those of them whose status did not change for several beats.
-        stuck: those of them that made no progress for too long.
+        statuses: statuses of all ranks that published one.
+        silent: those ranks whose status has not changed for several beats.
+        stuck: those ranks that have made no progress for too long.
     """
     present = {rank: status for rank, status in statuses.items() if not status.left}
     if mute := silent & present.keys():
@@ -246,7 +247,7 @@ def find_culprits(statuses: dict[int, Status], silent: set[int], stuck: set[int]
         return []
     doing, entered = first = min(late.values())
     for rank in present.keys() - late.keys():
-        # One that goes on may be slow, and the others wait for it.
+        # A rank that still makes progress may be slow, and the others wait for it.
         if doing == WAITING or present[rank].entered < entered:
             return []
     return sorted(rank for rank, position in late.items() if position == first)
@@ -267,7 +268,7 @@ def _position(status: Status) -> str:
 
 
 def _main_thread(frame: FrameType) -> tuple[int, str]:
-    """What a thread is doing, and where: its innermost frame, and the innermost of our own."""
+    """What a thread is doing, and where: its innermost frame, and the innermost of our code."""
     doing, place = WORKING, _place(frame)
     current: FrameType | None = frame
     for depth in range(1000):

@@ -161,8 +161,8 @@ def one_process(
     before = contents(sources["calm"])
     done = start("calm", overrides)
     assert done.returncode == 0, done.stderr
-    assert f"continues from {sources['calm']}/checkpoints/step_00000004 (step 4)" in done.stdout
-    assert "count of 4 updates are taken over; data, step counter and learning-rate" in done.stdout
+    assert f"continuing from {sources['calm']}/checkpoints/step_00000004 (step 4)" in done.stdout
+    assert "count of 4 updates; data, step counter and learning-rate" in done.stdout
     assert contents(sources["calm"]) == before
     state = RunState.read(checkpoints.find_checkpoint(root / "run"))
     assert (state.step, state.adam_steps, state.adam_steps_before) == (STEPS, 7, 4)
@@ -172,7 +172,7 @@ def one_process(
         "calm", [*overrides, f"training.steps={STEPS + 1}", "run.continue_from=no/such/run"]
     )
     assert again.returncode == 0, again.stderr
-    assert f"at step {STEPS}" in again.stdout and "continues from" not in again.stdout
+    assert f"at step {STEPS}" in again.stdout and "continuing from" not in again.stdout
     state = RunState.read(checkpoints.find_checkpoint(root / "run"))
     assert (state.step, state.adam_steps, state.adam_steps_before) == (STEPS + 1, 8, 4)
     return training_records(root / "run")
@@ -227,7 +227,7 @@ def test_autoencoder_continues(
     }
     done = start("autoencoder", tiny(tmp_path / "run", "autoencoder", **more))
     assert done.returncode == 0, done.stderr
-    assert "continues from" in done.stdout and "step_00000004 (step 4)" in done.stdout
+    assert "continuing from" in done.stdout and "step_00000004 (step 4)" in done.stdout
     before, after = map(checkpoints.find_checkpoint, (sources["autoencoder"], tmp_path / "run"))
     assert json.loads((after / "config.json").read_text())["kl_weight"] == 0.01
     # So small a rate changes no weight.

@@ -318,7 +318,7 @@ def test_skipped_step_leaves_nothing_behind_in_further_layouts(long_runs: Runs, 
     ("settings", "message"),
     [
         (layout(**PP2, **VPP2, overlap_p2p=True), "overlap_p2p: true on CPUs"),
-        (layout() | {"training__energy_kernel": "triton"}, "triton, but this is a CPU"),
+        (layout() | {"training__energy_kernel": "triton"}, "triton, but the device is a CPU"),
     ],
 )
 def test_what_cpus_cannot_do_is_refused(

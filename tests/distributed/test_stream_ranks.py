@@ -244,7 +244,7 @@ def test_resume_is_exact_within_and_over_an_epochs_end(
         ("flipped, with workers", "flipped/shard.00003.mds: is damaged"),
         ("missing, while reading", "missing/shard.00002.mds: is missing"),
         ("missing, on opening", "missing/shard.00002.mds: is missing"),
-        ("too small", "holds 49 blocks, less than one global batch of 500"),
+        ("too small", "holds 49 blocks, fewer than one global batch of 500"),
     ],
 )
 def test_faults_reach_every_rank(results: list[dict[str, Any]], name: str, message: str) -> None:

@@ -27,7 +27,7 @@ from launches import (
 
 WORKER = Path(__file__).with_name("fault_worker.py")
 STEPS = 12
-FAILED = "no checkpoint of this step, those before it are as they were"
+FAILED = "there is no checkpoint of this step, earlier ones are unchanged"
 
 
 def train(overrides: list[str], **fault: object) -> list[tuple[int, str]]:

@@ -184,7 +184,7 @@ def test_run_under_torchrun(tmp_path: Path, tiny: Callable[..., list[str]]) -> N
 
     second = start_rank(0, 1, free_port(), overrides)
     (code,), output = ends([second])
-    assert code == 2 and f"another run is at work in {run_dir} (process {ranks[0]} on" in output
+    assert code == 2 and f"another run is using {run_dir} (process {ranks[0]} on" in output
     done = max(training_records(run_dir))
     wait_for_step(run_dir, done + 1, [launcher])
 

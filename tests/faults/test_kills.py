@@ -61,7 +61,7 @@ SAVE_POINTS: dict[str, tuple[int, str, int, str]] = {
 }
 # In the process that a rank forks to write, for each tensor.
 WRITE_ITEM = "megatron.core.dist_checkpointing.strategies.filesystem_async:_write_item"
-LOST = "no checkpoint of this step, those before it are as they were"
+LOST = "there is no checkpoint of this step, earlier ones are unchanged"
 STEPS = 60
 
 

@@ -40,7 +40,7 @@ def test_missing_ranks_are_named(tmp_path: Path, tiny: Callable[..., list[str]])
     outputs = [process.communicate(timeout=TIMEOUT_SECONDS)[0] for process in ranks]
     for process, output in zip(ranks, outputs, strict=True):
         assert process.returncode == PEER_LOST, output[-3000:]
-    assert "ranks 1, 3 did not come" in outputs[0]
+    assert "ranks 1, 3 did not connect" in outputs[0]
     assert "Traceback" not in outputs[0]
 
 

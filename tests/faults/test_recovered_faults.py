@@ -223,7 +223,7 @@ def losses(run_dir: Path) -> list[float]:
 def test_full_disk_delays_the_records(runs: Path) -> None:
     assert losses(runs / "full_disk") == losses(runs / "unbroken_calm")
     output = (runs / "output").read_text()
-    assert output.count("training goes on, records are kept until there is room") == 1
+    assert output.count("training continues, records are kept in memory") == 1
     assert (runs / "full_disk" / f"checkpoints/step_{DATA_STEPS:08d}/manifest.json").is_file()
 
 

@@ -68,13 +68,13 @@ def test_second_run_in_a_directory(tmp_path: Path, tiny: Callable[..., list[str]
         lock.write("process 7 on there\n")
         lock.flush()
         message = refused(tiny(run_dir, "calm", **ALONE))
-    assert f"another run is at work in {run_dir} (process 7 on there)" in message
+    assert f"another run is using {run_dir} (process 7 on there)" in message
     assert not (run_dir / "recipe.yaml").exists()
 
 
 def test_json_without_dry_run(tmp_path: Path, tiny: Callable[..., list[str]]) -> None:
     message = refused(tiny(tmp_path / "run", "calm", **ALONE), "--json", "-")
-    assert "--json: goes with --dry-run" in message
+    assert "--json: needs --dry-run" in message
 
 
 def write_checkpoint(run_dir: Path, step: int, text: str, tokenizer_sha256: str) -> Path:

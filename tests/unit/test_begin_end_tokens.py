@@ -210,7 +210,7 @@ def test_command_lines(
     out = tmp_path / "data"
     prepare = ["--corpus", corpus, "--tokenizer", gpt2, "--out", out]
     assert run_tool(monkeypatch, "prepare_corpus.py", *prepare) == 2
-    assert "name one with --begin-token" in capfd.readouterr().err
+    assert "name a token with --begin-token" in capfd.readouterr().err
     ends = ["--begin-token", ALONE, "--end-token", ALONE]
     for _ in range(2):
         assert run_tool(monkeypatch, "prepare_corpus.py", *prepare, *ends) == 0
@@ -260,7 +260,7 @@ ENDS = ("<s>", "</s>")
         (
             models.WordLevel({"a": 0, "[UNK]": 1, "<s>": 2}, "[UNK]"),
             "a <s>",
-            "1 words of the text are",
+            "1 words of the text became",
         ),
     ],
 )
@@ -284,7 +284,7 @@ def test_lost_text_is_counted(model: models.Model, text: str, report: str, tmp_p
 def test_text_that_no_token_stands_for_is_an_error(model: models.Model, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(plain(tmp_path / "t.json", model, *ENDS))
     assert tokenizer.encode("a") == [0] and tokenizer.lost.report() is None
-    with pytest.raises(DataError, match=r"t.json: cannot encode a text; where it lacks an unknown"):
+    with pytest.raises(DataError, match=r"t.json: cannot encode a text; if it lacks an unknown"):
         tokenizer.encode_batch(["a", "b"])
 
 

@@ -170,9 +170,9 @@ def test_what_a_recipe_cannot_ask_for() -> None:
         load_recipe(calm, [chained, "model.latent_size=66"])
     with pytest.raises(RecipeError, match=r"model.head.num_samples: found 1"):
         load_recipe(calm, [chained, "model.head.num_samples=1"])
-    with pytest.raises(RecipeError, match=r"model.latent_slots: 3; use 1, or one for each token"):
+    with pytest.raises(RecipeError, match=r"model.latent_slots: 3; use 1, or one slot per token"):
         load_recipe(recipe_file("autoencoder"), ["model.latent_slots=3"])
-    with pytest.raises(RecipeError, match=r"model.latent_size: 66 cannot be cut .*; use 68"):
+    with pytest.raises(RecipeError, match=r"model.latent_size: 66 is not a multiple .*; use 68"):
         load_recipe(recipe_file("autoencoder"), ["model.latent_slots=4", "model.latent_size=66"])
     with pytest.raises(RecipeError, match=r"model.latent_slots: 4 in the recipe, 1 in the autoenc"):
         config = {"patch_size": 4, "latent_size": 64, "vocab_size": 512, "hidden_size": 8,

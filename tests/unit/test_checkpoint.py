@@ -237,11 +237,11 @@ TENSOR_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "gone": (lambda d: tensors_of(d).unlink(), ".distcp"),
     "elsewhere": (lambda d: change_places(d, relative_path="../../x"), "x: missing"),
     "beyond the end": (lambda d: change_places(d, offset=10**12), "too short"),
-    "before the beginning": (lambda d: change_places(d, offset=-5), "at no place"),
+    "before the beginning": (lambda d: change_places(d, offset=-5), "location of"),
     "at a text": (lambda d: change_places(d, offset="5"), ".metadata: damaged"),
     "half of the places": (
         lambda d: rewrite_description(d, lambda s: [s.pop(key) for key in list(s)[::2]]),
-        "no place for",
+        "no location for",
     ),
     "common part cut": (lambda d: cut(d / "tensors" / "common.pt"), "common.pt"),
     "common part empty": (lambda d: (d / "tensors" / "common.pt").write_bytes(b""), "common.pt"),

@@ -119,7 +119,7 @@ def test_directory_without_corpus_and_repeated_file_are_refused(mixed: Path) -> 
     (mixed / "only").mkdir()
     with pytest.raises(DataError, match=r"holds no \.txt"):
         list(iter_documents([mixed / "only"]))
-    with pytest.raises(DataError, match="named twice"):
+    with pytest.raises(DataError, match="given twice"):
         list(iter_documents([mixed / "b.txt", mixed / "b.txt"]))
 
 

@@ -90,7 +90,7 @@ def test_description_after_faults_that_pass(
         line.startswith("data store s3://bucket/store: meta.json: attempt") for line in lines
     )
     first = f"attempt 1 of {downloads.retries + 1} failed ("
-    assert first in lines[0] and "; tries again in 0." in lines[0]
+    assert first in lines[0] and "; retrying in 0." in lines[0]
     if kind in PASSING[:-1]:
         assert kind in lines[0]
 
@@ -111,7 +111,7 @@ def test_every_shard_after_another_fault(
     err = capfd.readouterr().err
     for name, kind in zip(shards, kinds, strict=False):
         assert (f"{name}: attempt 1 of 9 failed" in err) or kind == "other"
-    assert err.count("is damaged") == err.count("downloads it once more") == 1
+    assert err.count("is damaged") == err.count("downloading it again") == 1
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 
 
@@ -186,7 +186,7 @@ def test_no_credentials(stored: Path, use: Use, monkeypatch: pytest.MonkeyPatch)
         url = use(store)
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-        with pytest.raises(DataError, match="or there are none"):
+        with pytest.raises(DataError, match="or none are set"):
             read_meta(url, QUICK)
         # A public bucket needs none.
         store.faults.clear()

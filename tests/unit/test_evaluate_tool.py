@@ -294,5 +294,5 @@ def test_an_imported_model_has_no_known_training_block_size(
     assert evaluate(monkeypatch, *arguments, "--json", tmp_path / "scores.json") == 0
     result = json.loads((tmp_path / "scores.json").read_text())
     assert result["protocol"]["trained_block_size"] is None
-    said = "not known, its configuration has positions for 24 tokens, and what comes after"
+    said = "not known, its configuration has positions for 24 tokens, and tokens after"
     assert said in result["block_size_note"] and said in capsys.readouterr().out

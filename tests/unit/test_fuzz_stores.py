@@ -150,9 +150,9 @@ def test_index(made: Path, seconds: float) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda index: index.update(more=1), "too many keys or too few: more"),
+        (lambda index: index.update(more=1), "missing or unknown keys: more"),
         (lambda index: index["shards"][0].update({f"k{i}": i for i in range(99)}), "and 89 more"),
-        (lambda index: index["shards"][0]["raw_data"].update(more=1), "raw_data has too many keys"),
+        (lambda index: index["shards"][0]["raw_data"].update(more=1), "raw_data has missing or"),
         (lambda index: index["shards"][0]["raw_data"]["hashes"].update(sha256=None), "sha256 None"),
         (lambda index: index["shards"][0]["raw_data"].update(hashes=None), "hashes is None"),
         (lambda index: index["shards"][0].update(samples=10**15), "1000000000000000 samples of 64"),
@@ -207,7 +207,7 @@ def test_places_of_samples(made: Path) -> None:
         damaged[place : place + 4] = np.array([value], "<u4").tobytes()
         shard.write_bytes(damaged)
         own = type(entry)(shard, entry.samples, entry.size, file_sha256(shard), entry.sample_bytes)
-        with pytest.raises(DataError, match="its samples do not lie where they should"):
+        with pytest.raises(DataError, match="its samples are not at the expected offsets"):
             own.check()
     shard.write_bytes(data)
     entry.check()
@@ -244,7 +244,7 @@ def test_a_cut_tokenizer_model_is_refused(tmp_path: Path) -> None:
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:200]))
     with pytest.raises(
-        DataError, match=r"no ranks for 56 of the 256 single bytes; the file is cut"
+        DataError, match=r"no ranks for 56 of the 256 single bytes; the file is truncated"
     ):
         load_tokenizer(file)
 
@@ -254,7 +254,7 @@ def test_a_token_of_a_huge_number(tmp_path: Path) -> None:
     values = json.loads(file.read_text())
     values["model"]["vocab"]["A"] = 2**32 - 1
     file.write_text(json.dumps(values))
-    with pytest.raises(DataError, match="its largest token has number 4,294,967,295"):
+    with pytest.raises(DataError, match="its largest token id is 4,294,967,295"):
         load_tokenizer(file)
 
 
@@ -327,7 +327,7 @@ def test_a_listed_recipe_may_not_grow_or_nest_without_end(run: Path) -> None:
     for text in ("\n".join(laughs), "[" * 100_000, "- " * 100_000, '{"a":' * 50_000, huge):
         (run / "recipe.yaml").write_text(text)
         [row] = list_runs([run])
-        assert row["state"] == DAMAGED and row["reason"].startswith("recipe.yaml: is no recipe")
+        assert row["state"] == DAMAGED and row["reason"].startswith("recipe.yaml: is not a recipe")
 
 
 @pytest.mark.parametrize("scores", [[0.1] * 3, [0.1] * 5, [], [0.1, None, 0.1, 0.1]])
@@ -336,7 +336,7 @@ def test_scores_of_another_number_of_n_grams_are_damage(run: Path, scores: list[
         file.write(json.dumps(evaluation(40, 5.0, brier=scores)) + "\n")
     read = read_run(run)
     assert "brier" not in read.last_evaluation and read.last_evaluation["brierlm"] == 5.0
-    assert read.damage == ("1 of the lines of metrics.jsonl are damaged; what is, is left out.",)
+    assert read.damage == ("Damaged lines in metrics.jsonl: 1; the damaged parts are left out.",)
     read_run_files(run, None)
 
 

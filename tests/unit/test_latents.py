@@ -293,7 +293,7 @@ def test_overwrite_replaces_a_store_but_no_other_files(inputs: Path, tmp_path: P
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years of work")
     for overwrite in (False, True):
-        with pytest.raises(DataError, match="is no data store"):
+        with pytest.raises(DataError, match="is not a data store"):
             write_store(tmp_path / "home", corpus, tokenizer_of(inputs), plan, overwrite=overwrite)
     assert (tmp_path / "home" / "thesis.txt").exists()
 

@@ -355,7 +355,7 @@ def command(inputs: Path, out: Path | str, *more: str) -> list[str]:
         ("--parts 4 --worker 0/4 --out s3://b/x", "error: --out s3://b/x: workers need a dir"),
         ("--shard-mib 4096", "error: shard size 4096 MiB: a shard of such blocks must be smaller"),
         ("--shard-mib 0", "argument --shard-mib: 0: give a whole number from 1"),
-        ("--block-size 1073741824", "error: block size 1073741824: one block has 4294967296 bytes"),
+        ("--block-size 1073741824", "error: block size 1073741824: one block takes 4294967296"),
         ("--parts 61", "error: --parts 61: the corpus has 60 documents; give at most that"),
     ],
 )

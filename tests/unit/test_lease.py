@@ -56,7 +56,7 @@ def test_one_run_at_a_time(tmp_path: Path, without_flock: dict[str, str], number
         assert first.stdout is not None and first.stdout.readline() == "held\n"
         assert (tmp_path / ".lock").read_text().startswith(f"process {first.pid} on ")
         code, text = output("hold", tmp_path, environment)
-        assert code == 2 and f"another run is at work in {tmp_path} (process {first.pid} on" in text
+        assert code == 2 and f"another run is using {tmp_path} (process {first.pid} on" in text
         assert output("look", tmp_path, environment) == (0, "True\n")
     finally:
         first.send_signal(signal.SIGKILL)
@@ -130,6 +130,6 @@ def test_the_same_error_as_with_flock(tmp_path: Path) -> None:
     from calm_dist.runs.directory import acquire_lock, release_lock
 
     lock = acquire_lock(tmp_path)
-    with pytest.raises(LaunchError, match=f"another run is at work in {tmp_path} \\(process"):
+    with pytest.raises(LaunchError, match=f"another run is using {tmp_path} \\(process"):
         acquire_lock(tmp_path)
     release_lock(lock)

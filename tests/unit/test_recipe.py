@@ -92,9 +92,9 @@ def test_decay_may_fill_what_the_warm_up_leaves() -> None:
         (
             "training={schedule: wsd, steps: 90, warmup_steps: 50, decay_steps: 41, "
             "micro_batch_size: 2, global_batch_size: 8}",
-            "41 after training.warmup_steps 50 are more than training.steps 90",
+            "41 plus training.warmup_steps 50 is more than training.steps 90",
         ),
-        ("training.decay_steps=5", "training.schedule is constant, not wsd"),
+        ("training.decay_steps=5", "training.schedule is constant, and only wsd"),
         ("training.schedule=wsdd", "'wsd'"),
         ("parallel.zero_stage=0", "zero_stage: 0"),
         ("parallel.zero_stage=3", "zero_stage: 3 with pipeline_parallel_size 2"),
@@ -268,7 +268,7 @@ def test_transformer_reads_any_patch_size() -> None:
 
 
 def test_store_without_latents() -> None:
-    with pytest.raises(RecipeError, match="tokens only"):
+    with pytest.raises(RecipeError, match="only tokens"):
         load_recipe(TINY).with_store(store_meta(variant="tokens", latent_size=None))
 
 

@@ -482,7 +482,7 @@ def test_scores_that_are_none_are_not_shown(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "run", "calm", records))
     assert [e.get("brierlm") for e in run.evaluations] == [None, None, 5.0]
     assert "protocol" not in run.last_evaluation
-    assert run.damage == ("3 of the lines of metrics.jsonl are damaged; what is, is left out.",)
+    assert run.damage == ("Damaged lines in metrics.jsonl: 3; the damaged parts are left out.",)
 
 
 def test_a_recipe_without_sizes_is_named(experiment: dict[str, Path], tmp_path: Path) -> None:
@@ -525,7 +525,7 @@ def test_both_tools_write_the_same_report(experiment: dict[str, Path], tmp_path:
     [
         (["--out", "x"], "--out: belongs to a report of runs"),
         (["--peak-tflops", "9"], "--peak-tflops: belongs to a report of runs"),
-        (["--run", "nowhere"], "nowhere: no recipe.yaml in it"),
+        (["--run", "nowhere"], "nowhere: has no recipe.yaml"),
         (["--run", "nowhere", "--peak-tflops", "0"], "0: give a number from 0.001 to 1e06"),
         (["--run", "nowhere", "--peak-tflops", "1e-320"], "1e-320: give a number from 0.001"),
         (["--run", "nowhere", "--out", ""], "--out: is empty: give a directory"),
@@ -556,7 +556,7 @@ def test_damaged_records_are_passed_over(tmp_path: Path) -> None:
     assert run.evaluations == [{"step": 3}]
     write_report([run_dir], tmp_path / "report")
     words = (tmp_path / "report" / "report.md").read_text()
-    assert "8 of the lines of metrics.jsonl are damaged; what is, is left out." in words
+    assert "Damaged lines in metrics.jsonl: 8; the damaged parts are left out." in words
     assert "1 of 2 records have a loss that is not finite." in words
 
 

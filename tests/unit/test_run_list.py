@@ -125,7 +125,7 @@ def test_a_run_at_work_is_seen_and_not_disturbed(tmp_path: Path) -> None:
     assert not is_held(run_dir)
     lock = acquire_lock(run_dir)
     assert describe(run_dir)["state"] == "running"
-    with pytest.raises(LaunchError, match="another run is at work"):
+    with pytest.raises(LaunchError, match="another run is using"):
         acquire_lock(run_dir)
     release_lock(lock)
     assert describe(run_dir)["state"] == "failed"

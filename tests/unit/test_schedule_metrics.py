@@ -302,6 +302,6 @@ def test_a_full_disk_loses_no_record(tmp_path: Path, recipe: Recipe) -> None:
         check=True,
         timeout=120,
     )
-    assert done.stderr.count("training goes on") == 1
+    assert done.stderr.count("training continues") == 1
     lines = (tmp_path / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]

@@ -61,11 +61,11 @@ def test_what_decides(brier: Any, errors: Any, noisy: list[int]) -> None:
     [
         (512, 512, 100, None),
         (1024, 512, 100, "trained on blocks of 512: longer blocks exceed the trained context"),
-        (256, 512, 100, "trained on blocks of 512: it sees less context than in training"),
+        (256, 512, 100, "trained on blocks of 512: the model sees less context than in training"),
         (512, None, 100, "training block size is not known"),
         # Imported: the recipe has what the released configuration allows.
         (512, 512, 0, "of an imported model is not known, its configuration has positions for 512"),
-        (1024, 512, 0, "what comes after the first 512 exceeds them"),
+        (1024, 512, 0, "tokens after the first 512 exceed them"),
     ],
 )
 def test_blocks_of_another_size_than_in_training(

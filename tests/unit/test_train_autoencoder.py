@@ -374,7 +374,7 @@ def test_a_step_that_is_not_finite_changes_nothing(trainer: AutoencoderTrainer) 
         ("model.vocab_size=300", "model.vocab_size: 300"),
         ("evaluation.data={other}/valid", "evaluation.data: {other}/valid was made with another"),
         ("evaluation.data=does/not/exist", "does/not/exist: no such directory"),
-        ("training.global_batch_size=4096", "less than one global batch of 4096"),
+        ("training.global_batch_size=4096", "fewer than one global batch of 4096"),
     ],
 )
 def test_bad_input_ends_with_code_2_and_a_remedy(

@@ -162,7 +162,7 @@ def test_wandb_offline_of_a_copied_run_and_its_secrets(original: Path) -> None:
     start(original, 0)
     copy = original.with_name("b")
     shutil.copytree(original, copy)
-    assert "logs into a new one" in start(copy, 1)
+    assert "logging to a new one" in start(copy, 1)
     ids = {run_dir: (run_dir / "wandb_id").read_text().split()[0] for run_dir in (original, copy)}
     offline = {run_dir: sorted((run_dir / "wandb").glob("offline-run-*")) for run_dir in ids}
     assert [path.name[-8:] for path in offline[original]] == [ids[original]]

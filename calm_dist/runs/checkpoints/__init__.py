@@ -1,4 +1,4 @@
-"""What a run leaves to go on from: directories that are whole or absent, and what is in them."""
+"""Checkpoints, from which a run continues: directories that are complete or absent."""
 
 from calm_dist.runs.checkpoints.directory import (
     AUTOENCODER_FILES,

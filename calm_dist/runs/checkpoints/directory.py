@@ -1,7 +1,7 @@
-"""Checkpoint directories: written aside, checked by a manifest, renamed, never half there.
+"""Checkpoint directories: written under a temporary name and renamed, so never partial.
 
-``checkpoints/step_00000100/`` holds whatever a trainer writes, and ``manifest.json`` with the size
-and sha256 of every file. A directory without a manifest that holds is not a checkpoint.
+``checkpoints/step_00000100/`` holds the files that a trainer writes, and ``manifest.json`` with the
+size and sha256 of each. A directory without a manifest that matches its files is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ TENSORS = "tensors"
 AUTOENCODER_FILES = ("config.json", "model.safetensors")
 OPTIMIZER_FILE = "optimizer.safetensors"
 _STEP_NAME = re.compile(r"step_([0-9]{1,18})")
-# What a rank has described already of the files that it wrote; merged into the manifest.
+# A rank's description of the files that it wrote; merged into the manifest.
 _PART_OF_MANIFEST = "manifest_{rank}.part"
 
 Described = dict[str, dict[str, int | str]]
 
 
 def step_directory(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The directory of a step's checkpoint."""
     return run_dir / CHECKPOINTS / f"step_{step:08d}"
 
 
 def begin(run_dir: Path, step: int) -> Path:
-    """An empty directory to write the checkpoint of ``step`` into."""
+    """Make an empty directory for writing the checkpoint of ``step``."""
     temporary = step_directory(run_dir, step).with_suffix(".tmp")
     remove(temporary)
     temporary.mkdir(parents=True)
@@ -52,7 +52,7 @@ def begin(run_dir: Path, step: int) -> Path:
 
 
 def describe_files(temporary: Path, files: list[Path], rank: int) -> None:
-    """Hash files that a rank has written and synced, so that `publish` need not."""
+    """Hash files that a rank has written and synced, so that `publish` need not do so."""
     text = json.dumps(_describe_all(temporary, files))
     (temporary / _PART_OF_MANIFEST.format(rank=rank)).write_text(text, encoding="utf-8")
 
@@ -61,7 +61,7 @@ def publish(temporary: Path) -> Path:
     """Make a written directory a checkpoint: manifest, sync, rename."""
     described: Described = {}
     for part in sorted(temporary.glob(_PART_OF_MANIFEST.format(rank="*"))):
-        # Half of it, where there was no room for the rest: its files are read once more.
+        # It may be truncated by a full disk; then its files are hashed again.
         with contextlib.suppress(ValueError):
             described |= json.loads(part.read_text(encoding="utf-8"))
         part.unlink()
@@ -72,7 +72,7 @@ def publish(temporary: Path) -> Path:
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     _sync(temporary / MANIFEST)
     final = temporary.with_suffix("")
-    # The same step may have been reached before, by a run that then went on from an older one.
+    # The same step may have been reached before, if the run then continued from an older one.
     remove(final)
     os.replace(temporary, final)
     _sync(final.parent)
@@ -80,7 +80,7 @@ def publish(temporary: Path) -> Path:
 
 
 def set_aside(directories: list[Path], suffix: str = ".damaged") -> None:
-    """Rename what was passed over: it must neither count as kept nor be met again."""
+    """Rename checkpoints that were passed over, so that they neither count nor are tried again."""
     for directory in directories:
         aside = directory.with_suffix(suffix)
         remove(aside)
@@ -88,14 +88,14 @@ def set_aside(directories: list[Path], suffix: str = ".damaged") -> None:
 
 
 def verify(directory: Path, part: int = 0, parts: int = 1) -> None:
-    """Check a checkpoint: what it says of itself, and its files against its manifest.
+    """Check the description of a checkpoint, and its files against its manifest.
 
     Args:
-        part: of ``parts`` processes that share the reading; each sees every size, and the content
-            of its share of the files.
+        part: number of this process among ``parts`` processes that share the reading; each checks
+            all sizes, and the contents of its share of the files.
 
     Raises:
-        CheckpointError: with the file and what is wrong with it.
+        CheckpointError: the checkpoint is incomplete or damaged; the message names file and fault.
     """
     manifest = _read_manifest(directory)
     for number, (name, expected) in enumerate(sorted(manifest.items())):
@@ -108,10 +108,10 @@ def verify(directory: Path, part: int = 0, parts: int = 1) -> None:
 
 
 def verify_description(directory: Path) -> None:
-    """Check only what a checkpoint says of itself, recipe and state, against its manifest.
+    """Check only the description of a checkpoint, recipe and state, against its manifest.
 
     Raises:
-        CheckpointError: with the file and what is wrong with it.
+        CheckpointError: a file is missing or damaged; the message names file and fault.
     """
     manifest = _read_manifest(directory)
     for name in (STATE_FILE, RECIPE_FILE):
@@ -119,7 +119,7 @@ def verify_description(directory: Path) -> None:
 
 
 def _verify_file(file: Path, expected: dict[str, int | str], read: bool) -> None:
-    # Not Path.is_file, which raises for names that no file can have.
+    # Not Path.is_file, which raises for invalid file names.
     if not os.path.isfile(file):
         raise CheckpointError(f"{file}: missing, although the manifest lists it")
     size = file.stat().st_size
@@ -143,22 +143,22 @@ def _read_manifest(directory: Path) -> Described:
         inside = not Path(name).is_absolute() and ".." not in Path(name).parts
         if not inside or not isinstance(expected, dict):
             raise CheckpointError(
-                f"{path}: damaged; it has no place for {shown(name)}: {shown(expected)}"
+                f"{path}: damaged; its entry {shown(name)}: {shown(expected)} is invalid"
             )
     return manifest
 
 
 def _read_by_a_load(directory: Path) -> list[str]:
-    """Files that make up a checkpoint by its own words: a manifest may have been made for less.
+    """Files of a checkpoint according to its own description: the manifest may list fewer.
 
     Raises:
-        CheckpointError: its words are damaged, or not true.
+        CheckpointError: the description is damaged or wrong.
     """
     state = RunState.read(directory)
     if (step := step_of(directory)) is not None and state.step != step:
         raise CheckpointError(
-            f"{directory / STATE_FILE}: is of step {state.step}, not of the step that the "
-            "directory is named after"
+            f"{directory / STATE_FILE}: is of step {state.step}, not of the step in the "
+            "directory's name"
         )
     try:
         recipe = load_recipe(directory / RECIPE_FILE)
@@ -167,33 +167,33 @@ def _read_by_a_load(directory: Path) -> list[str]:
     if recipe.model.kind == "autoencoder":
         return [*AUTOENCODER_FILES, OPTIMIZER_FILE]
 
-    # Imports torch, which those who only look at directories can do without.
+    # Imported here, because it imports torch, which listing directories does not need.
     from calm_dist.runs.checkpoints.trusted import tensor_files
 
     return [f"{TENSORS}/{name}" for name in sorted(tensor_files(directory / TENSORS))]
 
 
 def newest_valid(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run; says on stderr why newer ones are passed over."""
+    """The newest intact checkpoint of a run; logs why newer ones are passed over."""
     return next(filter(_is_valid, step_directories(run_dir)), None)
 
 
 def pass_over(reason: str) -> None:
-    """Say why a checkpoint is not used."""
+    """Log why a checkpoint is not used."""
     _log.log(NOTE, f"checkpoint passed over: {reason}")
 
 
 def _is_valid(directory: Path) -> bool:
     try:
         verify(directory)
-    except Exception as error:  # damage has no end of forms, and none may end a restart
+    except Exception as error:  # damage may raise anything, and must not end a restart
         pass_over(str(error))
         return False
     return True
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that ``path`` means: itself, or the newest valid one of a run directory.
+    """The checkpoint that ``path`` stands for: itself, or the newest valid one of a run directory.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -215,35 +215,36 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def sound_first(found: list[Path]) -> list[Path]:
-    """Checkpoints, newest first, with those that were written amid skipped steps at the end: their
-    weights may be damaged."""
+    """Checkpoints, newest first, but those written amid skipped steps come last: their weights may
+    be damaged."""
     return sorted(found, key=lambda directory: skipped_note(directory) is not None)
 
 
 def skipped_note(directory: Path) -> str | None:
-    """What to say of a checkpoint whose last steps were skipped; None for any other."""
+    """A warning for a checkpoint whose last steps were skipped; None for any other."""
     state = RunState.read_if_whole(directory)
     if state is None or not state.skipped_in_a_row:
         return None
     return (
-        f"{directory}: its last {state.skipped_in_a_row} steps were skipped, their loss or "
+        f"{directory}: its last {state.skipped_in_a_row} steps were skipped because loss or "
         "gradient was not finite; the weights may be damaged"
     )
 
 
 def say_what_is_used(used: Path, of: list[Path]) -> None:
-    """Say on stderr that ``used`` was written amid skipped steps, or which newer ones ``of`` the
-    candidates `sound_first` has put behind it for that."""
+    """Warn if ``used`` was written amid skipped steps; otherwise log the newer ones among the
+    candidates ``of`` that `sound_first` has moved behind it for that reason."""
     if (note := skipped_note(used)) is not None:
         _log.warning(note)
         return
     for directory in of:
         if directory.name > used.name and (note := skipped_note(directory)) is not None:
-            pass_over(f"{note}; {used.name} is used, name the other one to use it")
+            pass_over(f"{note}; using {used.name}; to use the other one, give its path")
 
 
 def candidates(path: str | Path, name: str) -> list[Path]:
-    """The checkpoints that ``path`` may mean, newest first: itself, or those of a run directory.
+    """The checkpoints that ``path`` may stand for, newest first: itself, or those of a run
+    directory.
 
     Args:
         name: the field that holds the path, for messages.
@@ -265,19 +266,19 @@ def candidates(path: str | Path, name: str) -> list[Path]:
 
 
 def has_only_weights(directory: Path) -> bool:
-    """Whether a checkpoint has weights, but no state of optimizer and data to go on from."""
+    """Whether a checkpoint has weights, but no state of optimizer and data to continue from."""
     state = RunState.read_if_whole(directory)
     return state is not None and state.weights_only
 
 
 def run_directory(directory: Path) -> Path | None:
-    """The run directory of a checkpoint, or None where it stands alone."""
+    """The run directory of a checkpoint, or None if it is in none."""
     checkpoints = directory.absolute().parent
     return checkpoints.parent if checkpoints.name == CHECKPOINTS else None
 
 
 def all_checkpoints(run_dir: str | Path) -> list[Path]:
-    """The valid checkpoints of a run, oldest first; says on stderr why others are left out."""
+    """The valid checkpoints of a run, oldest first; logs why others are left out."""
     return [directory for directory in reversed(step_directories(run_dir)) if _is_valid(directory)]
 
 
@@ -295,13 +296,14 @@ def step_directories(run_dir: str | Path) -> list[Path]:
 
 
 def clean(run_dir: Path) -> None:
-    """Remove what killed runs have left half-written; only the run that holds ``run_dir`` may."""
+    """Remove half-written checkpoints of killed runs; only the run that holds the lock on
+    ``run_dir`` may do so."""
     for temporary in (run_dir / CHECKPOINTS).glob("step_*.tmp"):
         remove(temporary)
 
 
 def step_of(directory: Path) -> int | None:
-    """The step of a directory that is named exactly as `step_directory` does."""
+    """The step of a directory that is named exactly as by `step_directory`; otherwise None."""
     match = _STEP_NAME.fullmatch(directory.name)
     if match is None or directory.name != step_directory(Path(), int(match[1])).name:
         return None
@@ -309,7 +311,7 @@ def step_of(directory: Path) -> int | None:
 
 
 def remove(path: Path) -> None:
-    """Remove whatever is there: a directory, a file, a link."""
+    """Remove a directory, file or link, if it exists."""
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
     else:
@@ -338,7 +340,7 @@ def _describe_all(directory: Path, files: list[Path]) -> Described:
 
 
 def _sync(path: Path) -> None:
-    """Make sure that a file or directory entry survives a crash of the machine."""
+    """Make a file or directory entry survive a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

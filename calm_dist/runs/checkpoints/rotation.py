@@ -1,9 +1,9 @@
-"""Which checkpoints of a run stay, and which one it goes back to once it has diverged.
+"""Decides which checkpoints of a run are kept, and which one it returns to after diverging.
 
-A checkpoint is *proven* once a step after it was finite. Weights that a bad step has ruined are
-saved like any others, so until then the newest proven checkpoint stays beside it, whatever
-``checkpoint.keep`` says; and one whose last step was skipped, which has no weights of its own,
-takes no other's place.
+A checkpoint is *proven* once a step after it was finite. Weights ruined by a bad step are saved
+like any others, so the newest proven checkpoint is kept, whatever ``checkpoint.keep`` is, until a
+newer one is proven. A checkpoint whose last step was skipped has no new weights and does not
+displace another.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ from calm_dist.runs.run_progress import RunProgress
 _log = logging.getLogger(__name__)
 
 DIVERGED = ".diverged"
-"""Suffix of checkpoints that no finite step followed, once their run has given up."""
+"""Suffix of checkpoints that no finite step followed, after their run has given up."""
 TRIED = "tried"
-"""File that names the checkpoint that a run without a proven one tries once more."""
+"""File naming the checkpoint that a run without a proven one tries once more."""
 PROVEN = "proven"
-"""File that names the checkpoint that a run went back to, which a step had proven before."""
+"""File naming the checkpoint that a run went back to, which a step had proven before."""
 
 
 def commit(
     temporary: Path, keep: int, keep_every: int | None = None, updates: int | None = None
 ) -> Path:
-    """Make a written directory a checkpoint, and remove old ones.
+    """Make a written directory a checkpoint, and remove old checkpoints.
 
     Args:
-        keep: newest checkpoints that stay.
-        keep_every: those of its multiples of steps stay as well.
-        updates: updates that the optimizers have made since the run began, those after the
-            checkpoint included; None: as many as the checkpoint itself says.
+        keep: number of newest checkpoints to keep.
+        keep_every: also keep checkpoints of steps that are multiples of this.
+        updates: updates that the optimizers have made since the run began, including those after
+            the checkpoint; None: the checkpoint's own number.
     """
     final = directories_of.publish(temporary)
     run_dir = final.parent.parent
     try:
         replace_text(final.parent / LATEST, final.name + "\n")
-        # Reached before by a run that then went back to an older one.
+        # Later steps, reached before the run went back to an older checkpoint.
         later = step_directories(run_dir)
         directories_of.set_aside(later[: later.index(final)])
         if updates is None:
@@ -62,7 +62,7 @@ def commit(
             updates = 0 if state is None else state.adam_steps
         make_room(run_dir, keep, keep_every, updates)
     except OSError as error:
-        # The checkpoint is there, whatever becomes of the others.
+        # The new checkpoint exists, whatever happens to the others.
         _warn(run_dir, error)
     return final
 
@@ -75,7 +75,7 @@ def make_room(run_dir: Path, keep: int, keep_every: int | None, updates: int) ->
         step = directories_of.step_of(old)
         if old in stay or (keep_every is not None and step is not None and step % keep_every == 0):
             continue
-        # Gone at once as a checkpoint; its many bytes while the training goes on.
+        # The rename removes it as a checkpoint at once; a thread deletes its many bytes.
         gone = old.with_suffix(".tmp")
         directories_of.remove(gone)
         os.replace(old, gone)
@@ -83,9 +83,9 @@ def make_room(run_dir: Path, keep: int, keep_every: int | None, updates: int) ->
 
 
 def _staying(found: Sequence[Path], keep: int, updates: int) -> set[Path]:
-    """Of ``found``, newest first, those that stay beside multiples of ``keep_every``."""
+    """The checkpoints of ``found``, newest first, to keep besides multiples of ``keep_every``."""
     states = {directory: RunState.read_if_whole(directory) for directory in found}
-    # A step that was skipped changes no weights: the newest of these says how far the run is.
+    # Skipped steps change no weights: of these, only the newest is needed, for the run's progress.
     skipping = [
         d for d, s in states.items() if s and s.skipped_in_a_row and s.adam_steps >= updates
     ]
@@ -95,9 +95,9 @@ def _staying(found: Sequence[Path], keep: int, updates: int) -> set[Path]:
 
 
 class Rotation:
-    """`commit` for a run: it knows which checkpoints are proven as the training goes on.
+    """`commit` for a run; keeps track of which checkpoints are proven during training.
 
-    Of rank 0; `commit` may run in a thread beside `step_taken`.
+    Only on rank 0; `commit` may run in a thread concurrently with `step_taken`.
     """
 
     def __init__(self, run_dir: Path, settings: Checkpoint) -> None:
@@ -116,11 +116,11 @@ class Rotation:
             self._unproven = state.adam_steps if state is not None else None
 
     def step_taken(self, updates: int) -> None:
-        """After each step: once the newest checkpoint is proven, the one before has served."""
+        """Call after each step: once the newest checkpoint is proven, remove those it replaces."""
         self._updates = updates
         if self._unproven is None or updates <= self._unproven:
             return
-        # While the next one is being committed: a step later.
+        # If the next one is being committed, try again after the next step.
         if not self._lock.acquire(blocking=False):
             return
         try:
@@ -133,11 +133,11 @@ class Rotation:
 
 
 def go_back(run_dir: Path, progress: RunProgress) -> str:
-    """Set aside, as ``.diverged``, the checkpoints that no finite step followed, where there is a
+    """Set aside, as ``.diverged``, the checkpoints that no finite step followed, if there is a
     proven one to go back to; nothing is removed.
 
     Returns:
-        What the next start continues from, and what to do before it.
+        Advice for the user: where the next start continues from, and what to do before it.
     """
     found = step_directories(run_dir)
     remedy = _remedy(run_dir, progress)
@@ -158,7 +158,7 @@ def go_back(run_dir: Path, progress: RunProgress) -> str:
     advice = f"{set_aside}The next start continues from {good}. {remedy}"
     state = RunState.read_if_whole(good)
     if state is not None and state.adam_steps >= progress.adam_steps:
-        # This start has come from there, and has made no update.
+        # This start began from that checkpoint and has made no update.
         older = found[position + 1].name if position + 1 < len(found) else "the first step"
         advice += (
             " If its first steps are skipped again, its weights are damaged: move it away to "
@@ -168,11 +168,11 @@ def go_back(run_dir: Path, progress: RunProgress) -> str:
 
 
 def _without_proven(run_dir: Path, found: list[Path]) -> str:
-    """Set aside the checkpoints of skipped steps; the one before them, whose weights may be good,
-    is tried once more, and then set aside, too.
+    """Set aside the checkpoints of skipped steps. The one before them, whose weights may be good,
+    is tried once more and then also set aside.
 
     Returns:
-        What the next start begins with.
+        Advice for the user: where the next start begins.
     """
     checkpoints = run_dir / CHECKPOINTS
     state = RunState.read_if_whole(found[-1])
@@ -185,14 +185,17 @@ def _without_proven(run_dir: Path, found: list[Path]) -> str:
     directories_of.set_aside(doubtful, DIVERGED)
     text = f"No finite step followed {found[-1]}, the oldest checkpoint."
     if doubtful:
-        text += f" Now named {', '.join(d.name + DIVERGED for d in doubtful)}."
+        text += f" Set aside as {', '.join(d.name + DIVERGED for d in doubtful)}."
     if start is None:
         (checkpoints / LATEST).unlink(missing_ok=True)
         text += " The next start begins with the first step."
     else:
         replace_text(checkpoints / TRIED, f"{_identity(start)}\n")
         replace_text(checkpoints / LATEST, start.name + "\n")
-        text += f" The next start tries {start} once more, and the one after it the first step."
+        text += (
+            f" The next start tries {start} once more, and the one after it begins with the first "
+            "step."
+        )
     if state is not None and state.continued_from is not None:
         text += (
             f" The weights come from {state.continued_from}: if none of its steps is finite, give "
@@ -202,7 +205,8 @@ def _without_proven(run_dir: Path, found: list[Path]) -> str:
 
 
 def _newest_proven(found: Sequence[Path], updates: int) -> Path | None:
-    """The newest of ``found`` that updates followed, in this start or in one that went back."""
+    """The newest of ``found`` that was followed by an update, in this start or in an earlier one
+    that went back to it."""
     known = [state.adam_steps for d in found if (state := RunState.read_if_whole(d)) is not None]
     updates = max([updates, *known])
     gone_back_to = None
@@ -218,7 +222,7 @@ def _newest_proven(found: Sequence[Path], updates: int) -> Path | None:
 
 
 def _identity(directory: Path) -> str | None:
-    """What tells a checkpoint from another one of the same step; None where it is damaged."""
+    """Distinguishes a checkpoint from another one of the same step; None if it is damaged."""
     with suppress(DataError):
         return f"{directory.name} {file_sha256(directory / MANIFEST)}"
     return None
@@ -227,21 +231,21 @@ def _identity(directory: Path) -> str | None:
 def _remedy(run_dir: Path, progress: RunProgress) -> str:
     first = progress.step - progress.skipped_in_a_row + 1
     return (
-        f"Before the next start, lower training.learning_rate. If the data of steps {first} to "
-        f"{progress.step} is bad instead, raise health.max_skipped_steps so that they are passed "
-        f"over, or train on other data in another run.dir with run.continue_from={run_dir}."
+        f"Before the next start, lower training.learning_rate. If instead the data of steps "
+        f"{first} to {progress.step} is bad, raise health.max_skipped_steps so that they are "
+        f"skipped, or train on other data in another run.dir with run.continue_from={run_dir}."
     )
 
 
 def doubt(run_dir: Path, progress: RunProgress) -> str | None:
-    """What to say when a run ends while it skips steps; None where it does not."""
+    """A warning for a run that ends while it skips steps; None if it does not."""
     if not progress.skipped_in_a_row:
         return None
     found = step_directories(run_dir)
     good = _newest_proven(found, progress.adam_steps) if found else None
     text = (
         f"the last {progress.skipped_in_a_row} steps up to step {progress.step} were "
-        "skipped, their loss or gradient was not finite; the weights may be damaged"
+        "skipped because loss or gradient was not finite; the weights may be damaged"
     )
     if good is None:
         return f"{text}, and no older checkpoint is known to be good"
@@ -252,4 +256,4 @@ def doubt(run_dir: Path, progress: RunProgress) -> str | None:
 
 
 def _warn(run_dir: Path, error: OSError) -> None:
-    _log.warning(f"{run_dir / CHECKPOINTS}: cannot be put in order ({error})")
+    _log.warning(f"{run_dir / CHECKPOINTS}: old checkpoints cannot be moved or removed ({error})")

@@ -1,4 +1,4 @@
-"""``state.json`` of a checkpoint: what a resumed run must know besides the tensors."""
+"""``state.json`` of a checkpoint: the state that a resumed run needs besides the tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STATE_FILE = "state.json"
 
 
 class RunState(BaseModel):
-    """How far a run was when it wrote the checkpoint."""
+    """The progress of a run when it wrote the checkpoint."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -24,46 +24,46 @@ class RunState(BaseModel):
     adam_steps: NonNegativeInt = 0
     """Updates that the optimizers made."""
     adam_steps_before: NonNegativeInt = 0
-    """Those of them that were taken over from the run that this one continues."""
+    """Number of these updates that were made in the run that this one continues."""
     skipped_in_a_row: NonNegativeInt = 0
     tokens: NonNegativeInt = 0
     """Tokens of all steps."""
     tokenizer_sha256: str | None = None
     autoencoder_sha256: str | None = None
-    """Of the weights that encode on the fly; stored latents are known by the data's fingerprint."""
+    """Hash of the weights that encode on the fly; the data's fingerprint covers stored latents."""
     latents_sha256: str | None = None
-    """Of the weights that encoded the latents, stored or on the fly."""
+    """Hash of the weights that encoded the latents, stored or on the fly."""
     data: dict[str, Any] | None = None
     """Position in the data, see `TrainingStream.state_dict`."""
     weights_only: bool = False
-    """No optimizer has written it, such as an import: nothing but weights to go on from."""
+    """Whether there are only weights, no optimizer state, as after an import."""
     imported_from: str | None = None
     continued_from: str | None = None
-    """Checkpoint of another run whose weights and moments this run began with."""
+    """Checkpoint of another run with whose weights and moments this run began."""
 
     @model_validator(mode="after")
     def _agree(self) -> RunState:
-        """What the counters cannot be together."""
+        """Refuse counters that contradict each other."""
         made = self.adam_steps - self.adam_steps_before
         if made < 0 or made + self.skipped_in_a_row > self.step:
             raise ValueError("more updates and skipped steps than steps")
         if self.weights_only and (self.step or self.data is not None):
-            raise ValueError("has trained, but speaks of weights only")
+            raise ValueError("has trained, but is marked weights_only")
         if not self.weights_only and (self.data or {}).get("steps_done") != self.step:
             raise ValueError("the position in the data is not that of the step")
         return self
 
     def write(self, directory: Path) -> None:
-        """Write it into a checkpoint that is being made."""
+        """Write the state into an unfinished checkpoint."""
         text = self.model_dump_json(indent=1) + "\n"
         (directory / STATE_FILE).write_text(text, encoding="utf-8")
 
     @classmethod
     def read(cls, directory: Path) -> RunState:
-        """Read it from a checkpoint.
+        """Read the state of a checkpoint.
 
         Raises:
-            CheckpointError: it is missing or damaged; the message says what is wrong.
+            CheckpointError: it is missing or damaged; the message gives the fault.
         """
         path = directory / STATE_FILE
         try:
@@ -78,7 +78,7 @@ class RunState(BaseModel):
 
     @classmethod
     def read_if_whole(cls, directory: Path) -> RunState | None:
-        """`read`, or None where it is damaged, which whoever loads the checkpoint will report."""
+        """`read`, or None if it is missing or damaged, which loading the checkpoint reports."""
         with suppress(CheckpointError):
             return cls.read(directory)
         return None

@@ -1,9 +1,9 @@
-"""What may be unpickled from a checkpoint.
+"""Restricts what may be unpickled from a checkpoint.
 
-PyTorch's distributed checkpoints keep the shapes and places of tensors in a pickle, ``.metadata``,
-and read it with `pickle.load`, which runs whatever code a pickle names (torch 2.13). So it is
-measured and read here first, by an unpickler that knows the names of such descriptions and no
-others. All other pickled parts are read with ``weights_only`` by the libraries themselves.
+PyTorch's distributed checkpoints keep the shapes and offsets of tensors in a pickle, ``.metadata``,
+and read it with `pickle.load`, which runs any code that a pickle names (torch 2.13). Therefore it
+is first measured and read here, by an unpickler that accepts only the names of such descriptions.
+The libraries themselves read all other pickled parts with ``weights_only``.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class _DescriptionUnpickler(pickle.Unpickler):
 
 
 def _memory_format(kind: Any, name: str) -> _MEM_FORMAT_ENCODING:
-    """What Python 3.11.0 to 3.11.3 pickle as ``getattr`` of the enumeration; of nothing else."""
+    """Stands in for the ``getattr`` with which Python 3.11.0 to 3.11.3 pickle the enumeration;
+    refuses any other use."""
     if kind is not _MEM_FORMAT_ENCODING:
         raise pickle.UnpicklingError("it names builtins.getattr")
     return _MEM_FORMAT_ENCODING[name]
@@ -66,7 +67,7 @@ def read_description(path: Path) -> Metadata:
     """Read a ``.metadata``, refusing one that holds anything but descriptions of tensors.
 
     Raises:
-        CheckpointError: it does, is missing, or is damaged; nothing of it was executed.
+        CheckpointError: it is refused, missing or damaged; none of its code was executed.
     """
     try:
         data = path.read_bytes()
@@ -74,21 +75,22 @@ def read_description(path: Path) -> Metadata:
         description = _DescriptionUnpickler(io.BytesIO(data)).load()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except Exception as error:  # a damaged pickle raises whatever its bytes lead to
+    except Exception as error:  # a damaged pickle may raise anything
         raise CheckpointError(
-            f"{path}: refused, it is no description of tensors ({_line(error)}); restore the "
+            f"{path}: refused, it is not a description of tensors ({_line(error)}); restore the "
             "file, or use another checkpoint"
         ) from error
     if not isinstance(description, Metadata):
-        raise CheckpointError(f"{path}: refused, it is no description of tensors")
+        raise CheckpointError(f"{path}: refused, it is not a description of tensors")
     return description
 
 
 def tensor_files(directory: Path) -> set[str]:
-    """Names of all files of a distributed checkpoint, checked to hold what it says they hold.
+    """Names of all files of a distributed checkpoint, after checking them against its description.
 
     Raises:
-        CheckpointError: one is missing or shorter than its tensors, or the description is refused.
+        CheckpointError: a file is missing or shorter than its tensors, or the description is
+            refused.
     """
     path = directory / DESCRIPTION
     description = read_description(path)
@@ -105,14 +107,14 @@ def _check_other_files(directory: Path) -> None:
     common, config = (directory / name for name in _OTHER_FILES)
     try:
         load_weights(common)
-    except Exception as error:  # whatever its bytes lead to
+    except Exception as error:  # damaged bytes may raise anything
         raise CheckpointError(f"{common}: missing or damaged ({_line(error)})") from error
     try:
         backend = json.loads(config.read_text(encoding="utf-8"))["sharded_backend"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{config}: missing or damaged ({_line(error)})") from error
     if backend != "torch_dist":
-        raise CheckpointError(f"{config}: damaged; it speaks of {backend!r}, not of torch_dist")
+        raise CheckpointError(f"{config}: damaged; it names {backend!r} instead of torch_dist")
 
 
 def _check_places(directory: Path, description: Metadata) -> set[str]:
@@ -122,7 +124,7 @@ def _check_places(directory: Path, description: Metadata) -> set[str]:
     for name, tensor in description.state_dict_metadata.items():
         for chunk in getattr(tensor, "chunks", ()):
             if MetadataIndex(name, chunk.offsets) not in stored:
-                raise CheckpointError(f"{path}: damaged; it has no place for {name}")
+                raise CheckpointError(f"{path}: damaged; it gives no location for {name}")
     names = {DESCRIPTION, *_OTHER_FILES}
     for index, info in stored.items():
         file = directory / info.relative_path
@@ -132,11 +134,13 @@ def _check_places(directory: Path, description: Metadata) -> set[str]:
                 "be on a file system that all nodes share"
             )
         if info.offset < 0 or info.length <= 0:
-            raise CheckpointError(f"{path}: damaged; {index.fqn} is at no place of {file.name}")
+            raise CheckpointError(
+                f"{path}: damaged; the location of {index.fqn} in {file.name} is invalid"
+            )
         if info.transform_descriptors:
             raise CheckpointError(
-                f"{path}: refused, {index.fqn} is packed ({info.transform_descriptors!r:.80}); "
-                "tensors are stored as they are"
+                f"{path}: refused, {index.fqn} is encoded ({info.transform_descriptors!r:.80}); "
+                "tensors must be stored unencoded"
             )
         if info.offset + info.length > file.stat().st_size:
             raise CheckpointError(f"{file}: too short for {index.fqn}, which {path} says is in it")
@@ -145,5 +149,5 @@ def _check_places(directory: Path, description: Metadata) -> set[str]:
 
 
 def _line(error: Exception) -> str:
-    """The first line of a message, which may quote much of a file."""
+    """The first line of a message, shortened, since it may quote much of a file."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

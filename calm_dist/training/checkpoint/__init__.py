@@ -1,1 +1,1 @@
-"""Tensors of checkpoints: models and optimizers of any layout, written beside the training."""
+"""Tensors of checkpoints: models and optimizers of any layout, written during the training."""

@@ -1,4 +1,4 @@
-"""A checkpoint that cannot be written costs only itself, not the training."""
+"""Keeps the training alive when a checkpoint cannot be written."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ _log = logging.getLogger(__name__)
 
 
 class Attempts:
-    """Attempts to write checkpoints, made by all ranks together, with an error equal on all.
+    """Attempts of all ranks together to write checkpoints; an error is the same on all ranks.
 
-    A failure (a full disk) is reported, and the ones before it stay; the next one is tried when it
-    is due. Only that the last one failed is an error in the end.
+    A failure (a full disk) is reported, earlier checkpoints are kept, and the next checkpoint is
+    attempted when it is due. Only a failure of the last one is an error at the end.
     """
 
     def __init__(self) -> None:
         self._failure: str | None = None
 
     def make(self, temporary: Path, work: Callable[[], object]) -> None:
-        """Do a part of writing ``temporary``, which is removed if that fails."""
+        """Do a part of writing ``temporary``; remove it if that fails."""
         try:
             work()
         except (CheckpointError, OSError) as error:
             self._failure = (
-                f"{temporary}: {error}; no checkpoint of this step, those before it are as they "
-                "were"
+                f"{temporary}: {error}; there is no checkpoint of this step, earlier ones are "
+                "unchanged"
             )
             if dist.get_rank() == 0:
                 _log.warning(self._failure)
                 shutil.rmtree(temporary, ignore_errors=True)
 
     def forget(self) -> None:
-        """Another checkpoint is begun: what happened to the one before is made up for."""
+        """Forget the failure of the previous checkpoint, because another one begins."""
         self._failure = None
 
     def finish(self) -> None:

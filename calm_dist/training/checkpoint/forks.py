@@ -1,7 +1,7 @@
 """Fork the process that writes a checkpoint, and make sure that it runs.
 
-CPython 3.11 can lose a forked child before it executes its first line: the child waits for the lock
-of the interpreter's thread list, which another thread of the parent held at the fork
+In CPython 3.11 a forked child can hang before it executes its first line: it waits for the lock of
+the interpreter's thread list, which another thread of the parent held at the fork
 (``_PyThreadState_DeleteExcept``). Such a child would never write, and would keep the descriptors of
 its parent open.
 """
@@ -20,16 +20,16 @@ from calm_dist.log import NOTE
 
 _log = logging.getLogger(__name__)
 
-# A child reports in milliseconds; a slow one is only forked again.
+# A child reports within milliseconds; a slow one is merely forked again.
 _SECONDS_UNTIL_IT_RUNS = 5.0
 _TRIES = 3
 
 
 def schedule(calls: AsyncCallsQueue, request: AsyncRequest) -> None:
-    """Schedule a request whose process is known to run, or that has none.
+    """Schedule a request, and make sure that its process, if it has one, runs.
 
     Raises:
-        OSError: no process can be forked, or none of several runs; nothing is scheduled.
+        OSError: no process can be forked, or none of several started; nothing is scheduled.
     """
     for _ in range(_TRIES):
         reader, writer = os.pipe()
@@ -38,7 +38,7 @@ def schedule(calls: AsyncCallsQueue, request: AsyncRequest) -> None:
             os.close(writer)
             writer = -1
             process = calls.async_calls[-1].async_caller.process
-            # Also readable once the child has ended without a report.
+            # The pipe also becomes readable if the child ends without a report.
             if process is None or select.select([reader], [], [], _SECONDS_UNTIL_IT_RUNS)[0]:
                 return
         finally:
@@ -68,7 +68,7 @@ def _reporting(request: AsyncRequest, writer: int) -> AsyncRequest:
 
 
 def _report_and_run(writer: int, function: Any, *arguments: Any, **named: Any) -> None:
-    """In the forked process."""
+    """Report to the parent, then run ``function``; runs in the forked process."""
     os.write(writer, b"1")
     os.close(writer)
     function(*arguments, **named)

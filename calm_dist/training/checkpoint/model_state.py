@@ -34,7 +34,7 @@ def training_state(
     head: ZeroHead | None,
     moments: Sequence[str],
 ) -> dict[str, Any]:
-    """All that a run needs to go on, as sharded tensors; a collective of the head's ranks."""
+    """All tensors that a run needs to continue, sharded; a collective of the head's ranks."""
     state = _backbone_state(chunks)
     state["optimizer"] = optimizer_state(optimizer, state, moments)
     if head is not None:
@@ -47,7 +47,7 @@ def training_state(
 
 
 def tensors_in_memory(chunks: list[Any], state: dict[str, Any]) -> Iterator[torch.Tensor]:
-    """The tensors that hold a `training_state`, and those of the backbone's gradients."""
+    """The tensors of a `training_state`, and those of the backbone's gradients."""
     for entry in (*state.values(), *state["optimizer"].values()):
         if isinstance(entry, ShardedTensor | ShardedTensorFactory):
             yield entry.data
@@ -57,7 +57,7 @@ def tensors_in_memory(chunks: list[Any], state: dict[str, Any]) -> Iterator[torc
 
 
 def save_weights(directory: Path, backbone: nn.Module, head: nn.Module | None) -> None:
-    """Write only the weights of a whole backbone and unwrapped head, from one process."""
+    """Write only the weights, of a whole backbone and unwrapped head, in a single process."""
     target = directory / TENSORS
     target.mkdir()
     tensor_files.write_now(_weight_state(backbone, head), target)
@@ -75,8 +75,8 @@ def load(
     """Read a `training_state`, on this or another layout; a collective of the world.
 
     Args:
-        moments: of the optimizer, see `optimizers.OptimizerSpec`.
-        updates: that the optimizers have made.
+        moments: names of the optimizer's moments, see `optimizers.OptimizerSpec`.
+        updates: number of updates that the optimizers have made.
 
     Raises:
         CheckpointError: the checkpoint is of another model.
@@ -95,7 +95,7 @@ def load(
 
 
 def load_weights(directory: Path, backbone: Any, head: nn.Module | None) -> None:
-    """Read only the weights, into one process: backbone and unwrapped head.
+    """Read only the weights, into a whole backbone and unwrapped head in a single process.
 
     Raises:
         CheckpointError: the checkpoint is of another model.
@@ -114,17 +114,17 @@ def start_from_weights(
     head: ZeroHead | None,
     topology: Topology,
 ) -> None:
-    """Take over the weights that `save_weights` wrote, on any layout; a collective of the world.
+    """Load weights written by `save_weights`, on any layout; a collective of the world.
 
     The optimizers stay fresh. A bf16 backbone's fp32 master weights are those of the checkpoint,
-    not rounded ones.
+    not rounded to bf16.
 
     Raises:
         CheckpointError: the checkpoint is of another model.
     """
     state = _backbone_state(chunks)
     for tensor in state.values():
-        # Read in fp32 whatever the precision of the run.
+        # Read in fp32, whatever the precision of the run.
         if isinstance(tensor, ShardedTensor | ShardedTensorFactory):
             tensor.data = tensor.data.float()
         if isinstance(tensor, ShardedTensor):
@@ -158,7 +158,7 @@ def _weight_state(backbone: nn.Module, head: nn.Module | None) -> dict[str, Any]
 
 
 def _backbone_state(chunks: list[Any]) -> dict[str, Any]:
-    """Sharded tensors of this rank's chunks; the number of a chunk is local, the keys are not."""
+    """Sharded tensors of this rank's chunks; chunk numbers are local, tensor keys are global."""
     return {
         f"{number}/{name}": tensor
         for number, chunk in enumerate(chunks)

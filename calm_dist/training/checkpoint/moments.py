@@ -1,4 +1,4 @@
-"""An optimizer's moments as a safetensors file, by parameter name."""
+"""Save and load an optimizer's moments as a safetensors file, by parameter name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from calm_dist.runs.checkpoints import OPTIMIZER_FILE
 def save_moments(
     optimizer: torch.optim.Optimizer, model: nn.Module, directory: Path, moments: Sequence[str]
 ) -> None:
-    """Write the moments of every parameter; before the first step there are none."""
+    """Write the moments of every parameter; before the first step, there are none."""
     tensors = {
         f"{moment}.{name}": optimizer.state[parameter][moment].contiguous()
         for name, parameter in model.named_parameters()
@@ -34,7 +34,7 @@ def load_moments(
     moments: Sequence[str],
     steps: int,
 ) -> None:
-    """Read what `save_moments` wrote after ``steps`` updates.
+    """Read the file that `save_moments` wrote after ``steps`` updates.
 
     Raises:
         CheckpointError: the file is missing, damaged, or of another model.
@@ -47,20 +47,20 @@ def load_moments(
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
         tensors = load_file(path)
-    except Exception as error:  # whatever its bytes lead to
+    except Exception as error:  # damaged bytes may raise anything
         raise CheckpointError(f"{path}: does not hold this optimizer's state ({error})") from error
     for moment in moments:
         for parameter in order:
             _check(path, f"{moment}.{names[parameter]}", parameter, tensors)
     state = {
         number: {
-            # One tensor each: a shared one would be counted up once per parameter.
+            # One tensor each: a shared one would be incremented once per parameter.
             "step": torch.tensor(float(steps)),
             **{moment: tensors[f"{moment}.{names[p]}"] for moment in moments},
         }
         for number, p in enumerate(order)
     }
-    # It also moves the tensors to where each parameter lies.
+    # This also moves the tensors to the devices of the parameters.
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

@@ -1,9 +1,9 @@
-"""State of the backbone's optimizer in a checkpoint: the same for Megatron's plain and its
-distributed optimizer, and for every layout.
+"""State of the backbone's optimizer in a checkpoint: the same for Megatron's plain and distributed
+optimizers, and for every layout.
 
-Megatron's own `load_state_dict` of the distributed optimizer (0.16.1) works with fused Adam only:
-with torch's it fails on an empty state, and then lets all parameters share one step count. What
-is stored here are the moments and the master weights.
+Megatron's own `load_state_dict` of the distributed optimizer (0.16.1) works only with fused Adam:
+with torch's, it fails on an empty state, and otherwise makes all parameters share one step count.
+This module stores the moments and the master weights.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ def optimizer_state(
     moments: Sequence[str],
     is_loading: bool = False,
 ) -> dict[str, Any]:
-    """Sharded tensors of the backbone optimizer's state. How many updates it made, it does not say.
+    """Sharded tensors of the backbone optimizer's state, without its number of updates.
+
+    A collective of the replicas. With the distributed optimizer, the first replica gets all
+    tensors, on the CPU; for loading, every replica does.
 
     Args:
-        model_state: the backbone's sharded tensors, around its parameters themselves.
-        moments: what the optimizer keeps of each parameter, see `optimizers.OptimizerSpec`.
-        is_loading: the tensors are only places to load into.
-
-    A collective of the replicas. With the distributed optimizer the first replica holds all
-    tensors, on the CPU; to load, every replica does.
+        model_state: the backbone's sharded tensors, which must wrap the parameters themselves.
+        moments: names of the optimizer's moments, see `optimizers.OptimizerSpec`.
+        is_loading: the tensors are only buffers to load into.
     """
     sharded = {
         id(tensor.data): tensor
@@ -69,7 +69,7 @@ def optimizer_state(
 def load_optimizer_state(
     optimizer: MegatronOptimizer, loaded: Mapping[str, Any], moments: Sequence[str], step: int
 ) -> None:
-    """Take over what was read into the tensors of `optimizer_state`, after ``step`` updates."""
+    """Load the optimizer from tensors read into an `optimizer_state`, after ``step`` updates."""
     for number, single in enumerate(single_optimizers(optimizer)):
         _fill(single, moments)
         for index, parameter in enumerate(updated_parameters(single)):
@@ -81,7 +81,7 @@ def load_optimizer_state(
                     target.copy_(own_part(single, parameter, whole))
         if not counts_in_groups(single):
             for master, state in single.optimizer.state.items():
-                # One tensor each: a shared one would be counted up once per parameter.
+                # One tensor each: a shared one would be incremented once per parameter.
                 state["step"] = torch.tensor(float(step), device=master.device)
         else:
             for group in single.optimizer.param_groups:
@@ -110,7 +110,7 @@ def _target(single: Any, parameter: nn.Parameter, kind: str) -> torch.Tensor | N
 
 
 def _fill(single: Any, moments: Sequence[str]) -> None:
-    """Begin the state as the optimizer would in its first step."""
+    """Initialize the state as the optimizer would in its first step."""
     for master in single.get_parameters():
         state = single.optimizer.state[master]
         for kind in moments:
@@ -123,7 +123,7 @@ def _fill(single: Any, moments: Sequence[str]) -> None:
 def _local(
     single: Any, moments: Sequence[str]
 ) -> Iterator[tuple[int, nn.Parameter, str, torch.Tensor]]:
-    """(number, parameter, kind, tensor) of a plain optimizer, whose replicas are all alike."""
+    """(number, parameter, kind, tensor) of a plain optimizer, which is the same on all replicas."""
     for index, parameter in enumerate(updated_parameters(single)):
         for kind in _kinds(parameter, moments):
             tensor = _target(single, parameter, kind)
@@ -134,8 +134,8 @@ def _local(
 def _gathered(
     single: DistributedOptimizer, moments: Sequence[str], is_loading: bool
 ) -> Iterator[tuple[int, nn.Parameter, str, torch.Tensor]]:
-    """As `_local`, of a distributed optimizer; nothing on the replicas that do not save."""
-    # By gloo and through the CPU, so that no GPU holds the whole state.
+    """As `_local`, for a distributed optimizer; nothing on the replicas that do not save."""
+    # With gloo and on the CPU, so that no GPU holds the whole state.
     state = single.get_parameter_state_dp_zero(
         use_gloo_comm=True, empty_data=is_loading, return_on_all_ranks=is_loading
     )
@@ -144,8 +144,8 @@ def _gathered(
     index = 0
     for number, buffer in enumerate(single.buffers):
         (tensors,) = state[number].values()
-        # The buffer's places count the padding behind each bucket, which is gathered without it.
-        # Megatron's own fully reshardable format overlooks that, and shifts what lies behind.
+        # The buffer's offsets include the padding after each bucket, but the gathered tensors do
+        # not. Megatron's own fully reshardable format overlooks that and shifts later parameters.
         padding = [0]
         for bucket in buffer.buckets:
             padding.append(padding[-1] + bucket.grad_data.numel() - bucket.numel_unpadded)
@@ -163,7 +163,7 @@ def _kinds(parameter: nn.Parameter, moments: Sequence[str]) -> tuple[str, ...]:
 
 
 def _finish_gather(single: DistributedOptimizer) -> None:
-    """Weights that would be gathered in the next forward pass are gathered now."""
+    """Gather the weights that would be gathered in the next forward pass."""
     if single.ddp_config.overlap_param_gather:
         for chunk in single.model_chunks:
             chunk.start_param_sync(force_sync=True)

@@ -1,4 +1,4 @@
-"""What a start looks at: the checkpoint that it goes on from, and room for the next one."""
+"""Checks at a start: the checkpoint to continue from, and disk space for the next one."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from calm_dist.runs.checkpoints.run_state import RunState
 
 
 def newest_valid_for_all(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run, each rank reading its share of the files.
+    """The newest intact checkpoint of a run; each rank reads its share of the files.
 
-    Says on stderr why newer ones are passed over, and changes nothing: a start may be refused yet.
+    Logs why newer ones are passed over, but changes nothing, since the start may still be refused.
     A collective of the world.
 
     Raises:
-        CheckpointError: there are checkpoints, and none is whole; on every rank.
+        CheckpointError: there are checkpoints, but none is intact; on every rank.
     """
     directory, passed_over = _first_whole(
         on_rank_zero(lambda: checkpoints.step_directories(run_dir))
     )
     if directory is None and passed_over:
         refusal = CheckpointError(
-            f"{run_dir / checkpoints.CHECKPOINTS}: none of {passed_over} checkpoints is whole, see "
-            "above; mend them, or remove them to start from the beginning"
+            f"{run_dir / checkpoints.CHECKPOINTS}: none of {passed_over} checkpoints is intact, "
+            "see above; repair them, or remove them to start from the beginning"
         )
         refusal.reported = True  # type: ignore[attr-defined]
         raise refusal
@@ -38,18 +38,18 @@ def newest_valid_for_all(run_dir: Path) -> Path | None:
 
 
 def source_for_all(path: str) -> Path:
-    """The checkpoint that ``run.continue_from`` means: itself, or the newest whole one of a run;
-    nothing is changed there. A collective of the world.
+    """The checkpoint that ``run.continue_from`` stands for: itself, or the newest intact one of a
+    run; nothing is changed there. A collective of the world.
 
     Raises:
-        CheckpointError: there is none, on every rank.
+        CheckpointError: there is none; on every rank.
     """
     name = "run.continue_from"
     found = on_rank_zero(lambda: checkpoints.candidates(path, name))
     directory, passed_over = _first_whole(found)
     if directory is None:
         refusal = CheckpointError(
-            f"{name}: {path}: none of {passed_over} checkpoints is whole, see above; give another"
+            f"{name}: {path}: none of {passed_over} checkpoints is intact, see above; give another"
         )
         refusal.reported = True  # type: ignore[attr-defined]
         raise refusal
@@ -59,23 +59,23 @@ def source_for_all(path: str) -> Path:
 
 
 def taken_over(directory: Path, state: RunState) -> str:
-    """What is said of a run that begins with another one's weights and moments."""
+    """The log line of a run that begins with another one's weights and moments."""
     return (
-        f"continues from {directory} (step {state.step}): weights, Adam's moments and their count "
-        f"of {state.adam_steps} updates are taken over; data, step counter and learning-rate "
-        "schedule start from the beginning"
+        f"continuing from {directory} (step {state.step}) with its weights, Adam's moments and "
+        f"their count of {state.adam_steps} updates; data, step counter and learning-rate schedule "
+        "start from the beginning"
     )
 
 
 def _first_whole(candidates: list[Path]) -> tuple[Path | None, int]:
-    """The first whole checkpoint, and how many were passed over for it; each rank reads its share
-    of the files."""
+    """The first intact checkpoint, and the number of those passed over before it; each rank reads
+    its share of the files."""
     rank, size = dist.get_rank(), dist.get_world_size()
     for number, directory in enumerate(candidates):
         problem = None
         try:
             checkpoints.verify(directory, rank, size)
-        except Exception as error:  # damage has no end of forms, and none may end a restart
+        except Exception as error:  # damage may raise anything, and must not end a restart
             problem = str(error) or type(error).__name__
         problems: list[str | None] = [None] * size
         dist.all_gather_object(problems, problem)
@@ -88,8 +88,8 @@ def _first_whole(candidates: list[Path]) -> tuple[Path | None, int]:
 
 
 def tidy(run_dir: Path, start: Path | None) -> None:
-    """Once a training really starts: remove what killed runs have left half-written, and rename
-    ``.damaged`` what was passed over for ``start``; a collective of the world."""
+    """Once a training really starts, remove half-written checkpoints of killed runs, and rename
+    those passed over before ``start`` to ``.damaged``; a collective of the world."""
 
     def work() -> None:
         (run_dir / checkpoints.CHECKPOINTS).mkdir(exist_ok=True)
@@ -109,7 +109,7 @@ def free_space(recipe: Recipe) -> int:
     # Weights and Adam's moments in fp32, and a bf16 backbone's own weights.
     per_parameter = 12 if recipe.precision == "fp32" else 14
     needed = per_parameter * flops.count(recipe, tokens=0).parameters
-    # What a killed run left half-written is removed before the first step.
+    # Half-written checkpoints of killed runs are removed before the first step.
     left = Path(recipe.run.dir).glob(f"{checkpoints.CHECKPOINTS}/step_*.tmp/**/*")
     free = shutil.disk_usage(recipe.run.dir).free + sum(f.stat().st_size for f in left)
     if free < needed:
@@ -121,9 +121,9 @@ def free_space(recipe: Recipe) -> int:
 
 
 def check_room(recipe: Recipe) -> None:
-    """Look at the disk before the training starts; a collective of the world.
+    """Check the free disk space before the training starts; a collective of the world.
 
     Raises:
-        CheckpointError: there is no `room` for even one checkpoint, on every rank.
+        CheckpointError: there is no room for even one checkpoint; on every rank.
     """
     on_rank_zero(lambda: free_space(recipe))

@@ -1,9 +1,8 @@
-"""Megatron's distributed checkpoint format, written beside the training and read without trust.
+"""Megatron's distributed checkpoint format, written during the training and read without trust.
 
-A write is planned by all ranks together, done by a process that each rank forks, and finished by
-all ranks together. What fails on one rank fails on all of them, at the same point: Megatron-core
-0.16.1 lets rank 0 write its own files between two collectives, in which the others would wait for
-it without end.
+All ranks plan a write together, each rank forks a process that does it, and all ranks finish it
+together. A failure on one rank fails all of them, at the same point: in Megatron-core 0.16.1, rank
+0 writes its own files between two collectives, in which the others would wait for it forever.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ State = dict[str, Any]
 
 
 class TensorWriter:
-    """Plans writes of sharded states; one for a run, since plans of equal states are reused.
+    """Plans writes of sharded states. Use one per run: plans of equal states are reused.
 
     Args:
         replicas: the ranks that hold the same tensors and share the writing; default: all.
@@ -70,7 +69,7 @@ class TensorWriter:
             self._strategy, replicas, do_cache_distribution=True
         )
         self._common = _CommonFile("torch", 1)
-        # What a state dict has besides tensors (the optimizer's groups) is written by rank 0.
+        # Rank 0 writes the parts of a state dict that are not tensors (the optimizer's groups).
         register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, self._common)
         self._staging = Staging()
         self._validated = False
@@ -78,12 +77,12 @@ class TensorWriter:
 
     @property
     def has_copies(self) -> bool:
-        """Whether the planned write needs nothing of the state itself any more."""
+        """Whether the planned write no longer needs the state itself."""
         return self._staging.has_copies
 
     def prepare(self, state: State) -> None:
-        """Do before the first write what no later one has to: compare the shapes of all ranks,
-        share out the writing, and find memory for the copies; a collective of the world."""
+        """Do the work that only the first write needs: compare the shapes of all ranks, distribute
+        the writing, and allocate memory for the copies. A collective of the world."""
         tensors, _ = save_preprocess(state, validate_access_integrity=True)
         self._shared.apply_saving_parallelization(tensors)
         self._validated = True
@@ -103,15 +102,15 @@ class TensorWriter:
         """Plan to write ``state`` into an existing directory; a collective of the world.
 
         Args:
-            urgent: it is waited for, and need not stand back behind the training.
-            commit: what rank 0 does when everything is written, in a thread.
+            urgent: the caller waits for it, so it need not yield to the training.
+            commit: called by rank 0, in a thread, when everything is written.
 
         Returns:
-            A request for Megatron's `AsyncCallsQueue`. Once that has finalized it, `is_ending` is
-            true until `ended` says that the write is.
+            A request for Megatron's `AsyncCallsQueue`. Once the queue has finalized it, `is_ending`
+            is true until `ended` returns true.
 
         Raises:
-            CheckpointError: it cannot be planned, on every rank.
+            CheckpointError: it cannot be planned; on every rank.
         """
         self._common.error = None
         self._strategy.target, self._strategy.urgent = directory, urgent
@@ -123,7 +122,7 @@ class TensorWriter:
                 state,
                 str(directory),
                 sharded_strategy=self._shared,
-                # Gathers the shapes of all ranks, which do not change.
+                # This gathers the shapes of all ranks, which do not change.
                 validate_access_integrity=not self._validated,
                 async_sharded_save=True,
             )
@@ -135,11 +134,12 @@ class TensorWriter:
 
     @property
     def is_ending(self) -> bool:
-        """Whether all ranks have written their tensors, and rank 0 describes and commits them."""
+        """Whether all ranks have written their tensors, and rank 0 is describing and committing
+        them."""
         return self._end is not None
 
     def ended(self, wait: bool) -> bool:
-        """Whether a write `is_ending` no more; a collective of the world.
+        """Whether a write that `is_ending` has ended; a collective of the world.
 
         Raises:
             CheckpointError, OSError: a rank could not write; on every rank.
@@ -172,7 +172,7 @@ class TensorWriter:
 
 
 class _Strategy(SaveStrategy):
-    """Megatron's strategy, which hands the last part of a write out."""
+    """Megatron's strategy, which leaves the last part of a write to the caller."""
 
     target: Path
     urgent: bool
@@ -182,14 +182,14 @@ class _Strategy(SaveStrategy):
         directory = self.target
 
         def finish() -> Callable[[], None]:
-            """Gather what all ranks have written; gives what is left for rank 0 to write."""
+            """Gather the results of all ranks; returns the function with which rank 0 finishes."""
             results = ranks.gather_object(writer.retrieve_write_results())
 
             def write_description() -> None:
                 failures = {r: x for r, x in enumerate(results) if isinstance(x, tuple)}
                 if failures:
                     raise CheckpointError(_first_failure(directory, failures))
-                # Without what Megatron attaches to it, the plans of all ranks.
+                # Without the plans of all ranks, which Megatron attaches to it.
                 writer.finish(dataclasses.replace(metadata), results)
 
             return write_description
@@ -197,14 +197,14 @@ class _Strategy(SaveStrategy):
         self.finish = finish
         if request.async_fn is None:
             return request
-        # The first argument of Megatron's function, for ways to write that nobody asked for.
+        # The first argument of Megatron's function concerns other ways to write, unused here.
         return request._replace(
             async_fn=partial(_write_and_hash, self.urgent, request.async_fn.args[0])
         )
 
 
 class _Writer(AsyncFileWriter):
-    """Copies host tensors aside, for the process that writes them."""
+    """Copies host tensors for the process that writes them."""
 
     staging = Staging()
 
@@ -233,7 +233,7 @@ use_file_writer(_Writer)
 
 
 class _CommonFile(TorchCommonSaveStrategy):
-    """Keeps an error of rank 0 until it can be told to all ranks."""
+    """Keeps an error of rank 0 until all ranks can be told."""
 
     error: CheckpointError | None = None
 
@@ -248,7 +248,8 @@ class _CommonFile(TorchCommonSaveStrategy):
 class _ResultsFile:
     """A queue for one item from a forked writer to its rank.
 
-    A pipe would hold 64 KiB, and block the writer until its rank reads, which is when it has ended.
+    A pipe holds only 64 KiB and would block the writer, because its rank reads only after the
+    writer has ended.
     """
 
     def __init__(self) -> None:
@@ -263,19 +264,18 @@ class _ResultsFile:
         try:
             return pickle.load(self._file)
         except (EOFError, pickle.UnpicklingError):
-            # Its writer died before, or in the middle of its report.
+            # The writer died before or during its report.
             raise queue.Empty from None
 
 
 def _write_and_hash(
     urgent: bool, transforms: list[Any], rank: int, buckets: list[Any], results: _ResultsFile
 ) -> None:
-    """In the forked process: write this rank's files, then describe them for the manifest.
+    """Write this rank's files, then describe them for the manifest; runs in the forked process.
 
-    Megatron's own function would fork once more for each file, and wait without end for a process
-    of those that was killed.
+    Megatron's own function would fork again for each file, and wait forever for a killed process.
     """
-    # OpenMP's threads are not there in a forked process, and it would wait for them.
+    # OpenMP's threads do not exist in a forked process, and it would wait for them.
     torch.set_num_threads(1)
     if not urgent:
         stand_back()
@@ -313,7 +313,7 @@ def read(state: State, directory: Path) -> State:
     """Fill a sharded state from a directory; a collective of the world.
 
     Raises:
-        CheckpointError: it is of another model, or holds more than tensors.
+        CheckpointError: it is of another model, damaged, or holds more than tensors.
         RuntimeError: another rank is lost.
     """
     read_description(directory / DESCRIPTION)
@@ -324,7 +324,7 @@ def read(state: State, directory: Path) -> State:
             f"{directory}: refused, it holds more than tensors; use another checkpoint"
         ) from error
     except CheckpointException as error:
-        # Of torch, and not even an Exception.
+        # torch derives it from BaseException.
         raise CheckpointError(f"{directory}: cannot be read ({error.failures})") from error
     except (EOFError, OSError, RuntimeError, TypeError, ValueError) as error:
         if is_lost_connection(error):
@@ -333,6 +333,6 @@ def read(state: State, directory: Path) -> State:
     except (CheckpointingException, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{directory}: does not fit the model of the recipe ({reason}); use the recipe that "
-            "lies beside it, or another run.dir"
+            f"{directory}: does not fit the model of the recipe ({reason}); use the recipe next "
+            "to it, or another run.dir"
         ) from error

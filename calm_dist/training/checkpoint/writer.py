@@ -1,4 +1,4 @@
-"""Checkpoints of a running language model, written while it trains on."""
+"""Writes checkpoints of a language model while its training continues."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time; all ranks call every method together.
 
-    One that cannot be written does not end the training, see `Attempts`.
+    A checkpoint that cannot be written does not end the training, see `Attempts`.
     """
 
     def __init__(self, recipe: LanguageModelRecipe, topology: Topology) -> None:
@@ -44,15 +44,15 @@ class CheckpointWriter:
         self._rotation = checkpoints.Rotation(Path(recipe.run.dir), recipe.checkpoint)
 
     def prepare(self, parts: Parts) -> None:
-        """Once the optimizers have states: make the first checkpoint as cheap as later ones."""
+        """Make the first checkpoint as cheap as later ones; call once the optimizers have state."""
         self._writer.prepare(self._state(parts))
 
     def start(self, parts: Parts, state: RunState, is_last: bool = False) -> None:
-        """Begin to write a checkpoint; returns once the state is copied, or with
-        ``checkpoint.async: false`` once it is committed.
+        """Begin to write a checkpoint; returns once the state is copied or, with
+        ``checkpoint.async: false``, once the checkpoint is committed.
 
         Args:
-            is_last: the training does not go on beside it.
+            is_last: the training ends after this step.
         """
         self.wait()
         self._attempts.forget()
@@ -65,27 +65,27 @@ class CheckpointWriter:
             self.wait()
 
     def poll(self, updates: int) -> None:
-        """After each step: commit the checkpoint that is being written, if all ranks have written
-        their part.
+        """Call after each step: commits the checkpoint being written once all ranks have written
+        their parts.
 
         Args:
-            updates: that the optimizers have made, those of this step included.
+            updates: number of updates that the optimizers have made, this step included.
         """
         self._polls += 1
         if self._topology.rank == 0:
             self._rotation.step_taken(updates)
-        # On a machine with no core to spare it would not be done when the next one is due, and
-        # that would wait for all of it.
+        # On a fully loaded machine, low priority could keep the writer from finishing before the
+        # next checkpoint is due, which would then wait for it.
         if self._polls == -(-self._recipe.checkpoint.every // 2):
             self._hurry()
         self._finalize(blocking=False)
 
     def wait(self) -> None:
-        """Wait for the checkpoint that is being written, and commit it."""
+        """Wait for the checkpoint being written, and commit it."""
         self._finalize(blocking=True)
 
     def finish(self) -> None:
-        """Wait for what is being written.
+        """Wait for the checkpoint being written, at the end of the run.
 
         Raises:
             CheckpointError: the last checkpoint could not be written.
@@ -105,7 +105,7 @@ class CheckpointWriter:
 
         temporary = on_rank_zero(begin)
         tensors = self._state(parts)
-        # Planning takes the state apart.
+        # Collected first, because planning takes the state apart.
         memory = list(model_state.tensors_in_memory(parts.chunks, tensors))
         request = self._writer.plan(
             tensors,
@@ -117,10 +117,10 @@ class CheckpointWriter:
             with not_forked(memory if self._writer.has_copies else ()):
                 forks.schedule(self._calls, request)
         except OSError as error:
-            # No memory or no process left on this rank, which the others cannot know. It takes
-            # part with nothing to run, so that all learn that it has written nothing.
+            # This rank has no memory or no process left, which the others cannot know. It takes
+            # part without a process, so that all learn that it has written nothing.
             rank = self._topology.rank
-            _log.log(NOTE, f"rank {rank}: no process can be forked ({error})")
+            _log.log(NOTE, f"rank {rank}: cannot fork a process to write the checkpoint ({error})")
             forks.schedule(self._calls, request._replace(async_fn=None))
 
     def _state(self, parts: Parts) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class CheckpointWriter:
                 hurry(process.pid)
 
     def _advance(self, blocking: bool) -> None:
-        """From tensors that all ranks have written to what rank 0 does in the end."""
+        """Go from the tensors written by all ranks to the final work of rank 0."""
         if self._calls.get_num_unfinalized_calls():
             self._calls.maybe_finalize_async_calls(blocking)
         if self._writer.is_ending and self._writer.ended(wait=blocking):
