@@ -335,7 +335,7 @@ def test_tool(tmp_path: Path) -> None:
         ([str(XL), "--json", ""], "--json: is empty: give a file"),
         ([str(XL), "--price", "abc"], "invalid number value: 'abc'"),
         ([str(XL), "--link-fraction", "1.5"], "give a number from 1e-06 to 1"),
-        ([str(XL), "--nodes", "2", "parallel.world_size=32"], "the options say 16 GPUs"),
+        ([str(XL), "--nodes", "2", "parallel.world_size=32"], "the options, which give 16 GPUs"),
         ([str(XL), "--nodes", "2", "model.hidden_size=x"], "model.hidden_size"),
         ([str(XL), f"training.steps=1{'0' * 400}"], "training.steps: found 1000"),
         ([str(XL), "--published"], f"{XL}: --published does not use it"),

@@ -523,8 +523,8 @@ def test_both_tools_write_the_same_report(experiment: dict[str, Path], tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--out", "x"], "--out: belongs to a report of runs"),
-        (["--peak-tflops", "9"], "--peak-tflops: belongs to a report of runs"),
+        (["--out", "x"], "--out: is for a report of runs"),
+        (["--peak-tflops", "9"], "--peak-tflops: is for a report of runs"),
         (["--run", "nowhere"], "nowhere: no recipe.yaml in it"),
         (["--run", "nowhere", "--peak-tflops", "0"], "0: give a number from 0.001 to 1e06"),
         (["--run", "nowhere", "--peak-tflops", "1e-320"], "1e-320: give a number from 0.001"),
