@@ -129,8 +129,8 @@ def _recipe_and_gpus(
         recipe = load_recipe(arguments.recipe, [*arguments.overrides, *more])
         if not isinstance(recipe, LanguageModelRecipe):
             raise UserError(
-                "model.kind: autoencoder; the planner knows only language models; an autoencoder "
-                "has one layout, see tools/train_autoencoder.py --dry-run"
+                "model.kind: autoencoder; the planner knows language models; an autoencoder has "
+                "one layout, see tools/train_autoencoder.py --dry-run"
             )
         return resolve(recipe, missing_stores=True)
 
