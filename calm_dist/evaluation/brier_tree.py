@@ -354,7 +354,7 @@ def _path_collisions(
 
 
 def draw_columns(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw one column of each row of ``weights`` ``[b, V]`` in proportion to its weight; ``[b, 1]``.
+    """Draw one column of each row of ``weights`` ``[b, V]``, in proportion to weight; ``[b, 1]``.
 
     `torch.multinomial` draws a random number for every weight; this draws one for each row.
     """
