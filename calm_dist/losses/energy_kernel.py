@@ -1,10 +1,10 @@
 """The energy score as one Triton kernel: draws, distances and gradient of a position in registers.
 
-Written for GPUs; correct in Triton's interpreter (``TRITON_INTERPRET=1``, on CPUs), not timed on a
-GPU yet, and so used only where ``training.energy_kernel`` asks for it.
+Written for GPUs; tested in Triton's interpreter (``TRITON_INTERPRET=1``, on CPUs). It has not been
+timed on a GPU yet, and so is used only if ``training.energy_kernel`` selects it.
 
-The draws come from Triton's counter-based generator (Philox) with a key for each position: they are
-the same for every split of the positions.
+The draws come from Triton's counter-based generator (Philox) with a key for each position, so they
+do not depend on how the positions are split.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-# Matrix products take at least so many rows and columns.
+# Matrix products need at least this many rows and columns.
 _SMALLEST_TILE = 16
 _DRAWS_AT_ONCE = 16
 
@@ -30,27 +30,27 @@ def fused_energy_score(
     noise: torch.Tensor | None = None,
     beta: float = 1.0,
 ) -> torch.Tensor:
-    """`losses.energy.energy_score`, which checks the arguments and says what they are; the
+    """`losses.energy.energy_score` without its checks; see there for the other arguments. The
     posterior gets no gradient.
 
     Args:
         keys: int64 [S], one for the ``num_draws`` draws of each position; equal keys give equal
             draws.
-        noise: [M, S, l], the draws in place of ``keys``.
+        noise: [M, S, l], the draws, instead of ``keys``.
 
     Returns:
         Scores [S] in fp32.
 
     Raises:
-        ValueError: not one of ``keys`` and ``noise``.
+        ValueError: both or neither of ``keys`` and ``noise`` are given.
     """
     if (keys is None) == (noise is None):
-        raise ValueError("give keys of the draws, or noise")
+        raise ValueError("give either keys of the draws or noise")
     return _FusedEnergyScore.apply(samples, mean, log_std, noise, beta, num_draws, keys)
 
 
 class _FusedEnergyScore(torch.autograd.Function):
-    """The gradient is worked out in the forward pass, while the draws exist."""
+    """The gradient is computed in the forward pass, while the draws exist."""
 
     @staticmethod
     def forward(
@@ -127,7 +127,7 @@ def _energy_kernel(  # type: ignore[no-untyped-def]
     DRAWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    # 64 bits: N·S·l passes 2^31 at the sizes of the paper's largest models.
+    # 64 bits: N·S·l exceeds 2^31 at the sizes of the paper's largest models.
     position = tl.program_id(0).to(tl.int64)
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     in_columns = columns < size
@@ -137,7 +137,7 @@ def _energy_kernel(  # type: ignore[no-untyped-def]
     scale = tl.exp(tl.load(log_std + here, mask=in_columns, other=0.0).to(tl.float32))
     inside = (rows[:, None] < num_samples) & in_columns[None, :]
     places = rows[:, None].to(tl.int64) * per_sample + here[None, :]
-    # Centred on the mean, as all that follows.
+    # Centred on the mean, like everything below.
     x = tl.load(samples + places, mask=inside, other=0.0).to(tl.float32)
     x = tl.where(inside, x - centre[None, :], 0.0)
 
@@ -155,7 +155,7 @@ def _energy_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, num_draws, DRAWS):
         draws = start + tl.arange(0, DRAWS)
         if IS_DRAWN:
-            # Each counter gives four numbers. It has 32 bits: a position has a key of its own.
+            # A counter gives four numbers and has only 32 bits, so each position has its own key.
             key = tl.load(keys + position)
             counters = draws[:, None] * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)[None, :]
             a, b, c, d = tl.randn4x(key, counters)
@@ -181,6 +181,6 @@ def _energy_kernel(  # type: ignore[no-untyped-def]
     pairs = num_samples * (num_samples - 1)
     tl.store(score + position, between / pairs - 2 * to_draws / (num_samples * num_draws))
     if NEEDS_GRADIENT:
-        # A pair of samples pulls at both of its ends.
+        # The gradient of a pair acts on both samples.
         total = 2 * (push / pairs - pull / (num_samples * num_draws))
         tl.store(gradient + places, total.to(gradient.dtype.element_ty), mask=inside)
