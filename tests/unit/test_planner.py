@@ -279,7 +279,10 @@ def test_own_layout_that_is_refused_is_said() -> None:
     values = full_plan(language_recipe(XL), H100, Reliability(), 24)
     assert values["recipe"] is None and not values["fits"] and values["best"]
     text = format_full_plan(values)
-    assert "is refused on this number of GPUs" in text and "training.global_batch_size: 256 is not" in text
+    assert (
+        "is refused on this number of GPUs" in text
+        and "training.global_batch_size: 256 is not" in text
+    )
 
 
 def test_scaling_recipes_have_their_sizes() -> None:

@@ -259,11 +259,11 @@ def test_latents_made_on_the_fly_cost_the_encoder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("environment", "device", "note"),
     [
-        ({"world_size": 4, "gpu": None}, "cpu", "No peak FLOP/s is known of CPUs"),
+        ({"world_size": 4, "gpu": None}, "cpu", "No peak FLOP/s is known for CPUs"),
         ({"world_size": 4, "libraries": {"torch": "2.13.0+cpu"}}, "cpu", "known of CPUs"),
-        ({"world_size": 4, "gpu": "Some GPU"}, "Some GPU", "No peak FLOP/s is known of Some GPU"),
-        ({"world_size": 4, "libraries": {"torch": "2.13.0"}}, None, "on what device it ran"),
-        (None, None, "on how many processes"),
+        ({"world_size": 4, "gpu": "Some GPU"}, "Some GPU", "No peak FLOP/s is known for Some GPU"),
+        ({"world_size": 4, "libraries": {"torch": "2.13.0"}}, None, "does not give the device"),
+        (None, None, "does not give the number of processes"),
     ],
 )
 def test_unknown_hardware_is_not_guessed(
@@ -384,7 +384,7 @@ def test_unlike_evaluations_are_called_incomparable(
     with (experiment["calm"] / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(evaluation(400, 1.0, data_fingerprint="f" * 64)) + "\n")
     summary, page = report(experiment, tmp_path / "report")
-    assert "Their last BrierLM were taken in different ways and do not compare." in page
+    assert "Their last BrierLM were taken in different ways and are not comparable." in page
     assert summary["comparison"]["brierlm_compares"] is False
     # The last evaluation of a step counts, and the older ones are not plotted beside it.
     assert summary["models"][0]["brierlm"] == 1.0
