@@ -260,7 +260,7 @@ def test_latents_made_on_the_fly_cost_the_encoder(tmp_path: Path) -> None:
     ("environment", "device", "note"),
     [
         ({"world_size": 4, "gpu": None}, "cpu", "No peak FLOP/s is known for CPUs"),
-        ({"world_size": 4, "libraries": {"torch": "2.13.0+cpu"}}, "cpu", "known of CPUs"),
+        ({"world_size": 4, "libraries": {"torch": "2.13.0+cpu"}}, "cpu", "known for CPUs"),
         ({"world_size": 4, "gpu": "Some GPU"}, "Some GPU", "No peak FLOP/s is known for Some GPU"),
         ({"world_size": 4, "libraries": {"torch": "2.13.0"}}, None, "does not give the device"),
         (None, None, "does not give the number of processes"),
