@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# What the jobs of this folder run: bash slurm/launch.sh TOOL ARGUMENT...
+# Run by the jobs of this folder: bash slurm/launch.sh TOOL ARGUMENT...
 #
-#   train, train_autoencoder   RECIPE [key=value ...]    one task per GPU, after a look at every node
+#   train, train_autoencoder   RECIPE [key=value ...]    one task per GPU, after checking every node
 #   encode_latents             the tool's own options    one worker per task, split after split
 #   evaluate, report           the tool's own options    one task
 #
 # USR1 (before the time limit, and at a preemption) makes a training write a checkpoint and end.
-# After that, and after a failure that another start may not meet, the job is requeued and goes on
-# where it was. docs/slurm.md lists the settings and says how to read the logs.
+# After that, and after a failure that a restart may not repeat, the job is requeued and continues
+# where it was. docs/slurm.md lists the settings and explains how to read the logs.
 set -uo pipefail
 
 TOOL=$1
 shift
 RESTART=${SLURM_RESTART_COUNT:-0}
-# Starts in a row that may end without progress, and restarts in all.
+# Limits: consecutive starts without progress, and restarts in all.
 MAX_FAILURES=${CALM_MAX_FAILURES:-3}
 MAX_RESTARTS=${CALM_MAX_RESTARTS:-100}
 LAUNCHER=${CALM_LAUNCHER:-srun}
@@ -28,7 +28,7 @@ die() {
   exit 2
 }
 
-[ -n "${SLURM_JOB_ID:-}" ] || die "this is no Slurm job; submit it: sbatch slurm/NAME.sh"
+[ -n "${SLURM_JOB_ID:-}" ] || die "this is not a Slurm job; submit it: sbatch slurm/NAME.sh"
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 set_up() {
@@ -45,14 +45,14 @@ set_up() {
   [[ $LAUNCHER =~ ^(srun|deepspeed)$ ]] || die "CALM_LAUNCHER=$LAUNCHER: give srun or deepspeed"
   PYTHON=${CALM_PYTHON:-$ROOT/.venv/bin/python}
   [ -n "${CALM_PYTHON:-}${CALM_CONTAINER:-}" ] || [ -x "$PYTHON" ] || PYTHON=python3
-  # How many nodes sbatch's --nodes=MIN-MAX gave is known only now.
+  # With --nodes=MIN-MAX of sbatch, the number of nodes is known only now.
   NODES=$SLURM_JOB_NUM_NODES PER_NODE=${SLURM_NTASKS_PER_NODE:-1}
   TASKS=$((NODES * PER_NODE))
   [ "${SLURM_NTASKS:-$TASKS}" = "$TASKS" ] || die "--ntasks=$SLURM_NTASKS: $NODES nodes have" \
     "$PER_NODE tasks each; give --nodes and --ntasks-per-node instead"
-  # The steps need what is set here, also after sbatch --export=NONE.
+  # The steps need this environment, even after sbatch --export=NONE.
   export SLURM_EXPORT_ENV=ALL
-  # srun does not take it over from sbatch.
+  # srun does not inherit it from sbatch.
   [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
   # The other half reads data and writes checkpoints.
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((${SLURM_CPUS_PER_TASK:-1} + 1) / 2))}
@@ -66,18 +66,19 @@ set_up() {
   SRUN+=(${CALM_SRUN_ARGS:-})
 }
 
-# masked TEXT... : without passwords and keys, for the log; calm_dist.redact masks what ranks write.
+# masked TEXT... : TEXT without passwords and keys, for the log. calm_dist.redact masks the output
+# of ranks.
 masked() {
   sed -E 's#(://[^ /:@]*):[^ /]+@#\1:***@#g; s#((key|token|secret|password)=)[^ &]+#\1***#Ig' <<<"$*"
 }
 
-# open_logs DIR : the folder of this job's logs in it.
+# open_logs DIR : create the folder of this job's logs in DIR.
 open_logs() {
   export CALM_LOGS=$1/slurm-$SLURM_JOB_ID
-  mkdir -p "$CALM_LOGS" || die "$CALM_LOGS: cannot be made; give a place that can be written"
+  mkdir -p "$CALM_LOGS" || die "$CALM_LOGS: cannot be created; give a writable directory"
 }
 
-# The job's log shows rank 0's, too.
+# Show rank 0's log in the job's log.
 follow_rank_zero() {
   local first log
   first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -88,50 +89,50 @@ follow_rank_zero() {
   FOLLOWER=$!
 }
 
-# run_step COMMAND... : run one step. CODE is the exit code of the first task that failed, FIRST is
-# what srun said of it.
+# run_step COMMAND... : run one step. Sets CODE to the exit code of the first task that failed, and
+# FIRST to srun's message about it.
 run_step() {
   local errors=$CALM_LOGS/srun.err
   CODE=75
   [ -z "$ASKED" ] || return
   "$@" 2> >(tee "$errors" >&2) &
   STEP=$!
-  # A signal to this script ends `wait`, but not the step.
+  # A signal to this script interrupts `wait`, but does not end the step.
   while kill -0 "$STEP" 2>/dev/null; do wait "$STEP"; done
   wait "$STEP"
   CODE=$?
   STEP=''
-  # What tee has read last may not be in the file yet.
+  # The last lines that tee has read may not be in the file yet.
   sleep 0.2
-  # srun's own code may be that of a task which --kill-on-bad-exit has ended for another's failure.
+  # srun's own code may be that of a task that --kill-on-bad-exit ended because another failed.
   FIRST=$(sed -n 's/^srun: error: \(.*: tasks\{0,1\} .*\)/\1/p' "$errors" | head -n 1)
   case $FIRST in
     *'Exited with exit code '*) [ "$CODE" = 0 ] || CODE=${FIRST##* } ;;
   esac
-  # Asked before it could write a checkpoint.
+  # The signal came before a rank could handle it.
   case $ASKED$CODE in yes137 | yes138 | yes143) CODE=75 ;; esac
 }
 
-# ask_to_end : have the ranks write a checkpoint and end.
+# ask_to_end : make the ranks write a checkpoint and end.
 ask_to_end() {
   local rank
-  # A second one would end a rank that has written its checkpoint.
+  # A second signal would kill a rank that has written its checkpoint.
   [ -z "$ASKED" ] || return
   ASKED=yes
   say "USR1: the ranks are asked to write a checkpoint and end"
   [ -n "$STEP" ] || return
-  # To the rank that holds the run directory, which tells the others. Slurm would also signal their
-  # helper processes, and deepspeed, which die of it.
+  # Signal the rank that holds the run directory; it tells the others. Slurm would also signal their
+  # helper processes and deepspeed, which would die.
   rank=$(sed -n 's/^process \([0-9]*\) .*/\1/p' "$RUN_DIR/.lock" 2>/dev/null)
   if grep -qzxs "SLURM_JOB_ID=$SLURM_JOB_ID" "/proc/${rank:-none}/environ"; then
     kill -USR1 "$rank"
   else
-    # None has come that far: nothing is lost.
+    # No rank holds it yet: nothing is lost.
     kill -TERM "$STEP"
   fi
 }
 
-# progress : changes while the job gets anywhere.
+# progress : its output changes when the job has made progress.
 progress() {
   case $TOOL in
     train*) find "$RUN_DIR/checkpoints" -maxdepth 1 -name 'step_*[0-9]' | sort | tail -n 1 ;;
@@ -139,7 +140,7 @@ progress() {
   esac 2>/dev/null
 }
 
-# finish : end the job with CODE, or have it requeued.
+# finish : end the job with CODE, or requeue it.
 finish() {
   local after state failures
   case $CODE in
@@ -147,11 +148,11 @@ finish() {
     75) ;;
     2 | 4)
       show_failures
-      end "another start would end the same; mend what the messages above say"
+      end "another start would fail in the same way; fix the error reported above"
       ;;
     *) show_failures ;;
   esac
-  # Cancelled, out of time, or a node is gone: then Slurm has decided already.
+  # If the job was cancelled, ran out of time or lost a node, Slurm has already decided.
   state=$(ask_slurm squeue --noheader --format=%T --jobs="$JOB") || end "Slurm does not answer"
   [ "$state" = RUNNING ] || end "the job is ${state:-gone}"
   after=$(progress)
@@ -159,17 +160,17 @@ finish() {
   if [ "$after" = "$BEFORE" ]; then failures=$((failures + 1)); else failures=0; fi
   echo "$failures" >"$CALM_LOGS/without_progress"
   [ "$failures" -lt "$MAX_FAILURES" ] ||
-    end "$failures starts in a row got nowhere (CALM_MAX_FAILURES=$MAX_FAILURES)"
+    end "$failures starts in a row made no progress (CALM_MAX_FAILURES=$MAX_FAILURES)"
   [ "$RESTART" -lt "$MAX_RESTARTS" ] ||
     end "restarted $RESTART times (CALM_MAX_RESTARTS=$MAX_RESTARTS)"
-  say "exit code $CODE; requeued${FIRST:+; the first to end was $FIRST}"
+  say "exit code $CODE; requeued${FIRST:+; the first task to end was $FIRST}"
   ask_slurm scontrol requeue "$JOB" || end "scontrol cannot requeue it"
   # Slurm ends this script.
   sleep 300
   exit "$CODE"
 }
 
-# ask_slurm COMMAND... : again for ten minutes, while the controller does not answer.
+# ask_slurm COMMAND... : retry for ten minutes while the controller does not answer.
 ask_slurm() {
   local tries
   for tries in {1..40}; do
@@ -184,7 +185,7 @@ end() {
   exit "$CODE"
 }
 
-# The last words of the ranks that had something to complain of.
+# The last lines of the logs of ranks that reported an error.
 show_failures() {
   local log
   for log in "$CALM_LOGS"/rank*.restart"$RESTART".log; do
@@ -200,11 +201,11 @@ train() {
   RUN_DIR=$("${once[@]}" "$PYTHON" "$ROOT/tools/preflight.py" "${arguments[@]}" | tail -n 1)
   case $? in
     0) ;;
-    # The store does not answer. There is no run directory yet: failures are counted in logs.
+    # The object store does not answer. There is no run directory yet: count failures under logs/.
     6) CODE=6 && open_logs "logs" && finish ;;
     *) exit 2 ;;
   esac
-  # It is printed with escapes, since a name may have line breaks.
+  # preflight.py prints it with escapes, since a name may contain line breaks.
   printf -v RUN_DIR %b "$RUN_DIR"
   open_logs "$RUN_DIR/logs"
   BEFORE=$(progress)
@@ -216,7 +217,7 @@ train() {
     [ "$CODE" = 0 ] || finish
   fi
   if [ "$LAUNCHER" = deepspeed ]; then
-    [ "$NODES" = 1 ] || die "CALM_LAUNCHER=deepspeed: is for one node, the job has $NODES; use srun"
+    [ "$NODES" = 1 ] || die "CALM_LAUNCHER=deepspeed: works on one node, the job has $NODES; use srun"
     run_step "$PYTHON" -m deepspeed.launcher.runner --num_accelerators "$TASKS" \
       --master_port $((20000 + SLURM_JOB_ID % 12000)) "$ROOT/tools/$TOOL.py" "${arguments[@]}"
   else
@@ -224,7 +225,7 @@ train() {
   fi
 }
 
-# run_ranks COMMAND... : in every task, each with a log of its own.
+# run_ranks COMMAND... : run it in every task, each with its own log.
 run_ranks() {
   follow_rank_zero
   run_step "${SRUN[@]}" --nodes="$NODES" --ntasks="$TASKS" bash "$ROOT/slurm/rank.sh" "$@"
@@ -233,7 +234,7 @@ run_ranks() {
   kill "$FOLLOWER" 2>/dev/null
 }
 
-# encode [OPTION...] : the splits of a prepared corpus, each into a store of its own.
+# encode [OPTION...] : encode the splits of a prepared corpus, each into its own store.
 encode() {
   local data=${DATA:-data} store=${STORE:-latents} split tokenizer command
   local kind=(--autoencoder "${AUTOENCODER:-runs/autoencoder}" --block-size "${BLOCK_SIZE:-8192}")
@@ -243,7 +244,7 @@ encode() {
   tokenizer=${TOKENIZER:-$(find "$data" -maxdepth 1 -name 'tokenizer.*' 2>/dev/null | head -n 1)}
   for split in ${SPLITS:-train valid test}; do
     [ -r "$data/corpus/$split.jsonl" ] ||
-      die "DATA=$data: holds no corpus/$split.jsonl; set DATA (or SPLITS), or make it:" \
+      die "DATA=$data: has no corpus/$split.jsonl; set DATA (or SPLITS), or create it:" \
         "python tools/prepare_corpus.py --corpus PATH... --tokenizer F --out $data"
   done
   [ -r "$tokenizer" ] || die "TOKENIZER=$tokenizer: no such file, and none in DATA=$data"
@@ -263,26 +264,26 @@ encode() {
     if [ "$split" = train ]; then
       run_ranks "${command[@]}" --parts "${PARTS:-64}"
     else
-      # One part: the end of each, up to a block, is lost, which is much of a small split.
+      # One part: each part loses its tail of up to a block, which is much of a small split.
       run_step "${SRUN[@]}" --nodes=1 --ntasks=1 "${command[@]}"
     fi
     [ "$CODE" = 0 ] || return
   done
 }
 
-# report [OPTION...] : on those of RUNS that have come to anything.
+# report [OPTION...] : report on those of RUNS that have results.
 report() {
   local run arguments=("$@")
   for run in ${RUNS:-runs/calm_* runs/transformer_*}; do
     [ ! -s "$run/metrics.jsonl" ] || arguments+=(--run "$run")
   done
-  [ ${#arguments[@]} -gt $# ] || die "RUNS=${RUNS:-runs/...}: none of them has a metrics.jsonl"
+  [ ${#arguments[@]} -gt $# ] || die "RUNS=${RUNS:-runs/...}: none of these has a metrics.jsonl"
   [ ! -s "${AUTOENCODER:-runs/autoencoder}/metrics.jsonl" ] ||
     arguments+=(--autoencoder "${AUTOENCODER:-runs/autoencoder}")
   alone "${arguments[@]}"
 }
 
-# alone ARGUMENT... : the tool in one task.
+# alone ARGUMENT... : run the tool in one task.
 alone() {
   open_logs "${LOGS:-logs}"
   run_step "${SRUN[@]}" --nodes=1 --ntasks=1 "$PYTHON" "$ROOT/tools/$TOOL.py" "$@"
@@ -290,8 +291,8 @@ alone() {
 
 ASKED='' STEP='' CODE=0 FIRST='' BEFORE='' RUN_DIR=''
 trap ask_to_end USR1
-# The tasks are told by Slurm itself; what they do about it is waited for.
-trap 'say "TERM: told to end"' TERM
+# Slurm itself signals the tasks; this script waits for them.
+trap 'say "TERM: asked to end"' TERM
 set_up
 case $TOOL in
   train | train_autoencoder) train "$@" ;;

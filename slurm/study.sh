@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole study as a chain of jobs, each after those whose results it needs:
+# The whole study as a chain of jobs, each after the jobs whose results it needs:
 #
 #   tokens -> autoencoder -> latents -> CALM models -> their scores -> report
 #          -> Transformers ----------------------------> their scores ->
@@ -9,13 +9,13 @@
 #
 #   --dry-run      show what would be submitted
 #   --models       recipes (default: calm_s calm_m calm_l calm_xl transformer_s transformer_m transformer_l)
-#   --autoencoder  its recipe (default: autoencoder)
+#   --autoencoder  recipe of the autoencoder (default: autoencoder)
 #   --sbatch       options for every job, such as --account=x --partition=y
-#   key=value      for every training; NAME:key=value for that of one recipe
+#   key=value      override for every training; NAME:key=value: for the recipe NAME only
 #
-# DATA (default: data) is a corpus that tools/prepare_corpus.py made; RUNS (default: runs) gets a
-# run directory for each recipe, and report/. What is finished is not submitted again, and what
-# still waits or runs is waited for: start it again after whatever went wrong.
+# DATA (default: data) is a corpus made by tools/prepare_corpus.py; RUNS (default: runs) gets a run
+# directory for each recipe, and report/. Finished jobs are not submitted again, and jobs that are
+# still queued or running are waited for: after any failure, run the same command again.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -57,22 +57,22 @@ AUTOENCODER=$STUDY/$AUTOENCODER_RECIPE
 PYTHON=${CALM_PYTHON:-$ROOT/.venv/bin/python}
 [ -n "${CALM_PYTHON:-}" ] || [ -x "$PYTHON" ] || PYTHON=python3
 command -v "$PYTHON" >/dev/null || die "CALM_PYTHON=$PYTHON: no such program"
-# The report's job gets its runs as words.
+# The report's job gets its runs as words, separated by blanks.
 [[ $STUDY$DATA != *[[:space:]*?[\\]* ]] ||
   die "RUNS=$STUDY, DATA=$DATA: a path with blanks or one of * ? [ \\; give another"
-[ -n "${MODELS// /}" ] || die "--models: names none"
+[ -n "${MODELS// /}" ] || die "--models: is empty; give names of recipes"
 [ -n "$DRY" ] || command -v sbatch >/dev/null || die "no sbatch here; run it where jobs are submitted"
 for split in train valid test; do
-  [ -r "$DATA/corpus/$split.jsonl" ] || die "DATA=$DATA: holds no corpus/$split.jsonl; make it:" \
+  [ -r "$DATA/corpus/$split.jsonl" ] || die "DATA=$DATA: has no corpus/$split.jsonl; create it:" \
     "python tools/prepare_corpus.py --corpus PATH... --tokenizer F --out $DATA"
 done
 for given in ${OVERRIDES[@]+"${OVERRIDES[@]}"}; do
   name=${given%%[:=]*}
   [[ ${given%%=*} != *:* || " $AUTOENCODER_RECIPE $MODELS " == *" $name "* ]] ||
-    die "$given: $name is no recipe of this study ($AUTOENCODER_RECIPE $MODELS)"
+    die "$given: $name is not a recipe of this study ($AUTOENCODER_RECIPE $MODELS)"
 done
 
-# overrides_of NAME : into ARGUMENTS, where it trains and with what.
+# overrides_of NAME : set ARGUMENTS to the overrides of its training, and DEVICE.
 overrides_of() {
   local given
   ARGUMENTS=("run.dir=$STUDY/$1")
@@ -87,7 +87,7 @@ overrides_of() {
       ARGUMENTS+=("${given#*:}")
     fi
   done
-  # What has no recipe computes where the trainings do.
+  # Jobs without a recipe use the device of the trainings.
   DEVICE=()
   for given in "${ARGUMENTS[@]}"; do
     case $given in
@@ -97,7 +97,7 @@ overrides_of() {
   done
 }
 
-# facts_of NAME : into BLOCK_SIZE, PATCH_SIZE and STEPS, what its recipe says; refuses a bad one.
+# facts_of NAME : set BLOCK_SIZE, PATCH_SIZE and STEPS from its recipe; refuses an invalid recipe.
 facts_of() {
   overrides_of "$1"
   [ -n "${FACTS[$1]:-}" ] || FACTS[$1]=$("$PYTHON" - "$ROOT" "recipes/$1.yaml" "${ARGUMENTS[@]}" <<'PY'
@@ -116,18 +116,18 @@ PY
   read -r BLOCK_SIZE PATCH_SIZE STEPS <<<"${FACTS[$1]}"
 }
 
-# submit NAME IDS SCRIPT [ARGUMENT...] : into ID, its job, which starts when the jobs IDS (words)
-# have succeeded, or with IDS "any: ..." ended. An ID "done" is waited for by nobody. SETTINGS are
-# the job's environment.
+# submit NAME IDS SCRIPT [ARGUMENT...] : submit a job and set ID to its number. It starts when the
+# jobs IDS (words) have succeeded or, with IDS "any: ...", ended. An ID "done" needs no waiting.
+# SETTINGS are the job's environment.
 submit() {
   local name=$1 after=$2 script=$3 kind=afterok job command wait=()
   shift 3
   if [[ $after == any:* ]]; then kind=afterany after=${after#any:}; fi
   for job in $after; do [ "$job" = done ] || wait+=("$job"); done
-  # SETTINGS reach the job also where the site's SBATCH_EXPORT says otherwise.
+  # --export: SETTINGS must reach the job even if the site sets SBATCH_EXPORT to something else.
   command=(env "${SETTINGS[@]}" sbatch --parsable --export=ALL "--job-name=$NAME-$name"
     "--output=${STUDY//%/%%}/logs/%x-%j.out")
-  # A job that waits for one that failed would wait for ever without the second option.
+  # Without the second option a job would wait forever for one that failed.
   if [ ${#wait[@]} -gt 0 ]; then
     command+=("--dependency=$kind$(printf ':%s' "${wait[@]}")" --kill-on-invalid-dep=yes)
   fi
@@ -143,12 +143,12 @@ submit() {
     echo "$name: still queued or running as job $ID"
     return
   fi
-  ID=$("${command[@]}") || die "sbatch refused $name; what was submitted before stays queued"
+  ID=$("${command[@]}") || die "sbatch refused $name; the jobs submitted before it stay queued"
   ID=${ID%%;*}
   echo "$name: submitted as job $ID${wait[*]+, after ${wait[*]}}"
 }
 
-# already NAME FILE... : whether all results of NAME are there.
+# already NAME FILE... : whether all results of NAME exist.
 already() {
   local name=$1 file
   shift
@@ -157,12 +157,12 @@ already() {
   ID=done
 }
 
-# train NAME IDS : a training of recipes/NAME.yaml.
+# train NAME IDS : submit a training of recipes/NAME.yaml.
 train() {
   local script=$1.sh
   facts_of "$1"
   ! already "$1" "$STUDY/$1/checkpoints/step_$(printf %08d "$STEPS")/manifest.json" || return 0
-  # A recipe of the user's own starts like CALM-S, apart from what --sbatch says.
+  # A user's own recipe is submitted like CALM-S, apart from the options in --sbatch.
   if [ ! -e "$ROOT/slurm/$script" ]; then
     case $1 in autoencoder*) script=autoencoder.sh ;; *) script=calm_s.sh ;; esac
   fi
@@ -170,20 +170,20 @@ train() {
   submit "$1" "$2" "$script" "${ARGUMENTS[@]}"
 }
 
-# encode STORE IDS : all splits of the corpus.
+# encode STORE IDS : submit the encoding of all splits of the corpus.
 encode() {
-  # With another autoencoder the job refuses the store that is there, and says so.
+  # If the autoencoder has changed, the job refuses the existing store with a message.
   [[ $2 != done ]] || ! already "$1" "$DATA/$1"/{train,valid,test}/meta.json || return 0
   SETTINGS=("DATA=$DATA" "STORE=$1" "BLOCK_SIZE=$BLOCK_SIZE" "PATCH_SIZE=$PATCH_SIZE"
     "AUTOENCODER=$AUTOENCODER")
   submit "$1" "$2" encode.sh ${DEVICE[@]+"${DEVICE[@]}"}
 }
 
-# The same runs directory is the same study, in the queue, too.
+# Jobs in the queue belong to the same study if the runs directory is the same.
 NAME=study-$(cksum <<<"$STUDY" | cut -d' ' -f1)
 [ -n "$DRY" ] || mkdir -p "$STUDY/logs"
 
-# Before anything is submitted.
+# Check all recipes before anything is submitted.
 for model in $AUTOENCODER_RECIPE $MODELS; do facts_of "$model"; done
 
 facts_of "$AUTOENCODER_RECIPE"
@@ -213,7 +213,7 @@ for model in $MODELS; do
   fi
   scores+=("$ID")
 done
-# Whatever came of the others: it reports on those that are there.
+# The report runs however the other jobs ended, and covers the runs that exist.
 all=()
 for model in $MODELS; do all+=("$STUDY/$model"); done
 SETTINGS=("RUNS=${all[*]}" "OUT=$STUDY/report" "LOGS=$STUDY/logs" "AUTOENCODER=$AUTOENCODER")

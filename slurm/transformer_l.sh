@@ -10,7 +10,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-# Slurm runs a copy of this file; the checkout is where the one that was submitted lies.
+# Slurm runs a copy of this file; find the checkout that contains the submitted one.
 script=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null |
   sed -n '/^ *Command=/{s/^ *Command=//;s/\.sh .*/.sh/;p;q}')
 script=$(cd "${SLURM_SUBMIT_DIR:-.}" && realpath -m "${script:-$0}")

@@ -1,24 +1,23 @@
-# Sourced by quickstart.sh: stages that are shown, logged, skipped where their result is there.
-# The sourcing script sets OUT (a directory) and STAGES (how many there are), then calls
-# open_output and the stages.
+# Sourced by quickstart.sh: shows and logs stages, and skips those whose results exist. The sourcing
+# script sets OUT (a directory) and STAGES (their number), then calls open_output and the stages.
 # shellcheck shell=bash
 
-# redo is set while a finished result that no longer is what it was is made again.
+# redo is set while a finished result that has changed is made again.
 number=0 stage='' child='' redo=''
 
-# open_output : make OUT and its folders, and wait until nobody else is at work in it.
+# open_output : create OUT and its folders, and wait until no other quickstart uses it.
 open_output() {
   mkdir -p "$OUT/logs" "$OUT/.stages" || die "$OUT: cannot be written; give another OUT"
-  # Held by every process that is started here: also by those that outlive a killed quickstart.
+  # Every process started here holds the lock, including those that outlive a killed quickstart.
   exec 9>"$OUT/.stages/lock"
   local locked=0
   if command -v flock >/dev/null; then flock --nonblock 9 2>/dev/null || locked=$?; fi
   # Other codes come from file systems without locks.
   if [ "$locked" = 1 ]; then
-    echo "another quickstart is still at work in $OUT; waiting for it to end"
+    echo "another quickstart is still running in $OUT; waiting for it to end"
     flock 9
   fi
-  # Where tools draw their bars, although their output goes into a log.
+  # Tools draw their bars on this terminal, although their output goes into a log.
   if [ -t 1 ]; then
     { CALM_TERMINAL=$(tty <&4) && export CALM_TERMINAL || CALM_TERMINAL=''; } 4>&1
   fi
@@ -26,7 +25,7 @@ open_output() {
   trap 'stop 143' TERM HUP
 }
 
-# Hash of files' contents, wherever they lie; a missing one counts, too.
+# Hash of the contents of files, whatever their directory; a missing file changes the hash as well.
 hash_of() {
   local file
   for file in "$@"; do
@@ -35,7 +34,7 @@ hash_of() {
   done | sha256sum | cut -d' ' -f1
 }
 
-# Hash of all that is under directories, wherever they lie.
+# Hash of all files under directories, wherever the directories are.
 hash_under() {
   local folder
   for folder in "$@"; do
@@ -43,20 +42,20 @@ hash_under() {
   done | sha256sum | cut -d' ' -f1
 }
 
-# always NAME : run the function NAME, a stage that decides for itself what there is to do.
+# always NAME : run the function NAME, a stage that decides itself what has to be done.
 always() {
   stage=$1 number=$((number + 1))
   echo "[$number/$STAGES] $stage ..."
   "$stage"
 }
 
-# forget NAME : let the next run_stage of it do its work.
+# forget NAME : make the next run_stage of NAME run it again.
 forget() {
   rm -f "$OUT/.stages/$1"
 }
 
 # run_stage NAME RESULTS INPUT... : run the function NAME, unless its results (directories under
-# OUT) are those that the same contents of the input files gave before.
+# OUT) are unchanged since it made them from the same contents of the input files.
 run_stage() {
   local name=$1 results=() folder inputs started=$SECONDS
   for folder in $2; do results+=("$OUT/$folder"); done
@@ -73,7 +72,7 @@ run_stage() {
   if [ -e "$stamp" ] && [ "$(cut -d' ' -f1 "$stamp")" != "$inputs" ]; then
     set_aside "${results[@]}"
   elif [ -e "$stamp" ] && [ "$(cat "$stamp")" != "$inputs unfinished" ]; then
-    echo "    its result has changed or is damaged: it is made again"
+    echo "    its result has changed or is damaged; making it again"
     redo=1
   fi
   echo "$inputs unfinished" >"$stamp"
@@ -91,14 +90,13 @@ set_aside() {
     while [ -e "$target" ]; do target=$OUT/previous/${path#"$OUT/"}.$((number += 1)); done
     mkdir -p "$(dirname "$target")"
     mv "$path" "$target"
-    echo "    its inputs changed: the former result is now $target"
+    echo "    its inputs have changed; the previous result is now $target"
   done
 }
 
-# What a person wants to see of a log: of a training the last step and one every ten seconds, and
-# none of the libraries' warnings (a second, indented line quotes their code). Places under OUT are
-# named from there. On a terminal the tools draw their bars themselves; each line takes the place of
-# the bar.
+# Filter a log for display: for a training, the last step and one every ten seconds; no warnings
+# from libraries (a second, indented line quotes their code). Paths under OUT are shown relative to
+# it. On a terminal the tools draw their bars themselves; each line overwrites the bar.
 show() {
   local line step shown=-10 after_warning='' over=''
   [ -z "${CALM_TERMINAL:-}" ] || over=$'\r\e[K'
@@ -126,13 +124,13 @@ show() {
   done
 }
 
-# Run a command with its output in OUT/logs/STAGE.log and, thinned out, on the terminal.
+# Run a command with its output in OUT/logs/STAGE.log and, filtered, on the terminal.
 logged() {
   local log=$OUT/logs/$stage.log code=0 view
   printf '$ %s\n' "$*" >>"$log"
   exec 3> >(tee -a "$log" | show)
   view=$!
-  # In the background, so that a signal to this script is acted on at once.
+  # In the background, so that this script can handle a signal at once.
   "$@" >&3 2>&1 </dev/null &
   child=$!
   wait "$child" || code=$?
@@ -140,14 +138,14 @@ logged() {
   exec 3>&-
   wait "$view" || true
   if [ "$code" != 0 ]; then
-    echo "stage $stage failed with exit code $code; all of its output is in $log" >&2
+    echo "stage $stage failed with exit code $code; its complete output is in $log" >&2
     exit "$code"
   fi
 }
 
 stop() {
   trap - INT TERM HUP
-  echo "stopped in stage ${stage:-(none)}; the same command goes on from here" >&2
+  echo "stopped in stage ${stage:-(none)}; run the same command again to continue" >&2
   if [ -n "$child" ]; then
     kill "$child" 2>/dev/null || true
     wait "$child" 2>/dev/null || true

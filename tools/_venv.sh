@@ -1,9 +1,9 @@
-# Sourced by quickstart.sh and run_tests.sh: `ensure_venv` makes .venv in the checkout.
+# Sourced by quickstart.sh and run_tests.sh: `ensure_venv` creates .venv in the checkout.
 # shellcheck shell=bash
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$ROOT/.venv
-# What .venv was made from; "unfinished" while it is being made.
+# Records what .venv was made from; "unfinished" while it is being made.
 VENV_STATE=$VENV/calm_dist.state
 CPU_INDEX=https://download.pytorch.org/whl/cpu
 
@@ -12,7 +12,8 @@ die() {
   exit 2
 }
 
-# A wanted Python that has what `python -m venv` needs; a pyenv shim can exist without its Python.
+# Find a suitable Python with the modules that `python -m venv` needs. The version is run, since a
+# pyenv shim can exist without its Python.
 find_python() {
   local name
   for name in "${PYTHON:-}" python3.11 python3.12 python3; do
@@ -32,7 +33,8 @@ has_gpu() {
   command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU'
 }
 
-# Hash of all that decides what is installed; a virtual environment cannot be moved, hence ROOT.
+# Hash of everything that determines the installation. It includes ROOT, since a virtual environment
+# cannot be moved.
 wanted_state() {
   { cat "$ROOT/setup.py" "$ROOT/constraints.txt" && echo "$ROOT" && "$VENV/bin/python" --version &&
     if has_gpu; then echo gpu; fi; } | sha256sum | cut -d' ' -f1
@@ -43,7 +45,7 @@ is_current() {
 }
 
 # On Linux the default torch wheels are CUDA builds with gigabytes of nvidia-* wheels; the CPU build has
-# the local version +cpu. It is looked for where pip is configured to look, then at PyTorch.
+# the local version +cpu. Try pip's configured sources first, then PyTorch's index.
 install_cpu_torch() {
   local version
   version=$(sed -n 's/^torch==//p' "$ROOT/constraints.txt")
@@ -55,7 +57,7 @@ install_cpu_torch() {
       "Put torch-$version+cpu-*.whl into a directory, set PIP_FIND_LINKS to it, and start again"
 }
 
-# Without a GPU a CUDA build is gigabytes of no use: make sure that none came in by another way.
+# Without a GPU a CUDA build is gigabytes of no use: make sure that no dependency has installed one.
 refuse_cuda() {
   local found
   found=$("$VENV/bin/python" - <<'PY'
@@ -68,20 +70,20 @@ version = runpy.run_path(find_spec("torch").submodule_search_locations[0] + "/ve
 print(*found, *(["torch for CUDA " + version["cuda"]] if version["cuda"] else []), sep=", ")
 PY
   ) || die "$VENV: torch is not installed properly; remove $VENV and start again"
-  [ -z "$found" ] || die "$VENV: no GPU was found (nvidia-smi), yet CUDA packages came in ($found);" \
+  [ -z "$found" ] || die "$VENV: no GPU was found (nvidia-smi), yet CUDA packages were installed ($found);" \
     "remove $VENV, install the CPU wheel of torch ($CPU_INDEX) and start again"
 }
 
 make_venv() {
   local python started=$SECONDS
   python=$(find_python)
-  # Only what this script left unfinished is removed: pip takes half-written packages for whole.
+  # Remove only what this script left unfinished: pip treats half-written packages as installed.
   if [ "$(cat "$VENV_STATE" 2>/dev/null)" = unfinished ] || [ ! -x "$VENV/bin/python" ]; then
     rm -rf "$VENV"
   fi
   echo "installing calm_dist into $VENV (some minutes) ..."
   if [ ! -d "$VENV" ]; then
-    # The state comes first, so that an interrupted `python -m venv` is recognised, too.
+    # Write the state first, so that an interrupted `python -m venv` is recognised as well.
     mkdir "$VENV" && echo unfinished >"$VENV_STATE"
     "$python" -m venv "$VENV" || die "$python -m venv $VENV failed"
   elif [ -e "$VENV_STATE" ]; then
@@ -89,17 +91,17 @@ make_venv() {
   fi
   if ! has_gpu && [ "$(uname -s)" = Linux ]; then install_cpu_torch; fi
   "$VENV/bin/pip" install -qq -c "$ROOT/constraints.txt" -e "$ROOT[dev]" ||
-    die "pip could not install calm_dist (its messages are above); mend the cause and start again"
+    die "pip could not install calm_dist (see its messages above); fix the cause and start again"
   has_gpu || refuse_cuda
   wanted_state >"$VENV_STATE"
   echo "installed in $((SECONDS - started)) s"
 }
 
-# Make .venv or bring it up to date, and put it first in PATH. A current one costs nothing.
+# Create or update .venv, and put it first in PATH. Costs nothing if it is current.
 ensure_venv() {
   export PIP_DISABLE_PIP_VERSION_CHECK=1
   if ! is_current; then
-    # One at a time, where system and file system have flock.
+    # One installation at a time, if system and file system have flock.
     exec 8<"$ROOT/setup.py"
     if command -v flock >/dev/null; then flock 8 2>/dev/null || true; fi
     is_current || make_venv

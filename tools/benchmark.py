@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Time parts of CALM against their plain formulation, in turns, in one process.
+"""Time parts of CALM and their plain formulation alternately in one process.
 
 python tools/benchmark.py energy
 python tools/benchmark.py brier --repeats 5 --json brier.json
@@ -9,8 +9,8 @@ python tools/benchmark.py model --device cuda --recipe recipes/calm_m.yaml preci
 python tools/benchmark.py growth --plot growth.svg
 python tools/benchmark.py ranks
 
-The plain form is the paper's formula as its released code executes it: every tensor materialised,
-every position looped over. Peak memory is what a call adds to what was there before it.
+The plain form is the paper's formula as its released code executes it: every tensor materialised, a
+loop over all positions. Peak memory is the memory that a call adds to what was in use before it.
 """
 
 from __future__ import annotations
@@ -43,11 +43,13 @@ def parse_arguments() -> argparse.Namespace:
     for name, text in PAIRS.items():
         pair = parts.add_parser(name, help=text)
         pair.add_argument(
-            "--threads", type=at_least(1), default=2, help="of torch, on CPUs; default: 2"
+            "--threads", type=at_least(1), default=2, help="threads of torch, on CPUs; default: 2"
         )
         _add_common(pair)
     growth = parts.add_parser("growth", help="how time and memory grow with each size")
-    growth.add_argument("--threads", type=at_least(1), default=2, help="of torch; default: 2")
+    growth.add_argument(
+        "--threads", type=at_least(1), default=2, help="threads of torch; default: 2"
+    )
     growth.add_argument(
         "--plot", type=image_file, metavar="F", help="draw the series to F (.svg or .png)"
     )
@@ -57,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     add_json(ranks)
     heads = parts.add_parser("heads", help="one latent sample with each generative head")
     heads.add_argument("--recipe", default="recipes/calm_m.yaml", help="default: %(default)s")
-    heads.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the recipe")
+    heads.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")
     heads.add_argument("--positions", type=at_least(1), default=16, help="default: %(default)s")
     heads.add_argument("--samples", type=at_least(1), default=4, help="default: %(default)s")
     _add_common(heads)
@@ -65,12 +67,15 @@ def parse_arguments() -> argparse.Namespace:
         "model", help="training steps of a recipe on one device: tokens/s, MFU, memory, profile"
     )
     model.add_argument("--recipe", default="recipes/calm_m.yaml", help="default: %(default)s")
-    model.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the recipe")
+    model.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")
     model.add_argument(
-        "--micro-batches", type=at_least(1), default=8, help="of a step; default: %(default)s"
+        "--micro-batches", type=at_least(1), default=8, help="per step; default: %(default)s"
     )
     model.add_argument(
-        "--peak-tflops", type=between(1e-3, 1e6), metavar="X", help="of the device, for MFU"
+        "--peak-tflops",
+        type=between(1e-3, 1e6),
+        metavar="X",
+        help="peak TFLOP/s of the device, for MFU",
     )
     _add_common(model)
     return parser.parse_args()
@@ -106,7 +111,7 @@ def _in_process(args: argparse.Namespace) -> tuple[Any, str]:
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU here; use cpu, or a machine with one")
+        raise UserError("--device cuda: torch finds no GPU; use cpu, or a machine with a GPU")
     device = torch.device(args.device)
     if device.type == "cpu" and args.part not in ("heads", "model"):
         torch.set_num_threads(args.threads)
@@ -120,7 +125,9 @@ def _model(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, An
 
     given = load_recipe(args.recipe, args.overrides)
     if not isinstance(given, LanguageModelRecipe):
-        raise UserError(f"{args.recipe}: an autoencoder; `benchmark.py autoencoder` times that")
+        raise UserError(
+            f"{args.recipe}: is an autoencoder's recipe; use `benchmark.py autoencoder` for that"
+        )
     recipe = one_device(given, args.micro_batches)
     result = measure_model(recipe, device, args.repeats, args.peak_tflops)
     return result, table(result)

@@ -1,12 +1,12 @@
-"""Convert checkpoints from and to the layout of the authors' released CALM models.
+"""Import and export checkpoints in the layout of the authors' released CALM models.
 
     python tools/convert_checkpoint.py import-hf CALM-M runs/calm_m
     python tools/train.py runs/calm_m/recipe.yaml data.path=data/latents/train
 
     python tools/convert_checkpoint.py export-hf runs/calm_m exported
 
-An import of a language model is a run directory with one checkpoint of step 0: it is evaluated,
-generated from and trained on like any other, with a fresh optimizer. An autoencoder is converted
+Importing a language model creates a run directory with one checkpoint of step 0. It can be
+evaluated, sampled and trained like any other, with a fresh optimizer. An autoencoder is converted
 into a directory that encode_latents.py and recipes accept.
 """
 
@@ -35,9 +35,9 @@ def parse_arguments() -> argparse.Namespace:
         command.add_argument(
             "--autoencoder",
             metavar="DIR",
-            help="CALM: the autoencoder's directory (default: where config or recipe say)",
+            help="CALM: the autoencoder's directory (default: from config or recipe)",
         )
-        add_json(command, "write what was done to F, or - (stdout)")
+        add_json(command, "write a report of the conversion to F, or - (stdout)")
     return parser.parse_args()
 
 

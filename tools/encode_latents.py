@@ -6,12 +6,13 @@
     python tools/encode_latents.py --variant tokens --patch-size 4 --block-size 2048 \\
         --tokenizer data/tokenizer.json --corpus data/corpus/train.jsonl --out data/tokens/train
 
-The same command goes on where a killed one stopped, and does nothing where all is done.
+Run the same command again to continue after an interruption; it does nothing if the store is
+complete.
 
-Many processes share the work: each gets the same options, --parts N and its own --worker I/W, as
-from Slurm: --worker $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT, or, for the ranks of srun,
---worker $SLURM_PROCID/$SLURM_NTASKS. N belongs to the store, W may change with every start; N some
-times W lets more workers join later. Who finishes last merges the parts into the one store.
+Many processes can share the work: give each the same options, --parts N and its own --worker I/W.
+With Slurm that is --worker $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT or, for the ranks of srun,
+--worker $SLURM_PROCID/$SLURM_NTASKS. N is a property of the store; W may change with every start.
+With N a multiple of W, more workers can join later. The last to finish merges the parts.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--batch-size", type=at_least(1), default=16, help="blocks encoded at a time (default 16)"
     )
-    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the documents' order")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the document order")
     parser.add_argument(
         "--shard-mib",
         type=at_least(1),
@@ -90,15 +91,15 @@ def parse_arguments() -> argparse.Namespace:
         type=at_least(1),
         default=1,
         metavar="N",
-        help="cut the shuffled documents into N parts, each with blocks of its own; the tail of "
-        "each part that fills no block is dropped (default 1)",
+        help="divide the shuffled documents into N parts with separate blocks; the tail of each "
+        "part that does not fill a block is dropped (default 1)",
     )
     parser.add_argument(
         "--worker",
         type=worker,
         metavar="I/W",
-        help="write only the parts I, I+W, I+2W, ... (I from 0 to W-1), beside other workers; "
-        "without it this process writes all parts",
+        help="write only the parts I, I+W, I+2W, ... (I from 0 to W-1); other workers write the "
+        "rest (default: this process writes all parts)",
     )
     add_device(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace another store in --out")
@@ -124,7 +125,7 @@ def load_encoder(directory: Path, device: str) -> Autoencoder:
 
 def report_lost(out: str, tokenizer: Tokenizer) -> None:
     if lost := tokenizer.lost.report():
-        print(f"{out}: of what this process encoded, {lost}", flush=True)
+        print(f"{out}: in the text encoded by this process, {lost}", flush=True)
 
 
 def main() -> None:
@@ -150,7 +151,7 @@ def main() -> None:
     directory = None
     if args.autoencoder is not None:
         directory = Path(args.autoencoder)
-        # A directory in the released layout has no manifest of ours.
+        # A directory in the released layout has no manifest.
         if not (directory / "config.json").is_file():
             directory = find_checkpoint(directory)
     tokenizer = load_tokenizer(args.tokenizer, args.begin_token, args.end_token)
@@ -191,7 +192,7 @@ def main() -> None:
         if missing:
             print(
                 f"{args.out}: the parts of worker {args.worker[0]}/{args.worker[1]} are done; "
-                f"{len(missing)} of {plan.parts} parts are missing, which other workers write"
+                f"{len(missing)} of {plan.parts} parts are missing; other workers write them"
             )
             return
         meta = read_meta(args.out)

@@ -4,8 +4,8 @@
     python tools/evaluate.py --checkpoint runs/calm_m --data data/latents/test --all-checkpoints \\
         --blocks 200 --json scores.json
 
-The scores are also added to the run's metrics.jsonl, from which reports are made. Where that
-cannot be written, a warning says so at the start, and the scores are shown alone (exit code 0). If
+The scores are also added to the run's metrics.jsonl, from which reports are made. If that file is
+not writable, a warning says so at the start, and the scores are only shown (exit code 0). If
 writing fails later, the scores are shown first, and the exit code is 2.
 """
 
@@ -23,9 +23,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint", required=True, help="run directory (its newest checkpoint) or checkpoint"
     )
-    parser.add_argument(
-        "--data", required=True, help="held-out store, as encode_latents.py made it"
-    )
+    parser.add_argument("--data", required=True, help="held-out store, made by encode_latents.py")
     parser.add_argument("--autoencoder", help="autoencoder checkpoint (default: the recipe's)")
     parser.add_argument("--blocks", type=int, help="blocks to score (default: the recipe's)")
     parser.add_argument("--samples", type=int, help="draws per position (default: the recipe's)")
@@ -35,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--alignment",
         choices=("patch", "all"),
-        help="score n-grams at the beginnings of patches, as published, or at every position "
+        help="score n-grams at the beginnings of patches (as published) or at every position "
         "(default: the recipe's)",
     )
     parser.add_argument(
@@ -65,7 +63,7 @@ def main() -> None:
     from calm_dist.runs.evaluation_records import RecordLog
 
     paths = all_checkpoints(args.checkpoint) if args.all_checkpoints else []
-    # Where there is no checkpoint at all, this says so.
+    # If there is no checkpoint at all, find_checkpoint raises.
     paths = paths or [find_checkpoint(args.checkpoint)]
     store = open_store(args.data)
     device = own_device(args.device)
@@ -85,7 +83,7 @@ def main() -> None:
             results.append(evaluate.evaluate(model, store, settings, show_progress=True))
             log.add(model.checkpoint, results[-1])
     finally:
-        # Also what was scored before an error or Ctrl-C.
+        # Also show what was scored before an error or Ctrl-C.
         if results:
             # The table must not mix with JSON on stdout.
             output = sys.stderr if args.json == "-" else sys.stdout

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Compare models by FLOPs: the paper's, counted from their shapes, or runs with what they reached.
+"""Compare models by FLOPs: the paper's models, counted from their shapes, or runs and their scores.
 
-Without --run: the paper's models beside its Table 1. With --run: a report of these runs. With
---page: a page whose tables and plots come from the results of studies.
+Without --run: the paper's models next to its Table 1. With --run: a report of these runs. With
+--page: fill a page with tables and plots from the results of studies.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def parse_arguments() -> argparse.Namespace:
         "--out",
         type=writable_directory,
         metavar="DIR",
-        help="write index.html, report.md, report.json and plots/ of the runs there",
+        help="write index.html, report.md, report.json and plots/ to DIR",
     )
     parser.add_argument(
         "--study",
         type=Path,
         metavar="DIR",
-        help="results of study.py --collect, which the comments of --page name",
+        help="directory of results of study.py --collect, which comments in --page name",
     )
     parser.add_argument(
         "--page",
@@ -68,7 +68,7 @@ def compare_paper(arguments: argparse.Namespace) -> None:
     for name in ("out", "autoencoder", "peak_tflops"):
         if getattr(arguments, name) is not None:
             option = name.replace("_", "-")
-            raise UserError(f"--{option}: belongs to a report of runs; give them with --run")
+            raise UserError(f"--{option}: is for a report of runs; give the runs with --run")
 
     from calm_dist.reports.comparison_paper import compare_with_paper, format_comparison
 
@@ -80,7 +80,7 @@ def compare_paper(arguments: argparse.Namespace) -> None:
 
 
 def update_page(directory: Path, page: Path) -> None:
-    """Fill a page of results, and draw its plots beside it."""
+    """Fill a page of results, and write its plots next to it."""
     from calm_dist.files import replace_text
     from calm_dist.study.page import fill_page, page_plots
 
@@ -97,7 +97,7 @@ def update_page(directory: Path, page: Path) -> None:
 def main() -> None:
     arguments = parse_arguments()
     if (arguments.study is None) != (arguments.page is None):
-        raise UserError("--study and --page belong together; give both")
+        raise UserError("--study and --page: must be given together; give both")
     if arguments.page is not None:
         update_page(arguments.study, Path(arguments.page))
         return

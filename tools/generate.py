@@ -26,29 +26,30 @@ def parse_arguments() -> argparse.Namespace:
         type=prompt,
         action="append",
         required=True,
-        help="text to continue; may be empty, and given several times: all in one batch",
+        help="text to continue, may be empty; repeat the option for a batch of prompts",
     )
     parser.add_argument(
         "--temperature",
         type=temperature,
         default=0.5,
         help="CALM: above 0, at most 1; Transformer: 0 or more, where 0 takes the most likely "
-        "token (of equally likely ones that of the lowest id); also as 1/3 (default: 0.5)",
+        "token (ties: the lowest id); fractions such as 1/3 are accepted (default: 0.5)",
     )
     parser.add_argument("--max-new-tokens", type=at_least(1), default=128, help="default: 128")
     parser.add_argument(
         "--seed",
         type=at_least(0),
         action="append",
-        help="same prompt and seed, same text; once for all prompts, or once for each (default: 0)",
+        help="give one seed, or one per prompt; the same prompt and seed give the same text "
+        "(default: 0)",
     )
     parser.add_argument(
         "--method",
         choices=("auto", "exact", "pool"),
         default="auto",
-        help="CALM: rejection (any temperature), a pool of draws (1/n only, approximate), or the "
-        "pool where the temperature is 1/n (default). With the tokens head: exact for patches as "
-        "a whole, or each token as a Transformer draws it (default)",
+        help="CALM: exact: rejection, any temperature; pool: a pool of draws, 1/n only, "
+        "approximate; auto: pool if the temperature is 1/n, else exact (default). With the tokens "
+        "head: exact draws whole patches; auto draws each token as a Transformer does (default)",
     )
     parser.add_argument(
         "--pool-size", type=at_least(1), default=200, help="draws in a pool (default: 200)"
@@ -67,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
             help=f"the tokenizer's token that {role}s documents (default: the recipe's)",
         )
     parser.add_argument("--autoencoder", help="autoencoder checkpoint (default: the recipe's)")
-    add_json(parser, "write the result, a list for several prompts; - is stdout")
+    add_json(parser, "write the result (a list for several prompts) to F, or stdout for -")
     args = parser.parse_args()
     args.seed = args.seed or [0]
     if len(args.seed) not in (1, len(args.prompt)):
@@ -79,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def prompt(text: str) -> str:
-    """Text; bytes of the command line that are no UTF-8 arrive as lone surrogates."""
+    """A type for argparse: text. Bytes that are not UTF-8 arrive as lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -88,7 +89,10 @@ def prompt(text: str) -> str:
 
 
 def temperature(text: str) -> float:
-    """A number from 0 on, or a fraction such as 1/3; what a CALM takes is checked with it."""
+    """A type for argparse: a number of at least 0, or a fraction such as 1/3.
+
+    The limits of a CALM are checked once the model is loaded.
+    """
     try:
         value = float(Fraction(text)) if "/" in text else float(text)
     except (ValueError, ZeroDivisionError, OverflowError):
@@ -124,7 +128,7 @@ def main() -> None:
         show_progress=True,
     )
     if args.json != "-":
-        # A terminal that cannot show a character gets its escape.
+        # Characters that the terminal cannot show are printed as escapes.
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         texts = [text + new.text for text, new in zip(args.prompt, results, strict=True)]
         print("\n\n".join(texts))

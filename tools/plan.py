@@ -7,8 +7,8 @@
     python tools/plan.py --scaling docs/scaling.svg --json scaling.json
     python tools/plan.py --published
 
-Nothing is started and no data is needed. Rates are assumptions (docs/planner.md); the options below
-replace them. A layout that does not fit is said; the exit code is 0 as long as a plan was made.
+Nothing is started and no data is needed. Rates are assumptions (docs/planner.md), which the options
+below replace. The plan says whether the layout fits; the exit code is 0 if a plan was made.
 """
 
 from __future__ import annotations
@@ -56,39 +56,39 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="a100-sxm-80, h100-sxm (default), h200-sxm, b200, or local: measure this machine",
     )
-    add("--nodes", type=at_least(1), metavar="N", help="default: as many as the recipe plans for")
+    add("--nodes", type=at_least(1), metavar="N", help="default: from the recipe's world_size")
     add("--gpus-per-node", type=at_least(1), metavar="N", help="default: 8; local: all processes")
     # Beyond these limits, results would be infinite.
     positive = between(1e-12, 1e18)
-    add("--price", type=positive, metavar="X", help="of one GPU for an hour, in any currency")
+    add("--price", type=positive, metavar="X", help="price of a GPU-hour, in any currency")
     add_json(parser, "write every term as JSON to F, or to stdout (no text) for -")
     add(
         "--scaling",
         type=image_file,
         metavar="F",
-        help="plot 8 to 16,384 GPUs for two models into F (.svg, .png)",
+        help="plot two models on 8 to 16,384 GPUs to F (.svg, .png)",
     )
     add("--published", action="store_true", help="compare with published runs of other models")
     rates = parser.add_argument_group("assumptions, see docs/planner.md")
     for option, what in (
-        ("--matmul-fraction", "of peak, in matrix products"),
-        ("--attention-fraction", "of peak, in attention"),
-        ("--bandwidth-fraction", "of memory bandwidth, in element-wise kernels"),
-        ("--link-fraction", "of link bandwidth, in collectives"),
+        ("--matmul-fraction", "fraction of peak in matrix products"),
+        ("--attention-fraction", "fraction of peak in attention"),
+        ("--bandwidth-fraction", "fraction of memory bandwidth in element-wise kernels"),
+        ("--link-fraction", "fraction of link bandwidth in collectives"),
     ):
         rates.add_argument(option, type=between(1e-6, 1), metavar="X", help=what)
     for option, what in (
-        ("--node-mtbf-hours", "between failures of one node"),
-        ("--restart-seconds", "lost at each failure besides work"),
-        ("--write-bandwidth", "bytes/s to the file system, of each node"),
-        ("--write-bandwidth-limit", "bytes/s to the file system, of all nodes"),
+        ("--node-mtbf-hours", "mean hours between failures of one node"),
+        ("--restart-seconds", "time lost at each failure, in addition to lost work"),
+        ("--write-bandwidth", "bytes/s to the file system, per node"),
+        ("--write-bandwidth-limit", "bytes/s to the file system, all nodes together"),
     ):
         rates.add_argument(option, type=positive, metavar="X", help=what)
     return parser
 
 
 def _refuse_ignored(arguments: argparse.Namespace) -> None:
-    """What a comparison or a simulation would not look at is a mistake."""
+    """Refuse options that a comparison or a simulation would ignore."""
     mode = "published" if arguments.published else "scaling"
     ignored = {"recipe", "overrides", "nodes", "gpus_per_node"}
     if mode == "published":
@@ -121,7 +121,7 @@ def _recipe_and_cluster(arguments: argparse.Namespace) -> tuple[LanguageModelRec
 def _recipe_and_gpus(
     arguments: argparse.Namespace, gpus: int | None
 ) -> tuple[LanguageModelRecipe, int]:
-    """The recipe, and the number of GPUs: that of the options, or what the recipe plans for."""
+    """The recipe, and the number of GPUs from the options or else from the recipe."""
     from calm_dist.recipe import LanguageModelRecipe, load_recipe
     from calm_dist.training.resolve import resolve
 
@@ -140,12 +140,14 @@ def _recipe_and_gpus(
     size = "parallel.world_size="
     for override in arguments.overrides:
         if override.startswith(size) and override != f"{size}{gpus}":
-            raise UserError(f"{override}: but the options say {gpus} GPUs; leave one of them out")
+            raise UserError(
+                f"{override}: contradicts the options, which give {gpus} GPUs; omit one"
+            )
     try:
         return load(f"{size}{gpus}"), gpus
     except RecipeError as error:
         try:
-            # A layout that does not divide so many GPUs is said in the plan, beside those that do.
+            # The plan reports a layout that does not divide the GPUs, and lists those that do.
             return load(), gpus
         except RecipeError:
             raise error from None

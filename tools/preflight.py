@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Look at everything that a training needs before it starts; what slurm/launch.sh runs first.
+"""Check everything that a training needs before it starts; slurm/launch.sh runs this first.
 
     python tools/preflight.py recipes/calm_m.yaml parallel.world_size=8
     srun --ntasks-per-node=1 python tools/preflight.py recipes/calm_m.yaml --node
 
-The first looks at recipe, data and autoencoder, and prints the run directory. The second looks at
-each node of a job: GPUs and their memory, disk, data, and a short all-reduce over all nodes.
+The first command checks recipe, data and autoencoder, and prints the run directory. The second
+checks each node of a job: GPUs and their memory, disk, data, and a short all-reduce over all nodes.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def main() -> None:
     )
     parser.add_argument("recipe", help="recipe file, see recipes/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="training.steps=20 …")
-    parser.add_argument("--node", action="store_true", help="look at this node, too")
+    parser.add_argument("--node", action="store_true", help="check this node")
     parser.add_argument(
         "--timeout",
         type=at_least(1),
         default=180,
         metavar="SECONDS",
-        help="for the other nodes to come (default 180)",
+        help="how long to wait for the other nodes (default 180)",
     )
     arguments = parser.parse_intermixed_args()
 

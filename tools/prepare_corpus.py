@@ -4,8 +4,8 @@
     python tools/prepare_corpus.py --corpus ~/books 'notes/*.jsonl' --vocab-size 4096 --out data
     python tools/prepare_corpus.py --corpus /data/books --tokenizer tokenizer.model --out data
 
-A .txt file is a document, or several where it is long; of a .jsonl or .json file each line is one,
-an object with the key "text". The same command again does nothing where all is there and intact.
+A .txt file is one document, or several if it is long; each line of a .jsonl or .json file is one,
+an object with the key "text". Running the command again does nothing if the output is intact.
 """
 
 from __future__ import annotations
@@ -27,19 +27,21 @@ def main() -> None:
         default=[],
         metavar="PATH",
         help=f"{SUPPORTED}, or directories or globs of them; "
-        "without it the source text of Python's standard library is used",
+        "default: the source text of Python's standard library",
     )
     parser.add_argument(
         "--out", required=True, help="directory for corpus/{train,valid,test}.jsonl and tokenizer"
     )
-    parser.add_argument("--tokenizer", metavar="FILE", help="use this tokenizer, train none")
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="use this tokenizer instead of training one"
+    )
     parser.add_argument(
         "--begin-token",
         metavar="NAME",
-        help="with --tokenizer: its token that begins documents; may be the end token",
+        help="with --tokenizer: the token that begins documents; may be the end token",
     )
     parser.add_argument(
-        "--end-token", metavar="NAME", help="with --tokenizer: its token that ends documents"
+        "--end-token", metavar="NAME", help="with --tokenizer: the token that ends documents"
     )
     parser.add_argument(
         "--vocab-size", type=int, default=512, help="entries of the trained BPE (default 512)"

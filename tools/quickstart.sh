@@ -4,16 +4,17 @@
 #   bash tools/quickstart.sh [OUT] [--corpus PATH...] [--tokenizer FILE]
 #                            [--begin-token NAME] [--end-token NAME]
 #
-#   OUT          where everything goes (default: runs/quickstart)
+#   OUT          output directory (default: runs/quickstart)
 #   --corpus     .txt, .jsonl or .json files, plain or with .gz, .xz, .bz2 or .zst,
-#                directories, quoted globs, none of which holds OUT or lies in it
+#                directories, quoted globs; none may contain OUT or be inside it
 #                (default: the source text of Python's standard library)
 #   --tokenizer  tokenizer.json or tokenizer.model (default: a BPE is trained on the corpus)
 #   --begin-token, --end-token
-#                its tokens around a document, where it does not mark them itself; one may be both
+#                the tokenizer's tokens that begin and end documents, if it does not mark them
+#                itself; one token may be both
 #
-# Starting it again goes on where it was stopped. A stage is skipped where its result is there and
-# was made from the same inputs; where they changed, the former result moves to OUT/previous.
+# Run the same command again to continue after a stop. A stage is skipped if its result exists and
+# was made from the same inputs; if they changed, the previous result moves to OUT/previous.
 set -euo pipefail
 
 . "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
@@ -24,7 +25,7 @@ usage() {
 }
 
 absolute() {
-  # Not resolved beyond that: a corpus may be a glob.
+  # Links are not resolved: a corpus may be a glob.
   realpath --canonicalize-missing --no-symlinks "$1"
 }
 
@@ -64,7 +65,7 @@ done
 OUT=${OUT:-$ROOT/runs/quickstart}
 [ ${#CORPUS[@]} = 0 ] || CORPUS=(--corpus "${CORPUS[@]}")
 
-# value FILE KEY...: one value of a recipe or of a JSON file, which is YAML, too.
+# value FILE KEY...: one value of a recipe or of a JSON file, which is also YAML.
 value() {
   python - "$@" <<'PY'
 import functools, sys, yaml
@@ -109,7 +110,7 @@ latents() {
   done
 }
 
-# The launch of the two language models: the tiny recipes' four processes, or what GPUs allow.
+# Layout of the two language models: the tiny recipes' four processes, or fewer if GPUs are fewer.
 choose_layout() {
   local gpus=4
   if has_gpu; then gpus=$(python -c 'import torch; print(torch.cuda.device_count())'); fi
@@ -123,7 +124,7 @@ choose_layout() {
 train() {
   local port
   port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-  # More processes than cores: each of them with one thread.
+  # There may be more processes than cores: give each one thread.
   OMP_NUM_THREADS=1 logged deepspeed --quiet --num_accelerators "$PROCESSES" --master_port "$port" \
     "$ROOT/tools/train.py" "$@" data.path="$OUT/latents/train" model.vocab_size="$VOCABULARY" \
     "${LAYOUT[@]}"
@@ -194,7 +195,7 @@ has_gpu || export DS_ACCELERATOR=cpu
 choose_layout
 
 echo "calm_dist quickstart -> $OUT"
-# Always asked: it looks at the text itself, and refuses to mix two corpora.
+# Always runs: it checks the text itself, and refuses to mix two corpora.
 always corpus
 run_stage tokens "tokens" "$OUT/corpus/manifest.json"
 VOCABULARY=$(value "$OUT/tokens/train/meta.json" vocab_size)
@@ -202,7 +203,7 @@ run_stage autoencoder "autoencoder/checkpoints" "$AUTOENCODER" "$OUT"/tokens/{tr
 run_stage latents "latents" "$OUT/corpus/manifest.json" "$OUT"/autoencoder/checkpoints/*/manifest.json
 run_stage calm "calm/checkpoints" "$CALM" "$OUT/latents/train/meta.json"
 run_stage transformer "transformer/checkpoints" "$TRANSFORMER" "$OUT/latents/train/meta.json"
-# A run that was made anew has lost its scores, although its checkpoints may be the same.
+# A run that was made again has lost its scores, although its checkpoints may be the same.
 grep -q '"eval"' "$OUT/calm/metrics.jsonl" && grep -q '"eval"' "$OUT/transformer/metrics.jsonl" ||
   forget evaluation
 run_stage evaluation "evaluation" "$OUT/latents/test/meta.json" \

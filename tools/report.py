@@ -29,9 +29,9 @@ def parse_arguments() -> argparse.Namespace:
         type=writable_directory,
         metavar="DIR",
         required=True,
-        help="where the report is written",
+        help="output directory of the report",
     )
-    add_json(parser, "write report.json to F too, or stdout for -")
+    add_json(parser, "also write report.json to F, or stdout for -")
     add_options(parser)
     return parser.parse_args()
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that has to pass: bash tools/run_tests.sh [--full] [arguments of pytest]
-# Makes .venv where needed, then runs linters, type checks and tests. --full adds the long tests:
+# Every check that has to pass: bash tools/run_tests.sh [--full] [arguments of pytest]
+# Creates .venv if needed, then runs linters, type checks and tests. --full adds the long tests:
 # all combinations, many repetitions, the quickstart itself.
 set -euo pipefail
 
@@ -11,7 +11,7 @@ ensure_venv
 # The multi-process tests start more processes than there are cores.
 export OMP_NUM_THREADS=1
 
-# One a core; each takes up to a gigabyte.
+# One worker per core; each takes up to a gigabyte.
 workers() {
   local cores
   cores=$(nproc)
@@ -33,7 +33,7 @@ ensure_triton() {
   python -c 'import triton' 2>/dev/null && return
   [ -d "$TRITON/triton" ] || "$VENV/bin/pip" install -qq --no-deps --target "$TRITON" triton==3.9.0
 }
-# -rs: a test that is skipped for want of hardware is announced.
+# -rs: list tests that are skipped because hardware is missing.
 tests=(python -m pytest -rs --durations=10)
 case "$*" in
 "" | --full)
@@ -51,7 +51,7 @@ case "$*" in
   PYTHONPATH=$TRITON step "${tests[@]}" "$@" tests/gpu
   ;;
 esac
-# Shown, and held to nothing: no test depends on the time that something takes.
+# For information only: no test depends on a time.
 step python tools/benchmark.py energy
 [ "$status" = 0 ] || echo "error: not everything passed, see the steps above (== ...)" >&2
 exit "$status"

@@ -5,11 +5,11 @@
     python tools/runs.py runs/quickstart /scratch/me
     python tools/runs.py --json - | jq '.[] | select(.state == "failed")'
 
-state  running, finished, stopped (asked to end), failed (with the reason), not started, damaged
-saved  step of the newest checkpoint, from which the same training command goes on
+state  running, finished, stopped (asked to stop), failed (with the reason), not started, damaged
+saved  step of the newest checkpoint, from which the same training command continues
 idle   time since the last record
-score  BrierLM of the last evaluation ± one standard error, with * where it is mostly noise; beside
-       it Brier-1 and Brier-2; of an autoencoder the held-out tokens that come back
+score  BrierLM of the last evaluation ± one standard error, with * if it is mostly noise, then
+       Brier-1 and Brier-2; for an autoencoder, the reconstructed fraction of held-out tokens
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
         nargs="*",
         default=["runs"],
         metavar="DIR",
-        help="where to look, at and below it (default: runs)",
+        help="list run directories at and below DIR (default: runs)",
     )
     add_json(parser)
     arguments = parser.parse_args()

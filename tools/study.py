@@ -39,28 +39,28 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="the corpus's tokenizer")
     parser.add_argument(
-        "--out", type=writable_directory, required=True, metavar="DIR", help="where everything goes"
+        "--out", type=writable_directory, required=True, metavar="DIR", help="output directory"
     )
     parser.add_argument(
         "--jobs", type=at_least(1), default=1, metavar="N", help="trainings at a time (default 1)"
     )
     parser.add_argument(
-        "--only", metavar="TEXT", help="only runs with this in their name, and their autoencoders"
+        "--only", metavar="TEXT", help="only runs with TEXT in their name, and their autoencoders"
     )
     parser.add_argument(
-        "--list", action="store_true", help="only show the runs, and which have a result"
+        "--list", action="store_true", help="only list the runs and whether they have a result"
     )
     parser.add_argument(
         "--known",
         type=Path,
         metavar="F",
-        help="results of --collect, for instance of another machine: do only what they lack",
+        help="results of --collect, such as those of another machine: skip the runs in them",
     )
     parser.add_argument(
         "--collect",
         type=writable_file,
         metavar="F",
-        help="write the results of the plan's runs that have one to F, and train nothing",
+        help="write the existing results of the plan's runs to F, and train nothing",
     )
     return parser.parse_args()
 
@@ -81,7 +81,9 @@ def main() -> int:
         needed = {one.autoencoder for one in chosen}
         runs = [one for one in runs if one in chosen or one.name in needed]
         if not chosen:
-            raise UserError(f"--only {arguments.only}: no run of {arguments.plan} has that name")
+            raise UserError(
+                f"--only {arguments.only}: no run of {arguments.plan} has that in its name"
+            )
     runner = Runner(plan, out)
     if arguments.known is not None:
         known = read_collected(arguments.known)
@@ -97,7 +99,9 @@ def main() -> int:
         print(f"{arguments.collect}: {len(found)} of {len(runs)} runs")
         return 0
     if arguments.corpus is None:
-        raise UserError("--corpus: is needed to train; give a directory with train, valid and test")
+        raise UserError(
+            "--corpus: needed for training; give a directory with train, valid and test"
+        )
     sizes = patch_sizes(runs)
     splits = data.find_splits(arguments.corpus)
     out.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 4 tools/train.py recipes/calm_tiny.yaml
     python tools/train.py recipes/calm_xl.yaml --dry-run
 
-Starting the same command again goes on from the newest valid checkpoint of run.dir.
+Run the same command again to continue from the newest valid checkpoint of run.dir.
 """
 
 from __future__ import annotations

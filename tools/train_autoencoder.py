@@ -4,7 +4,7 @@
     python tools/train_autoencoder.py recipes/autoencoder_tiny.yaml training.steps=200
     torchrun --nproc_per_node 8 tools/train_autoencoder.py recipes/autoencoder.yaml
 
-Starting the same command again goes on from the newest valid checkpoint of run.dir.
+Run the same command again to continue from the newest valid checkpoint of run.dir.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from calm_dist.recipe import Recipe
 
 
 def train(recipe: Recipe) -> None:
-    # It imports torch.
+    # Imported here because it imports torch.
     from calm_dist.training.autoencoder import train_autoencoder
 
     train_autoencoder(recipe)

@@ -1,1 +1,1 @@
-"""Measured times of single parts of the models."""
+"""Time single parts of the models."""

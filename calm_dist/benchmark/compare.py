@@ -1,4 +1,4 @@
-"""Two ways to compute the same, timed in turns in one process."""
+"""Time two implementations of the same computation alternately in one process."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ import torch
 from calm_dist.benchmark.timing import seconds
 
 Values = list[torch.Tensor]
-"""What a computation gives, gradients included, to be compared."""
+"""Results of a computation, gradients included, for comparison."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Ours, and the plain formulation: every tensor materialised, every position looped over.
+    """Our code and the plain formulation, which materialises every tensor and loops over positions.
 
-    Both return values that should be equal, or None where they are drawn at random.
+    Both return values that should be equal, or None if they are random.
     """
 
     name: str
     ours: Callable[[], Values | None]
     plain: Callable[[], Values | None]
     work: float
-    """Of one call, in ``unit``."""
+    """Work of one call, in ``unit``."""
     unit: str
     sizes: dict[str, Any]
     floor: Callable[[], object] | None = None
-    """Work that both must do, alone: what the machine allows."""
+    """The work that both must do, timed alone as a lower bound."""
 
 
 def compare(pair: Pair, repeats: int, device: torch.device) -> dict[str, Any]:
-    """Run both in turns, after one run each that is not timed and in which memory is measured.
+    """Run both alternately, after untimed runs in which memory is measured.
 
     Returns:
-        A JSON-able row: for each side ``seconds`` (median) and ``all_seconds``, ``peak_mib`` beyond
-        what was there before and ``rate``; ``floor_seconds`` where there is a floor; ``speedup``,
-        ``memory_ratio`` (None where it is not known), and ``largest_difference``, relative to the
-        largest value of a tensor.
+        A JSON-able row: for each side ``seconds`` (median), ``all_seconds``, ``peak_mib`` beyond
+        the memory in use before, and ``rate``; ``floor_seconds`` if there is a floor; ``speedup``,
+        ``memory_ratio`` (None if unknown), and ``largest_difference``, relative to the largest
+        value of a tensor.
     """
     sides = {"ours": pair.ours, "plain": pair.plain}
     values: dict[str, Values | None] = {}
@@ -88,8 +88,8 @@ def _largest_difference(ours: Values | None, plain: Values | None) -> float | No
 def peak_mib(
     call: Callable[[], Values | None], device: torch.device
 ) -> tuple[float | None, Values | None]:
-    """Memory that a call needs at its worst, beyond what was in use before: on a GPU what torch
-    allocates, on Linux the resident memory of the process, elsewhere unknown."""
+    """Peak memory of a call beyond the memory in use before: torch's allocations on a GPU, the
+    resident memory of the process on Linux, None elsewhere."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -98,7 +98,7 @@ def peak_mib(
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20, values
     if not sys.platform.startswith("linux"):
         return None, call()
-    # What the allocator holds back would be used again without being counted.
+    # Return freed memory to the system; the call would reuse it without being counted.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before_mib = _status_mib("VmRSS")

@@ -1,4 +1,4 @@
-"""How time and memory grow with each size that a user chooses."""
+"""Measure how time and memory grow with each size that a user can choose."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ MEASURES = ("seconds", "peak_mib")
 
 
 def measure_growth(device: torch.device, repeats: int) -> list[dict[str, Any]]:
-    """Time and memory over each size, the others held.
+    """Time and memory over each size, with the others fixed.
 
     Returns:
-        a series for each: ``what``, ``over``, and ``points`` with ``size`` and, for ``ours`` and
-        where there is a plain form for ``plain``, ``seconds`` and ``peak_mib``.
+        a series for each size: ``what``, ``over``, and ``points`` with ``size`` and, for ``ours``
+        and for ``plain`` if there is a plain form, ``seconds`` and ``peak_mib``.
     """
     series: list[tuple[str, str, Sequence[int], Callable[[int], Pair]]] = [
         ("energy score", "positions", POSITIONS, lambda n: energy_pair(device, positions=n)),
@@ -80,7 +80,7 @@ def _alone(
 
 
 def _step(device: torch.device, patch_size: int) -> Callable[[], None]:
-    """4 x 1,024 tokens with latents of 32 numbers a token."""
+    """A training step of 4 x 1,024 tokens with 32 components of a latent per token."""
     recipe = calm_recipe(patch_size)
     steps = RandomSteps(recipe, single_process_topology(recipe, device))
 
@@ -91,7 +91,7 @@ def _step(device: torch.device, patch_size: int) -> Callable[[], None]:
 
 
 def _opening(repeats: int, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Shards of one block each."""
+    """Time to open stores whose shards have one block each."""
     for shards in SHARDS:
         with tempfile.TemporaryDirectory(prefix="calm-shards-") as directory:
             write_random_store(Path(directory), shards, shard_bytes=1, block_size=64)
@@ -103,7 +103,7 @@ def _opening(repeats: int, device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def table(series: list[dict[str, Any]]) -> str:
-    """The series as Markdown: seconds and MiB of ours, and of the plain form in brackets."""
+    """The series as Markdown: seconds and MiB of our code, in brackets those of the plain form."""
     lines = []
     for one in series:
         lines += [f"| {one['what']} over {one['over']} | seconds | MiB |", "|---|---|---|"]
@@ -121,7 +121,7 @@ def _cell(point: dict[str, Any], name: str) -> str:
 
 
 def plot(series: list[dict[str, Any]], path: str | Path) -> None:
-    """Draw the series to an image file: time above, memory below, on logarithmic axes."""
+    """Plot the series to an image file: time above, memory below, on logarithmic axes."""
     import matplotlib
 
     matplotlib.use("Agg")

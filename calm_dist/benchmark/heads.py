@@ -1,4 +1,4 @@
-"""What a latent sample costs with each generative head."""
+"""Cost of a latent sample with each generative head."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ HEADS = (
     ("flow", 10),
     ("diffusion", 100),
 )
-"""(kind, sampling steps): the paper's for flow, the released code's for flow and diffusion."""
+"""(kind, sampling steps): for flow the paper's and the released code's, for diffusion the released
+code's."""
 
 TRAIN_FLOPS = 3
-"""Forward and backward pass, in forward passes."""
+"""Cost of forward and backward pass, in forward passes."""
 
 
 def measure_heads(
@@ -39,17 +40,17 @@ def measure_heads(
     """Time sampling and training of every head at the size of a CALM recipe.
 
     Args:
-        recipe: of a CALM.
-        positions: S, hidden states that are sampled from and trained on at once.
-        samples: N, samples of each; in training the recipe's number is used.
-        repeats: the median of so many runs counts.
+        recipe: the recipe of a CALM.
+        positions: S, number of hidden states that are sampled from and trained on at once.
+        samples: N, samples for each; training uses the recipe's number.
+        repeats: number of runs; the median counts.
 
     Returns:
-        A JSON-able dict; ``heads`` has a row for each head, FLOPs and milliseconds in it are per
-        latent sample, and per position for training.
+        A JSON-able dict; ``heads`` has a row for each head, with FLOPs and milliseconds per latent
+        sample and, for training, per position.
 
     Raises:
-        RecipeError: the recipe is no CALM's, or leaves its latent size to a store.
+        RecipeError: the recipe is not that of a CALM, or leaves its latent size to a store.
     """
     if recipe.model.kind != "calm" or recipe.model.latent_size is None:
         raise RecipeError(
@@ -112,7 +113,7 @@ def _measure(
 def _measure_tokens(
     recipe: Recipe, positions: int, samples: int, repeats: int, device: torch.device
 ) -> dict[str, Any]:
-    """The discrete head with its output layer; a sample is a patch, token by token."""
+    """The discrete head with its output layer; a sample is a patch, drawn token by token."""
     values = single_process_recipe(LanguageModelRecipe.from_dict(recipe.to_dict())).to_dict()
     values["model"]["head"] |= {"kind": "tokens", "sampling_steps": None}
     tokens_recipe = LanguageModelRecipe.from_dict(values)

@@ -28,13 +28,13 @@ _MODULES = {
     "MLP": "MLP",
     "OutputLayer": "output layer",
 }
-"""Modules whose time is told apart, the outermost of each that is met."""
+"""Modules that are timed separately; nested ones count with the outermost."""
 _SCORES = ("_ChunkedEnergyScore", "_FusedEnergyScore")
 _BACKWARD = "autograd::engine::evaluate_function: "
 
 
 def one_device(recipe: LanguageModelRecipe, micro_batches: int) -> LanguageModelRecipe:
-    """The recipe on one device, with so many micro-batches a step instead of its own."""
+    """The recipe on one device, with ``micro_batches`` micro-batches per step."""
     values = recipe.to_dict()
     values["parallel"] |= {
         "world_size": 1,
@@ -60,13 +60,13 @@ def measure_model(
     """Time steps of a recipe for `one_device` on random blocks, then profile one more.
 
     Args:
-        peak_tflops: of the device, for MFU; default: the table of `calm_dist.costs.flops`, by name.
+        peak_tflops: peak of the device, for MFU; default: from `calm_dist.costs.flops`, by name.
 
     Returns:
         A JSON-able dict: tokens_per_second and step_seconds (median), mfu and mfu_causal (None
-        without a peak; as this package executes the model, recomputation left out),
-        peak_mib of a step beyond weights and optimizer, and ``parts``: forward and backward
-        seconds of each in the profiled step, on a GPU of its kernels.
+        without a peak; as this package executes the model, without recomputation), peak_mib of a
+        step beyond weights and optimizer, and ``parts``: forward and backward seconds of each part
+        in the profiled step (on a GPU, those of its kernels).
     """
     steps = RandomSteps(recipe, single_process_topology(recipe, device))
 
@@ -145,9 +145,9 @@ def _annotate(module: nn.Module) -> list[Any]:
 
 
 def _by_part(events: list[FunctionEvent], on_gpu: bool) -> dict[str, dict[str, float]]:
-    """Sums over a profile: what runs inside a part's range, and the backward passes of its ops,
-    which carry their numbers."""
-    # Kernels are events of their own, too; they count with the op that launched them.
+    """Sums over a profile of the ops inside each part's range and of their backward passes, which
+    have the same sequence numbers."""
+    # Kernels are also separate events; they count with the op that launched them.
     top = [
         event
         for event in events
@@ -165,7 +165,7 @@ def _by_part(events: list[FunctionEvent], on_gpu: bool) -> dict[str, dict[str, f
     parts: dict[str, dict[str, float]] = {}
 
     def add(event: FunctionEvent, part: str, direction: str) -> None:
-        """An event's own time, without what it calls; a recomputed part is forward again."""
+        """Add an event's own time, without its children's; recomputation counts as forward."""
         if entered := _entered(event):
             part, direction = entered, "forward"
         elif event.name.startswith(_BACKWARD):
@@ -191,7 +191,7 @@ def _entered(event: FunctionEvent) -> str | None:
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    mfu = "MFU unknown, --peak-tflops gives one"
+    mfu = "MFU unknown (set --peak-tflops)"
     if result["mfu"] is not None:
         mfu = f"MFU {result['mfu']:.1%} ({result['mfu_causal']:.1%} with causal attention)"
     peak = "?" if result["peak_mib"] is None else f"{result['peak_mib']:,.0f} MiB"
@@ -201,7 +201,7 @@ def table(result: dict[str, Any]) -> str:
         f"({result['step_seconds']:.3g} s for {result['tokens_per_step']:,} tokens in "
         f"{result['micro_batches']} micro-batches), {mfu}, {peak} for a step",
         "",
-        "| part | forward | backward | of the step that was profiled |",
+        "| part | forward | backward | share of the profiled step |",
         "|---|---|---|---|",
     ]
     parts = {name: (part["forward"], part["backward"]) for name, part in result["parts"].items()}

@@ -1,4 +1,4 @@
-"""What is compared: our code and the plain form, at the sizes of the released code's figures."""
+"""Pairs of our code and the plain form, at the sizes of the released code's figures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SMALL_VOCAB = 32_000
 
 
 def energy_pairs(device: torch.device) -> Iterator[Pair]:
-    """The energy score, forward and backward, with draws made inside and given."""
+    """The energy score, forward and backward, with draws made inside and with given noise."""
     for given in (False, True):
         yield energy_pair(device, given=given)
         if device.type == "cuda":
@@ -63,7 +63,7 @@ def energy_pair(
     score: Callable[..., Tensor] = energy_score,
     name: str = "energy score",
 ) -> Pair:
-    """The energy score of latents of size 128; ``score`` is the form that is compared."""
+    """The energy score of latents of size 128; ``score`` is the implementation to compare."""
     size, generator = 128, torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -145,7 +145,7 @@ def autoencoder_pair(
     generator = torch.Generator(device).manual_seed(0)
     tokens = torch.randint(vocab_size, (1, length), generator=generator, device=device)
     noise = draw_training_noise(model, tokens, generator)
-    # Updates by nothing, so that both sides keep computing the same.
+    # Updates of zero, so that both sides keep computing the same.
     settings: dict[str, Any] = {"lr": 0.0, "weight_decay": 0.0}
     fused = torch.optim.AdamW(model.parameters(), fused=True, **settings)
     simple = torch.optim.AdamW(model.parameters(), foreach=False, **settings)
@@ -179,7 +179,7 @@ def autoencoder_pair(
 def brier_pairs(device: torch.device) -> Iterator[Pair]:
     """Brier-1..4 of one block: the Transformer at block 256, CALM with K=2 at block 512.
 
-    The models' choices are so sure that the samples of every start agree all the way.
+    The models are so certain that the samples of every start agree on all tokens.
     """
     transformer = random_model("transformer", 256, device)
     assert hasattr(transformer.backbone, "output_layer")
@@ -234,7 +234,7 @@ def brier_pairs(device: torch.device) -> Iterator[Pair]:
 def sampling_pairs(device: torch.device) -> Iterator[Pair]:
     """Generation at temperature 1/2 with a pool of 200, eight texts, two patches each."""
     rows, patches, pool = 8, 2, 200
-    # All draws equal, and none: random weights know nothing between.
+    # Either all draws are equal or none: random weights give nothing in between.
     for noise in (0.0, None):
         model = random_model("calm", 1024, device, patch_size=4, noise=noise)
         generator = torch.Generator().manual_seed(0)
@@ -264,14 +264,14 @@ def sampling_pairs(device: torch.device) -> Iterator[Pair]:
 
 
 def zipf_tokens(vocab_size: int, count: int, seed: int) -> Tensor:
-    """Tokens [count] whose frequencies fall as 1/rank, as those of words in text do."""
+    """Tokens [count] with frequencies proportional to 1/rank, like those of words in text."""
     weights = 1 / torch.arange(1, vocab_size + 1, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     return torch.multinomial(weights, count, replacement=True, generator=generator)
 
 
 def random_autoencoder(vocab_size: int, patch_size: int = 4) -> Autoencoder:
-    """The paper's, with random weights."""
+    """The paper's autoencoder with random weights."""
     config = AutoencoderConfig(vocab_size, patch_size, latent_size=32 * patch_size)
     model = Autoencoder(config)
     initialize_module(model, "autoencoder", lambda name, shape: 0.02, 0)
@@ -288,7 +288,7 @@ def random_model(
     """A small language model with random weights: hidden 256, 4 layers, 32,000 words.
 
     Args:
-        noise: scale of the head's noise; 0 makes all draws equal, None leaves it as it is.
+        noise: scale of the head's noise; 0 makes all draws equal, None leaves it unchanged.
     """
     size = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4}
     model: dict[str, Any] = {"kind": kind, "vocab_size": SMALL_VOCAB, "num_attention_heads": 4}

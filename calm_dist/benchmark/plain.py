@@ -1,7 +1,7 @@
 """The paper's formulas in their plain form, as its released code executes them.
 
-Every tensor is materialised, every head sample computes its condition anew, and Brier scores loop
-over positions. They use the weights of our modules, so that both sides compute the same.
+Every tensor is materialised, every head sample computes its condition again, and Brier scores loop
+over positions. The weights are those of our modules, so that both sides compute the same.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def energy_score(samples: Tensor, mean: Tensor, log_std: Tensor, noise: Tensor) 
 
 
 def head_samples(head: EnergyHead, hidden: Tensor, noise: Tensor) -> Tensor:
-    """hidden [S, d], noise [N, S, noise_size] -> latents [N, S, l]; the condition N times."""
+    """hidden [S, d], noise [N, S, noise_size] -> latents [N, S, l]; computes the condition N
+    times."""
     x = head.norm_noise(head.noise_embd(noise))
     condition = head.norm_hidden(head.hidden_embd(hidden.expand(len(noise), -1, -1)))
     for block in head.mlp_blocks:
@@ -47,7 +48,7 @@ def head_samples(head: EnergyHead, hidden: Tensor, noise: Tensor) -> Tensor:
 
 
 def encode(model: Autoencoder, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """tokens [B, T] -> mean and log_std [B, T/K, l]; every token through its layers."""
+    """tokens [B, T] -> mean and log_std [B, T/K, l]; repeated tokens are computed each time."""
     encoder = model.encoder
     half = len(encoder.encoder_layers) // 2
     x = encoder.embed_tokens(tokens)
@@ -78,13 +79,13 @@ def transformer_brier(
 ) -> Tensor:
     """Brier-1..4 of a Transformer from two samples at each start, one position after the other.
 
-    Where the two agree, the model runs again over the text and what they agree on.
+    If the two agree, the model runs again over the text and the tokens on which they agree.
     """
     at_start = logits(tokens[None])[0]
     pairs = torch.multinomial(at_start.softmax(-1), 2, True, generator=generator)  # [T, 2]
     scores = torch.zeros(len(starts), NGRAM, dtype=torch.float64)
     for row, start in enumerate(starts.tolist()):
-        # Given the true tokens before each, as the accuracy terms are.
+        # As in the accuracy terms, each token is given the true tokens before it.
         right = pairs[start - 1 : start - 1 + NGRAM] == tokens[start : start + NGRAM, None]
         scores[row] = right.cumprod(0).sum(1).double()
         context, pair = tokens[:start], pairs[start - 1]

@@ -1,4 +1,4 @@
-"""Training steps on random blocks: what a run does between two checkpoints, without its data."""
+"""Training steps on random blocks, like those of a run but without data and checkpoints."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from calm_dist.training.build import build_parts
 from calm_dist.training.optimizer import JointOptimizer
 
 OPTIMIZER_RANGE = "part: optimizer"
-"""Around clipping and AdamW in a profile."""
+"""Name of the range around clipping and AdamW in a profile."""
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Of one step on one rank, in seconds."""
+    """Times of one step on one rank, in seconds."""
 
     schedule: float
     """Forward and backward passes of all micro-batches."""
     busy: float
-    """Processor time in that, of all threads of this process."""
+    """Processor time during the schedule, of all threads of this process."""
     optimizer: float
 
     @property
@@ -37,11 +37,10 @@ class StepTimes:
 
 
 class RandomSteps:
-    """The training of a language model on one rank, which takes the same random batch in every
-    step."""
+    """Trains a language model on one rank, with the same random batch in every step."""
 
     def __init__(self, recipe: LanguageModelRecipe, topology: Topology) -> None:
-        # DeepSpeed asks for it, where there is no launcher too.
+        # DeepSpeed needs it even without a launcher.
         os.environ.setdefault("LOCAL_RANK", "0")
         self.recipe = recipe
         self.batch = random_batch(recipe, topology)
@@ -50,7 +49,7 @@ class RandomSteps:
         self._schedule = get_forward_backward_func()
 
     def step(self) -> StepTimes:
-        """One step; on a GPU the times are those of launching it."""
+        """One step; on a GPU the times are those of launching its kernels."""
         recipe, parts = self.recipe, self.parts
         started, busy = time.perf_counter(), time.process_time()
         for chunk in parts.chunks:
@@ -74,13 +73,13 @@ class RandomSteps:
         return StepTimes(scheduled - started, busy, time.perf_counter() - scheduled)
 
     def close(self) -> None:
-        """Take the head's engine down, before the process groups go."""
+        """Close the head's engine; must be called before the process groups are destroyed."""
         if self.parts.head is not None:
             self.parts.head.close()
 
 
 def random_batch(recipe: LanguageModelRecipe, topology: Topology) -> dict[str, Any]:
-    """Blocks of one replica for one step; for a CALM with latents of a plausible posterior."""
+    """Blocks of one replica for one step; for a CALM with a plausible posterior."""
     model = recipe.model
     assert model.vocab_size
     rows = recipe.training.global_batch_size // topology.dp_size

@@ -1,5 +1,5 @@
-"""Training and encoding on several processes of this machine: throughput, pipeline bubbles and the
-balance of stages, measured beside what the layout predicts."""
+"""Training and encoding in several processes on this machine: throughput, pipeline bubbles and the
+balance of stages, measured and compared with the layout's predictions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 from calm_dist.errors import UserError
 
 RATE_TOKENS = 8192
-# Blocks of a step on each pipeline of two stages.
+# Numbers of blocks per step, for pipelines of two stages.
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 _TIMEOUT_SECONDS = 1800
 
@@ -29,11 +29,12 @@ def measure_ranks(repeats: int) -> dict[str, Any]:
 
     Returns:
         ``pipeline``: a row for each number of micro-batches on two stages, with ``bubble`` and
-        ``stage_shares`` as measured (processor time of the stages) and as predicted. ``scaling``: a
-        row for each way to use one or two processes, with tokens/s of all and MiB of the largest.
+        ``stage_shares``, both measured (processor time of the stages) and predicted. ``scaling``: a
+        row for each way to use one or two processes, with tokens/s of all processes together and
+        MiB of the largest.
 
     Raises:
-        UserError: a launch failed; with its output.
+        UserError: a launch failed; the message includes its output.
     """
     alone: list[dict[str, Any]] = [
         {"name": "1 process", "kind": "step"},
@@ -78,7 +79,7 @@ def _pipeline(row: dict[str, Any]) -> dict[str, Any]:
         "micro_batches": count,
         "seconds": seconds,
         "bubble": 1 - sum(busy) / (stages * seconds),
-        # Stages of equal work wait for stages - 1 micro-batches; others for the longest one, too.
+        # Equal stages wait for stages - 1 micro-batches; unequal ones also for the slowest stage.
         "predicted_bubble": 1 - balance * count / (count + stages - 1),
         "stage_shares": [part / sum(busy) for part in busy],
         "predicted_stage_shares": shares,
@@ -163,7 +164,7 @@ def _time_steps(case: dict[str, Any], repeats: int) -> dict[str, Any]:
 
 
 def _time_encoding(case: dict[str, Any], repeats: int) -> dict[str, Any]:
-    """Each process encodes blocks of its own, as the workers of `tools/encode_latents.py` do."""
+    """Each process encodes its own blocks, like the workers of `tools/encode_latents.py`."""
     import torch
     import torch.distributed as dist
 
@@ -188,7 +189,7 @@ def _time_encoding(case: dict[str, Any], repeats: int) -> dict[str, Any]:
 
 
 def _recipe(changes: dict[str, Any], world_size: int) -> Any:
-    """A CALM of hidden 256 with 16 layers, whose blocks of 1,024 tokens are micro-batches."""
+    """A CALM of hidden 256 with 16 layers; each micro-batch is one block of 1,024 tokens."""
     from calm_dist.recipe import Recipe
 
     values: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Reading latents in training order: through our stream, and through Streaming as it comes."""
+"""Reading latents in training order, with our stream and with plain Streaming."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ BLOCKS, BATCH = 480, 4
 
 
 def data_pairs(device: torch.device) -> Iterator[Pair]:
-    """Blocks of 8,192 tokens with fp16 latents of the paper's size, 0.5 GB of them, shuffled.
+    """0.5 GB of shuffled blocks of 8,192 tokens with fp16 latents of the paper's size.
 
-    The last of the sizes is what the training step of the same name consumes.
+    The last entry of the sizes is the rate at which the benchmark's training step consumes tokens.
     """
     from calm_dist.compat.streaming import StreamingDataset
 
@@ -63,7 +63,7 @@ def data_pairs(device: torch.device) -> Iterator[Pair]:
 def write_random_store(
     out: Path, blocks: int, *, shard_bytes: int = SHARD_BYTES, block_size: int = 8192
 ) -> StorePlan:
-    """Write a store whose tokens and latents are random numbers, of K=4 and l=128."""
+    """Write a store of random tokens and latents with K=4 and l=128."""
     texts = ["Reading is timed, not understood."]
     tokenizer = train_tokenizer(texts, 300, out / "tokenizer.json")
     plan = StorePlan(

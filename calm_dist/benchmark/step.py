@@ -1,4 +1,4 @@
-"""A whole training step of a small CALM, ours and in plain PyTorch of the same sizes."""
+"""A whole training step of a small CALM: ours, and plain PyTorch of the same sizes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEADS, ROPE_BASE, DRAWS = 4, 10_000.0, 100
 
 
 class PlainLayer(nn.Module):
-    """Llama's: RMSNorm, attention with rotary positions, RMSNorm, SwiGLU."""
+    """A layer of Llama: RMSNorm, attention with rotary positions, RMSNorm, SwiGLU."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def step_pairs(device: torch.device) -> Iterator[Pair]:
 
 
 def calm_recipe(patch_size: int = PATCH) -> LanguageModelRecipe:
-    """Hidden 256, 4 layers, 4 blocks of 1,024 tokens, 32 numbers of a latent for each token."""
+    """Hidden 256, 4 layers, 4 blocks of 1,024 tokens, 32 components of a latent per token."""
     return LanguageModelRecipe.from_dict(
         {
             "run": {"dir": "runs/benchmark"},

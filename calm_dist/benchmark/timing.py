@@ -1,4 +1,4 @@
-"""How long a call takes."""
+"""Measure the time of a call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def median_seconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Median wall time of ``call`` over ``repeats`` runs, after one run that is not counted."""
+    """Median wall time of ``call`` over ``repeats`` runs, after a warm-up run."""
     call()
     return statistics.median(seconds(call, device) for _ in range(repeats))
 
@@ -27,13 +27,13 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _wait(device: torch.device) -> None:
-    """Kernels on a GPU run behind the caller's back."""
+    """Wait for kernels on a GPU, which run asynchronously."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a time depends on."""
+    """The environment on which a time depends."""
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),

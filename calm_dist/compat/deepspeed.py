@@ -1,4 +1,5 @@
-"""What is used of DeepSpeed 0.19.8 that it does not document: its import, and ZeRO's attributes."""
+"""Undocumented parts of DeepSpeed 0.19.8 that this package uses: its import, and ZeRO's
+attributes."""
 
 from __future__ import annotations
 
@@ -11,14 +12,14 @@ import torch
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed without a C++ build at run time and without its banners.
+    """Import DeepSpeed without a C++ build at run time and without its banners.
 
-    On CPU it would compile `deepspeed_shm_comm` for over a minute; only its inference kernels use
-    that.
+    On CPU it would compile `deepspeed_shm_comm` for over a minute, which only its inference kernels
+    use.
     """
     on_cpu = not torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cpu" if on_cpu else "cuda")
-    # Set before the import: the module logs while it is loaded.
+    # Set before the import, since the module logs while it is loaded.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
     import deepspeed.ops
@@ -30,12 +31,12 @@ def import_deepspeed() -> Any:
 
 
 def forget_groups() -> None:
-    """DeepSpeed remembers the last engine's ``mpu``, and so its process groups."""
+    """Clear the last engine's ``mpu``, through which DeepSpeed keeps its process groups."""
     import_deepspeed().utils.groups.mpu = None
 
 
 def averaged_gradients(zero: Any) -> Iterator[torch.Tensor]:
-    """This rank's parts of the averaged gradient, of a ZeRO optimizer of any stage."""
+    """This rank's parts of the averaged gradient, for a ZeRO optimizer of any stage."""
     for gradients in zero.averaged_gradients.values():
         for gradient in gradients or ():
             if gradient is not None:
@@ -43,7 +44,7 @@ def averaged_gradients(zero: Any) -> Iterator[torch.Tensor]:
 
 
 def discard_gradients(zero: Any, stage: int) -> None:
-    """Forget the gradient of a step that is not taken, as ZeRO does on an overflow."""
+    """Discard the gradient of a skipped step, as ZeRO does on an overflow."""
     if stage == 3:
         zero.zero_grad(set_to_none=True)
         zero.averaged_gradients = {}
@@ -57,10 +58,10 @@ def discard_gradients(zero: Any, stage: int) -> None:
 
 
 def partition_parameters(zero: Any) -> None:
-    """ZeRO-3: every rank keeps its part of the parameters alone."""
+    """ZeRO-3: partition the parameters, so that every rank keeps only its part."""
     zero._partition_all_parameters()
 
 
 def gather_persistent_parameters(zero: Any) -> None:
-    """ZeRO-3: the small parameters are whole on every rank again, as they are between steps."""
+    """ZeRO-3: gather the small parameters, which are whole on every rank between steps."""
     zero.persistent_parameters[0].all_gather(zero.persistent_parameters)

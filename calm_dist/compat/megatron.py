@@ -1,4 +1,4 @@
-"""What is used of Megatron-core 0.16.1 behind its public names."""
+"""Private parts of Megatron-core 0.16.1 that this package uses."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from torch import nn
 
 
 def process_groups() -> list[dist.ProcessGroup]:
-    """All groups that Megatron has made.
+    """All process groups that Megatron has made.
 
-    Its list starts with None, which would mean the world itself; what stands for a group of other
-    ranks is no group either.
+    Its list starts with None, which stands for the world, and has placeholders for groups of other
+    ranks; both are excluded.
     """
     known = parallel_state._global_process_group_list or ()
     return [group for group in known if isinstance(group, dist.ProcessGroup)]
 
 
 def single_optimizers(optimizer: MegatronOptimizer) -> list[Any]:
-    """The optimizers that one may stand for."""
+    """The parts of a chained optimizer, or the optimizer itself."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def replace_inner_optimizer(
     single: Any, make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 ) -> None:
-    """Have an optimizer of Megatron's update by another one of torch's interface; before the first
-    step, when it has no state yet.
+    """Replace the torch optimizer inside one of Megatron's; only before the first step, when it has
+    no state yet.
 
     Args:
         make: called with the parameter groups, without the settings of Megatron's Adam.
@@ -55,13 +55,13 @@ def replace_inner_optimizer(
 
 
 def counts_in_groups(single: Any) -> bool:
-    """Whether the number of updates is in the parameter groups, as the fused Adam of Apex and of
-    Transformer Engine keep it, and not beside the moments of each parameter."""
+    """Whether the number of updates is stored in the parameter groups, as in the fused Adam of Apex
+    and of Transformer Engine, instead of with the moments of each parameter."""
     return type(single.optimizer).__name__ == "FusedAdam"
 
 
 def updated_parameters(single: Any) -> list[nn.Parameter]:
-    """The model's parameters that an optimizer updates, in an order of its own."""
+    """The model's parameters that an optimizer updates, in the optimizer's order."""
     if isinstance(single, DistributedOptimizer):
         return [p for buffer in single.buffers for p in buffer.param_index_map]
     if isinstance(single, Float16OptimizerWithFloat16Params):
@@ -71,8 +71,8 @@ def updated_parameters(single: Any) -> list[nn.Parameter]:
 
 
 def master_weight(single: Any, parameter: nn.Parameter) -> torch.Tensor | None:
-    """What the optimizer updates for a parameter: itself, its fp32 copy, or this replica's part of
-    either; None where another replica has it."""
+    """The tensor that the optimizer updates for a parameter: the parameter, its fp32 copy, or this
+    replica's part of either; None if other replicas hold all of it."""
     if not isinstance(single, DistributedOptimizer):
         return getattr(parameter, "main_param", parameter)
     if parameter not in single.model_param_group_index_map:
@@ -82,7 +82,7 @@ def master_weight(single: Any, parameter: nn.Parameter) -> torch.Tensor | None:
 
 
 def own_part(single: Any, parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor as large as a parameter that belongs to this replica."""
+    """This replica's part of ``whole``, a tensor of the parameter's size."""
     if not isinstance(single, DistributedOptimizer):
         return whole
     part = single._get_model_param_range_map(parameter)["param"]
@@ -90,17 +90,17 @@ def own_part(single: Any, parameter: nn.Parameter, whole: torch.Tensor) -> torch
 
 
 class SaveStrategy(torch_strategy.TorchDistSaveShardedStrategy):
-    """Megatron's strategy of saving, whose requests a subclass changes before they run."""
+    """Megatron's save strategy; a subclass can change its requests before they run."""
 
     @abstractmethod
     def change(self, request: AsyncRequest, writer: Any, metadata: Any, ranks: Any) -> AsyncRequest:
         """The request to run.
 
         Args:
-            request: Megatron's own.
+            request: Megatron's request.
             writer: the `AsyncFileWriter` of this plan.
             metadata: the description of all tensors, on rank 0.
-            ranks: torch's wrapper of the group that saves.
+            ranks: torch's wrapper of the process group that saves.
         """
 
     def _get_save_and_finalize_callbacks(self, writer: Any, planned: Sequence[Any]) -> AsyncRequest:
@@ -110,11 +110,11 @@ class SaveStrategy(torch_strategy.TorchDistSaveShardedStrategy):
 
 
 def use_file_writer(writer: type[AsyncFileWriter]) -> None:
-    """Have the strategy make its writers of this class: it knows them by a name of its module."""
+    """Make the save strategy use this writer class, by replacing the name in its module."""
     torch_strategy.FileSystemWriterAsync = writer
 
 
 def use_results_queue(results: Any) -> None:
-    """Have writers report to this queue. Megatron would start a manager process for its own, which
-    imports the entry script again (seconds) and outlives a killed rank."""
+    """Make writers report to this queue. For its own queue Megatron would start a manager process,
+    which imports the entry script again (seconds) and outlives a killed rank."""
     filesystem_async._results_queue = results

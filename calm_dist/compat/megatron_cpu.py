@@ -1,8 +1,8 @@
-"""Megatron-core 0.16.1 on CPU with gloo: every shim, each with its reason.
+"""Shims for Megatron-core 0.16.1 on CPU with gloo, each with its reason.
 
-`install` must run before anything else of Megatron-core is used. It does nothing where CUDA is
-present, so that one entry point serves both. Each shim names the symptom that it works around and
-can go when Megatron-core mends it.
+`install` must run before anything else of Megatron-core is used. It does nothing if CUDA is
+available, so that the same entry point serves both. Each shim documents the symptom that it works
+around, and can be removed once Megatron-core fixes it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FACTORIES = frozenset(
 )
 
 # Modules that create tensors with a literal device="cuda": token counts, gradient norms, overflow
-# flags, checkpoint exchange. Their `torch` is replaced by a proxy; torch itself is left alone.
+# flags, checkpoint exchange. Their `torch` is replaced by a proxy; torch itself is not changed.
 MODULES_WITH_LITERAL_CUDA = (
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.utils",
@@ -56,7 +56,7 @@ class _CpuTorch(types.ModuleType):
 
 
 def install() -> bool:
-    """Make Megatron-core run on CPU where there is no CUDA; returns whether it did."""
+    """Make Megatron-core run on CPU if CUDA is not available; returns whether it did."""
     global _installed
     if torch.cuda.is_available():
         return False
@@ -116,7 +116,7 @@ def _replace_rng_tracker() -> None:
             megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
 
     megatron_random.initialize_rng_tracker = initialize_rng_tracker
-    # Activation recomputation saves the CUDA state beside the CPU one; here they are the same.
+    # Activation recomputation saves both the CUDA and the CPU state; here they are the same.
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
 

@@ -1,9 +1,9 @@
-"""What is used of mosaicml-streaming 0.13.0, imported without what it does not need.
+"""The parts of mosaicml-streaming 0.13.0 that this package uses, without unneeded imports.
 
-Its package imports `vision`, which needs torchvision (the package index's is built for CUDA and
-does not load beside CPU torch), and `text`, `multimodal` and its own data loader, which import
-transformers: half a second of every process. They are hidden while it is imported, and afterwards
-load on first use, as for anybody else in this process.
+Its package imports `vision`, which needs torchvision (the package index's build is for CUDA and
+does not load with CPU torch), and `text`, `multimodal` and its own data loader, which import
+transformers: half a second in every process. These modules are hidden during the import, and load
+on first use afterwards, for all code in this process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LOADER = "streaming.base.dataloader"
 
 @contextmanager
 def _hidden() -> Iterator[None]:
-    """Import `streaming` inside with empty modules in place of the heavy ones."""
+    """While active, an import of `streaming` gets empty modules in place of the heavy ones."""
     absent = [name for name in (*_PACKAGES, _LOADER) if name not in sys.modules]
     for name in absent:
         sys.modules[name] = ModuleType(name)
@@ -37,7 +37,7 @@ def _hidden() -> Iterator[None]:
 
 
 def _load_later(module: ModuleType, attributes: dict[str, str]) -> None:
-    """Let attributes of a package, which it has from hidden modules, load when they are used."""
+    """Make attributes of a package that come from hidden modules load on first use."""
     for name in attributes:
         vars(module).pop(name, None)
 
@@ -65,7 +65,7 @@ if "streaming" not in sys.modules:
     )
     _load_later(streaming.base, {"dataloader": _LOADER, "StreamingDataLoader": _LOADER})
 
-# The names behind underscores are private to Streaming.
+# Names with underscores are private to Streaming.
 import streaming.base.dataset as dataset_module  # noqa: E402
 import streaming.base.shared.memory as memory_module  # noqa: E402
 from streaming.base import LocalDataset, MDSWriter, Stream, StreamingDataset  # noqa: E402
@@ -83,14 +83,14 @@ from streaming.base.storage import CloudDownloader, CloudUploader, S3Downloader 
 from streaming.base.world import World  # noqa: E402
 
 _LONGEST_WAIT = 60.0
-"""Seconds in which a process makes the shared memory as large as it is to be."""
+"""Seconds to wait until the creating process has set the size of the shared memory."""
 
 
 class _PatientSharedMemory(BuiltinSharedMemory):
     """Shared memory that can be attached to while another process is creating it.
 
-    Between its creation and the moment when it gets its size, attaching fails: "cannot mmap an
-    empty file". Streaming waits 7 ms, which on a busy node is not always enough.
+    After its creation and before its size is set, attaching fails with "cannot mmap an empty file".
+    Streaming waits only 7 ms, which is not always enough on a busy node.
     """
 
     def __init__(self, name: str | None = None, create: bool = False, size: int = 0) -> None:
@@ -108,7 +108,7 @@ class _PatientSharedMemory(BuiltinSharedMemory):
 
 @contextmanager
 def patient_attaching() -> Iterator[None]:
-    """Let Streaming attach to shared memory inside as `_PatientSharedMemory` does."""
+    """While active, Streaming attaches to shared memory with `_PatientSharedMemory`."""
     original = memory_module.BuiltinSharedMemory
     memory_module.BuiltinSharedMemory = _PatientSharedMemory  # type: ignore[misc]
     try:

@@ -1,7 +1,7 @@
-"""What a ZeRO optimizer keeps of each parameter group, as whole tensors and as a rank's part.
+"""The state of a ZeRO optimizer's parameter groups, as whole tensors and as a rank's part.
 
 ZeRO-1 and 2 cut the concatenation of a group's parameters into equal parts; ZeRO-3 cuts every
-parameter. Both pad the end. (deepspeed 0.19.8)
+parameter. Both pad the end. (DeepSpeed 0.19.8)
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import nn
 
 
 class Copy(NamedTuple):
-    """A whole tensor, and which of the copies on different ranks it is; there is always a 0."""
+    """A whole tensor, and the number of this copy among those on different ranks; one copy is
+    always 0."""
 
     whole: torch.Tensor
     replica: int
@@ -42,13 +43,13 @@ class ConcatenatedGroup:
         return wholes
 
     def weights(self) -> list[torch.Tensor]:
-        """Whole fp32 weights; a collective where the model's own are rounded ones."""
+        """Whole fp32 weights; a collective unless the model's own weights are fp32."""
         return self._own_weights() or self.gather(self.partition)
 
     def copies(self, local: torch.Tensor) -> list[Copy | None]:
-        """Whole tensors of some parameters, each on the one rank that has most of it already.
+        """Whole tensors of some parameters, each on the rank that already has most of it.
 
-        A collective; but only of parameters that lie across two parts is anything sent.
+        A collective, but only parameters that span two parts are sent.
         """
         rank, length = dist.get_rank(self._group), local.numel()
         flat, found, waiting, begin = local.detach(), [], [], 0
@@ -78,14 +79,14 @@ class ConcatenatedGroup:
         return found
 
     def weight_copies(self) -> list[Copy | None]:
-        """`copies` of the fp32 weights; on every rank where they are the model's own."""
+        """`copies` of the fp32 weights; on every rank if the model's own weights are fp32."""
         if own := self._own_weights():
             replica = dist.get_rank(self._group)
             return [Copy(weight, replica) for weight in own]
         return self.copies(self.partition)
 
     def _own_weights(self) -> list[torch.Tensor]:
-        """The model's, where they are not rounded."""
+        """The model's own weights if they are fp32, else an empty list."""
         if any(p.dtype != torch.float32 for p in self.parameters):
             return []
         return [p.detach() for p in self.parameters]
@@ -99,14 +100,14 @@ class ConcatenatedGroup:
         return _part(flat, self.partition.numel(), self._group)
 
     def set_weights(self, wholes: list[torch.Tensor]) -> None:
-        """Take over fp32 weights, for the optimizer and for the model."""
+        """Set the fp32 weights in the optimizer and in the model."""
         self.partition.copy_(self.cut(wholes))
         for p, whole in zip(self.parameters, wholes, strict=True):
             p.copy_(whole)
 
 
 class PartitionedGroup:
-    """A parameter group of ZeRO-3; members as of `ConcatenatedGroup`."""
+    """A parameter group of ZeRO-3; members as in `ConcatenatedGroup`."""
 
     def __init__(self, zero: Any, number: int, group: dist.ProcessGroup) -> None:
         self.parameters: list[Any] = zero.fp16_groups[number]
@@ -144,8 +145,8 @@ class PartitionedGroup:
         return torch.cat([_part(w.flatten(), p.partition_numel(), self._group) for p, w in pairs])
 
     def set_weights(self, wholes: list[torch.Tensor]) -> None:
-        """Take over fp32 weights, for the optimizer and for this rank's part of the model."""
-        # Copying keeps the views through which DeepSpeed sees the parts of single parameters.
+        """Set the fp32 weights in the optimizer and in this rank's part of the model."""
+        # Copy in place, to keep the views through which DeepSpeed accesses single parameters.
         self.partition.data.copy_(self.cut(wholes))
         self._model_partition.data.copy_(self.partition.data)
 
@@ -162,7 +163,7 @@ def parameter_groups(zero: Any, stage: int, group: dist.ProcessGroup) -> Iterato
 
 
 def _all_gather(local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """[n] on each rank -> [ranks, n] on all."""
+    """[n] on each rank -> [ranks, n] on every rank."""
     local = local.detach().contiguous()
     gathered = local.new_empty(dist.get_world_size(group) * local.numel())
     dist.all_gather_into_tensor(gathered, local, group=group)

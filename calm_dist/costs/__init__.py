@@ -1,1 +1,1 @@
-"""What a training costs, from shapes: parameters, FLOPs, bytes and time of its parts. No torch."""
+"""Cost of a training, from its shapes: parameters, FLOPs, bytes and time by part. No torch."""

@@ -1,4 +1,4 @@
-"""What a plan assumes of a machine: data sheets, and fractions of them that training reaches."""
+"""Assumptions of a plan about hardware: data sheets, and the fractions that training reaches."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from calm_dist.errors import UserError
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast the kernels of this package run; every number can be replaced on the command line.
+    """Speed of this package's kernels; every number can be replaced on the command line.
 
     The fractions are assumptions, not measurements: this package has not been timed on GPUs yet.
     """
 
     matmul_fraction: float = 0.70
-    """Of peak FLOP/s in matrix products of a layer's shape. Products of 8,192 x 8,192 reach 0.75 to
-    0.8 on these chips, within their power limit; a layer's are smaller."""
+    """Fraction of peak FLOP/s in matrix products of a layer's shape. Products of 8,192 x 8,192
+    reach 0.75 to 0.8 on these chips, within their power limit; a layer's are smaller."""
     attention_fraction: float = 0.40
-    """Of peak FLOP/s in causal attention, forward and backward: what FlashAttention-2 reaches on an
-    H100 with heads of 128 (its paper: 0.73 on an A100; arXiv 2307.08691)."""
+    """Fraction of peak FLOP/s in causal attention, forward and backward: what FlashAttention-2
+    reaches on an H100 with heads of 128 (its paper: 0.73 on an A100; arXiv 2307.08691)."""
     bandwidth_fraction: float = 0.80
-    """Of memory bandwidth in element-wise kernels on large tensors."""
+    """Fraction of memory bandwidth in element-wise kernels on large tensors."""
     link_fraction: float = 0.80
-    """Of a link's bandwidth in collectives of large messages."""
+    """Fraction of a link's bandwidth in collectives of large messages."""
     dispatch_seconds: float = 5e-6
-    """Between the launches of two kernels by PyTorch, in eager mode."""
+    """Time between two kernel launches by PyTorch in eager mode."""
     draws_per_second: float = float("inf")
-    """Normal numbers a second; infinite: as fast as they can be written."""
+    """Normal numbers a second; infinite: limited only by writing them."""
     synchronous: bool = False
-    """Whether launching adds to a kernel's time (CPUs) or goes on beside it (GPUs)."""
+    """Whether launching adds to a kernel's time (CPUs) or overlaps with it (GPUs)."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """One kind of GPU, and how they are connected. Bandwidths in bytes/s, of one GPU, one way."""
+    """One kind of GPU and its connections. Bandwidths are in bytes/s per GPU, in one direction."""
 
     name: str
     peak_flops: float
@@ -47,19 +47,19 @@ class Cluster:
     """Bytes."""
     memory_bandwidth: float
     node_bandwidth: float
-    """Between GPUs of a node."""
+    """Bandwidth between GPUs of a node."""
     network_bandwidth: float
-    """Between nodes."""
+    """Bandwidth between nodes."""
     node_latency: float = 4e-6
     """Seconds of one step of a collective inside a node, launch included (assumption)."""
     network_latency: float = 12e-6
     """The same between nodes (assumption)."""
     gpus_per_node: int = 8
     reserved: float = 3e9
-    """Bytes that driver, cuBLAS workspaces and NCCL's buffers take (assumption)."""
+    """Bytes used by driver, cuBLAS workspaces and NCCL's buffers (assumption)."""
     on_cpu: bool = False
     price: float | None = None
-    """Of one GPU for an hour; prices differ too much between sites for a default."""
+    """Price of a GPU-hour; prices differ too much between sites for a default."""
     rates: Rates = Rates()
 
     @property
@@ -74,14 +74,14 @@ class Cluster:
 def _gpu(
     name: str, chip: str, memory: float, bandwidth: float, node: float, network: float
 ) -> Cluster:
-    """A preset with the peaks that MFU is measured against."""
+    """A preset with the peak FLOP/s to which MFU refers."""
     peaks = [flops.peak_flops(chip, precision) for precision in ("bf16", "fp32")]
     assert peaks[0] is not None and peaks[1] is not None
     return Cluster(name, peaks[0], peaks[1], memory, bandwidth, node, network)
 
 
-# Networks are those of NVIDIA's own DGX machines: one network card a GPU. NVLink is given there
-# both ways together.
+# Networks are those of NVIDIA's DGX machines: one network card per GPU. The data sheets give NVLink
+# as the sum of both directions.
 PRESETS = {
     cluster.name: cluster
     for cluster in (
@@ -89,9 +89,10 @@ PRESETS = {
         _gpu("a100-sxm-80", "A100", 80e9, 2.039e12, 300e9, 25e9),
         # H100 SXM data sheet: 3.35 TB/s, NVLink 900 GB/s. DGX H100: 8 cards of 400 Gb/s.
         _gpu("h100-sxm", "H100", 80e9, 3.35e12, 450e9, 50e9),
-        # H200 SXM data sheet: 141 GB, 4.8 TB/s. DGX H200: 8 of 400 Gb/s.
+        # H200 SXM data sheet: 141 GB, 4.8 TB/s. DGX H200: 8 cards of 400 Gb/s.
         _gpu("h200-sxm", "H200", 141e9, 4.8e12, 450e9, 50e9),
-        # DGX B200 data sheet: 1,440 GB, 64 TB/s of 8 GPUs; NVLink 5 1.8 TB/s; 8 of 400 Gb/s.
+        # DGX B200 data sheet: 8 GPUs with 1,440 GB and 64 TB/s; NVLink 5 1.8 TB/s; 8 cards of
+        # 400 Gb/s.
         _gpu("b200", "B200", 180e9, 8e12, 900e9, 50e9),
     )
 }

@@ -5,22 +5,23 @@ Conventions:
 - A multiply-add is 2 FLOPs. Only matrix multiplications count: no embedding look-ups, norms,
   activations, softmax, rotary positions, energy score or optimizer.
 - Attention is counted as full, over all P steps of a block (T/K patches, or T tokens), although it
-  is causal: that is what the paper's Table 1 agrees with. ``causal=True`` counts what a kernel that
+  is causal, because that agrees with the paper's Table 1. ``causal=True`` counts what a kernel that
   skips masked positions computes: (P + 1) / 2 visible steps on average.
-- Training is three times the forward pass. The exact backward pass is a little less than twice, as
-  the head's inputs from outside take no gradient (`head_backward_flops`). Recomputed activations
-  are counted apart (`Part.recomputed_flops_per_token`).
-- Inference generates the token after a full context: with a key-value cache the last step alone
-  goes through the backbone, and sees all P steps by either convention; without one, all P steps
-  do. One head sample, and the autoencoder's decoder for CALM. For an autoencoder it is one
-  reconstruction.
-- The last patch of a block, which predicts nothing inside it, and padding are not told apart.
+- Training is three times the forward pass. The exact backward pass is a little less than twice the
+  forward pass, because the head's noise, times and latents need no gradient
+  (`head_backward_flops`). Recomputed activations are counted separately
+  (`Part.recomputed_flops_per_token`).
+- Inference generates the token after a full context: with a key-value cache only the last step
+  goes through the backbone, and sees all P steps by either convention; without a cache, all P steps
+  do. For CALM it includes one head sample and the autoencoder's decoder. For an autoencoder it is
+  one reconstruction.
+- The last patch of a block, which predicts nothing inside it, and padding count like any other.
 - The frozen autoencoder's training and its pass over the corpus are not part of CALM's training:
-  `count_autoencoder` counts them; its parameters are not CALM's.
+  `count_autoencoder` counts them. Its parameters are not part of CALM's.
 - Parameters exclude rows that only pad the vocabulary to equal shards.
 
 ``train_flops`` is what the authors' released code executes; ``train_flops_ours`` is less, since our
-head computes what does not depend on the noise once for all N samples.
+head computes everything that does not depend on the noise once for all N samples.
 
 Symbols: d hidden, f intermediate, l latent, V vocabulary, K tokens per patch, P steps, L layers.
 """
@@ -52,13 +53,13 @@ PEAK_FLOPS = (
     ("B200", 2250e12, 75e12),
 )
 """Words of a GPU's name, and its FLOP/s in bf16 (tensor cores, dense) and fp32 (NVIDIA's data
-sheets). The first that fits counts; the SXM form is called by the bare name."""
+sheets). The first match counts; a bare name is the SXM form."""
 
 
 def peak_flops(gpu: str, precision: str) -> float | None:
-    """FLOP/s that a GPU of this name can reach in ``fp32`` or ``bf16``; None where not known.
+    """Peak FLOP/s of a GPU of this name in ``fp32`` or ``bf16``; None if unknown.
 
-    fp32 is without TF32, which torch leaves off by default.
+    fp32 is without TF32, which torch does not use by default.
     """
     if "MIG" in gpu:  # a part of a GPU
         return None
@@ -80,7 +81,7 @@ class Part:
     """With a key-value cache."""
     inference_flops_per_token_without_cache: float = 0.0
     recomputed_flops_per_token: float = 0.0
-    """Forward pass that the backward pass repeats where the recipe has ``parallel.recompute``."""
+    """Forward pass that the backward pass repeats if the recipe has ``parallel.recompute``."""
 
     @property
     def forward_flops_per_token(self) -> float:
@@ -125,7 +126,7 @@ class Counts:
 
     @property
     def recomputed_flops_per_token(self) -> float:
-        """What recomputation adds to training; 0 where the recipe has none."""
+        """FLOPs that recomputation adds to training; 0 if the recipe has none."""
         return sum(part.recomputed_flops_per_token for part in self.parts)
 
     @property
@@ -139,7 +140,7 @@ class Counts:
         return self.train_flops_per_token_ours * self.tokens
 
     def part(self, name: str) -> Part:
-        """The part of that name; `KeyError` where the model has none."""
+        """The part of that name; `KeyError` if the model has none."""
         for part in self.parts:
             if part.name == name:
                 return part
@@ -150,7 +151,7 @@ def count(recipe: Recipe, tokens: int | None = None, *, causal: bool = False) ->
     """Count a recipe's model over ``tokens`` training tokens (default: steps x global batch).
 
     Args:
-        causal: count attention over visible steps only, instead of over all.
+        causal: count attention over visible steps only, instead of all steps.
 
     Raises:
         RecipeError: the recipe leaves a size to its data store; `Recipe.with_store` fills it in.
@@ -187,8 +188,8 @@ def count_autoencoder(model: CalmModel, tokens: int) -> Counts:
 
 
 def attention_flops(hidden_size: int, steps: float, key_value_size: int | None = None) -> float:
-    """FLOPs of one step through one attention layer that sees ``steps`` steps: projections, then
-    scores and their use.
+    """FLOPs of one step through one attention layer that sees ``steps`` steps: projections, scores,
+    and the weighted sum of values.
 
     ``key_value_size`` is smaller than ``hidden_size`` with grouped-query attention.
     """
@@ -213,12 +214,12 @@ def compressor_flops(hidden_size: int, patch_size: int) -> int:
 def head_flops(
     model: CalmModel, samples: int, *, share_condition: bool, evaluations: int = 1
 ) -> int:
-    """FLOPs of one patch through the head: ``samples`` draws, its network run ``evaluations`` times
+    """FLOPs of one patch through the head: ``samples`` draws, ``evaluations`` runs of the network
     for each.
 
-    Without ``share_condition`` everything runs once a sample and evaluation, as in the released
-    code. With it, what depends on the hidden state alone runs once: its embedding, and in the
-    energy head its half of each block's first linear.
+    Without ``share_condition`` everything runs once per sample and evaluation, as in the released
+    code. With it, the parts that depend only on the hidden state run once: its embedding, and in
+    the energy head its half of each block's first linear.
     """
     head, sizes = model.head, head_sizes(model)
     of_condition = model.head_spec.condition_flops(head, *sizes)
@@ -229,14 +230,15 @@ def head_flops(
 
 def head_backward_flops(model: CalmModel, samples: int) -> int:
     """FLOPs of one patch's backward pass through our head: twice the forward pass, without the
-    gradients of noise, times and latents, which nobody needs."""
+    gradients of noise, times and latents, which are not needed."""
     spec, arguments = model.head_spec, (model.head, *head_sizes(model))
     inputs = samples * spec.input_flops(*arguments) + spec.shared_input_flops(*arguments)
     return 2 * head_flops(model, samples, share_condition=True) - inputs
 
 
 def head_sizes(model: CalmModel) -> tuple[int, int]:
-    """Hidden and latent size, which a head is described and built with; 0 without latents.
+    """Hidden and latent size for a head's description and module; the latent size is 0 for a head
+    without latents.
 
     Raises:
         RecipeError: the recipe leaves the latent size to its data store.
@@ -319,7 +321,7 @@ def _decoder_parts(model: CalmModel) -> list[Part]:
 
 
 def _token_parts(model: CalmModel) -> list[Part]:
-    """The vocabulary tables of a head that predicts tokens; every token has its softmax."""
+    """The vocabulary tables of a head that predicts tokens; each token has its own softmax."""
     d, vocab_size = model.hidden_size, known_size(model, "vocab_size")
     tables = [_trained("output_layer", vocab_size * d, linear_flops(d, vocab_size))]
     if not model.head.independent:
@@ -347,7 +349,7 @@ def _backbone_parts(
         recipe.num_patches,
     )
     key_value_size = d * model.key_value_heads // model.num_attention_heads
-    # Of one step that sees all steps, and of the average step in training.
+    # For one step that sees all steps, and for the average step in training.
     last, average = (
         layers * attention_flops(d, visible, key_value_size) / model.patch_size
         for visible in (steps, (steps + 1) / 2 if causal else steps)
@@ -394,14 +396,14 @@ def _decoder_flops_per_token(model: AutoencoderModel) -> float:
 
 
 def _trained(name: str, parameters: int, forward: float) -> Part:
-    """A part that training runs once per step of text, in the released code as in ours, and
-    inference for the last step alone."""
+    """A part that training runs once per step of text, in the released code and in ours, and
+    inference only for the last step."""
     training = BACKWARD_AND_FORWARD * forward
     return Part(name, parameters, training, training, forward, forward)
 
 
 def _repeated(part: Part, steps: int) -> Part:
-    """A part that inference without a cache runs for all steps again."""
+    """A part that inference without a cache runs again for all steps."""
     repeated = steps * part.forward_flops_per_token
     return replace(part, inference_flops_per_token_without_cache=repeated)
 
@@ -420,12 +422,12 @@ def known_size(model: CalmModel | TransformerModel | AutoencoderModel, name: str
     """``model.vocab_size`` or ``model.latent_size``, which a recipe may leave to its data store.
 
     Raises:
-        RecipeError: it does, and no store has filled it in.
+        RecipeError: the recipe leaves it out, and no store has filled it in.
     """
     size = getattr(model, name)
     if size is None:
         raise RecipeError(
             f"model.{name}: absent, but parameters and FLOPs depend on it; set it, or give a "
-            "data.path that exists, whose store knows it"
+            "data.path that exists, whose store contains it"
         )
     return size

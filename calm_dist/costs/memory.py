@@ -1,9 +1,9 @@
 """Bytes on each rank of a training, from its recipe alone.
 
-What is kept between steps follows the trainer: the backbone under Megatron's mixed-precision
-optimizer, copied on every replica (the distributed one shards its own state); the head under a ZeRO
-engine over all ranks of the last stage. What a step adds is what autograd keeps for the backward
-pass, counted tensor by tensor, at the moment when that is most.
+Memory kept between steps follows the trainer: the backbone has Megatron's mixed-precision
+optimizer, replicated on every replica (the distributed optimizer shards its state); the head has a
+ZeRO engine over all ranks of the last stage. A step adds the tensors that autograd keeps for the
+backward pass, counted one by one at the peak.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from calm_dist.recipe import (
 from calm_dist.recipe.checks import VOCAB_MULTIPLE
 
 FP32_BYTES = 4
-# Of `losses.energy`: positions that are scored at a time, and of `parallel.zero_head`: the largest
-# bucket in which DeepSpeed gathers gradients.
+# Positions scored at a time (`losses.energy`), and the largest bucket in which DeepSpeed gathers
+# gradients (`parallel.zero_head`).
 SCORE_CHUNK = 64
 ZERO_BUCKET = 500_000_000
-# Tensors of a chunk's draws that live together: the draws, their noise, a product of both.
+# Tensors of a chunk's draws that exist together: the draws, their noise, a product of both.
 SCORE_COPIES = 3
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank of a pipeline stage when most is in use."""
+    """Bytes on one rank of a pipeline stage at its peak."""
 
     weights: int = 0
     gradients: int = 0
     optimizer: int = 0
     activations: int = 0
-    """Of embedding, backbone and output layer, for all micro-batches in flight."""
+    """Activations of embedding, backbone and output layer, for all micro-batches in flight."""
     head_samples: int = 0
-    """The head's activations, which are mostly those of its N samples."""
+    """The head's activations, mostly those of its N samples."""
     energy_score: int = 0
     """Draws of the posterior, a chunk of positions at a time."""
     buffers: int = 0
@@ -48,7 +48,7 @@ class Memory:
 
     @property
     def kept(self) -> int:
-        """What stays between steps."""
+        """Bytes kept between steps."""
         return self.weights + self.gradients + self.optimizer
 
     @property
@@ -77,9 +77,9 @@ def stage_memory(
     """Memory of a rank of pipeline stage ``stage``.
 
     Args:
-        layers: of the stage, where `layer_counts` is known already.
-        on_cpu: whether norms are torch's composite form, as on CPUs, which keeps more; default:
-            where ``parallel.device`` is cpu.
+        layers: number of layers of the stage, if already known from `layer_counts`.
+        on_cpu: whether norms are torch's composite form, as on CPUs, which keeps more memory;
+            default: true if ``parallel.device`` is cpu.
 
     Raises:
         RecipeError: the recipe leaves a size to its data store; `Recipe.with_store` fills it in.
@@ -97,7 +97,7 @@ def stage_memory(
         head = _head(recipe, model)
     again = layer if recipe.parallel.recompute else 0
     after = last + head.head_samples
-    # When the backward pass of the last layer begins, what follows the layers is gone.
+    # When the backward pass of the last layer begins, the activations after the layers are freed.
     backbone += max(last, again - head.head_samples)
     buffers = _gathered_sequence(recipe, model) + max(0, again + gradients - max(after, again))
     return memory + head + Memory(activations=backbone, buffers=buffers)
@@ -151,7 +151,7 @@ def element_bytes(recipe: Recipe) -> int:
 
 
 def chunks_in_flight(recipe: Recipe, stage: int) -> int:
-    """Forward passes whose backward is still due, at most, in 1F1B or its interleaved form."""
+    """Most forward passes that wait for their backward pass, in 1F1B or its interleaved form."""
     stages, chunks = recipe.parallel.pipeline_parallel_size, recipe.parallel.chunks_per_stage
     forwards = recipe.num_micro_batches * chunks
     if chunks == 1:
@@ -181,8 +181,8 @@ def _backbone_state(recipe: Recipe, parameters: int) -> Memory:
 def _backbone_activations(
     recipe: Recipe, model: CalmModel | TransformerModel, stage: int, layers: int, on_cpu: bool
 ) -> tuple[int, int, int, int]:
-    """Bytes for all micro-batches in flight on a stage, of what follows the last layer (the head
-    aside), of one whole layer, and of the gradients that its backward pass makes."""
+    """Activation bytes: for all micro-batches in flight on a stage; after the last layer (without
+    the head); of one whole layer; and of the gradients in its backward pass."""
     parallel = recipe.parallel
     tensor, d = parallel.tensor_parallel_size, model.hidden_size
     width, pieces = element_bytes(recipe), parallel.context_parallel_size
@@ -193,10 +193,10 @@ def _backbone_activations(
     # Input and output; the composite form also keeps the normalised input, both in fp32.
     per_element = 2 * FP32_BYTES + width if on_cpu else 2 * width
     norm = per_element * d
-    # q, k and v in one tensor, of which the values are a view; rotated q and k; the output.
+    # q, k and v in one tensor (the values are a view of it); rotated q and k; the output.
     attention = 3 * d + 3 * kv
     if not on_cpu and recipe.training.micro_batch_size > 1:
-        # Brought from batch first to sequence first.
+        # The output is copied from batch-first to sequence-first order.
         attention += d
     # Gate and up in one tensor, SiLU of the gate, Megatron's copy of up, the product.
     mlp = 5 * model.intermediate_size
@@ -204,7 +204,7 @@ def _backbone_activations(
     if model.qk_norm:
         layer += positions * per_element * (d + kv) / tensor
     if pieces > 1:
-        # Keys and values of all pieces, as the last piece attends to.
+        # The last piece attends to the keys and values of all pieces.
         layer += block * 2 * kv * width / tensor
     kept = positions * d * width / along_sequence if parallel.recompute else layer
     in_flight = chunks_in_flight(recipe, stage)
@@ -216,20 +216,21 @@ def _backbone_activations(
     if stage == parallel.pipeline_parallel_size - 1:
         last = positions * norm / along_sequence
         if last_stage_tables(model):
-            # The softmax of each token, in fp32; in bf16 the logits lie beside it.
+            # The softmax of each token, in fp32; in bf16 the logits are kept as well.
             copies = FP32_BYTES + (width if width < FP32_BYTES else 0)
             tokens = positions * model.patch_size
             last += tokens * (table_parameters(recipe) // d) * copies
             if model.kind == "calm":
                 # States of all positions, gathered for the output layer.
                 last += tokens * d * width
-    # Of the hidden state in and out of the MLP, of the product, of SiLU, and of gate and up.
+    # Gradients of the MLP's input and output, of the product, of SiLU, and of gate and up.
     gradients = positions * width * (2 * d + 4 * model.intermediate_size / tensor)
     return int(total), int(last), int(layer), int(gradients)
 
 
 def _gathered_sequence(recipe: Recipe, model: CalmModel | TransformerModel) -> int:
-    """Where sequence-parallel ranks gather a layer's input, and its gradient before it is cut."""
+    """Bytes of a layer's input as gathered by sequence-parallel ranks, and of its gradient before
+    it is cut."""
     if not recipe.parallel.use_sequence_parallel:
         return 0
     positions = recipe.padded_length // recipe.parallel.context_parallel_size
@@ -245,7 +246,7 @@ def _head(recipe: Recipe, model: CalmModel) -> Memory:
     width = element_bytes(recipe)
     positions = recipe.training.micro_batch_size * recipe.padded_length // head_shards(recipe)
     hidden, latent = flops.head_sizes(model)
-    # ZeRO-1 and 2 keep fp32 master weights in fp32 training, too.
+    # ZeRO-1 and 2 keep fp32 master weights even in fp32 training.
     master = 0 if stage == 3 and recipe.precision == "fp32" else FP32_BYTES
     score = 0
     if head.spec.scores_energy:
@@ -267,7 +268,7 @@ def _autoencoder(recipe: AutoencoderRecipe) -> Memory:
     width, patch_size = element_bytes(recipe), model.patch_size
     parameters = flops.count(recipe, tokens=0).parameters
     layers = model.num_encoder_layers + model.num_decoder_layers
-    # Rows of a patch that go through MLP blocks: half of the layers see K tokens, half see one.
+    # Rows of a patch in MLP blocks: half of the layers process K tokens, half one patch.
     rows = layers * (patch_size + 1) / 2
     elements = rows * (2 * model.hidden_size + 4 * model.intermediate_size)
     logits = patch_size * flops.known_size(model, "vocab_size") * (width + FP32_BYTES)

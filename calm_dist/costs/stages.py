@@ -1,4 +1,4 @@
-"""Which layers each pipeline stage holds, so that all stages take about as long."""
+"""Which layers each pipeline stage holds, balanced so that all stages take about the same time."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from calm_dist.recipe import LanguageModelRecipe, Recipe
 def chunk_sizes(recipe: Recipe) -> list[list[int]]:
     """Layers in each chunk of each stage, ``[stage][chunk]``.
 
-    ``parallel.stage_layers`` where the recipe has it. Otherwise layers go one by one to the stage
-    that has the least work: the first also runs the embedding, the last the head or the output
-    layer, which in a CALM is about half of all FLOPs.
+    ``parallel.stage_layers`` is used if the recipe has it. Otherwise layers are assigned one by one
+    to the stage with the least work: the first stage also runs the embedding, the last one the head
+    or the output layer, which in a CALM is about half of all FLOPs.
     """
     if not isinstance(recipe, LanguageModelRecipe):
         return [[0]]
     parallel = recipe.parallel
     stages, chunks = parallel.pipeline_parallel_size, parallel.chunks_per_stage
     per_stage = list(parallel.stage_layers or _balanced(recipe, stages, chunks))
-    # Over a stage's chunks as evenly as possible, later ones at most one layer smaller.
+    # Spread over a stage's chunks as evenly as possible; later ones are at most one layer smaller.
     return [
         [(layers + chunks - 1 - chunk) // chunks for chunk in range(chunks)] for layers in per_stage
     ]
 
 
 def stage_layers(recipe: Recipe, stage: int) -> list[int]:
-    """Numbers of the layers on a pipeline stage: chunks of all stages follow each other in turn."""
+    """Numbers of the layers on a pipeline stage: the first chunk of every stage, then the second
+    chunk of every stage, ..."""
     sizes = chunk_sizes(recipe)
     layers: list[int] = []
     first = 0
@@ -49,10 +50,10 @@ def work_shares(recipe: Recipe) -> list[float]:
 
 
 def _balanced(recipe: LanguageModelRecipe, stages: int, chunks: int) -> list[int]:
-    """Layers of each stage with the smallest possible longest stage.
+    """Layers of each stage such that the slowest stage has the least possible work.
 
-    Greedy is optimal, as all layers are alike. Of equal stages the later one gets the layer: the
-    earlier one keeps the activations of more micro-batches.
+    The greedy choice is optimal because all layers cost the same. Among equal stages the later one
+    gets the layer, since the earlier one keeps the activations of more micro-batches.
     """
     layer, first, last = _costs(recipe)
     sizes = [chunks] * stages
@@ -67,7 +68,7 @@ def _balanced(recipe: LanguageModelRecipe, stages: int, chunks: int) -> list[int
 
 
 def _costs(recipe: LanguageModelRecipe) -> tuple[float, float, float]:
-    """Training FLOPs per token of a layer, of what only the first and only the last stage does."""
+    """Training FLOPs per token of a layer, of the first stage's extra work and of the last's."""
     counts = flops.count(recipe, tokens=0)
     work = {part.name: part.train_flops_per_token_ours for part in counts.parts}
     layer = (work["attention"] + work["mlp"]) / recipe.model.num_hidden_layers

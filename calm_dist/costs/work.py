@@ -1,9 +1,9 @@
-"""What the ranks of a pipeline stage do for one micro-batch, forward and backward: products,
-attention, bytes of element-wise kernels, launches. Seconds follow from a cluster's rates.
+"""Work of a pipeline stage's ranks for one micro-batch, forward and backward: products, attention,
+bytes of element-wise kernels, launches. Seconds follow from a cluster's rates.
 
 Bytes and launches of element-wise kernels were counted in this package's own steps with a
 TorchDispatchMode (every operator's inputs and outputs); tests/distributed/test_planner_bytes.py
-counts the bytes again. Units: accesses of one element, for each position, forward and backward
+counts the bytes again. The constants are accesses of one element per position, forward and backward
 together.
 """
 
@@ -27,15 +27,15 @@ from calm_dist.recipe import CalmModel, LanguageModelRecipe, TransformerModel
 
 # One RMSNorm: torch's fused kernel; its composite form on CPUs.
 NORM_FUSED, NORM_COMPOSITE = 5, 31
-# Of a layer, per element of the hidden state: rotary positions, cuts of q, k and v, residuals, two
-# norms aside; per element of the MLP's width: SiLU, the product, Megatron's copy of up.
+# A layer without its two norms, per element of the hidden state: rotary positions, slices of q, k
+# and v, residuals; per element of the MLP's width: SiLU, the product, Megatron's copy of up.
 LAYER_HIDDEN, LAYER_INTERMEDIATE = 61, 16
 LAYER_KERNELS = 80
 # Embeddings of all tokens, SiLU and LayerNorm of the compressor, per element of the hidden state.
 COMPRESSOR_HIDDEN, COMPRESSOR_KERNELS = 40, 40
-# Of the energy score, per element of a draw, in fp32; and for each chunk of positions.
+# Energy score: accesses per element of a draw, in fp32; kernels per chunk of positions.
 DRAW_ACCESSES, SCORE_KERNELS = 7, 35
-# Of the cross entropy, per logit, in fp32.
+# Cross entropy: accesses per logit, in fp32.
 LOGIT_ACCESSES, LOGIT_KERNELS = 10, 40
 # DeepSpeed's copies of the head's gradient, per parameter.
 ZERO_ACCESSES = 13
@@ -50,16 +50,16 @@ class Work:
     products: float = 0.0
     """FLOPs of matrix products."""
     attention: float = 0.0
-    """FLOPs of causal attention that are executed."""
+    """Executed FLOPs of causal attention."""
     traffic: float = 0.0
     """Bytes that element-wise kernels read and write."""
     draws: float = 0.0
-    """Normal numbers."""
+    """Number of normal numbers drawn."""
     kernels: float = 0.0
-    """Launches."""
+    """Number of kernel launches."""
 
     def seconds(self, cluster: Cluster, peak: float) -> float:
-        """Roofline: each kind of work at its rate, and not faster than kernels are launched."""
+        """Roofline: each kind of work at its rate, but not faster than its kernel launches."""
         rates = cluster.rates
         busy = (
             self.products / (peak * rates.matmul_fraction)
@@ -74,8 +74,8 @@ class Work:
 def micro_batch_work(
     recipe: LanguageModelRecipe, stage: int, layers: int, cluster: Cluster
 ) -> dict[str, Work]:
-    """Work of a rank of a stage with ``layers`` layers for one micro-batch, by part; collectives
-    not counted."""
+    """Work of a rank of a stage with ``layers`` layers for one micro-batch, by part, without
+    collectives."""
     model, parallel = recipe.model, recipe.parallel
     forward, both = _layer(recipe, model, cluster)
     parts = {
@@ -97,7 +97,7 @@ def micro_batch_work(
 
 
 def optimizer_work(recipe: LanguageModelRecipe, stage: int, layers: int) -> Work:
-    """Optimizer and clearing of gradients on a rank of a stage, once a step."""
+    """Optimizer update and clearing of gradients on a rank of a stage, once a step."""
     model, parallel = recipe.model, recipe.parallel
     parameters = float(backbone_parameters(recipe, stage, layers))
     copies = recipe.data_parallel_size * parallel.context_parallel_size
@@ -127,7 +127,7 @@ def _layer(
     d, f, kv = model.hidden_size, model.intermediate_size, key_value_size(model)
     along_sequence = tensor if parallel.use_sequence_parallel else 1
     products = (flops.attention_flops(d, 0, kv) + flops.mlp_flops(d, f)) * rows / tensor
-    # The last piece of a block attends to most: of C pieces to all but half of its own.
+    # The last of C pieces of a block attends to the most: to all pieces, and half of its own.
     seen = 1 - 1 / (2 * parallel.context_parallel_size)
     attention = seen * 4 * d * recipe.padded_length * rows / tensor
     norm = NORM_COMPOSITE if cluster.on_cpu else NORM_FUSED
@@ -178,7 +178,7 @@ def _score(recipe: LanguageModelRecipe, model: CalmModel) -> Work:
     head, latent = model.head, flops.known_size(model, "latent_size")
     rows = positions(recipe) / recipe.parallel.tensor_parallel_size
     draws = rows * head.posterior_samples * latent
-    # Distances and their gradient, to the draws and between samples.
+    # Distances to the draws and between samples, and their gradients.
     others = head.posterior_samples + head.num_samples
     products = 4 * head.num_samples * others * latent * rows
     blocks = recipe.training.micro_batch_size
@@ -196,7 +196,7 @@ def _output_layer(recipe: LanguageModelRecipe, model: CalmModel | TransformerMod
     rows = positions(recipe) * model.patch_size
     words = table_parameters(recipe) // model.hidden_size
     width = element_bytes(recipe)
-    # In bf16 logits and their gradient are converted.
+    # In bf16, logits and their gradient are also converted.
     accesses = LOGIT_ACCESSES * FP32_BYTES + (0 if width == FP32_BYTES else 2 * (width + 4))
     return Work(
         flops.BACKWARD_AND_FORWARD * flops.linear_flops(model.hidden_size, words) * rows,
@@ -206,7 +206,7 @@ def _output_layer(recipe: LanguageModelRecipe, model: CalmModel | TransformerMod
 
 
 def _accumulation(recipe: LanguageModelRecipe, stage: int, layers: int) -> Work:
-    """Gradients of a micro-batch, added in fp32; those of an embedding come as a whole table."""
+    """Gradients of a micro-batch, added in fp32; an embedding's gradient is a whole table."""
     width, table = element_bytes(recipe), table_parameters(recipe) if stage == 0 else 0
     parameters = backbone_parameters(recipe, stage, layers)
     return Work(

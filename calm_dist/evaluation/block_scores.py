@@ -1,4 +1,4 @@
-"""What one held-out block of tokens says about a model: Brier-1..4 and the training losses."""
+"""Scores of a model on one held-out block of tokens: Brier-1..4 and the training losses."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class BlockScores:
     brier: Tensor
     """Unbiased Brier-1..4 of each n-gram start, float64 ``[S, 4]``."""
     means: dict[str, float]
-    """Further measures, averaged over the block's tokens or patches."""
+    """Other measures, averaged over the block's tokens or patches."""
     brier_of_samples: Tensor | None = None
-    """The same scores from draws alone, of a CALM that could do without."""
+    """The same scores from draws alone, for a CALM with known probabilities."""
 
 
 def score_softmax_block(
@@ -50,8 +50,8 @@ def score_softmax_block(
 ) -> BlockScores:
     """Brier scores at ``starts`` [S] of a model with probabilities, and cross entropy.
 
-    With ``samples`` sampled paths each; of a CALM also from as many draws of each patch, as of one
-    that draws latents. See `score_latent_block` for starts between patches.
+    Each start uses ``samples`` sampled paths. A CALM is also scored from as many draws of each
+    patch, like a CALM that draws latents. See `score_latent_block` for starts between patches.
     """
     patch_size = model.recipe.model.patch_size
     tokens = _tokens(block)
@@ -60,7 +60,7 @@ def score_softmax_block(
     of_samples = torch.empty_like(brier) if model.kind == "calm" else None
     nats = torch.empty(0)
     for offset, at_offset in _cuts(starts, patch_size):
-        # Of the last patch, where the block cuts it, only the tokens that are there are looked at.
+        # The padding of a last patch that the block cuts is in no n-gram.
         shifted = F.pad(tokens[offset:], (0, (offset - len(tokens)) % patch_size))
         result = scores_from_softmax(
             model.outputs, model.new_cache, shifted, starts[at_offset] - offset,
@@ -84,12 +84,11 @@ def score_latent_block(
 ) -> BlockScores:
     """Brier scores at ``starts`` [S] from ``samples`` draws of each patch, and held-out losses.
 
-    Starts between patches are scored by cutting the block into patches anew: from each offset
-    0..K-1 the model sees whole patches from there on. Posteriors belong to the offset 0, so that
-    the losses are measured there alone.
+    To score starts between patches, the block is cut into patches again from each offset 0..K-1.
+    Posteriors belong to offset 0, so the losses are measured only there.
 
     Args:
-        starts: where n-grams begin, in tokens, ascending; a multiple of K is among them.
+        starts: first tokens of the n-grams, ascending; at least one is a multiple of K.
     """
     patch_size = calm_recipe(model).patch_size
     tokens = _tokens(block)
@@ -110,17 +109,17 @@ def score_latent_block(
 
 
 def _cuts(starts: Tensor, patch_size: int) -> Iterator[tuple[int, Tensor]]:
-    """Each offset at which a block is cut into patches, and which starts begin a patch then."""
+    """Yield each offset of the cut into patches, and which of the starts then begin a patch."""
     for offset in (starts % patch_size).unique().tolist():
         yield offset, starts % patch_size == offset
 
 
 class _Context:
-    """What a CALM has seen before the patches of a block at which n-grams begin.
+    """The context of a CALM before the patches of a block at which n-grams begin.
 
     Attributes:
         hidden: [known, d]; patch p is predicted from p - 1.
-        patches: at which n-grams begin, ascending [S].
+        patches: the patches at which n-grams begin, ascending [S].
     """
 
     def __init__(self, model: LoadedModel, tokens: Tensor, patches: Tensor) -> None:
@@ -134,8 +133,8 @@ class _Context:
         self._target = tokens[patch_size * patches[:, None] + torch.arange(NGRAM)]
 
     def scores(self, draw: DrawFunction, draws: Tensor) -> Tensor:
-        """Unbiased Brier-1..4 [S, 4] from draws [N, known, K] of the patches after the known ones,
-        on the CPU."""
+        """Unbiased Brier-1..4 [S, 4], on the CPU, from draws [N, known, K] of the patches after
+        the known ones."""
         scores = scores_from_patches(
             self._model.hidden, self._cache, draw, draws, self.patches, self._target
         )
@@ -145,7 +144,7 @@ class _Context:
 def draw_patches(
     model: LoadedModel, hidden: Tensor, samples: int, generator: torch.Generator
 ) -> Tensor:
-    """Tokens ``[N, S, K]`` of the patches after hidden states ``[S, d]``, drawn from a head that
+    """Draw tokens ``[N, S, K]`` of the patches after hidden states ``[S, d]`` with a head that
     predicts tokens; N = ``samples``."""
     at_once = max(1, _SAMPLED_AT_ONCE // (samples * (model.recipe.model.vocab_size or 1)))
     drawn = []
@@ -164,7 +163,8 @@ def draw_latents(
 ) -> Tensor:
     """Latents ``[N, S, l]`` of hidden states ``[S, d]``, N = ``samples`` for each.
 
-    The noise is drawn chunk by chunk: the diffusion head takes that of all its steps at once.
+    The noise is drawn chunk by chunk, since the diffusion head needs the noise of all its steps at
+    once.
     """
     head = model.head
     noise_of_one = head.draw_noise(torch.Generator(), 1, 1).numel()
@@ -190,7 +190,7 @@ def _held_out_losses(
 ) -> dict[str, float]:
     """Energy loss of all patches but the first, from draws ``[N, P-1, l]``, and reconstruction.
 
-    The energy score is proper for samples of any head, and unbiased for two of them or more.
+    The energy score is proper for samples of any head, and unbiased for two or more samples.
     """
     recipe = calm_recipe(model)
     tokens = _tokens(block)
@@ -214,7 +214,7 @@ def _held_out_losses(
 
 
 def _posterior(model: LoadedModel, block: Block, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log_std ``[P, l]``: as stored, or encoded now where the store has tokens only."""
+    """Mean and log_std ``[P, l]``: stored, or encoded now if the store has only tokens."""
     if "mean" in block:
         stored = [torch.from_numpy(block[name].astype(np.float32)) for name in ("mean", "log_std")]
         return stored[0], stored[1]

@@ -1,14 +1,14 @@
-"""BrierLM: a likelihood-free score for CALM and the discrete Transformer alike.
+"""BrierLM: a likelihood-free score for both CALM and the discrete Transformer.
 
 For two independent samples a and b of a model and the true n-gram y,
 
     Brier-n = E[1{a=y} + 1{b=y} - 1{a=b}]            (CALM paper, arXiv 2510.27688, section 4)
 
-which is at most 1, at least -1, and needs samples only. An n-gram counts as equal when all of its
-n tokens are. BrierLM = 100 · (Π_{n=1..4} max(0, Brier-n))^¼.
+which lies in -1..1 and needs only samples. Two n-grams are equal when all of their n tokens are.
+BrierLM = 100 · (Π_{n=1..4} max(0, Brier-n))^¼.
 
-Here are the scores of samples that are at hand, and the standard error over blocks.
-`evaluation.brier_tree` draws the samples that only the model can give.
+This module computes scores from given samples, and the standard error over blocks.
+`evaluation.brier_tree` draws the samples from the model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NGRAM = 4
 """The longest n-gram of BrierLM."""
 
 Alignment = Literal["patch", "all"]
-"""Which n-grams are scored: those at the beginnings of patches, or those at every position."""
+"""Which n-grams are scored: those at the beginnings of patches, or all."""
 
 _RESAMPLED_BLOCKS_AT_ONCE = 1 << 22
 
@@ -46,7 +46,7 @@ def brier_scores(sample_a: Tensor, sample_b: Tensor, target: Tensor) -> Tensor:
     """
     if not sample_a.shape == sample_b.shape == target.shape:
         raise ValueError(
-            "sample_a, sample_b and target must have one shape; got "
+            "sample_a, sample_b and target must have the same shape; got "
             f"{tuple(sample_a.shape)}, {tuple(sample_b.shape)}, {tuple(target.shape)}"
         )
     if target.dim() == 0 or target.numel() == 0:
@@ -57,7 +57,7 @@ def brier_scores(sample_a: Tensor, sample_b: Tensor, target: Tensor) -> Tensor:
 
 
 def brierlm(scores: Sequence[float] | np.ndarray | Tensor) -> float:
-    """BrierLM in 0..100 from the four Brier-n; each is raised to at least 0 before the product.
+    """BrierLM in 0..100 from the four Brier-n; negative values are clamped to 0.
 
     Raises:
         ValueError: there are not exactly four scores.
@@ -71,7 +71,7 @@ def brierlm(scores: Sequence[float] | np.ndarray | Tensor) -> float:
 
 
 def scores_from_draws(draws: Tensor, target: Tensor) -> Tensor:
-    """Unbiased Brier-1..n of each position, all pairs of m independent draws averaged.
+    """Unbiased Brier-1..n of each position, averaged over all pairs of m independent draws.
 
     Args:
         draws: tokens ``[m, positions, n]`` with m >= 2, independent along the first dimension.
@@ -90,18 +90,18 @@ def scores_from_draws(draws: Tensor, target: Tensor) -> Tensor:
 
 
 def prefix_equal(left: Tensor, right: Tensor) -> Tensor:
-    """1.0 where the first j tokens are all equal, float64 ``[..., n]`` over j = 1..n."""
+    """1.0 where the first j tokens are all equal, else 0.0; float64 ``[..., n]`` for j = 1..n."""
     return (left == right).cumprod(-1).double()
 
 
 def prefix_groups(draws: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """For j = 1..n, which of the draws ``[m, positions, n]`` agree in their first j tokens.
+    """For j = 1..n, find which of the draws ``[m, positions, n]`` agree in their first j tokens.
 
-    Equal j-grams are found by sorting their numbers: no loop over the pairs.
+    Equal j-grams are found by sorting, without a loop over pairs.
 
     Yields:
         The group of each draw, ``[positions, m]`` with values in 0..m-1, and the size of each
-        group, ``[positions, m]``, zero where there is none of that number.
+        group, ``[positions, m]``, zero for unused group numbers.
     """
     num_draws, num_positions, length = draws.shape
     tokens = draws.permute(1, 0, 2).long()
@@ -120,18 +120,18 @@ def collision_rate(sizes: Tensor) -> Tensor:
     """Share of the ordered pairs of different draws that agree, float64 ``[positions]``.
 
     Args:
-        sizes: of the groups of equal draws, ``[positions, m]``, from `prefix_groups`.
+        sizes: sizes of the groups of equal draws, ``[positions, m]``, from `prefix_groups`.
     """
     num_draws = sizes.shape[1]
     return (sizes * (sizes - 1)).sum(1).double() / (num_draws * (num_draws - 1))
 
 
 def ngram_starts(num_tokens: int, patch_size: int, alignment: Alignment = "patch") -> Tensor:
-    """Where the scored n-grams of a block begin, ascending ``[S]``; four tokens follow each.
+    """Start positions of the scored n-grams of a block, ascending ``[S]``.
 
-    The first patch is never predicted, so that the first start is ``patch_size``. From there on
-    ``patch`` takes the beginnings of patches and ``all`` every position. A CALM and a Transformer
-    that are compared are scored on the same starts.
+    The first patch is never predicted, so the first start is ``patch_size``; the last leaves room
+    for four tokens. ``patch`` takes the beginnings of patches, ``all`` every position. To be
+    compared, a CALM and a Transformer must be scored on the same starts.
     """
     stride = patch_size if alignment == "patch" else 1
     return torch.tensor(range(patch_size, num_tokens - NGRAM + 1, stride), dtype=torch.long)
@@ -152,17 +152,17 @@ class BrierEstimate:
 def estimate_brierlm(
     block_scores: np.ndarray, *, seed: int = 0, resamples: int = 2000
 ) -> BrierEstimate:
-    """BrierLM over blocks, and standard errors by bootstrap: whole blocks are drawn again.
+    """BrierLM over blocks, and standard errors by bootstrap over whole blocks.
 
-    Positions of one block depend on each other, so the block is the unit. Where a Brier-n is not
-    positive, BrierLM sits on its clamp and its standard error is undefined (None), as are all
-    standard errors with fewer than two blocks.
+    Positions of one block depend on each other, so blocks are resampled. If a Brier-n is not
+    positive, BrierLM is clamped and its standard error is undefined (None), as are all standard
+    errors with fewer than two blocks.
 
     Args:
-        block_scores: mean Brier-1..4 of each block ``[blocks, 4]``; blocks have equally many
-            positions.
-        seed: of the resampling.
-        resamples: bootstrap resamples.
+        block_scores: mean Brier-1..4 of each block ``[blocks, 4]``; all blocks have the same number
+            of positions.
+        seed: seed of the resampling.
+        resamples: number of bootstrap resamples.
 
     Raises:
         ValueError: there is no block, or the second dimension is not 4.

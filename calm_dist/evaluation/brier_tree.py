@@ -1,17 +1,17 @@
-"""Brier-n of a model on one block, where samples must be continued: tree attention.
+"""Brier-n of a model on one block, with sampled continuations by tree attention.
 
-The collision term of Brier-n, P(a=b) = Σ_a P(a)², follows what two samples have in common, which
-is not the block's own text. So further steps of the model are needed behind every start position.
-Those of all start positions run together, as branches behind the block, in a few forwards that
-take the block itself from a cache of keys and values.
+The collision term of Brier-n, P(a=b) = Σ_a P(a)², depends on text that two samples share, which is
+not the block's own text. So the model has to run further steps after every start position. The
+steps of all start positions run together, as branches after the block, in a few forward passes
+that take the block itself from a cache of keys and values.
 
-* `scores_from_patches`: CALM, from draws of patches. Where n-grams are longer than a patch, the
+* `scores_from_patches`: CALM, from draws of patches. If n-grams are longer than a patch, the
   patches on which draws agree are continued.
 * `scores_from_softmax`: models with probabilities. E[1{a=y}] is P(y) itself, and P(a=b) is
   estimated along sampled paths.
 
-A forward has as many steps as the block (or `_STEPS_AT_ONCE`) at most, which bounds masks,
-activations and logits by a few times those of the block itself.
+A forward pass has at most as many steps as the block (or `_STEPS_AT_ONCE`), which limits masks,
+activations and logits to a few times those of the block itself.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from torch import Tensor
 from calm_dist.evaluation.brier import NGRAM, collision_rate, prefix_equal, prefix_groups
 
 _STEPS_AT_ONCE = 512
-"""Steps that a forward of branches may have, or as many as the block has if that is more."""
+"""Most steps in one forward pass of branches, unless the block has more."""
 
 
-# Rows of weights, in double precision, at a time.
+# Rows of weights that are converted to double precision at a time.
 _ROWS_DRAWN = 64
 
 
 class StepFunction(Protocol):
-    """A causal model that makes steps of tokens: ``[1, n·K]`` -> outputs ``[1, n, ...]``.
+    """A causal model over steps of tokens: ``[1, n·K]`` -> outputs ``[1, n, ...]``.
 
     A step is a token for a Transformer (outputs: next-token logits), and a patch for a CALM
-    (outputs: hidden states). ``positions`` are RoPE positions ``[n]``, and ``mask``
-    ``[n, held + n]`` is True where the row may attend to the column: first the steps that the
-    ``cache`` holds, then these (causal if None). These are added to the cache.
+    (outputs: hidden states). ``positions`` are RoPE positions ``[n]``. ``mask`` ``[n, held + n]``
+    is True where the row may attend to the column, whose order is the steps in the ``cache``, then
+    the new ones; None: causal. The new steps are added to the cache.
     """
 
     def __call__(
@@ -48,7 +48,7 @@ class StepFunction(Protocol):
 
 
 class StepCache(Protocol):
-    """What a `StepFunction` has seen of one text."""
+    """Keys and values that a `StepFunction` has computed for one text."""
 
     def truncate(self, steps: int) -> None:
         """Forget all but the first ``steps``."""
@@ -58,8 +58,8 @@ class DrawFunction(Protocol):
     """Draws of next patches: hidden states ``[b, d]`` -> tokens ``[m, b, K]``, m >= 2.
 
     The m draws are independent of each other and of all other calls. ``starts`` ``[b]`` are the
-    patches at which the n-grams begin, and ``depth`` is the number of patches of the n-gram that
-    a hidden state already knows, at least 1.
+    patches at which the n-grams begin, and ``depth``, at least 1, is the number of patches of the
+    n-gram that the hidden state has already seen.
     """
 
     def __call__(self, hidden: Tensor, starts: Tensor, depth: int) -> Tensor: ...
@@ -73,28 +73,28 @@ class TokenLogits(Protocol):
 
 
 class SoftmaxScores(NamedTuple):
-    """What one block of tokens says about a model with probabilities."""
+    """Scores of a model with probabilities on one block of tokens."""
 
     scores: Tensor
     """Unbiased Brier-1..4 of each start position, float64 ``[starts, 4]``."""
     nats: Tensor
-    """Negative log-likelihood of the tokens K..T-1 given those before them, ``[T-K]``."""
+    """Negative log-likelihood of tokens K..T-1 given the preceding tokens, ``[T-K]``."""
 
 
 @dataclass(frozen=True)
 class _Branches:
-    """Beginnings of n-grams on which draws agree, b of them, ordered by their start."""
+    """The b beginnings of n-grams on which draws agree, ordered by their start."""
 
     start: Tensor
-    """Index of the n-gram's start position among all, ``[b]``."""
+    """Index of the n-gram's start position among all starts, ``[b]``."""
     patches: Tensor
-    """What they agree on, ``[b, depth, K]``."""
+    """The patches on which they agree, ``[b, depth, K]``."""
     weight: Tensor
     """Estimate of the probability that two samples agree on it, float64 ``[b]``."""
 
 
 def patches_per_ngram(patch_size: int) -> int:
-    """Patches that the longest n-gram reaches into, beginning at a patch."""
+    """Number of patches that the longest n-gram touches if it begins at a patch."""
     return -(-NGRAM // patch_size)
 
 
@@ -110,22 +110,22 @@ def scores_from_patches(
     """Unbiased Brier-1..4 of a CALM at the given patches of one block.
 
     Sample a of an n-gram's accuracy term consists of the a-th draws of consecutive patches, each
-    given the true ones before it. Its probability to be the true n-gram is that of the model.
+    given the true ones before it. It equals the true n-gram with the model's probability.
 
     The collision term averages all pairs of the m draws of the first patch. A group of c draws
-    that agree on a whole patch holds the share c(c-1)/(m(m-1)) of the pairs; its patch replaces
-    the true one, m fresh draws continue it, and so on until four tokens are covered. With
-    patches of four or more tokens nothing is continued. This is the released estimator, with any
-    m instead of two draws.
+    that agree on a whole patch is a share c(c-1)/(m(m-1)) of the pairs; its patch replaces the
+    true one, m fresh draws continue it, and so on until four tokens are covered. Patches of four
+    or more tokens need no continuation. This is the released estimator, generalised from two to
+    any number m of draws.
 
     Args:
         hidden: the model's hidden states.
-        cache: holds the patches before the last start, or more, and `cache_size` slots.
+        cache: holds at least the patches before the last start, and has `cache_size` slots.
         draw: continues a branch.
         draws: tokens ``[m >= 2, P, K]``; ``[:, p-1]`` are independent draws of patch p given the
             true patches before it.
-        starts: patches at which the n-grams begin, ascending ``[S]``, each at least 1 and with
-            draws of all the patches that its four tokens lie in.
+        starts: patches at which the n-grams begin, ascending ``[S]``, each at least 1; ``draws``
+            must cover all patches of their four tokens.
         target: the true n-grams, ``[S, 4]``.
 
     Returns:
@@ -140,7 +140,7 @@ def scores_from_patches(
 
 
 def cache_size(num_steps: int, patch_size: int) -> int:
-    """Slots that scores of a block of ``num_steps`` need in its cache."""
+    """Number of cache slots needed to score a block of ``num_steps``."""
     return num_steps + (patches_per_ngram(patch_size) - 1) * _steps_at_once(num_steps)
 
 
@@ -158,7 +158,7 @@ def _patch_collisions(
         first.new_empty(num_starts, 0, patch_size),
         torch.ones(num_starts, dtype=torch.float64, device=first.device),
     )
-    num_steps = int(starts.max())  # of the block, no branch sees more
+    num_steps = int(starts.max())  # no branch sees more of the block
     draws = first
     for depth in range(patches_per_ngram(patch_size)):
         if depth > 0:
@@ -181,7 +181,7 @@ def _patch_collisions(
 
 
 def _agreed(branches: _Branches, draws: Tensor) -> _Branches:
-    """The branches' continuations ``[m, b, K]`` that at least two of the m draws agree on."""
+    """Branches for the continuations ``[m, b, K]`` on which at least two of the m draws agree."""
     num_draws = draws.shape[0]
     *_, (group, sizes) = prefix_groups(draws)
     numbers = torch.arange(num_draws, device=draws.device).expand_as(group)
@@ -199,7 +199,7 @@ def _agreed(branches: _Branches, draws: Tensor) -> _Branches:
 def _portions(
     branches: _Branches, starts: Tensor, num_steps: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Start patches ``[n]`` and known patches ``[n, depth, K]`` of the branches of one forward."""
+    """Yield start patches ``[n]`` and known patches ``[n, depth, K]`` for each forward pass."""
     at_once = _steps_at_once(num_steps)
     yield from zip(
         starts[branches.start].split(at_once), branches.patches.split(at_once), strict=True
@@ -207,7 +207,7 @@ def _portions(
 
 
 def _steps_at_once(num_steps: int) -> int:
-    """Branches behind a block of ``num_steps`` that may make a step together."""
+    """Most branches after a block of ``num_steps`` that may take a step together."""
     return max(num_steps, _STEPS_AT_ONCE)
 
 
@@ -217,9 +217,9 @@ def _branch_outputs(
     """The model's outputs at the last step of each branch, ``[b, ...]``.
 
     Args:
-        cache: holds the block, of which the first ``num_steps`` steps stay.
-        starts: the step of the block that each branch begins at, ``[b]``.
-        branches: their steps, tokens ``[b, depth, K]``.
+        cache: holds the block; its first ``num_steps`` steps are kept.
+        starts: the step of the block at which each branch begins, ``[b]``.
+        branches: tokens of the branches' steps, ``[b, depth, K]``.
     """
     cache.truncate(num_steps)
     for depth, steps in enumerate(branches.unbind(1)):
@@ -237,9 +237,9 @@ def _next_step(
 ) -> Tensor:
     """Outputs ``[b, ...]`` at one more step ``[b, K]`` of every branch, each ``depth`` long.
 
-    A branch with start s replaces the steps s, s+1, ... of the block, of which the cache holds
-    ``num_steps``, and then all branches level by level: it sees the block's steps before s and its
-    own earlier steps.
+    A branch with start s replaces the block's steps s, s+1, ...: it sees the block's steps before s
+    and its own earlier steps. The cache holds ``num_steps`` of the block, then all branches level
+    by level.
     """
     own = torch.eye(len(starts), dtype=torch.bool, device=starts.device)
     of_block = torch.arange(num_steps, device=starts.device) < starts[:, None]
@@ -263,34 +263,34 @@ def scores_from_softmax(
     patch_size: int = 1,
     token_logits: TokenLogits = _of_a_transformer,
 ) -> SoftmaxScores:
-    """Brier-1..4 of a model with probabilities at the given start positions of one block: of a
-    Transformer, and of a CALM whose head predicts tokens.
+    """Brier-1..4 at the given start positions of one block, for models with probabilities: the
+    Transformer, and a CALM whose head predicts tokens.
 
     The accuracy term is exact: the product of the teacher-forced probabilities of the true tokens.
-    The collision term P(a=b) = Σ_a P(a)² is exact for n=1. For n>1 it is a sum over V^n paths, of
-    which ``num_draws`` are drawn, token by token: with c_j = Σ p(· | a_1..a_{j-1})², the next
-    token comes from p² / c_j (the model at temperature 1/2), and c_1 · ... · c_n is an unbiased
-    estimate, since Π p_j² / c_j is the path's probability. Drawing from p itself and averaging
-    P(a) has the same expectation and a larger variance. The paths go through the model together,
-    as branches behind the block.
+    The collision term P(a=b) = Σ_a P(a)² is exact for n=1. For n>1 it is a sum over V^n paths,
+    estimated from ``num_draws`` paths that are drawn token by token: with
+    c_j = Σ p(· | a_1..a_{j-1})², the next token is drawn from p² / c_j (the model at temperature
+    1/2), and c_1 · ... · c_n is an unbiased estimate, since Π p_j² / c_j is the path's probability.
+    Drawing from p itself and averaging P(a) has the same expectation and a larger variance. The
+    paths go through the model together, as branches after the block.
 
     Args:
-        model: in steps of ``patch_size`` tokens.
-        new_cache: an empty one for that many texts of that many steps.
+        model: runs in steps of ``patch_size`` tokens.
+        new_cache: called with a number of texts and of steps; returns an empty cache.
         tokens: one block, ``[T]``.
-        starts: first tokens of the n-grams, ``[S]``, each at the beginning of a step from the
-            second on, and in 1..T-4.
+        starts: first tokens of the n-grams, ``[S]``, in 1..T-4, each at the beginning of a step
+            other than the first.
         num_draws: sampled paths for each start position, at least 1.
-        seed: of the sampled paths.
+        seed: seed of the sampled paths.
         patch_size: K.
-        token_logits: of the tokens of a step, one after the other.
+        token_logits: logits of the tokens of a step, one after the other.
     """
     steps = tokens.reshape(-1, patch_size)
     cache = new_cache(1, cache_size(len(steps), patch_size))
     outputs = model(tokens[None], torch.arange(len(steps)), None, cache)[0]
     device = outputs.device
     steps, starts = steps.to(device), starts.to(device)
-    # Of the tokens K..T-1, in order.
+    # For tokens K..T-1, in order.
     log_likelihood = torch.stack(
         [
             _log_likelihood(token_logits(outputs[:-1], steps[1:, :k]).float(), steps[1:, k])
@@ -333,7 +333,8 @@ def _path_collisions(
 ) -> Tensor:
     """Unbiased estimates of P(a=b) for 1..4-grams along a path from each start, float64 ``[b, 4]``.
 
-    ``starts`` ``[b]`` are steps; ``block_outputs`` are those of the block's ``[P, ...]``.
+    ``starts`` ``[b]`` are steps; ``block_outputs`` are the outputs at the block's steps
+    ``[P, ...]``.
     """
     num_steps = len(block_outputs)
     outputs = block_outputs[starts - 1]
@@ -353,9 +354,9 @@ def _path_collisions(
 
 
 def draw_columns(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """One column of each row of ``weights`` ``[b, V]``, as likely as it weighs; ``[b, 1]``.
+    """Draw one column of each row of ``weights`` ``[b, V]``, in proportion to weight; ``[b, 1]``.
 
-    `torch.multinomial` draws a number for every weight; this takes one for each row.
+    `torch.multinomial` draws a random number for every weight; this draws one for each row.
     """
     uniform = torch.rand(
         len(weights), 1, dtype=torch.float64, generator=generator, device=weights.device
@@ -363,7 +364,7 @@ def draw_columns(weights: Tensor, generator: torch.Generator) -> Tensor:
     drawn = []
     for part, at in zip(weights.split(_ROWS_DRAWN), uniform.split(_ROWS_DRAWN), strict=True):
         bounds = part.double().cumsum(-1)
-        # Right of all bounds that are not above it: never a column of weight zero.
+        # right=True skips bounds equal to the number, so a column of weight zero is never drawn.
         drawn.append(torch.searchsorted(bounds, at * bounds[:, -1:], right=True))
     return torch.cat(drawn).clamp_(max=weights.shape[-1] - 1)
 

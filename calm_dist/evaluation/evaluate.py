@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from calm_dist.recipe import Recipe
 
 FURTHER = ("cross_entropy", "perplexity", "energy_loss", "reconstruction_accuracy")
-"""Measures besides BrierLM that `table` shows, where a result has them."""
+"""Measures other than BrierLM that `table` shows if a result has them."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,14 @@ class EvaluationSettings:
     """How much of a store is scored, and how."""
 
     blocks: int | None = None
-    """Blocks, evenly spaced over the store (neighbours share documents); None: all."""
+    """Number of blocks, evenly spaced over the store (neighbours share documents); None: all."""
     samples: int = 8
     """Independent draws for each position, at least 2."""
     seed: int = 0
     alignment: Alignment = "patch"
-    """``patch``: n-grams begin where patches begin, as published. ``all``: at every position from
-    the first of these on; CALM is run once for each of the K ways to cut a block into patches."""
+    """``patch``: n-grams begin where patches begin, as published. ``all``: they begin at every
+    position from the second patch on; a CALM then runs once for each of the K ways to cut a block
+    into patches."""
     alignment_stride: int | None = None
     """Transformer: the patch size of the CALM to compare with; None: the store's."""
 
@@ -72,7 +73,7 @@ def settings_of(
     alignment: Alignment | None = None,
     alignment_stride: int | None = None,
 ) -> EvaluationSettings:
-    """The settings that a recipe asks for, with what is given here instead of its values."""
+    """The recipe's settings, overridden by the given arguments."""
     wanted = recipe.evaluation
     return EvaluationSettings(
         blocks=wanted.blocks if blocks is None else blocks,
@@ -96,22 +97,22 @@ def evaluate(
     Args:
         model: from `inference.load.load_model`.
         store: from `data.stream.open_store`.
-        settings: what is measured; the result's ``protocol`` repeats it.
-        show_progress: report the blocks done on stderr.
+        settings: what is measured; repeated in the result's ``protocol``.
+        show_progress: report the number of finished blocks on stderr.
 
     Returns:
         A JSON-able dict: kind, checkpoint, step, tokens_seen, brier [4], brier_stderr, brierlm,
         brierlm_stderr (None with the reason in stderr_undefined), noisy_brier (see
-        `scores.noisy_brier`), block_size_note (see `scores.block_size_note`; absent where there is
-        nothing to say), protocol, data_fingerprint, seed. The protocol is {block_size,
-        trained_block_size (None of an imported model), patch_size, samples, alignment, blocks,
+        `scores.noisy_brier`), block_size_note (see `scores.block_size_note`; absent if there is
+        nothing to note), protocol, data_fingerprint, seed. The protocol is {block_size,
+        trained_block_size (None for an imported model), patch_size, samples, alignment, blocks,
         positions, starts {first, last, stride, per_block}, estimator}, and for CALM the kind of
         its head.
-        Transformer, and CALM with the tokens head: cross_entropy (nats per token, all tokens of a
-        block but the first step's) and perplexity; of the CALM also brierlm_of_samples,
-        brier_of_samples and their standard errors, from draws as of any other CALM. Other CALM:
-        energy_loss of any head's samples, and reconstruction_accuracy of the tokens from their
-        posterior's samples and (reconstruction_accuracy_mean) from its mean.
+        Transformer, and CALM with the tokens head: cross_entropy (nats per token, over all tokens
+        of a block except those of the first step) and perplexity; the CALM also brierlm_of_samples,
+        brier_of_samples and their standard errors, from draws as for any other CALM. Other CALM:
+        energy_loss of the head's samples, and reconstruction_accuracy of the tokens from samples
+        of their posterior and (reconstruction_accuracy_mean) from its mean.
 
     Raises:
         DataError: the store does not fit the checkpoint.
@@ -132,7 +133,7 @@ def evaluate(
     numbers = _spaced(len(store), settings.blocks)
     shown = progress(numbers, len(numbers), label=f"evaluate step {model.step}", unit="blocks")
     for number in shown if show_progress else numbers:
-        # A block's draws depend on nothing but the seed and its number in the store.
+        # A block's draws depend only on the seed and its number in the store.
         seed = int(np.random.SeedSequence([settings.seed, number]).generate_state(1)[0])
         results.append(score_block(model, store[number], starts, settings.samples, seed))
     protocol = {
@@ -216,17 +217,17 @@ def _summary(
 def check_store(model: LoadedModel, meta: StoreMeta) -> None:
     """Refuse a store that was made for another tokenizer, autoencoder or patch size.
 
-    The tokenizer of an imported checkpoint is not known. A vocabulary may be larger than the
-    store's: the released ones have a row that no token of their tokenizer uses.
+    The tokenizer of an imported checkpoint is unknown and not compared. The model's vocabulary may
+    be larger than the store's: released models have a row that no token of their tokenizer uses.
 
     Raises:
-        DataError: naming both values.
+        DataError: they differ; the message has both values.
     """
     facts: list[tuple[str, str | int | None, str | int | None]] = [
         ("tokenizer sha256", meta.tokenizer.sha256, model.tokenizer_sha256),
     ]
     for role in ("begin_token", "end_token"):
-        # Earlier versions did not write their names.
+        # Stores of earlier versions do not contain the names.
         if (stored_name := getattr(meta.tokenizer, role)) is not None:
             facts.append((role, stored_name, getattr(model.recipe.data, role)))
     vocab_size = model.recipe.model.vocab_size

@@ -1,7 +1,7 @@
 """Descriptions of the generative heads: fields, sizes, FLOPs, memory, released names. No torch.
 
-`head_spec` finds a description by ``model.head.kind``; the rest of the package asks it, and never
-compares kinds. The modules themselves are in `calm_dist.models.heads`.
+`head_spec` returns the description for a ``model.head.kind``; the rest of the package uses it and
+never compares kinds. The modules are in `calm_dist.models.heads`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from calm_dist.heads.iterative import DIFFUSION, FLOW
 from calm_dist.heads.spec import HeadRecipe, HeadSpec, Released, all_specs, head_spec, register
 from calm_dist.heads.tokens import TOKENS
 
-# The heads of this package; those of others come from the entry-point group `calm_dist.heads`.
+# The heads of this package; other packages use the entry-point group `calm_dist.heads`.
 for _spec in (ENERGY, CHAIN, FLOW, DIFFUSION, TOKENS):
     register(_spec)
 

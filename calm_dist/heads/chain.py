@@ -18,10 +18,10 @@ from calm_dist.heads.spec import HeadRecipe, HeadSpec
 
 @dataclass(frozen=True)
 class ChainSpec(HeadSpec):
-    """An energy head over the K slots of a latent, one after the other.
+    """An energy head that draws the K slots of a latent one after the other.
 
-    Slot k comes in one step from noise, the hidden state and the slots before it; a network of the
-    energy head's blocks is shared by all slots (after `reverse Markov learning`_ and MtPC,
+    Slot k is drawn in one step from noise, the hidden state and the earlier slots. All slots share
+    a network of the energy head's blocks (after `reverse Markov learning`_ and MtPC,
     arXiv 2511.11346, where one step over all K tokens costs quality).
 
     .. _reverse Markov learning: https://openreview.net/forum?id=eKSkXjo1a4
@@ -62,7 +62,7 @@ class ChainSpec(HeadSpec):
     def condition_flops(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
         w, slot = self._width(head, hidden_size), latent_size // self.slots
         views = linear_flops(hidden_size, self.slots * w) + linear_flops(self._earlier(slot), w)
-        # Its half of each block's Linear(2w, w), for each slot.
+        # The condition's half of each block's Linear(2w, w), for each slot.
         return views + self.slots * head.num_mlp_layers * linear_flops(w, w)
 
     def sample_flops(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
@@ -96,7 +96,7 @@ class ChainSpec(HeadSpec):
         return head.width or hidden_size
 
     def _earlier(self, slot_size: int) -> int:
-        """Components of the slots before, over all slots."""
+        """Number of components of the earlier slots, summed over all slots."""
         return slot_size * self.slots * (self.slots - 1) // 2
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from calm_dist.heads.counting import affine_parameters, layer_norm_parameters, linear_flops
 from calm_dist.heads.spec import HeadRecipe, HeadSpec, Released
 
-# Accesses of element-wise kernels per sample and element of the hidden state, counted with a
-# TorchDispatchMode (see `costs.work`): a block; what comes before and after. Launches likewise.
+# Memory accesses of element-wise kernels per sample and element of the hidden state, counted with a
+# TorchDispatchMode (see `costs.work`): in one block; before and after the blocks. The same for
+# kernel launches.
 BLOCK_ACCESSES, OTHER_ACCESSES = 43, 29
 BLOCK_KERNELS, OTHER_KERNELS = 50, 120
 
@@ -16,7 +17,7 @@ class EnergySpec(HeadSpec):
 
     kind = "energy"
     module = "calm_dist.models.heads.energy:EnergyHead"
-    # The authors' training script takes the energy head where model_type is absent.
+    # The authors' training script selects the energy head if model_type is absent.
     released = Released(
         "EnergyTransformer", ("mlp_generator.", "generative_head."), required=("noise_size",)
     )
@@ -45,7 +46,7 @@ class EnergySpec(HeadSpec):
         return embeddings + head.num_mlp_layers * block + final
 
     def condition_flops(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
-        # Its embedding, and its half of each block's Linear(2d, d).
+        # The condition's embedding, and its half of each block's Linear(2d, d).
         return (1 + head.num_mlp_layers) * linear_flops(hidden_size, hidden_size)
 
     def sample_flops(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
@@ -60,7 +61,7 @@ class EnergySpec(HeadSpec):
     def activation_elements(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
         d = hidden_size
         # A block: the norm's input and output, both sides of two SiLUs, the gated linear's 2d, SiLU
-        # of the gate and the product. Besides, the noise's norm and the final layer keep five rows.
+        # of the gate and the product. The noise's norm and the final layer keep five more rows.
         per_sample = (10 * head.num_mlp_layers + 5) * d + head.noise_size + latent_size
         # Shared by all samples: hidden state, its embedding, its norm.
         return head.num_samples * per_sample + 3 * d

@@ -16,7 +16,7 @@ DIFFUSION_STEPS = 1000
 """Noise levels that the diffusion head is trained on."""
 
 TIME_FEATURES = 256
-"""Sinusoids by which the network is told the time."""
+"""Number of sinusoids that encode the time for the network."""
 
 # As in `heads.energy`.
 BLOCK_ACCESSES, OTHER_ACCESSES = 52, 40
@@ -24,14 +24,14 @@ BLOCK_KERNELS, OTHER_KERNELS = 50, 120
 
 
 class IterativeSpec(HeadSpec):
-    """An MLP with adaptive layer norm that moves noise towards a latent in several steps."""
+    """An MLP with adaptive layer norm that turns noise into a latent in several steps."""
 
     outputs_per_latent: ClassVar[int]
     """Outputs of the network for each component of the latent."""
     latent_elements: ClassVar[int]
-    """Elements of the latent's size that the loss keeps for a sample."""
+    """Number of tensors of the latent's size that the loss keeps for a sample."""
     latent_accesses: ClassVar[int]
-    """Accesses of the loss's kernels per sample and component of the latent."""
+    """Memory accesses of the loss's kernels per sample and component of the latent."""
 
     def parameters(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
         d = hidden_size
@@ -59,8 +59,8 @@ class IterativeSpec(HeadSpec):
         return linear_flops(TIME_FEATURES, hidden_size) + linear_flops(latent_size, hidden_size)
 
     def activation_elements(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
-        # A block keeps its norm's input, the modulation's 3d and its input, what is modulated and
-        # the MLP's rows; then the embeddings, the final layer and the loss's terms.
+        # A block keeps its norm's input, the modulation's 3d and its input, the modulated tensor
+        # and the MLP's rows; then come the embeddings, the final layer and the loss's terms.
         per_sample = (11 * head.num_mlp_layers + 8) * hidden_size + TIME_FEATURES
         return head.num_samples * (per_sample + self.latent_elements * latent_size)
 
@@ -72,8 +72,8 @@ class IterativeSpec(HeadSpec):
         return BLOCK_KERNELS * head.num_mlp_layers + OTHER_KERNELS
 
     def weight_std(self, init: str, name: str, shape: Sequence[int], std: float) -> float:
-        """The released heads have Xavier's weights (here normal, of the same variance), apart from
-        the embedding of the time."""
+        """The released heads use Xavier initialisation (here normal, with the same variance) for
+        all weights but the embedding of the time."""
         if init != "released" or "time_embed" in name:
             return std
         return math.sqrt(2.0 / sum(shape))
@@ -99,7 +99,7 @@ class DiffusionSpec(IterativeSpec):
     module = "calm_dist.models.heads.diffusion:DiffusionHead"
     released = Released("DiffusionTransformer", ("generative_head.",), "diffusion")
     default_sampling_steps = 100
-    # The network predicts a variance, too.
+    # The network also predicts a variance.
     outputs_per_latent = 2
     latent_elements = 20
     latent_accesses = 340

@@ -1,4 +1,4 @@
-"""What a generative head says of itself, the fields that it has in a recipe, and which there are.
+"""The description of a generative head, its fields in a recipe, and the registry of heads.
 
 Another package adds a head by naming an instance of `HeadSpec` in the entry-point group
 ``calm_dist.heads``::
@@ -6,7 +6,7 @@ Another package adds a head by naming an instance of `HeadSpec` in the entry-poi
     [project.entry-points."calm_dist.heads"]
     my_head = "my_package.spec:MY_HEAD"
 
-Symbols: d hidden size, l latent size, N samples of a position in training.
+Symbols: d hidden size, l latent size, N samples per position in training.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ _own: dict[str, HeadSpec] = {}
 class HeadRecipe(Section):
     """The generative head: one step with the energy score, or the iterative alternatives.
 
-    One type for all heads of this package, so that ``model.head.kind=flow`` alone changes the head
-    of a recipe. A head of another package may add fields (`HeadSpec.fields`).
+    All heads of this package share this type, so that ``model.head.kind=flow`` alone changes the
+    head of a recipe. A head of another package may add fields (`HeadSpec.fields`).
     """
 
     kind: Annotated[str, Field(examples=["energy", "chain", "diffusion", "flow", "tokens"])] = (
         "energy"
     )
-    """``energy`` is the paper's own; ``chain`` draws the latent slot by slot; ``tokens`` is
-    discrete and has no latents; what each costs is in heads.md. An installed package may register
+    """``energy`` is the paper's head; ``chain`` draws the latent slot by slot; ``tokens`` is
+    discrete and has no latents; heads.md compares their costs. An installed package may register
     others."""
     num_mlp_layers: Positive = 4
     """Residual blocks."""
     noise_size: Positive = 64
-    """Energy, chain: components of the uniform noise, of each slot. Flow and diffusion start from
-    normal latents."""
+    """Energy, chain: components of the uniform noise (chain: of each slot). Flow and diffusion
+    start from normal latents."""
     num_samples: Positive = 8
     """Energy, chain: head samples N per position in training, at least two for the score's second
     term.
@@ -54,10 +54,10 @@ class HeadRecipe(Section):
     beta: Annotated[float, Field(gt=0, lt=2)] = 1.0
     """Energy, chain: exponent of the score; strictly proper inside (0, 2)."""
     sampling_steps: Positive | None = None
-    """Steps that draw one sample. Flow: midpoint steps of two evaluations each, 10 where absent.
-    Diffusion: 100 where absent, at most 1,000. The energy head has one step."""
+    """Steps to draw one sample. Flow: midpoint steps of two evaluations each, 10 by default.
+    Diffusion: 100 by default, at most 1,000. The energy head has one step."""
     width: Positive | None = None
-    """Chain: width of its blocks, which run once for each slot; the hidden size where absent."""
+    """Chain: width of its blocks, which run once for each slot; by default the hidden size."""
     independent: bool = False
     """Tokens: predict each token of a patch without the earlier ones of the same patch."""
 
@@ -73,12 +73,12 @@ class HeadRecipe(Section):
 
     @property
     def steps_per_sample(self) -> int:
-        """``sampling_steps``, or the number that this kind of head has by default."""
+        """``sampling_steps``, or the default of this kind of head."""
         return self.sampling_steps or self.spec.default_sampling_steps
 
     @property
     def samples_in_training(self) -> int:
-        """``num_samples`` of a head that draws any."""
+        """``num_samples``, or 1 for a head that predicts tokens."""
         return self.num_samples if self.spec.predicts == "latents" else 1
 
     @property
@@ -89,12 +89,13 @@ class HeadRecipe(Section):
 
 @dataclass(frozen=True)
 class Released:
-    """How the authors' released checkpoints name a head.
+    """Names of a head in the authors' released checkpoints.
 
     Attributes:
         architecture: the class in ``config.json``.
-        prefixes: of the head's tensors; the released class may hold one head under several names.
-        model_type: in ``config.json``; None where the authors leave it out.
+        prefixes: prefixes of the head's tensors; the released class may store one head under
+            several names.
+        model_type: the key in ``config.json``; None if the authors omit it.
         required: fields of a recipe's head that ``config.json`` must have.
     """
 
@@ -107,43 +108,43 @@ class Released:
 class HeadSpec(ABC):
     """One kind of generative head, described without torch.
 
-    Every number is exact for the head's module in `module` unless its description says otherwise;
-    tests count parameters, FLOPs and bytes of the real module.
+    Every number is exact for the module named in `module` unless documented otherwise; tests count
+    parameters, FLOPs and bytes of the real module.
     """
 
     kind: ClassVar[str]
     """``model.head.kind``."""
     module: ClassVar[str]
-    """``package.module:Class`` of the `calm_dist.models.heads.GenerativeHead`; it is called with
+    """``package.module:Class`` of the `calm_dist.models.heads.GenerativeHead`, which is called with
     (fields, d, l) and `module_arguments`."""
     predicts: ClassVar[Literal["latents", "tokens"]] = "latents"
-    """``tokens``: no autoencoder; the latent size that methods and module get is 0."""
+    """``tokens``: no autoencoder; methods and module get latent size 0."""
     fields: ClassVar[type[HeadRecipe]] = HeadRecipe
     """Fields in a recipe, with their defaults."""
     released: ClassVar[Released | None] = None
     """None: the released layout has no such head, and exports are refused."""
     scores_energy: ClassVar[bool] = False
     """Whether it is trained with the energy score of N samples against ``posterior_samples`` draws,
-    for which ``training.energy_kernel`` chooses the kernel."""
+    for which ``training.energy_kernel`` selects the kernel."""
     default_sampling_steps: ClassVar[int] = 1
     evaluations_per_step: ClassVar[int] = 1
-    """Passes through the network of one sampling step."""
+    """Passes through the network in one sampling step."""
 
     @property
     def module_arguments(self) -> tuple[Any, ...]:
-        """What the module takes besides fields, d and l."""
+        """Arguments of the module after fields, d and l."""
         return ()
 
     def for_patches(self, patch_size: int) -> HeadSpec:
-        """The description for patches of K tokens; the same for a head that only knows latents."""
+        """The description for patches of K tokens; self for a head that does not depend on K."""
         return self
 
     def problems(self, head: HeadRecipe) -> list[str]:
-        """Values of fields that cannot be trained; each names field, value and remedy."""
+        """Messages about values of fields that cannot be trained: field, value and remedy."""
         return []
 
     def latent_problems(self, latent_size: int) -> list[str]:
-        """As `problems`, of latents of a size that the head cannot predict."""
+        """Like `problems`, about a latent size that the head cannot predict."""
         return []
 
     @abstractmethod
@@ -152,8 +153,8 @@ class HeadSpec(ABC):
 
     @abstractmethod
     def condition_flops(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
-        """FLOPs for a position of what depends on the hidden state alone, and which our heads
-        compute once for all samples and evaluations; the released code once for each."""
+        """FLOPs per position of the part that depends only on the hidden state. Our heads compute
+        it once for all samples and evaluations, the released code once for each."""
 
     @abstractmethod
     def sample_flops(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
@@ -161,28 +162,27 @@ class HeadSpec(ABC):
 
     @abstractmethod
     def input_flops(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
-        """Part of `sample_flops` in layers whose input takes no gradient: noise, times, latents."""
+        """Part of `sample_flops` in layers whose input needs no gradient: noise, times, latents."""
 
     def shared_input_flops(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
-        """Part of `condition_flops` in layers whose input takes no gradient."""
+        """Part of `condition_flops` in layers whose input needs no gradient."""
         return 0
 
     @abstractmethod
     def activation_elements(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
-        """Elements that autograd keeps for a position, in all N samples."""
+        """Elements that autograd keeps per position, for all N samples."""
 
     @abstractmethod
     def traffic_elements(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
         """Elements that element-wise kernels read and write for one sample, forward and backward,
-        the energy score aside."""
+        without the energy score."""
 
     @abstractmethod
     def kernels(self, head: HeadRecipe) -> int:
-        """Kernels that a micro-batch launches, forward and backward, the energy score aside."""
+        """Kernels that a micro-batch launches, forward and backward, without the energy score."""
 
     def weight_std(self, init: str, name: str, shape: Sequence[int], std: float) -> float:
-        """Standard deviation of a weight at the start; ``std`` is that of the backbone's weights
-        under ``model.init``."""
+        """Standard deviation of an initial weight; ``std`` is what ``model.init`` gives for it."""
         return std
 
 
@@ -196,11 +196,12 @@ def all_specs() -> dict[str, HeadSpec]:
     """Every kind of head and its description, this package's first.
 
     Raises:
-        RecipeError: an installed package registers what is not a head, or a name that is taken.
+        RecipeError: an installed package registers something that is not a head, or a name that is
+            already used.
     """
     return with_installed(_own, GROUP, HeadSpec, "head")
 
 
 def head_spec(kind: str) -> HeadSpec:
-    """The description of a kind of head; `KeyError` for a kind that no recipe can name."""
+    """The description of a kind of head; `KeyError` for an unknown kind."""
     return all_specs()[kind]

@@ -1,7 +1,7 @@
 """The discrete head's description; the module is `calm_dist.models.heads.tokens`.
 
-Its token embedding and its output layer are cut over the tensor-parallel ranks of the backbone and
-counted there: `calm_dist.models.patch_tokens`.
+Its token embedding and its output layer are cut over the backbone's tensor-parallel ranks and are
+counted with the backbone: `calm_dist.models.patch_tokens`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from calm_dist.heads.counting import affine_parameters, linear_flops
 from calm_dist.heads.spec import HeadRecipe, HeadSpec
 
 EXPANSION = 2
-"""Inner width of a block's SwiGLU, in hidden sizes."""
+"""Inner width of a block's SwiGLU, in units of the hidden size."""
 
 # As in `heads.energy`, for a token of a patch.
 BLOCK_ACCESSES, OTHER_ACCESSES = 43, 29
@@ -22,10 +22,10 @@ BLOCK_KERNELS, OTHER_KERNELS = 50, 120
 
 @dataclass(frozen=True)
 class TokensSpec(HeadSpec):
-    """The K tokens of the next patch from the hidden state, by softmax: no latents.
+    """Predicts the K tokens of the next patch by softmax, without latents.
 
-    The control of what patches alone bring: token k is predicted from the hidden state and, unless
-    ``independent``, from the tokens before it in the same patch.
+    This is the control that isolates the effect of patches: token k is predicted from the hidden
+    state and, unless ``independent``, from the tokens before it in the same patch.
     """
 
     kind = "tokens"
@@ -69,8 +69,8 @@ class TokensSpec(HeadSpec):
         return 0
 
     def activation_elements(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
-        # A block: the norm's input and output, gate, up, SiLU and product; at the end the last
-        # norm's. The tokens before, their norm, and what their linears read.
+        # A block: the norm's input and output, gate, up, SiLU and product; at the end, those of the
+        # last norm. Then the earlier tokens, their norm, and the inputs of their linears.
         of_token = (2 + 4 * EXPANSION) * head.num_mlp_layers + 3
         of_previous = 0 if head.independent else 2 * (self.patch_size - 1) + self._pairs
         return (self.patch_size * of_token + of_previous + 1) * hidden_size
@@ -84,7 +84,7 @@ class TokensSpec(HeadSpec):
 
     @property
     def _pairs(self) -> int:
-        """Pairs of a token and one before it in its patch."""
+        """Number of pairs of a token and an earlier token of its patch."""
         return self.patch_size * (self.patch_size - 1) // 2
 
 

@@ -1,4 +1,4 @@
-"""Texts that grow step by step, with the model's KV cache over them."""
+"""Texts that grow step by step, with the model's key-value cache."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from calm_dist.inference.load import LoadedModel
 
 
 def window_steps(model: LoadedModel) -> int:
-    """The most steps that a model predicts from: its block's, but for the last one."""
+    """The most steps that a model predicts from: all of its block but the last."""
     return max(1, model.recipe.block_size // model.recipe.model.patch_size - 1)
 
 
 class Contexts:
-    """What the next steps of several texts are predicted from; a step is a patch or a token.
+    """The contexts from which the next steps of several texts are predicted; a step is a patch or a
+    token.
 
     The window of a model is one step shorter than its block, whose last step predicts nothing in
-    training. A text that outgrows it goes on from its newest half, as if it began there: the cache
-    holds rotated keys, so it is filled again, once every half window.
+    training. A text that outgrows the window continues from its newest half, as if it began there.
+    The cache holds rotated keys, so it is filled again then, once every half window.
 
-    What is computed for a text depends on its own tokens alone, bit for bit: it is filled in by
-    itself, each later step has the same shape however many texts there are, and attends to its own
-    text alone. (On CPU with MKL 2024.2, for hidden sizes that are multiples of 4; of others, a row
-    of a matrix product may be rounded by where it stands.)
+    The results for a text depend only on its own tokens, bit for bit: it is filled in alone, each
+    later step has the same shape for any number of texts, and attends only to its own text. (This
+    holds on CPU with MKL 2024.2 for hidden sizes that are multiples of 4; for others, the rounding
+    of a row of a matrix product may depend on its index.)
     """
 
     def __init__(self, model: LoadedModel, texts: list[list[int]], max_new_steps: int) -> None:
-        """``texts``: tokens in whole steps, at least one step each; at least one text."""
+        """``texts``: at least one text; the tokens of each are whole steps, at least one."""
         self._model = model
         self._step_size: int = model.recipe.model.patch_size
         self._window = window_steps(model)
@@ -36,11 +37,11 @@ class Contexts:
         self._cache = model.new_cache(len(texts), min(longest, self._window))
 
     def start(self) -> Tensor:
-        """What follows each text: hidden states (CALM) or logits [texts, d or V]."""
+        """The outputs after each text: hidden states (CALM) or logits [texts, d or V]."""
         return torch.cat([self._fill(row) for row in range(len(self._texts))])
 
     def extend(self, rows: list[int], steps: list[list[int]]) -> Tensor:
-        """Go on with some of the texts alone, one more step each; returns what follows them."""
+        """Keep only the texts ``rows``, add one step to each, and return the outputs after them."""
         if len(rows) < len(self._texts):
             self._cache = self._cache.select(rows)
             self._texts = [self._texts[row] for row in rows]
@@ -51,7 +52,7 @@ class Contexts:
         return self._predict(torch.tensor(steps), slice(0, len(steps)))
 
     def _halve(self, row: int) -> None:
-        """Keep half a window, of which the newest step is still to come."""
+        """Keep half a window, counting the step that is about to be added."""
         kept = max(1, self._window // 2) - 1
         text = self._texts[row]
         self._texts[row] = text[len(text) - kept * self._step_size :]

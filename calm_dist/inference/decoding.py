@@ -1,4 +1,4 @@
-"""Latents to their most likely tokens, without more logits than it takes."""
+"""Decode latents to their most likely tokens, with as few logits as necessary."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ _INT8_LARGEST = 127
 _INT32_LOWEST = -(2**31)
 # The bound of the error is itself computed in fp32.
 _BOUND_ROUNDING = 1.001
-# Logits that are there at once: larger pieces leave the cache, and take 3 times as long.
+# Logits in memory at a time: larger pieces do not fit the cache, and take 3 times as long.
 _COARSE_ELEMENTS = 1 << 22
 _EXACT_ELEMENTS = 1 << 26
-# Numbers of words' weights that are there at once, to stay in the cache.
+# Elements of gathered weights in memory at a time, so that they fit the cache.
 _FINE_ELEMENTS = 1 << 18
 _GROUP = 128
-# Looking at more words of a row again is slower than all of its logits.
+# Checking more words of a row is slower than computing all of its logits.
 _MOST_CANDIDATES = 256
-# Of few draws all tokens cost hardly more than one.
+# For few draws, all tokens cost hardly more than one.
 _DECODED_WHOLE = 16
 
 
 @dataclass(frozen=True)
 class _CoarseWeight:
-    """The vocabulary's weights as int8 times one step, filled up to whole groups of words."""
+    """The vocabulary's weights as int8 times a common step, padded to whole groups of words."""
 
     words: torch.Tensor
     step: torch.Tensor
     largest_norm: torch.Tensor
-    """Of a word's weights as they are."""
+    """Largest norm of a word's original weights."""
     largest_error: torch.Tensor
-    """Norm of what rounding takes from a word's weights, of the word that loses most."""
+    """Largest norm of a word's rounding error."""
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> _CoarseWeight:
@@ -50,13 +50,13 @@ class _CoarseWeight:
 
 
 def _rounded(values: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values in steps, rounded to what int8 can hold, and the step."""
+    """Values divided by a step and rounded to the range of int8, and the step."""
     step = (largest / _INT8_LARGEST).clamp_min(torch.finfo(values.dtype).tiny)
     return (values / step).round_(), step
 
 
 class GreedyDecoder:
-    """The autoencoder's decoder with arg-max; its weights may not change any more."""
+    """The autoencoder's decoder with arg-max; the weights must not change after construction."""
 
     def __init__(self, autoencoder: Autoencoder) -> None:
         self._autoencoder = autoencoder
@@ -81,8 +81,9 @@ class GreedyDecoder:
     def tokens(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [rows, d] -> the tokens of the largest logits [rows].
 
-        Where a CPU multiplies int8 fast, first so, with a bound of the error; then in fp32 the
-        words that may still be the largest. The result is that of fp32, up to its own rounding.
+        On CPUs with fast int8 products, logits are first computed in int8 with an error bound, then
+        in fp32 for the words that may still be the largest. The result is that of fp32, up to its
+        own rounding.
         """
         on_cpu = hidden.device.type == "cpu" and torch.cpu._is_vnni_supported()
         # torch's int8 product of a single column is wrong (2.13).
@@ -102,11 +103,15 @@ class GreedyDecoder:
     def _coarse_logits(
         self, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits of whole groups of words as whole numbers [rows, words], exact as such; what one
-        is worth [rows], and by how much such a logit is wrong at most [rows], in fp64."""
+        """Coarse logits in int8 arithmetic.
+
+        Returns:
+            Integer logits [rows, words], padded to whole groups; the scale of a row's integers
+            [rows] and the bound of the error of its scaled logits [rows], both fp64.
+        """
         coarse = self._coarse_weight
         rounded, step = _rounded(hidden, hidden.abs().amax(-1, keepdim=True))
-        # h w - h' w' = (h - h') w + h' (w - w'), and by the inequality of Cauchy and Schwarz.
+        # h w - h' w' = (h - h') w + h' (w - w'), bounded with the Cauchy-Schwarz inequality.
         lost = (hidden - rounded * step).norm(dim=-1).double() * coarse.largest_norm
         error = lost + (rounded * step).norm(dim=-1).double() * coarse.largest_error
         logits = torch._int_mm(rounded.to(torch.int8), coarse.words.T)
@@ -117,10 +122,10 @@ class GreedyDecoder:
         logits, worth, error = self._coarse_logits(hidden)
         if not bool(error.isfinite().all()):
             return self._all_logits(hidden)
-        # The largest of each group first, since to compare all logits takes longer.
+        # Compare the largest of each group first, since comparing all logits takes longer.
         groups = logits.unflatten(-1, (-1, _GROUP))
         tops = groups.amax(-1)
-        # What is less than some exact logit by more than its own error is not the largest.
+        # A logit that is below some exact logit by more than its own error is not the largest.
         rows, best = torch.arange(len(hidden)), tops.argmax(-1)
         likely = best * _GROUP + groups[rows, best].argmax(-1)
         reached = self._logits_of(hidden, rows, likely).double() - error
@@ -132,7 +137,7 @@ class GreedyDecoder:
             return self._all_logits(hidden)
         exact = self._logits_of(hidden, row, word)
         best = exact.new_full((len(hidden),), -torch.inf).scatter_reduce(0, row, exact, "amax")
-        # Of equal ones the first, as arg-max takes.
+        # Take the first of equal logits, as arg-max does.
         is_best = exact == best[row]
         first = word.new_full((len(hidden),), len(self._weight))
         return first.scatter_reduce(0, row[is_best], word[is_best], "amin")
@@ -155,7 +160,7 @@ class GreedyDecoder:
 
 
 class LazyPatches:
-    """Draws of a patch, each token of which is worked out when it is asked for.
+    """Draws of a patch whose tokens are computed on demand.
 
     Args:
         latents: [n, l], one for each draw.
@@ -173,7 +178,7 @@ class LazyPatches:
         """The tokens at one position of some of the draws."""
         unknown = [row for row in rows if self._known[row, position] < 0]
         if 0 < len(unknown) <= _DECODED_WHOLE and position > 0:
-            # They agreed on the first token, so that the others will be asked for, too.
+            # They agree on the first token, so the other tokens will be needed as well.
             self._work_out(unknown)
         elif unknown:
             hidden = self._decoder.token_hidden(self._patches[unknown], position)
@@ -181,14 +186,14 @@ class LazyPatches:
         return self._known[rows, position].tolist()
 
     def patch(self, row: int) -> tuple[int, ...]:
-        """A draw, whole."""
+        """All tokens of a draw."""
         if (self._known[row] < 0).any():
             self._work_out([row])
         return tuple(self._known[row].tolist())
 
     def _work_out(self, rows: list[int]) -> None:
-        """All unknown tokens of a few draws at once; reading the vocabulary's weights takes most of
-        the time."""
+        """Compute all unknown tokens of a few draws at once, since reading the vocabulary's weights
+        takes most of the time."""
         hidden = self._decoder.token_hidden(self._patches[rows])
         unknown = torch.from_numpy(self._known[rows] < 0)
         known = torch.from_numpy(self._known[rows])

@@ -37,13 +37,13 @@ class Generation:
     """A continuation of a prompt."""
 
     text: str
-    """The new text, without the prompt: the prompt with it behind reads as one text."""
+    """The new text; appended to the prompt, it gives the whole text."""
     tokens: list[int]
     """The new tokens, without the end token."""
     stopped_by: Literal["end", "length"]
     """``end``: the model ended the text; ``length``: ``max_new_tokens`` was reached."""
     note: str | None = field(default=None, compare=False)
-    """Where prompt and text exceed the context of the model: what it did not read."""
+    """If prompt and text exceed the model's context: what it did not read."""
 
 
 @overload
@@ -94,28 +94,29 @@ def generate(
 ) -> Generation | list[Generation]:
     """Continue prompts until the end token or exactly ``max_new_tokens`` new tokens.
 
-    A prompt is left-filled with begin tokens, as documents are in training: for CALM with 1..K of
-    them to a multiple of K, for the Transformer with one. Of a prompt longer than the model's
-    window (its block less one step) the newest part is read; a text that grows beyond it goes on
-    from its newest half (see `Contexts`).
+    Begin tokens are prepended to a prompt, as to documents in training: for CALM 1..K of them, up
+    to a multiple of K, for the Transformer one. If a prompt is longer than the model's window (its
+    block less one step), only its newest part is read; a text that grows beyond the window
+    continues from its newest half (see `Contexts`).
 
-    The randomness of a text's n-th step comes from its seed and n alone: a prompt is continued in
-    the same way alone and together with others.
+    The randomness of a text's n-th step depends only on its seed and n: a prompt gives the same
+    text alone and in a batch.
 
     Args:
         model: from `inference.load.load_model`.
         tokenizer: the one that the model was trained with.
-        prompts: a prompt, or any number of them of any lengths, which share each step.
-        temperature: of a model that draws latents in (0, 1], see `inference.sampling`; of a
-            Transformer and a CALM with the tokens head that of each token's softmax, 0 or more. At
-            0 they take the most likely token, of equally likely ones that of the lowest id.
-        seed: at least 0: one for every prompt, or a sequence of one for each.
-        method: CALM only. ``pool`` (T = 1/n), ``exact`` (any T), ``auto``: the pool where T = 1/n.
-            With the tokens head ``exact`` draws patches from P(patch)^(1/T) / Z, T in (0, 1], as
-            CALM does; ``auto`` draws each token at T, like a Transformer; ``pool`` is refused.
-        pool_size: draws in a pool.
+        prompts: a prompt, or any number of prompts of any lengths, which run in one batch.
+        temperature: for a model that draws latents in (0, 1], see `inference.sampling`; for a
+            Transformer and a CALM with the tokens head, the temperature of each token's softmax, 0
+            or more, where 0 takes the most likely token (ties: the lowest id).
+        seed: at least 0: one for every prompt, or a sequence with one for each.
+        method: CALM only. ``pool`` (T = 1/n), ``exact`` (any T), ``auto``: pool if T = 1/n, else
+            exact. With the tokens head ``exact`` draws patches from P(patch)^(1/T) / Z, T in
+            (0, 1], as CALM does; ``auto`` draws each token at T, like a Transformer; ``pool`` is
+            refused.
+        pool_size: number of draws in a pool.
         max_draws: limit of the exact method for one patch.
-        show_progress: report the steps done on stderr.
+        show_progress: report the number of finished steps on stderr.
 
     Returns:
         a `Generation`, or a list of them for a sequence of prompts.
@@ -143,7 +144,7 @@ def generate(
             tokenizer.decode_continuation(text, row.new),
             row.new,
             row.stopped_by,
-            # The end token is a token, too.
+            # The end token counts as well.
             context_note(model, len(row.prompt), len(row.new) + (row.stopped_by == "end")),
         )
         for text, row in zip(texts, rows, strict=True)
@@ -158,7 +159,7 @@ def context_note(model: LoadedModel, prompt_tokens: int, new_tokens: int) -> str
     known = f"trained on blocks of {block_size} tokens"
     if model.step == 0:
         known = f"whose configuration has positions for {block_size} tokens"
-    # Filled with begin tokens; the last step is not read.
+    # With begin tokens; the last step is not read.
     filled = (prompt_tokens // size + 1) * size
     if filled > window:
         begun = f"the prompt has {prompt_tokens} tokens, of which the last {window} are read"
@@ -166,7 +167,7 @@ def context_note(model: LoadedModel, prompt_tokens: int, new_tokens: int) -> str
         begun = f"the text outgrows the {window} tokens that are read at once"
     else:
         return None
-    return f"{begun} by a model {known}; a text that outgrows them goes on from its newest half"
+    return f"{begun} by a model {known}; a longer text continues from its newest half"
 
 
 def _check(prompts: list[str], seeds: list[int], max_new_tokens: int) -> None:
@@ -183,13 +184,13 @@ def _check(prompts: list[str], seeds: list[int], max_new_tokens: int) -> None:
             prompt.encode()
         except UnicodeEncodeError as error:
             raise UserError(
-                f"prompt {prompt!r}: character {error.start} is no Unicode text; give UTF-8"
+                f"prompt {prompt!r}: character {error.start} is not valid Unicode; give UTF-8 text"
             ) from error
 
 
 @dataclass
 class GrowingText:
-    """A text that grows."""
+    """A prompt and its continuation so far."""
 
     prompt: list[int]
     seed: int
@@ -197,7 +198,7 @@ class GrowingText:
     stopped_by: Literal["end", "length"] = "length"
 
     def take(self, step: list[int], end_id: int, max_new_tokens: int) -> bool:
-        """Add the tokens of a step; returns whether the text goes on."""
+        """Add the tokens of a step; returns whether the text continues."""
         for token in step:
             if token == end_id:
                 self.stopped_by = "end"
@@ -217,7 +218,7 @@ def continue_texts(
     *,
     show_progress: bool = False,
 ) -> None:
-    """Let all rows grow until each has stopped; those that have cost nothing more."""
+    """Extend all rows until each has stopped; stopped rows cost nothing more."""
     size = model.recipe.model.patch_size
     texts = [[tokenizer.begin_id] * (size - len(row.prompt) % size) + row.prompt for row in rows]
     most_steps = -(-max_new_tokens // size)
@@ -246,11 +247,11 @@ def continue_texts(
 def patch_sampler(
     model: LoadedModel, temperature: float, method: Method, pool_size: int, max_draws: int
 ) -> Sampler:
-    """Hidden state [d] -> the next patch.
+    """A function from the hidden state [d] to the next patch.
 
-    The draws of a text go through head and decoder together, but not together with those of other
-    texts: there are enough of them to keep both busy, and a number of draws that depends on the
-    batch would change the rounding of each.
+    The draws of one text go through head and decoder together, but separately from those of other
+    texts: they are enough to keep both busy, and if the number of draws depended on the batch, so
+    would their rounding.
     """
     _, fraction = exponent_parts(temperature)
     exact = method == "exact" or (method == "auto" and fraction != 0)
@@ -285,10 +286,11 @@ def decode_latents(model: LoadedModel, latents: torch.Tensor) -> torch.Tensor:
 def check_tokenizer(model: LoadedModel, tokenizer: Tokenizer) -> None:
     """Refuse a tokenizer that the model was not trained with.
 
-    A model that does not record its tokenizer takes any that fits; its vocabulary may be larger.
+    A model that does not record its tokenizer accepts any that fits its vocabulary, which may be
+    larger than the tokenizer's.
 
     Raises:
-        CheckpointError: another fingerprint, or more entries than the model's vocabulary.
+        CheckpointError: the fingerprint differs, or the tokenizer has more entries than the model.
     """
     trained_with = model.tokenizer_sha256
     if trained_with is not None and trained_with != tokenizer.fingerprint:
@@ -309,11 +311,11 @@ def check_tokenizer(model: LoadedModel, tokenizer: Tokenizer) -> None:
 def token_names(
     model: LoadedModel, begin_token: str | None = None, end_token: str | None = None
 ) -> tuple[str | None, str | None]:
-    """Names of the begin and end tokens that a model was trained with, or those that are given
-    for one that does not say.
+    """Names of the begin and end tokens that a model was trained with, or the given ones if the
+    model does not record them.
 
     Raises:
-        CheckpointError: others are given.
+        CheckpointError: the given names differ from the model's.
     """
     data = model.recipe.data
     for role, given in (("begin", begin_token), ("end", end_token)):
@@ -330,7 +332,7 @@ def find_tokenizer(model: LoadedModel) -> Path:
     """The tokenizer that a checkpoint's recipe names, or the copy in its run directory or store.
 
     Raises:
-        DataError: none of them is there.
+        DataError: none of them exists.
     """
     data = model.recipe.data
     if data.tokenizer is not None and Path(data.tokenizer).is_file():

@@ -1,4 +1,4 @@
-"""A trained language model in one plain process: no launcher, no port, no optimizer."""
+"""Load a trained language model into one plain process: no launcher, no port, no optimizer."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from calm_dist.training.checkpoint import model_state
 from calm_dist.training.resolve import autoencoder_directory
 
 _ROWS_AT_ONCE = {"cpu": 8, "cuda": 64}
-"""Texts that take a step together: as many as cost little more than one."""
+"""Number of texts that take a step together: as many as cost little more than one."""
 
 _alone: Topology | None = None
-"""The groups of this process, once there are some."""
+"""The groups of this process, once they exist."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class LoadedModel:
     step: int
     tokens_seen: int
     tokenizer_sha256: str | None
-    """None where it is not known: a released checkpoint names no tokenizer."""
+    """None if unknown: a released checkpoint does not name its tokenizer."""
     device: torch.device
     backbone: Backbone
     _head: Head | None
@@ -70,13 +70,13 @@ class LoadedModel:
 
     @property
     def has_probabilities(self) -> bool:
-        """Whether it is a Transformer, or a CALM whose head predicts tokens; other models only give
-        samples."""
+        """Whether it is a Transformer, or a CALM whose head predicts tokens; other models provide
+        only samples."""
         return not isinstance(self._head, GenerativeHead)
 
     @cached_property
     def decoder(self) -> GreedyDecoder:
-        """From the latents of a CALM to tokens."""
+        """Decodes the latents of a CALM to tokens."""
         assert self.autoencoder is not None
         return GreedyDecoder(self.autoencoder)
 
@@ -94,12 +94,12 @@ class LoadedModel:
         """CALM: hidden states of all patches, tokens [B, T] -> [B, T/K, d].
 
         Args:
-            positions: rotary position of each patch [T/K]; default 0, 1, 2, ..., or what follows
-                the cache.
-            mask: [T/K, held + T/K], True where a patch may attend to one that the cache holds or
-                to one of these; default causal.
-            cache: what row b has seen before, to which the tokens are added: they follow it, each
-                row at its own length.
+            positions: rotary position of each patch [T/K]; default 0, 1, 2, ..., or the positions
+                after those in the cache.
+            mask: [T/K, held + T/K], True where a patch may attend to a patch in the cache or to one
+                of the new ones; default causal.
+            cache: the earlier patches of each row; the new ones are appended, each row at its own
+                length.
         """
         assert self.kind == "calm"
         steps = tokens.shape[1] // self.recipe.model.patch_size
@@ -114,8 +114,8 @@ class LoadedModel:
     ) -> torch.Tensor:
         """Transformer: next-token logits, tokens [B, T] -> [B, T, V].
 
-        The arguments are those of `hidden`. With a cache and no ``positions``, logits are those of
-        the last token: [B, 1, V].
+        The arguments are those of `hidden`. With a cache and no ``positions``, only the logits of
+        the last token are returned: [B, 1, V].
         """
         assert self.kind == "transformer"
         logits = self._run(tokens, tokens.shape[1], positions, mask, cache)
@@ -128,18 +128,18 @@ class LoadedModel:
         mask: torch.Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
-        """`hidden` of a CALM, `logits` of a Transformer: what the next step follows from."""
+        """`hidden` of a CALM, `logits` of a Transformer: what predicts the next step."""
         run = self.hidden if self.kind == "calm" else self.logits
         return run(tokens, positions, mask, cache)
 
     @torch.no_grad()
     def token_logits(self, outputs: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-        """Logits [S, V] of the next token, of a model that `has_probabilities`.
+        """Logits [S, V] of the next token, for a model that `has_probabilities`.
 
         Args:
-            outputs: of the steps before, [S, d] or [S, V].
-            previous: tokens of the step that are known already [S, k], k < K; none of a
-                Transformer, whose steps are tokens.
+            outputs: outputs of the preceding steps, [S, d] or [S, V].
+            previous: already known tokens of the step [S, k], k < K; empty for a Transformer, whose
+                steps are single tokens.
         """
         if self.kind == "transformer":
             return outputs
@@ -163,7 +163,7 @@ class LoadedModel:
         if cache is None or steps > 1 or positions is not None:
             return self.backbone(tokens, steps, positions, mask, cache).transpose(0, 1)
         # One step for each text. Matrix products round differently for different numbers of rows;
-        # with always as many, a text comes out the same bits alone and in a batch.
+        # a fixed number gives a text the same bits alone and in a batch.
         size = _ROWS_AT_ONCE[self.device.type]
         outputs = []
         for start in range(0, cache.num_rows, size):
@@ -263,8 +263,8 @@ def single_process_recipe(recipe: LanguageModelRecipe) -> LanguageModelRecipe:
 def single_process_topology(recipe: LanguageModelRecipe, device: torch.device) -> Topology:
     """Groups of one rank, made without opening a port and shared by all models of the process.
 
-    Gloo keeps threads for every group, so that a process that made new ones for each model would
-    run out of them.
+    Gloo keeps threads for every group, so a process that made new groups for each model would run
+    out of threads.
     """
     global _alone
     megatron_cpu.install()
@@ -280,13 +280,13 @@ def single_process_topology(recipe: LanguageModelRecipe, device: torch.device) -
 
 
 def tokenizer_file(directory: Path) -> Path | None:
-    """The tokenizer that lies in a directory, if there is one."""
+    """The tokenizer file in a directory, if there is one."""
     files = (directory / name for name in ("tokenizer.json", "tokenizer.model"))
     return next(filter(Path.is_file, files), None)
 
 
 def _build_model(recipe: LanguageModelRecipe, topology: Topology) -> tuple[Backbone, Head | None]:
-    """Frozen backbone and head, in eval mode, whose weights are yet to be loaded."""
+    """Frozen backbone and head in eval mode, before their weights are loaded."""
     backbone = build_backbone(recipe, transformer_config(recipe, torch.float32), topology, None)
     head = None
     if isinstance(recipe.model, CalmModel):
@@ -296,13 +296,13 @@ def _build_model(recipe: LanguageModelRecipe, topology: Topology) -> tuple[Backb
 
 
 def _with_files_found(recipe: LanguageModelRecipe, directory: Path) -> LanguageModelRecipe:
-    """The recipe with its autoencoder and tokenizer beside the checkpoint, or in the run
-    directory, where the paths that it names are gone: a run may be moved as a whole."""
+    """Replace missing paths of autoencoder and tokenizer by files next to the checkpoint or in the
+    run directory, since a run directory may have been moved."""
     values = recipe.to_dict()
     run_dir = checkpoints.run_directory(directory)
     for section, field in (("model", "autoencoder"), ("data", "tokenizer")):
         named = values[section].get(field)
-        # Not Path.exists, which raises for names that no file can have.
+        # Not Path.exists, which raises for invalid file names.
         if named is None or os.path.exists(named):
             continue
         places = [directory, run_dir] if run_dir else [directory]
@@ -313,28 +313,28 @@ def _with_files_found(recipe: LanguageModelRecipe, directory: Path) -> LanguageM
 
 
 def _check_size(recipe: LanguageModelRecipe, directory: Path) -> None:
-    """Look at the size of the files before memory is taken for the model.
+    """Check the size of the files before memory is allocated for the model.
 
     Raises:
-        CheckpointError: the recipe asks for far more than they have.
+        CheckpointError: the recipe needs far more than they contain.
     """
     asked = flops.count(recipe, tokens=0).parameters
     files = (directory / checkpoints.TENSORS).rglob("*")
     held = sum(file.stat().st_size for file in files if file.is_file())
-    # In fp32 there are four bytes for each.
+    # A parameter takes four bytes in fp32.
     if 2 * asked > held:
         raise CheckpointError(
-            f"{directory / checkpoints.RECIPE_FILE}: asks for {asked:.4g} parameters, the tensors "
-            f"beside it have only {held:.4g} bytes"
+            f"{directory / checkpoints.RECIPE_FILE}: asks for {asked:.4g} parameters, but the "
+            f"checkpoint's tensors have only {held:.4g} bytes"
         )
 
 
 def _load_autoencoder(
     path: str | Path | None, device: torch.device
 ) -> tuple[Autoencoder, str | None]:
-    """An autoencoder and the sha256 of its weights, which several files have not."""
+    """An autoencoder and the sha256 of its weights, None if they are in several files."""
     if path is None or not Path(path).is_dir():
-        raise CheckpointError(f"model.autoencoder: {path} is no directory; give --autoencoder")
+        raise CheckpointError(f"model.autoencoder: {path} is not a directory; give --autoencoder")
     directory = autoencoder_directory(path)
     files = list(weight_files(directory))
     sha256 = file_sha256(files[0]) if len(files) == 1 else None

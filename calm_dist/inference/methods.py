@@ -1,4 +1,4 @@
-"""What the ways to draw the next step of a text have in common."""
+"""Types shared by the methods that draw the next step of a text."""
 
 from __future__ import annotations
 

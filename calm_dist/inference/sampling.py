@@ -1,15 +1,15 @@
-"""Likelihood-free temperature: patches from P(x)^(1/T) / Z with samples of P alone.
+"""Likelihood-free temperature: draw patches from P(x)^(1/T) / Z using only samples of P.
 
-CALM has no probabilities to sharpen, but draws are free to compare: n draws agree on x with
-probability P(x)^n (arXiv 2510.27688, section 5). Two forms:
+CALM has no probabilities to sharpen, but its draws can be compared: n draws agree on x with
+probability P(x)^n (arXiv 2510.27688, section 5). There are two methods:
 
 * `sample_exact`: rejection. Exact at every T in (0, 1], but the number of draws has no bound.
-* `sample_from_pool`: a pool of N draws, for T = 1/n. Cheap, and biased at a finite N. Of the pool,
-  only what decides is drawn.
+* `sample_from_pool`: a pool of N draws, for T = 1/n. Cheap, and biased at a finite N. Only the
+  decisive draws of the pool are made.
 
-Both take a ``draw`` function, ``draw(count)``, that returns independent samples of P: an array of
-tokens [count, K], or `Patches` whose tokens are worked out when they are asked for. A numpy
-generator is for the choices of their own.
+Both take a function ``draw(count)`` that returns independent samples of P: an array of tokens
+[count, K], or `Patches`, whose tokens are computed on demand. They make their own random choices
+with a numpy generator.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Patches(Protocol):
         """The tokens at one position of some of the draws."""
 
     def patch(self, row: int) -> Patch:
-        """A draw, whole."""
+        """All tokens of a draw."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class KnownPatches:
         return self.array[rows, position].tolist()
 
     def patch(self, row: int) -> Patch:
-        """A draw, whole."""
+        """All tokens of a draw."""
         return tuple(self.array[row].tolist())
 
 
@@ -69,8 +69,8 @@ DrawFunction = Callable[[int], "np.ndarray | Patches"]
 DEFAULT_MAX_DRAWS = 100_000
 DEFAULT_POOL_SIZE = 200
 _DRAWS_AT_ONCE = 64
-# Groups of n draws of a pool that are looked at first, and how many times as many then: a few draws
-# cost hardly less than some more.
+# Number of groups of n draws examined first, and the factor by which it grows: making a few draws
+# costs hardly less than making some more.
 _FIRST_GROUPS, _GROUPS_GROW = 4, 4
 
 
@@ -84,14 +84,14 @@ def sample_exact(
     """One exact sample of P(x)^(1/T) / Z by rejection.
 
     With 1/T = n + a: n draws must agree on x, which happens with probability P(x)^n, and a coin of
-    probability P(x)^a must show heads; it is thrown with further draws alone (Bernoulli factory).
-    Otherwise all starts again. T = 1 takes one draw.
+    probability P(x)^a, tossed using only further draws (Bernoulli factory), must show heads.
+    Otherwise the procedure starts again. T = 1 takes one draw.
 
     Args:
         draw: independent samples of P.
         temperature: T in (0, 1].
-        rng: decides the coins.
-        max_draws: draws that may be used before giving up.
+        rng: random numbers for the coins.
+        max_draws: number of draws after which to give up.
 
     Raises:
         UserError: the temperature is outside (0, 1], or ``max_draws`` draws gave no sample.
@@ -102,7 +102,7 @@ def sample_exact(
     draws = _one_by_one(draw, temperature, max_draws)
     while True:
         candidate = next(draws)
-        # `all` stops at the first draw that disagrees: the rest of the n could not change it.
+        # `all` stops at the first draw that disagrees: further draws could not change the result.
         agree = all(next(draws) == candidate for _ in range(whole - 1))
         if agree and (fraction == 0 or _coin(candidate, fraction, draws, rng)):
             return candidate
@@ -123,7 +123,7 @@ def _coin(candidate: Patch, power: float, draws: Iterator[Patch], rng: np.random
 
 
 def _one_by_one(draw: DrawFunction, temperature: float, max_draws: int) -> Iterator[Patch]:
-    """Single draws, made in batches; ends in a `UserError` after ``max_draws``."""
+    """Yield single draws, made in batches; raise a `UserError` after ``max_draws``."""
     made = 0
     while made < max_draws:
         count = min(1 if temperature == 1 else _DRAWS_AT_ONCE, max_draws - made)
@@ -139,19 +139,19 @@ def _one_by_one(draw: DrawFunction, temperature: float, max_draws: int) -> Itera
 
 @dataclass(frozen=True)
 class PoolCandidates:
-    """The patches of a pool that may be chosen, in the order of first appearance."""
+    """The patches of a pool that may be chosen, in order of first appearance."""
 
     patches: list[Patch]
     weights: list[int]
     """C(count, level) for each patch."""
     level: int
-    """How often each of them was seen at least; less than n where the pool had no such patch."""
+    """Each patch occurs at least this often: n, or less if no patch of the pool occurs n times."""
 
 
 def pool_candidates(pool: np.ndarray, n: int) -> PoolCandidates:
     """The patches seen at least n times in ``pool`` ``[N, K]``, weighted by C(count, n).
 
-    C(count, n) is the number of ways to pick n draws of the pool that agree on the patch. Where no
+    C(count, n) is the number of ways to pick n draws of the pool that agree on the patch. If no
     patch was seen n times, n - 1 is tried, and so on; at 1 every draw counts.
     """
     everything = _Pool(lambda count: pool)
@@ -162,8 +162,8 @@ def pool_candidates(pool: np.ndarray, n: int) -> PoolCandidates:
 
 
 class _Pool:
-    """Draws by their numbers in a pool, made when they are needed; equal ones are found token by
-    token, so that of most draws the first is worked out alone."""
+    """Numbered draws of a pool, made on demand. They are compared token by token, so that only the
+    first token of most draws is computed."""
 
     def __init__(self, draw: DrawFunction) -> None:
         self._draw = draw
@@ -182,7 +182,7 @@ class _Pool:
             self._places.update((m, (patches, row)) for row, m in enumerate(members))
 
     def patch(self, member: int) -> Patch:
-        """A draw, whole."""
+        """All tokens of a draw."""
         patches, row = self._places[member]
         return patches.patch(row)
 
@@ -200,8 +200,8 @@ class _Pool:
         return len(set(self._tokens(set(self._places), 0).values())) == len(self)
 
     def candidates(self, n: int) -> tuple[list[list[int]], int]:
-        """Classes of equal draws that have at least ``level`` members, in the order of their first
-        ones, and ``level``: n, or less where no class has as many."""
+        """Classes of equal draws with at least ``level`` members, ordered by their first member,
+        and ``level``: n, or the size of the largest class if that is less."""
         classes = [sorted(self._places)]
         singles: list[list[int]] = []
         for position in range(self._patch_size):
@@ -249,16 +249,16 @@ def sample_from_pool(
 ) -> Patch:
     """One sample of P(x)^(1/T) / Z, approximated with a pool of N draws, for T = 1/n.
 
-    The distribution tends to the exact one for large N; at a finite N it is biased, and flat where
-    no patch is seen twice. T = 1 takes one draw.
+    The distribution tends to the exact one for large N; at a finite N it is biased, and uniform
+    over the draws if no patch is seen twice. T = 1 takes one draw.
 
-    A patch of weight C(count, n) is one of count choose n groups of n draws that agree on it, so
-    the choice by weight is a uniform choice among all groups of the pool that agree. That is the
-    first of them in a random order of all groups, whose draws are made as the order comes to
-    them: at a collision rate of 0.1, about 20 instead of 200. Where half of the pool has decided
-    nothing, or no two draws begin alike, the rest is drawn; no group that was looked at agrees, and
-    the order of the others is still random, so the choice by weight over the whole pool is the
-    same.
+    The weight of a patch, C(count, n), is the number of groups of n draws that agree on it. So a
+    choice by weight is a uniform choice among all groups of the pool that agree, which is the same
+    as taking the first agreeing group in a random order of all groups. Draws are made when the
+    order reaches them: at a collision rate of 0.1, about 20 instead of 200. If half of the pool has
+    not decided, or all draws begin differently, the rest are made, and the patch is chosen by
+    weight over the whole pool. The result is the same, since no examined group agrees and the order
+    of the others is still random.
 
     Raises:
         UserError: the temperature is not 1/n, or the pool is smaller than n.
@@ -298,8 +298,8 @@ def sample_from_pool(
 
 
 def _random_groups(size: int, n: int, rng: np.random.Generator) -> Iterator[tuple[int, ...]]:
-    """Groups of n of the numbers below ``size``, in a random order of all of them; ends with the
-    last, which only for small numbers anyone waits for."""
+    """Yield all groups of n of the numbers below ``size`` in random order. Exhausting it is only
+    feasible for small numbers."""
     seen: set[tuple[int, ...]] = set()
     for _ in range(comb(size, n)):
         group = _random_group(size, n, rng)
@@ -317,16 +317,16 @@ def exponent_parts(temperature: float) -> tuple[int, float]:
     """n and a with 1/T = n + a, n >= 1 and 0 <= a < 1.
 
     Raises:
-        UserError: the temperature is outside (0, 1], or its inverse is no finite number.
+        UserError: the temperature is outside (0, 1], or its inverse is not finite.
     """
     if not 0 < temperature <= 1:
         raise UserError(
-            f"temperature {temperature:g}: must lie in (0, 1]; CALM can sharpen its samples, not "
-            "flatten them, and has no most likely patch to return at 0"
+            f"temperature {temperature:g}: must lie in (0, 1]; CALM can sharpen its samples but "
+            "not flatten them, and does not know the most likely patch to return at 0"
         )
     exponent = 1 / temperature
     if isinf(exponent):
-        raise UserError(f"temperature {temperature:g}: too small to be computed with; raise it")
+        raise UserError(f"temperature {temperature:g}: too small, 1/T overflows; raise it")
     if abs(exponent - round(exponent)) < 1e-9 * exponent:
         return round(exponent), 0.0
     return floor(exponent), exponent - floor(exponent)

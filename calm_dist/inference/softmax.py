@@ -1,9 +1,10 @@
-"""The next step of a text from probabilities: of a Transformer, and of a CALM with the tokens head.
+"""Draw the next step of a text from probabilities: Transformer, and CALM with the tokens head.
 
-Two meanings of a temperature T of a patch:
+For a patch, the temperature T can mean two things:
 
-* of each token, given those before it: what a Transformer does (`draw_tokens`);
-* of the patch as a whole, P(x)^(1/T) / Z, as for a CALM that draws latents (`draw_sharpened`).
+* it applies to each token, given those before it, as in a Transformer (`draw_tokens`);
+* it applies to the patch as a whole, P(x)^(1/T) / Z, as in a CALM that draws latents
+  (`draw_sharpened`).
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ _PROPOSALS_AT_ONCE = 64
 def softmax_sampler(
     model: LoadedModel, temperature: float, method: Method, max_draws: int
 ) -> Sampler:
-    """Outputs of the last step [d] or [V] -> the next token or patch.
+    """A function from outputs of the last step [d] or [V] to the next token or patch.
 
     Raises:
-        UserError: the model has no such method, or not at this temperature.
+        UserError: the model does not support the method, or not at this temperature.
     """
     if method == "pool" and model.kind == "calm":
         raise UserError(
-            "method pool: is for samples of latents; the tokens head knows its probabilities; use "
-            "auto or exact"
+            "method pool: is for samples of latents, but the tokens head knows its probabilities; "
+            "use auto or exact"
         )
     if method == "exact" and model.kind == "calm":
         exponent_parts(temperature)
@@ -53,7 +54,7 @@ def draw_tokens(
 ) -> torch.Tensor:
     """The next step of each row of outputs [n, ...], token by token from the softmax at T; [n, K].
 
-    At temperature 0 the most likely token, of equally likely ones that of the lowest id.
+    Temperature 0 takes the most likely token; ties go to the lowest id.
     """
     tokens = torch.empty(len(outputs), 0, dtype=torch.long)
     for _ in range(model.recipe.model.patch_size):
@@ -65,9 +66,9 @@ def draw_tokens(
 
 def _draw(logits: torch.Tensor, temperature: float, rng: np.random.Generator) -> int:
     if temperature == 0:
-        # numpy says which of several largest it takes: the first.
+        # numpy's argmax is documented to take the first of equal values.
         return int(logits.float().cpu().numpy().argmax())
-    # The largest logit becomes 0, so that no temperature, however small, makes an infinity.
+    # Shift the largest logit to 0, so that no temperature, however small, gives an infinity.
     scores = logits.double().cpu()
     chances = ((scores - scores.max()) / temperature).softmax(-1).numpy()
     return int(rng.choice(len(chances), p=chances))
@@ -80,14 +81,14 @@ def draw_sharpened(
     rng: np.random.Generator,
     max_draws: int,
 ) -> list[int]:
-    """One patch from P(x)^(1/T) / Z, exactly.
+    """One exact sample of a patch from P(x)^(1/T) / Z.
 
-    Token by token at T a patch has the probability Π p_k^(1/T) / c_k, where c_k is the sum of
-    p_k^(1/T) over the vocabulary given the tokens before. So such a patch is accepted with the
-    probability c_2 · ... · c_K, which is at most 1 for T <= 1; c_1 is the same for all.
+    Drawn token by token at T, a patch has the probability Π p_k^(1/T) / c_k, where c_k is the sum
+    of p_k^(1/T) over the vocabulary given the tokens before. So the proposal is accepted with
+    probability c_2 · ... · c_K, which is at most 1 for T <= 1; c_1 is the same for all patches.
 
     Raises:
-        UserError: ``max_draws`` proposals gave none.
+        UserError: none of ``max_draws`` proposals was accepted.
     """
     made = 0
     while made < max_draws:
@@ -103,7 +104,7 @@ def draw_sharpened(
                 accept += log_c
             bounds = (log_p - log_c[:, None]).exp().cumsum(-1)
             at = torch.from_numpy(rng.random((count, 1))) * bounds[:, -1:]
-            # Right of all bounds that are not above it: never a token without a chance.
+            # right=True skips bounds equal to the number: a token of probability 0 is never drawn.
             drawn = torch.searchsorted(bounds, at, right=True).clamp_(max=bounds.shape[-1] - 1)
             tokens = torch.cat([tokens, drawn], dim=1)
         accepted = np.log(rng.random(count)) < accept.numpy()

@@ -1,1 +1,1 @@
-"""Released models by name, and checkpoints converted from and to the released layout."""
+"""Load released models, and convert checkpoints from and to the released layout."""

@@ -1,7 +1,7 @@
-"""Whole checkpoints from the authors' released layout into ours and back.
+"""Convert whole checkpoints between the authors' released layout and ours.
 
-One plain process; weights are read from their files one by one and are in memory about once.
-Nothing is left behind where a conversion fails.
+A conversion runs in one plain process; weights are read one by one and are in memory about once.
+A failed conversion leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from calm_dist.training.resolve import autoencoder_directory
 
 AUTOENCODER_DIRECTORY = "autoencoder"
 RELEASED_CONFIG_FILE = "released_config.json"
-"""The ``config.json`` that a run was imported with, beside its recipe."""
+"""The ``config.json`` from which a run was imported, kept next to its recipe."""
 
 TokenIds = Mapping[str, int | None]
 
@@ -53,19 +53,20 @@ def import_checkpoint(
     autoencoder: str | Path | None = None,
     tokenizer: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Make a run directory of a released CALM, or an autoencoder directory of a released one.
+    """Create a run directory from a released CALM, or an autoencoder directory from a released
+    autoencoder.
 
-    The run has one checkpoint, of step 0 and weights only: a training in it starts with a fresh
-    optimizer, on any layout.
+    The run has one checkpoint, of step 0 and with weights only: training starts from it with a
+    fresh optimizer, on any layout.
 
     Args:
         source: released directory.
         target: new or empty directory.
         autoencoder: CALM: overrides ``ae_path``.
-        tokenizer: CALM: tokenizer file; the one in ``source`` where absent.
+        tokenizer: CALM: tokenizer file; default: the one in ``source``.
 
     Returns:
-        What was done, JSON-able.
+        A JSON-able report of the conversion.
 
     Raises:
         UserError: a file is missing, damaged or unsuitable, or ``target`` is not empty.
@@ -86,9 +87,9 @@ def import_checkpoint(
 def export_checkpoint(
     source: str | Path, target: str | Path, autoencoder: str | Path | None = None
 ) -> dict[str, Any]:
-    """Write a CALM or an autoencoder of ours as the authors' classes read it.
+    """Write one of our CALMs or autoencoders in the layout that the authors' classes read.
 
-    A CALM comes with its autoencoder in a directory of its own, to which ``ae_path`` leads.
+    A CALM is written with its autoencoder in a subdirectory, which ``ae_path`` names.
 
     Args:
         source: run directory or checkpoint, of any layout.
@@ -96,7 +97,7 @@ def export_checkpoint(
         autoencoder: CALM: overrides the recipe's ``model.autoencoder``.
 
     Returns:
-        What was done, JSON-able.
+        A JSON-able report of the conversion.
 
     Raises:
         UserError: the checkpoint is missing, damaged or unsuitable, or ``target`` is not empty.
@@ -121,7 +122,8 @@ def export_checkpoint(
 
 
 def _check_slots(model: Autoencoder, directory: Path) -> None:
-    """The authors' class has no slots, and would decode with all of a latent."""
+    """Refuse slots: the authors' class has none, and would decode every token from the whole
+    latent."""
     if model.config.latent_slots > 1:
         raise CheckpointError(
             f"{directory}: its autoencoder has model.latent_slots {model.config.latent_slots}, "
@@ -150,9 +152,9 @@ def _import_calm(
         (partial / checkpoints.RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
         _write_first_checkpoint(model, recipe, partial, tokenizer)
     notes.append(
-        f"to go on training: tools/train.py {target / checkpoints.RECIPE_FILE} data.path=STORE, "
-        f"which says {recipe.data.sources[0].path}; data.block_size={recipe.block_size} must be "
-        "the store's"
+        f"to continue training: tools/train.py {target / checkpoints.RECIPE_FILE} data.path=STORE "
+        f"(the recipe has {recipe.data.sources[0].path}); the store's block size must be "
+        f"data.block_size={recipe.block_size}"
     )
     return _report_calm(model, source, target, notes)
 
@@ -205,8 +207,8 @@ def _export_calm(directory: Path, target: Path, autoencoder: str | Path | None) 
 
 
 def _place_autoencoder(model: LoadedModel, directory: Path, token_ids: TokenIds) -> None:
-    """A copy of the autoencoder's own files, by whose sha256 data stores know it; one that lay
-    inside the weights, or in several files, is written anew."""
+    """Copy the autoencoder's files unchanged, since data stores record their sha256. An autoencoder
+    that was inside the weights, or in several files, is written as a new file."""
     assert isinstance(model.recipe.model, CalmModel) and model.autoencoder is not None
     directory.mkdir()
     named = model.recipe.model.autoencoder
@@ -225,10 +227,10 @@ def _place_autoencoder(model: LoadedModel, directory: Path, token_ids: TokenIds)
 def _find_tokenizer(
     source: Path, given: str | Path | None, vocab_size: int
 ) -> tuple[Tokenizer | None, list[str]]:
-    """The tokenizer to copy, and notes on one that was found but is not taken.
+    """The tokenizer to copy, and notes on a tokenizer that was found but is not used.
 
     Raises:
-        DataError: the one that was given cannot be used.
+        DataError: the given tokenizer cannot be used.
     """
     path = given or tokenizer_file(source)
     if path is None:
@@ -242,12 +244,12 @@ def _find_tokenizer(
     except DataError as error:
         if given:
             raise
-        return None, [f"the tokenizer in {source} is not taken ({error})"]
+        return None, [f"the tokenizer in {source} is not used ({error})"]
     return tokenizer, []
 
 
 def _tokenizer_of(model: LoadedModel) -> Tokenizer | None:
-    """The tokenizer that a checkpoint's recipe names, where that file is there and the same."""
+    """The tokenizer that a checkpoint's recipe names, if the file exists and is unchanged."""
     path = model.recipe.data.tokenizer
     if path is None or not Path(path).is_file():
         return None
@@ -257,7 +259,7 @@ def _tokenizer_of(model: LoadedModel) -> Tokenizer | None:
 
 
 def _token_ids(run_dir: Path | None, tokenizer: Tokenizer | None) -> TokenIds:
-    """As the run was imported with, or the tokenizer's."""
+    """The token ids from which the run was imported, or else the tokenizer's."""
     if run_dir is not None and (run_dir / RELEASED_CONFIG_FILE).is_file():
         return stated_token_ids(run_dir, RELEASED_CONFIG_FILE)
     if tokenizer is None:
@@ -291,7 +293,7 @@ def _report_calm(
 ) -> dict[str, Any]:
     recipe = model.recipe.model
     assert isinstance(recipe, CalmModel)
-    # Without the rows that only pad our table.
+    # Without the rows that only pad our embedding table.
     of_backbone = sum(math.prod(shape) for shape in released_shapes(recipe).values())
     count = of_backbone + _count(model.head)
     return _report(f"calm with {recipe.head.kind} head", source, target, count, notes)
@@ -315,7 +317,7 @@ def _report(
 
 @contextmanager
 def _written_aside(target: Path) -> Iterator[Path]:
-    """A directory that becomes ``target`` when all is written, and vanishes when it is not.
+    """A directory that is renamed to ``target`` on success, and removed on an exception.
 
     Raises:
         UserError: ``target`` exists and is not empty.

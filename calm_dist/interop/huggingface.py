@@ -1,7 +1,7 @@
-"""The authors' released checkpoints as models, and ours in their layout.
+"""Load the authors' released checkpoints as models, and write ours in their layout.
 
-A directory with ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin``, in one file or
-several with an index. Pickles are read as data only, never executed.
+The layout is a directory with ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin``,
+in one file or several with an index. Pickles are read as data only, never executed.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ __all__ = ["load_autoencoder", "load_calm", "save_autoencoder"]
 def load_calm(
     directory: str | Path, autoencoder: str | Path | None = None, device: str = "cpu"
 ) -> LoadedModel:
-    """A released CALM in eval mode, fp32, on Megatron's backbone, in this process alone.
+    """Load a released CALM in eval mode, fp32, on Megatron's backbone, into this process alone.
 
-    It evaluates and generates like a model of `inference.load.load_model`.
+    It can be used like a model from `inference.load.load_model`.
 
     Args:
-        directory: of the checkpoint.
-        autoencoder: overrides ``ae_path`` of ``config.json``, which is looked for as given, then
-            beside the weights, then beside their directory; where it is nowhere, the autoencoder
-            inside the weights serves.
-        device: of all weights.
+        directory: directory of the checkpoint.
+        autoencoder: overrides ``ae_path`` of ``config.json``. That path is tried as given, then
+            relative to the weights' directory, then to its parent; if it exists nowhere, the
+            autoencoder inside the weights is used.
+        device: device of all weights.
 
     Raises:
-        CheckpointError: a file is missing, damaged, or of a model that the backbone cannot be.
+        CheckpointError: a file is missing, damaged, or from a model that the backbone does not
+            support.
     """
-    # The whole model is assembled above this layer.
+    # Imported here because loading is in a higher layer.
     from calm_dist.inference.load import load_released
 
     return load_released(directory, autoencoder, device)

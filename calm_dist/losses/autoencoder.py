@@ -32,7 +32,7 @@ class AutoencoderSettings(Protocol):
 
 
 class TokenAutoencoder(Protocol):
-    """What the losses use of a `models.autoencoder.Autoencoder`, which documents it."""
+    """The part of `models.autoencoder.Autoencoder` that the losses use; see there."""
 
     @property
     def config(self) -> AutoencoderSettings: ...
@@ -87,15 +87,15 @@ def kl_per_dimension(mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
 def autoencoder_loss(
     model: TokenAutoencoder, tokens: torch.Tensor, noise: TrainingNoise
 ) -> AutoencoderLoss:
-    """K·CE + kl_weight·KL with the KL of every dimension raised to ``kl_clamp``.
+    """K·CE + kl_weight·KL, with the KL of every dimension clamped to at least ``kl_clamp``.
 
     Args:
-        tokens: [B, T], the input before token dropout and the target.
-        noise: from `draw_training_noise`; given from outside so that a test can fix it.
+        tokens: [B, T], the target, and the input before token dropout.
+        noise: from `draw_training_noise`; an argument so that tests can fix it.
     """
     config = model.config
     inputs = torch.where(noise.token_keep, tokens, config.replaced_token_id)
-    # Under autocast they come as bf16, too coarse for the KL.
+    # Under autocast they are bf16, too coarse for the KL.
     mean, log_std = (part.float() for part in model.encode(inputs))
     z = mean + noise.eps * log_std.exp()
     z = z * noise.latent_keep / (1 - config.ae_dropout)  # inverted scaling

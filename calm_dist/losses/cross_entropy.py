@@ -16,7 +16,7 @@ def next_token_loss(
     Args:
         logits: [T, B, V / tensor_parallel_size]
         targets: [B, T], the token that each position predicts.
-        weight: [T], zero where a position predicts nothing.
+        weight: [T], zero for positions that predict nothing.
     """
     losses = vocab_parallel_cross_entropy(logits.float(), targets.transpose(0, 1).contiguous())
     return (losses * weight[:, None]).sum()

@@ -5,8 +5,8 @@ For N samples x_n and M draws z_m of N(mean, exp(log_std)^2), per position (equa
     score = 1/(N(N-1)) Σ_{n≠k} ‖x_n - x_k‖^β - 2/(NM) Σ_{n,m} ‖z_m - x_n‖^β
 
 which is higher for a better head; the loss is its negative mean. `energy_score_reference` is the
-formula as written. `energy_score` gives the same numbers from matrix products over chunks of
-positions and never holds a tensor of N·M·positions·l elements.
+formula as written. `energy_score` computes the same numbers with matrix products over chunks of
+positions and never allocates a tensor of N·M·positions·l elements.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import torch
 from calm_dist.randomness import key_seed
 
 CHUNK_POSITIONS = 64
-# Below this fraction of ‖x‖² + ‖z‖², a squared distance from a matrix product has lost too many
-# digits to cancellation and is computed again from the difference.
+# A squared distance below this fraction of ‖x‖² + ‖z‖² has lost too many digits to cancellation in
+# the matrix product, and is computed again from the difference.
 CANCELLATION = 1e-3
 
 
 NoiseChunks = Iterable[tuple[int, int, Callable[[], torch.Tensor]]]
-"""(start, stop, what draws standard normal noise [M, stop - start, l]); the chunks cover all
-positions, and can be drawn in any order."""
+"""(start, stop, function that draws standard normal noise [M, stop - start, l]); the chunks cover
+all positions, and can be drawn in any order."""
 
 
 def energy_score(
@@ -47,11 +47,11 @@ def energy_score(
     Args:
         samples: head samples [N, S, l], N >= 2.
         mean, log_std: posterior [S, l].
-        noise: standard normal noise of the posterior draws [M, S, l]; None draws it inside, chunk
+        noise: standard normal noise of the posterior draws [M, S, l]; None: it is drawn here, chunk
             by chunk, from ``seed`` (or torch's global generator).
         beta: exponent of the distance, 0 < beta < 2.
-        num_draws: M where ``noise`` is None.
-        seed: seed of the draws where ``noise`` is None.
+        num_draws: M if ``noise`` is None.
+        seed: seed of the draws if ``noise`` is None.
 
     Returns:
         Scores [S] in fp32.
@@ -66,7 +66,7 @@ def energy_score(
             "no draws of the posterior: num_draws, or the noise's M, must be at least 1"
         )
     if mean.requires_grad or log_std.requires_grad:
-        # The chunked form differentiates with respect to the samples alone.
+        # The chunked form has gradients only with respect to the samples.
         if noise is None:
             drawn = _DrawnNoise(mean, num_draws, seed)
             noise = torch.cat([draw() for _, _, draw in drawn], dim=1)
@@ -84,7 +84,7 @@ def energy_score_chunked(
     noise: NoiseChunks,
     beta: float,
 ) -> torch.Tensor:
-    """`energy_score` with the noise of the draws handed in by chunks; [N, S, l] -> [S]."""
+    """`energy_score` with the noise of the draws given in chunks; [N, S, l] -> [S]."""
     return _ChunkedEnergyScore.apply(samples, mean, log_std, noise, beta)
 
 
@@ -95,7 +95,7 @@ def energy_score_reference(
     noise: torch.Tensor,
     beta: float = 1.0,
 ) -> torch.Tensor:
-    """The formula as written, every tensor materialised: the oracle of the other forms."""
+    """The formula as written, with every tensor materialised; the reference for tests."""
     num_samples = samples.shape[0]
     samples = samples.float()
     draws = mean.float() + noise.float() * log_std.float().exp()
@@ -125,8 +125,8 @@ class _GivenNoise:
 
 
 class _DrawnNoise:
-    """Noise drawn chunk by chunk, each from a generator of its own; ``seed`` None takes one from
-    torch's global generator."""
+    """Noise drawn chunk by chunk, each from its own generator; if ``seed`` is None, it is drawn
+    from torch's global generator."""
 
     def __init__(self, like: torch.Tensor, num_draws: int, seed: int | None) -> None:
         self.like, self.num_draws = like, num_draws
@@ -151,8 +151,9 @@ def _chunks(positions: int) -> Iterator[tuple[int, int]]:
 def _for_each(
     work: Callable[[int, int, torch.Tensor], None], noise: NoiseChunks, device: torch.device
 ) -> None:
-    """``work`` on every chunk; on CPUs on as many at once as torch has threads, each on one thread:
-    neither drawing numbers nor work on pieces that fit a cache is any faster on several."""
+    """Call ``work`` on every chunk. On CPUs, as many chunks run at once as torch has threads, one
+    thread each: neither drawing numbers nor work on pieces that fit a cache is faster on several
+    threads."""
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     if threads == 1:
         for start, stop, draw in noise:
@@ -162,7 +163,7 @@ def _for_each(
     inference = torch.is_inference_mode_enabled()
 
     def draw_and_work(start: int, stop: int, draw: Callable[[], torch.Tensor]) -> None:
-        # Modes are those of a thread.
+        # Modes are per thread.
         with torch.inference_mode(inference), torch.no_grad():
             work(start, stop, draw())
 
@@ -171,14 +172,14 @@ def _for_each(
             for done in [pool.submit(draw_and_work, *chunk) for chunk in noise]:
                 done.result()
     finally:
-        # How many threads torch uses is a setting of each thread, and what the last one of them
-        # has set is that of new ones.
+        # The number of threads that torch uses is set per thread, and new threads get the number
+        # that was set last.
         torch.set_num_threads(threads)
 
 
 class _ChunkedEnergyScore(torch.autograd.Function):
-    """The score of each position depends on its own samples alone, so the gradient is worked out
-    in the forward pass, while the chunk's draws exist, and only scaled in the backward pass."""
+    """The score of each position depends only on its own samples, so the gradient is computed in
+    the forward pass, while the chunk's draws exist, and only scaled in the backward pass."""
 
     @staticmethod
     def forward(
@@ -200,8 +201,8 @@ class _ChunkedEnergyScore(torch.autograd.Function):
             x = samples[:, start:stop].float() - centre  # [N, s, l]
             x = x.transpose(0, 1).contiguous()
             scale = log_std[start:stop, None].float().exp()
-            # One piece of memory for all chunks: on CPUs, new memory costs more than what is
-            # worked out in it.
+            # Reuse one buffer for all chunks: on CPUs, allocating new memory costs more than the
+            # computation in it.
             shape = (stop - start, draw.shape[0], draw.shape[2])
             if (draws := getattr(memory, "draws", None)) is None or draws.shape != shape:
                 draws = memory.draws = scale.new_empty(shape)
@@ -211,11 +212,11 @@ class _ChunkedEnergyScore(torch.autograd.Function):
             score[start:stop] = between - 2 * to_draws
             if gradient is not None:
                 assert pull is not None and push is not None
-                # A pair (n, k) pulls at both of its ends.
+                # The gradient of a pair (n, k) acts on both samples.
                 total = 2 * (push - pull)
                 gradient[:, start:stop] = total.transpose(0, 1).to(gradient.dtype)
 
-        # fp32 whatever is around: distances are differences of large numbers.
+        # fp32 even under autocast: distances are differences of large numbers.
         with torch.autocast(samples.device.type, enabled=False):
             _for_each(work, noise, samples.device)
         if gradient is not None:
@@ -256,7 +257,7 @@ def _mean_power(
     value = power.sum(dim=(1, 2)) / pairs
     if not needs_gradient:
         return value, None
-    # d‖v‖^β / dv = β ‖v‖^(β-2) v, taken as zero at v = 0, where it is not defined for β <= 1.
+    # d‖v‖^β / dv = β ‖v‖^(β-2) v; zero at v = 0, where it is undefined for β <= 1.
     weight = power.mul_(beta / pairs).div_(squared).nan_to_num_(nan=0.0)
     return value, torch.baddbmm(x * weight.sum(-1, keepdim=True), weight, z, alpha=-1)
 
@@ -273,7 +274,7 @@ def _check(
     if mean.shape != samples.shape[1:] or log_std.shape != mean.shape:
         raise ValueError(
             f"mean {list(mean.shape)} and log_std {list(log_std.shape)} must both be "
-            f"{list(samples.shape[1:])}, as samples {list(samples.shape)} say"
+            f"{list(samples.shape[1:])}, since samples are {list(samples.shape)}"
         )
     if noise is not None and (noise.dim() != 3 or noise.shape[1:] != mean.shape):
         raise ValueError(f"noise {list(noise.shape)} must be [M, {mean.shape[0]}, {mean.shape[1]}]")

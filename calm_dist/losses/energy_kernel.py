@@ -3,8 +3,8 @@
 Correct in Triton's interpreter (``TRITON_INTERPRET=1``, on CPUs) and compiled ahead of time for
 NVIDIA's 8.0, 9.0 and 10.0 (tests/gpu); not timed on a GPU yet.
 
-The draws come from Triton's counter-based generator (Philox) with a key for each position: they are
-the same for every split of the positions.
+The draws come from Triton's counter-based generator (Philox) with a key for each position, so they
+do not depend on how the positions are split.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ def fused_energy_score(
     noise: torch.Tensor | None = None,
     beta: float = 1.0,
 ) -> torch.Tensor:
-    """`losses.energy.energy_score`, which checks the arguments and says what they are; the
+    """`losses.energy.energy_score` without its checks; see there for the other arguments. The
     posterior gets no gradient.
 
     Args:
         keys: int64 [S], one for the ``num_draws`` draws of each position; equal keys give equal
             draws.
-        noise: [M, S, l], the draws in place of ``keys``.
+        noise: [M, S, l], the draws, instead of ``keys``.
 
     Returns:
         Scores [S] in fp32.
 
     Raises:
-        ValueError: not one of ``keys`` and ``noise``.
+        ValueError: both or neither of ``keys`` and ``noise`` are given.
     """
     if (keys is None) == (noise is None):
-        raise ValueError("give keys of the draws, or noise")
+        raise ValueError("give either keys of the draws or noise")
     return _FusedEnergyScore.apply(samples, mean, log_std, noise, beta, num_draws, keys)
 
 
@@ -69,7 +69,7 @@ def constants(num_samples: int, size: int) -> dict[str, Any]:
 
 
 class _FusedEnergyScore(torch.autograd.Function):
-    """The gradient is worked out in the forward pass, while the draws exist."""
+    """The gradient is computed in the forward pass, while the draws exist."""
 
     @staticmethod
     def forward(

@@ -1,9 +1,9 @@
-"""Cross entropy of an output layer over a large vocabulary, without its logits in memory.
+"""Cross entropy of an output layer over a large vocabulary, without all logits in memory.
 
-The logits of a few rows at a time are made, turned into their gradient in place, and used up: the
-gradients of hidden states and weights are worked out in the forward pass and only scaled in the
-backward pass. The work is that of the plain form, three matrix products, and its memory one chunk
-of logits instead of three times all of them.
+The logits of a few rows at a time are computed and turned into their gradient in place; the
+gradients of hidden states and weights are computed in the forward pass and only scaled in the
+backward pass. The work is that of the plain form, three matrix products; the memory is one chunk of
+logits instead of three times all of them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-# Logits in memory at a time (168 MiB in fp32). Fewer rows make the matrix products slower: of 128k
-# words, 256 rows cost 10% more than 512, and those no more than 1,024.
+# Logits in memory at a time (168 MiB in fp32). Fewer rows make the matrix products slower: with
+# 128k words, 256 rows cost 10% more than 512, and 512 cost no more than 1,024.
 CHUNK_LOGITS = 44_000_000
 
 
@@ -24,16 +24,16 @@ def linear_cross_entropy(
 
     Args:
         hidden: [n, d], n >= 1.
-        weight: [V, d] of the output layer, without bias.
-        targets: [n], the right rows of ``weight``.
+        weight: [V, d], the output layer, without bias.
+        targets: [n], the correct rows of ``weight``.
 
-    Under autocast the products are those of an output layer there; the rest is fp32.
+    Under autocast the products have autocast's type, as in an output layer; the rest is fp32.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        # Inside, gradients are always off.
+        # Pass it on, since gradients are always off inside `forward`.
         return _LinearCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled())
 
 
@@ -79,6 +79,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # In place, since they are as large as the weight: autograd refuses a second pass over a
-        # graph that was kept.
+        # In place, since they are as large as the weight. Autograd therefore refuses a second
+        # backward pass over a retained graph.
         return *(saved.mul_(grad_loss) for saved in ctx.saved_tensors), None, None

@@ -1,4 +1,4 @@
-"""How well an autoencoder gives tokens back, and which latent dimensions it uses."""
+"""How well an autoencoder reconstructs tokens, and which latent dimensions it uses."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from calm_dist.losses.autoencoder import TokenAutoencoder, kl_per_dimension
 COLLAPSED_NATS = 0.05
 ACTIVE_VARIANCE = 0.01
 # Standard deviations of the noise under which reconstruction is measured: a language model's
-# samples are never exact, and a latent is only of use where the decoder forgives that. The
-# paper's autoencoder learns a posterior of about 0.3.
+# samples are never exact, so the decoder must tolerate errors. The posterior of the paper's
+# autoencoder has a std of about 0.3.
 NOISE_SIZES = (0.1, 0.3, 0.5, 1.0)
-# Logits that are in memory at a time, for vocabularies of any size.
+# Logits in memory at a time, for vocabularies of any size.
 CHUNK_LOGITS = 1 << 24
 
 
 class Reconstruction:
-    """Sums over held-out blocks, from which `summary` makes the reported numbers.
+    """Sums over held-out blocks, from which `summary` computes the reported numbers.
 
-    A dimension is *collapsed* where its KL to the prior, averaged over patches, is at most
+    A dimension is *collapsed* if its KL to the prior, averaged over patches, is at most
     `COLLAPSED_NATS`. That average is an upper bound of the information about the patch that the
-    dimension carries, so these carry next to none. The floor of the training loss is no such
-    threshold: below it KL is free, and a dimension there may carry as much as the floor allows
-    (0.5 nats in the paper).
+    dimension carries, so collapsed dimensions carry almost none. The clamp of the training loss is
+    not a suitable threshold: KL below it costs nothing, so such a dimension may carry as much as
+    the clamp (0.5 nats in the paper).
 
-    A dimension is *active* where its mean varies over patches with a variance above
-    `ACTIVE_VARIANCE` (Burda et al., arXiv 1509.00519). One that is far from the prior and yet the
-    same for every patch is neither.
+    A dimension is *active* if its mean varies over patches with a variance above `ACTIVE_VARIANCE`
+    (Burda et al., arXiv 1509.00519). A dimension that is far from the prior but the same for every
+    patch is neither.
 
     Attributes:
-        latent_sums: float64 [4, l], over patches: KL, mean, mean², std.
-        counts: int64 [4]: tokens right with a sampled latent, with the mean; tokens; blocks.
-        right_under_noise: int64 [len(NOISE_SIZES)], tokens right with the mean and noise of each
+        latent_sums: float64 [4, l], sums over patches of KL, mean, mean², std.
+        counts: int64 [4]: correct tokens with a sampled latent, and with the mean; tokens; blocks.
+        right_under_noise: int64 [len(NOISE_SIZES)], correct tokens with the mean and noise of each
             size.
     """
 
@@ -68,13 +68,13 @@ class Reconstruction:
     def summary(self, patch_size: int) -> dict[str, Any]:
         """The numbers of an evaluation record.
 
-        ``kl_per_dim`` is in nats; ``mean_std`` is the average std of the posteriors, and
-        ``spread`` how far their means lie apart: the root of their variance over patches,
-        averaged over dimensions.
+        ``kl_per_dim`` is in nats; ``mean_std`` is the average std of the posteriors; ``spread`` is
+        the spread of their means: the root of their variance over patches, averaged over
+        dimensions.
         """
         sampled, exact, tokens, blocks = self.counts.tolist()
         kl, mean, squared_mean, std = self.latent_sums.cpu() * patch_size / tokens
-        # Rounding takes that of a constant below zero.
+        # Rounding can make the variance of a constant negative.
         variance = (squared_mean - mean.square()).clamp(min=0)
         return {
             "token_accuracy": sampled / tokens,

@@ -1,4 +1,4 @@
-"""Attention core and norm that Megatron's layers are built with."""
+"""Attention core and norm used in Megatron's layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ except ImportError:
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm that may be used under sequence parallelism.
+    """RMSNorm that works under sequence parallelism.
 
     Megatron's wrapper of torch norms refuses sequence parallelism (0.16.1). The tag makes
     `finalize_model_grads` sum the weight's gradient over the tensor-parallel ranks.
@@ -57,18 +57,18 @@ class CachedSelfAttention(SelfAttention):
         of_query, of_key = rotary_pos_emb
         key = apply_rotary_pos_emb(key, of_key, self.config, cp_group=self.pg_collection.cp)
         keys, values = inference_context.append(self.layer_number, key, value)
-        # No rotation is left for the keys, and no block table.
+        # The keys need no further rotation; there is no block table.
         return query, keys, values, (of_query, None), self.attn_mask_type, None
 
 
 class CoreAttention(MegatronModule):
-    """Softmax attention on [steps, B, heads, head_dim]: flash-attn where it applies, else SDPA.
+    """Softmax attention on [steps, B, heads, head_dim]: flash-attn if it applies, else SDPA.
 
-    Causal by default. A boolean mask [steps, steps] (True: may attend) replaces the causal one;
-    it always runs on SDPA. Under context parallelism the steps are this rank's piece of the
-    sequence; keys and values of the pieces before it are gathered. Keys and values of a cache are
-    lists, see `KeyValueCache.append`: the steps are the last ones of each row, and rows beyond the
-    lists get zeros.
+    Causal by default. A boolean mask [steps, steps] (True: may attend) replaces the causal one and
+    always runs on SDPA. Under context parallelism the steps are this rank's piece of the sequence;
+    keys and values of the earlier pieces are gathered. Keys and values of a cache are lists, see
+    `KeyValueCache.append`: the steps are the last ones of each row, and rows beyond the lists get
+    zeros.
     """
 
     def __init__(
@@ -102,8 +102,8 @@ class CoreAttention(MegatronModule):
                 assert attention_mask is None
                 key, value = self._up_to_here(key), self._up_to_here(value)
             return self._attend(query, key, value, attention_mask)
-        # Clone the queries so that alignment never varies. On some of SDPA's paths, the rounding of
-        # a row depends on it, and on the rows that are computed together with it.
+        # Clone the queries so that alignment never varies, and attend row by row. On some of SDPA's
+        # paths the rounding of a row depends on alignment and on the other rows of the call.
         rows = [
             self._attend(query[:, row : row + 1].clone(), *memory, attention_mask)
             for row, memory in enumerate(zip(key, value, strict=True))
@@ -136,7 +136,7 @@ class CoreAttention(MegatronModule):
             ).transpose(0, 1)
         else:
             if mask is None and 1 < steps < slots:
-                # SDPA's own causal mask begins with the first slot.
+                # SDPA's own causal mask is aligned to the first slot.
                 mask = query.new_ones(steps, slots, dtype=torch.bool).tril(slots - steps)
             output = F.scaled_dot_product_attention(
                 query.permute(1, 2, 0, 3),

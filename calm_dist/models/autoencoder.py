@@ -14,7 +14,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Shape and regularisation of an autoencoder; released field names where they exist.
+    """Shape and regularisation of an autoencoder; fields have their released names if they exist.
 
     ``ae_dropout`` is the dropout of the latent. ``token_dropout`` (released: the same value)
     replaces that share of the input tokens by ``replaced_token_id`` (released: 0) in training.
@@ -34,22 +34,22 @@ class AutoencoderConfig:
     kl_clamp: float = 0.5
     rms_norm_eps: float = 1e-6
     latent_slots: int = 1
-    """1, or ``patch_size``: the decoder of token k sees the first k of as many equal parts of the
-    latent. Not in the released code, where it is 1."""
+    """1, or ``patch_size``: the latent has that many equal parts, and the decoder of token k sees
+    the first k. The released code has no such field; it corresponds to 1."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError where layers cannot be halved, or the latent not cut."""
+        """Raise ValueError if layers cannot be halved or the latent cannot be cut into slots."""
         if self.latent_slots not in (1, self.patch_size) or self.latent_size % self.latent_slots:
             raise ValueError(
                 f"latent_slots: {self.latent_slots} with patch_size {self.patch_size} and "
-                f"latent_size {self.latent_size}; use 1, or patch_size where it divides latent_size"
+                f"latent_size {self.latent_size}; use 1, or patch_size if it divides latent_size"
             )
         for name in ("num_encoder_layers", "num_decoder_layers"):
             layers = getattr(self, name)
             if layers < 2 or layers % 2:
                 raise ValueError(
-                    f"{name}: {layers} is no even number from 2, but half of the layers work on "
-                    f"tokens and half on patches; use {max(2, layers + layers % 2)}"
+                    f"{name}: {layers} is not an even number of at least 2, but half of the layers "
+                    f"work on tokens and half on patches; use {max(2, layers + layers % 2)}"
                 )
 
 
@@ -67,7 +67,7 @@ class GatedMLP(nn.Module):
 
 
 class AELayer(nn.Module):
-    """x + MLP(RMSNorm(x)): a layer without attention, each position by itself."""
+    """x + MLP(RMSNorm(x)): a layer without attention, applied to each position independently."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class AELayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Tokens [n, K] -> mean and log_std side by side [n, 2l]."""
+    """Tokens [n, K] -> concatenated mean and log_std [n, 2l]."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Encoder(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         half = len(self.encoder_layers) // 2
-        # These layers see one token at a time: each token that occurs goes through them once.
+        # These layers see one token at a time, so each distinct token is computed once.
         occurring, position = tokens.unique(return_inverse=True)
         x = self.embed_tokens(occurring)
         for layer in self.encoder_layers[:half]:
@@ -128,7 +128,7 @@ class Decoder(nn.Module):
 
     def patch_hidden(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [..., l] -> hidden states of patches [..., d], which `token_hidden` expands; with
-        slots those of a patch as each of its tokens may see it [..., K, d]."""
+        slots, one hidden state for each token, from the slots it may see: [..., K, d]."""
         if self.slots > 1:
             latents = latents[..., None, :] * self._seen(latents)
         x = self.latent_to_hidden(latents)
@@ -137,8 +137,8 @@ class Decoder(nn.Module):
         return x
 
     def token_hidden(self, patches: torch.Tensor, position: int | None = None) -> torch.Tensor:
-        """Hidden states of patches, from `patch_hidden`, -> those of their tokens [..., K, d], or
-        of the tokens at one position alone [..., d]."""
+        """Hidden states of patches from `patch_hidden` -> those of their tokens [..., K, d], or of
+        the token at one position only [..., d]."""
         expand = self.expand_layer
         if position is not None:
             weight, bias = (
@@ -185,11 +185,11 @@ class Autoencoder(nn.Module):
         """Tokens [B, T] -> posterior mean and log_std, each [B, T/K, l].
 
         Raises:
-            ValueError: T is no multiple of K.
+            ValueError: T is not a multiple of K.
         """
         batch, length = tokens.shape
         if length % self.patch_size:
-            raise ValueError(f"{length} tokens are no multiple of patch_size={self.patch_size}")
+            raise ValueError(f"{length} tokens are not a multiple of patch_size={self.patch_size}")
         mean, log_std = self.encoder(tokens.reshape(batch, -1, self.patch_size)).chunk(2, dim=-1)
         return mean, log_std
 

@@ -55,8 +55,8 @@ def transformer_config(recipe: LanguageModelRecipe, dtype: torch.dtype) -> Trans
         num_query_groups=model.key_value_heads,
         normalization="RMSNorm",
         layernorm_epsilon=model.rms_norm_eps,
-        # Megatron sums the gradients of these norms over tensor-parallel ranks, which hold
-        # different heads, by this field alone.
+        # This field alone makes Megatron sum the gradients of these norms over the tensor-parallel
+        # ranks, which hold different heads.
         qk_layernorm=model.qk_norm,
         gated_linear_unit=True,
         activation_func=F.silu,
@@ -73,7 +73,8 @@ def transformer_config(recipe: LanguageModelRecipe, dtype: torch.dtype) -> Trans
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=on_cpu,
-        # `models.initialize` sets every weight again; this also tags weights as tensor-parallel.
+        # `models.initialize` sets every weight again, but this also tags weights as
+        # tensor-parallel.
         perform_initialization=True,
         # These fusions are CUDA or Transformer Engine kernels.
         gradient_accumulation_fusion=False,
@@ -82,8 +83,8 @@ def transformer_config(recipe: LanguageModelRecipe, dtype: torch.dtype) -> Trans
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
-        # Batched and overlapped p2p gave a silently wrong loss on gloo. NCCL needs batching, where
-        # it does not overlap.
+        # Batched and overlapped p2p gave a silently wrong loss on gloo. NCCL needs batching unless
+        # it overlaps.
         batch_p2p_comm=not on_cpu and not parallel.overlap_p2p,
         # A synchronisation of the device after every message, against an old fault of PyTorch.
         batch_p2p_sync=False,
@@ -93,8 +94,8 @@ def transformer_config(recipe: LanguageModelRecipe, dtype: torch.dtype) -> Trans
 
 
 def _pipeline_layout(recipe: LanguageModelRecipe) -> list[list[str]] | None:
-    """Megatron's form of `stages.chunk_sizes`: the parts of all stages' first chunks, then of their
-    second ones, ..."""
+    """Megatron's form of `stages.chunk_sizes`: the parts of the first chunk of every stage, then of
+    the second chunk of every stage, ..."""
     sizes = chunk_sizes(recipe)
     if len(sizes) == 1:
         return None
@@ -106,7 +107,7 @@ def _pipeline_layout(recipe: LanguageModelRecipe) -> list[list[str]] | None:
 
 
 def layer_spec(qk_norm: bool) -> ModuleSpec:
-    """One Llama-like layer of Megatron's own parts."""
+    """One Llama-like layer made of Megatron's parts."""
     head_norm = RMSNorm if qk_norm else IdentityOp
     attention = ModuleSpec(
         module=CachedSelfAttention,
@@ -182,7 +183,7 @@ class Backbone(MegatronModule):
             self.patch_tokens = PatchTokens(
                 config, model.vocab_size, groups, independent=model.head.independent
             )
-        # A bare layer spec would make the block use Megatron's own wrapper for the final norm,
+        # With a bare layer spec the block would use Megatron's own wrapper for the final norm,
         # which refuses sequence parallelism.
         layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp.rank())
         self.decoder = TransformerBlock(
@@ -212,20 +213,21 @@ class Backbone(MegatronModule):
 
         Args:
             tokens: [B, num_steps * K] (CALM) or [B, num_steps]; read by the first stage only.
-            num_steps: length of the sequence in steps; of this rank's piece under context
-                parallelism.
+            num_steps: length of the sequence in steps; under context parallelism, the length of
+                this rank's piece.
             positions: rotary position of each step [num_steps]; default 0, 1, 2, ...
-            mask: [num_steps, held + num_steps], True where a step may attend to one that the cache
-                holds or to one of these; default causal.
-            cache: the steps before these, to which these are added; by default each row goes on
-                from where it ends. Without pipeline stages, for inference. B may exceed its rows:
-                the surplus only fills up the batch.
+            mask: [num_steps, held + num_steps], True where a step may attend to a step in the cache
+                or to one of the new ones; default causal.
+            cache: the preceding steps, to which the new ones are appended; by default each row
+                continues at its own length. For inference, without pipeline stages. B may exceed
+                the cache's rows; the surplus only pads the batch.
 
         Raises:
-            ValueError: the cache has no room.
+            ValueError: the steps do not fit in the cache.
         """
         if cache is None:
-            # packed_seq: not cut by Megatron, whose context-parallel ranks hold other steps.
+            # packed_seq keeps Megatron from cutting the positions: its context-parallel ranks hold
+            # other steps than ours.
             rotary = self.rotary(
                 num_steps if positions is None else int(positions.max()) + 1, packed_seq=True
             )

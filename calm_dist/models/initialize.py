@@ -1,6 +1,6 @@
-"""Initial weights of a tensor- and pipeline-parallel backbone: the same model for every layout.
+"""Initial weights of a tensor- and pipeline-parallel backbone: the same model in every layout.
 
-A full tensor is drawn for each parameter and each tensor-parallel rank keeps its part.
+The full tensor of each parameter is drawn, and each tensor-parallel rank keeps its part.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def initialize_backbone(
                 full = nn.functional.pad(full, (0, 0, 0, vocab_rows - full.shape[0]))
             if not is_sharded:
                 return full
-            # A gated projection (stride 2) keeps [gate; up] parts side by side on each rank.
+            # A gated projection (stride 2) keeps this rank's parts of gate and up, in that order.
             stride = getattr(parameter, "partition_stride", 1)
             return torch.cat(full.chunk(world * stride, dim=dim)[rank::world], dim=dim)
 

@@ -1,4 +1,4 @@
-"""Keys and values of the steps that a backbone has seen, so that each new step runs alone."""
+"""Keys and values of earlier steps, so that the backbone computes only the new step."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class KeyValueCache(StaticInferenceContext):
     """Keys and values of all layers for several rows, each with its own number of steps.
 
     Megatron's static context (0.16.1) writes all rows at one offset, which left-pads short rows,
-    and keeps keys before their rotation, which rotates all of them again at each step. Here every
-    row begins at slot 0, a step's slot is its rotary position, and keys are kept rotated. A row
-    attends to a piece of memory of its own, so that no bit of it depends on the rows beside it.
+    and stores unrotated keys, so that all keys must be rotated again at each step. Here every row
+    begins at slot 0, a step's slot is its rotary position, and keys are stored rotated. Each row
+    attends to its own memory, so that no bit of its result depends on other rows.
 
     Attributes:
-        lengths: steps held for each row, int64 [rows] on the CPU.
+        lengths: number of steps stored for each row, int64 [rows] on the CPU.
     """
 
     def __init__(self, memory: dict[int, tuple[Tensor, Tensor]], lengths: Tensor) -> None:
@@ -28,16 +28,17 @@ class KeyValueCache(StaticInferenceContext):
         super().__init__(max_batch_size=keys.shape[0], max_sequence_length=keys.shape[1])
         self.key_value_memory_dict = memory
         self.lengths = lengths
-        # Of the forward that is running: its number of steps.
+        # Number of steps of the current forward pass.
         self._steps = 0
 
     @property
     def num_rows(self) -> int:
-        """Texts that the cache holds."""
+        """Number of texts in the cache."""
         return len(self.lengths)
 
     def select(self, rows: slice | list[int]) -> KeyValueCache:
-        """Some of the rows. A slice gives a view, through which they are filled; a list a copy."""
+        """Some of the rows. A slice gives a view, which writes to this cache; a list gives a
+        copy."""
         memory = {
             layer: (keys[rows], values[rows])
             for layer, (keys, values) in self.key_value_memory_dict.items()
@@ -49,14 +50,14 @@ class KeyValueCache(StaticInferenceContext):
         self.lengths[row] = 0
 
     def truncate(self, steps: int) -> None:
-        """Forget what every row holds beyond its first ``steps``."""
+        """Forget all but the first ``steps`` of every row."""
         self.lengths.clamp_(max=steps)
 
     def begin(self, steps: int) -> Tensor:
-        """Make room for the next ``steps`` of every row, before a forward over them.
+        """Reserve slots for the next ``steps`` of every row, before a forward pass over them.
 
         Returns:
-            their rotary positions where each follows the one before, [steps, rows] on the CPU.
+            their rotary positions if they continue each row, [steps, rows] on the CPU.
 
         Raises:
             ValueError: they do not fit.
@@ -74,10 +75,10 @@ class KeyValueCache(StaticInferenceContext):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Store the new steps of one layer, [steps, >= rows, groups, head_dim] with rotated keys.
 
-        Surplus rows only fill up the batch and are left out.
+        Surplus rows only pad the batch and are ignored.
 
         Returns:
-            for each row its keys and values, the new ones last: [slots, 1, groups, head_dim].
+            the keys and the values of each row, the new ones last: [slots, 1, groups, head_dim].
         """
         keys, values = self.key_value_memory_dict[layer_number]
         of_rows: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -89,5 +90,5 @@ class KeyValueCache(StaticInferenceContext):
         return of_rows
 
     def advance(self) -> None:
-        """Count the steps of a forward as held, after its last layer."""
+        """After the last layer of a forward pass, add its steps to the lengths."""
         self.lengths += self._steps

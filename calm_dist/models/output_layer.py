@@ -13,7 +13,7 @@ from calm_dist.models.patch_embedding import padded_vocab_size
 class OutputLayer(ColumnParallelLinear):
     """Hidden states [T, n, d] -> logits [T, n, V / tensor_parallel_size], without bias.
 
-    Rows that only pad the vocabulary to equal shards are -inf.
+    Logits of rows that only pad the vocabulary to equal shards are -inf.
     """
 
     def __init__(

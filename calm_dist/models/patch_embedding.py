@@ -1,4 +1,4 @@
-"""K token embeddings of a patch compressed into one backbone input."""
+"""Compress the K token embeddings of a patch into one input of the backbone."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ LAYER_NORM_EPS = 1e-6
 
 
 def padded_vocab_size(vocab_size: int) -> int:
-    """Rows of a vocabulary-parallel table: rounded up to `VOCAB_MULTIPLE`, whatever the layout,
-    so that a checkpoint has the same shapes for every tensor-parallel size."""
+    """Number of rows of a vocabulary-parallel table: rounded up to `VOCAB_MULTIPLE` in every
+    layout, so that a checkpoint has the same shapes for every tensor-parallel size."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
@@ -111,7 +111,7 @@ class PatchEmbedding(MegatronModule):
 def scatter_sequence(
     hidden: torch.Tensor, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup
 ) -> torch.Tensor:
-    """This rank's part of the first dimension where sequence parallelism is on."""
+    """This rank's part of the first dimension if sequence parallelism is on, else all of it."""
     if not config.sequence_parallel:
         return hidden
     return scatter_to_sequence_parallel_region(hidden, group=tp_group)

@@ -1,6 +1,6 @@
-"""The vocabulary tables of the `tokens` head, which live with the backbone's last stage.
+"""The vocabulary tables of the `tokens` head, which belong to the backbone's last stage.
 
-The head itself works on a rank's own positions (`parallel.zero_head`); these two are cut over the
+The head itself processes a rank's own positions (`parallel.zero_head`); the tables are cut over the
 vocabulary, so that no rank holds a whole table.
 """
 
@@ -25,7 +25,7 @@ from calm_dist.models.patch_embedding import padded_vocab_size
 class PatchTokens(MegatronModule):
     """Embedding of a patch's earlier tokens, and output layer, both vocabulary-parallel.
 
-    Without an embedding for a head whose tokens are independent of each other.
+    A head whose tokens are independent of each other has no embedding.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class PatchTokens(MegatronModule):
     ) -> None:
         super().__init__(config)
         self.tp_group = groups.tp
-        # Positions are gathered and scattered here, whatever the layers of the backbone do.
+        # Positions are gathered and scattered here, whether or not the backbone's layers do.
         unsharded = copy.copy(config)
         unsharded.sequence_parallel = False
         self.embed_tokens: VocabParallelEmbedding | None = None
@@ -54,7 +54,7 @@ class PatchTokens(MegatronModule):
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """Tokens [P, B, n] -> embeddings [P / tensor_parallel_size, B, n, d] of this rank's shard
-        of the positions; None where nobody reads them."""
+        of the positions; None if the head does not use them."""
         if self.embed_tokens is None:
             return None
         embedded = self.embed_tokens(tokens)
@@ -62,7 +62,7 @@ class PatchTokens(MegatronModule):
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """States [P / tensor_parallel_size, n, d] of this rank's shard of the positions -> logits
-        [P, n, V / tensor_parallel_size] of all of them."""
+        [P, n, V / tensor_parallel_size] of all positions."""
         # The output layer sums the gradient over the ranks; each takes its own positions' part.
         whole = gather_from_sequence_parallel_region(
             states, tensor_parallel_output_grad=False, group=self.tp_group

@@ -16,8 +16,9 @@ class Transformer(Backbone):
     """One stage of the discrete Transformer.
 
     The last stage returns logits [T, B, V / tensor_parallel_size] (untied output layer, no bias);
-    rows that only pad the vocabulary to equal shards are -inf. With a cache and no ``positions``,
-    logits are those of the last step alone, [1, B, V]: of a long prompt nothing else is needed.
+    those of rows that only pad the vocabulary to equal shards are -inf. With a cache and no
+    ``positions``, it returns only the logits of the last step, [1, B, V], which is all that a long
+    prompt needs.
     """
 
     def __init__(

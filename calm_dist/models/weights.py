@@ -1,4 +1,4 @@
-"""Initial weights as a function of (seed, parameter name), whatever the layout and device."""
+"""Initial weights as a function of (seed, parameter name), independent of layout and device."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ RESIDUAL_OUTPUTS = ("linear_proj", "linear_fc2")
 def init_std(initialization: Initialization, num_layers: int = 0) -> InitStd:
     """Standard deviation of a weight matrix, by name and full shape.
 
-    ``released``: `initializer_range` everywhere, as the released code. ``fan_in``: 1/sqrt(last
-    dimension), so that signals keep their size at any width (with 0.02 a narrow energy head is
-    dead: three small layers in a row), and 1/sqrt(2 * num_layers) of that where a layer's output
-    adds to the residual stream. An embedding table counts its width, so that one that is tied to
-    the output starts with logits of size 1.
+    ``released``: `initializer_range` everywhere, as in the released code. ``fan_in``: 1/sqrt(last
+    dimension), so that signals keep their size at any width (with 0.02 a narrow energy head passes
+    no signal: three layers with small weights in a row), scaled by 1/sqrt(2 * num_layers) for
+    layers whose output is added to the residual stream. The last dimension of an embedding table is
+    its width, so that a table tied to the output starts with logits of size 1.
     """
     if initialization.init == "released":
         return lambda name, shape: initialization.initializer_range
@@ -37,13 +37,13 @@ def init_std(initialization: Initialization, num_layers: int = 0) -> InitStd:
 
 
 def head_init_std(model: CalmModel) -> InitStd:
-    """`init_std` of a generative head, as its description wants it."""
+    """`init_std` of a generative head, adjusted by its description."""
     std, spec = init_std(model), model.head_spec
     return lambda name, shape: spec.weight_std(model.init, name, shape, std(name, shape))
 
 
 def draw_weight(name: str, shape: torch.Size, std: float, seed: int) -> torch.Tensor:
-    """The full weight of one parameter: normal(0, std) from a generator keyed by seed and name."""
+    """The full weight of one parameter, normal(0, std) from a generator keyed by seed and name."""
     generator = torch.Generator().manual_seed(key_seed(seed, name))
     return torch.randn(shape, generator=generator) * std
 
@@ -63,7 +63,7 @@ def fill_parameter(
     seed: int,
     local_part: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
-    """Initialise one parameter, of which this rank may hold only the ``local_part``."""
+    """Initialise one parameter; this rank may hold only its ``local_part``."""
     if len(full_shape) > 1:
         full = draw_weight(name, full_shape, std(name, full_shape), seed)
         parameter.copy_(local_part(full))

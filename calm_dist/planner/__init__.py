@@ -1,4 +1,4 @@
-"""What a recipe would need on a cluster: memory, time, storage, and which layout is best.
+"""Predict what a recipe needs on a cluster: memory, time, storage, and the best layout.
 
 Nothing here imports torch, except for `local`, which measures the machine it runs on.
 """

@@ -1,7 +1,7 @@
-"""Seconds of collectives between ranks that lie in one node or in many.
+"""Seconds of collectives between ranks in one node or in several.
 
-A group of n ranks with m of them in each of its nodes: inside a node they use NVLink, between nodes
-m network cards at once, so that the slower of the two decides. An all-reduce moves 2 (n-1)/n of its
+A group of n ranks has m ranks in each of its nodes. Ranks use NVLink inside a node, and m network
+cards at once between nodes; the slower of the two decides. An all-reduce moves 2 (n-1)/n of its
 bytes through each rank, a reduce-scatter or an all-gather half of that. Latency grows with the
 depth of a tree.
 """
@@ -17,7 +17,7 @@ from calm_dist.recipe import LanguageModelRecipe
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks of a collective: how many, and how many of them share a node."""
+    """Ranks of a collective: their number, and how many of them share a node."""
 
     ranks: int
     per_node: int
@@ -59,13 +59,13 @@ class Groups:
 
 
 def groups(recipe: LanguageModelRecipe, cluster: Cluster) -> Groups:
-    """How a recipe's groups lie in a cluster's nodes."""
+    """Place a recipe's groups in a cluster's nodes."""
     parallel, node = recipe.parallel, cluster.gpus_per_node
     tensor, context = parallel.tensor_parallel_size, parallel.context_parallel_size
     shards, replica = tensor * context, parallel.model_parallel_size
     copies = recipe.data_parallel_size
     replicas_in_node = min(copies, max(1, node // replica))
-    # Of a group that does not divide a node, some lie across two: all wait for those.
+    # If a group's size does not divide the node, some groups span two nodes, and all wait for them.
     shards_in_node = math.gcd(shards, node)
     return Groups(
         Group(tensor, math.gcd(tensor, node)),
@@ -75,7 +75,7 @@ def groups(recipe: LanguageModelRecipe, cluster: Cluster) -> Groups:
 
 
 def send(recipe: LanguageModelRecipe, cluster: Cluster, stage: int, size: float) -> float:
-    """Seconds to send ``size`` bytes from each rank of a stage to the next one's."""
+    """Seconds to send ``size`` bytes from each rank of a stage to the next stage."""
     parallel = recipe.parallel
     shards = parallel.tensor_parallel_size * parallel.context_parallel_size
     node = cluster.gpus_per_node

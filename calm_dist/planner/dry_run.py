@@ -1,6 +1,6 @@
-"""What a recipe would do before anything is started: sizes, FLOPs, layout and memory per rank.
+"""Describe a recipe before anything is started: sizes, FLOPs, layout and memory per rank.
 
-Buffers of the communication library and of the device come on top of the memory.
+The memory does not include buffers of the communication library and of the device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from calm_dist.recipe import Recipe
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
-    """Everything that ``--dry-run`` shows, as plain values.
+    """Everything shown by ``--dry-run``, as plain values.
 
     Raises:
         RecipeError: the recipe leaves a size to its data store; `Recipe.with_store` fills it in.
@@ -129,12 +129,12 @@ def _stage(recipe: Recipe, stage: int) -> dict[str, Any]:
 
 
 def _found(path: str) -> bool | None:
-    """Whether a store is there; None for a remote one, which is not looked up."""
+    """Whether a store exists; None for a remote store, which is not looked up."""
     return None if "://" in path else (Path(path) / "meta.json").is_file()
 
 
 def _ranges(numbers: list[int]) -> str:
-    """``0-3,8-11`` for a list of rising numbers; ``-`` for none."""
+    """``0-3,8-11`` for a list of ascending numbers; ``-`` for an empty list."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][-1] + 1:

@@ -15,15 +15,15 @@ from calm_dist.planner.storage import Reliability, size_text
 from calm_dist.recipe import LanguageModelRecipe
 
 BEST = 5
-# Terms of a step that are worth a line: above this share.
+# Terms of a step are shown if they are above this share.
 _WORTH_A_LINE = 0.002
 
 
 def full_plan(
     recipe: LanguageModelRecipe, cluster: Cluster, reliability: Reliability, world_size: int
 ) -> dict[str, Any]:
-    """The recipe's own layout on ``world_size`` GPUs, the best ones, and why the rest lost, as
-    plain values.
+    """The recipe's own layout on ``world_size`` GPUs, the best layouts, and why the others are
+    worse, as plain values.
 
     Raises:
         UserError: see `predict`.
@@ -80,7 +80,7 @@ def _layout(prediction: Prediction) -> dict[str, Any]:
 
 
 def layout_overrides(recipe: LanguageModelRecipe) -> list[str]:
-    """The overrides that give a recipe's layout on a command line."""
+    """The command-line overrides that select a recipe's layout."""
     parallel = recipe.parallel
     values = {
         "parallel.world_size": recipe.world_size,
@@ -131,10 +131,10 @@ def format_full_plan(values: dict[str, Any]) -> str:
 
 
 def _own_lines(values: dict[str, Any]) -> list[str]:
-    """The recipe's own layout; where it cannot be used, what the best one costs."""
+    """The recipe's own layout; if it cannot be used, the cost of the best one."""
     own, cluster, run = values["recipe"], values["cluster"], values["best_run"]
     if own is None:
-        lines = ["The recipe's own layout is refused on so many GPUs:"]
+        lines = ["The recipe's own layout is refused on this number of GPUs:"]
         for problem in values["refused"].splitlines():
             lines += _wrapped(problem.split(), separator=" ")
     else:
@@ -204,10 +204,9 @@ def _run_lines(run: dict[str, Any], steps: int, stored_latents: bool, device: st
 def _best_lines(values: dict[str, Any]) -> list[str]:
     if not values["best"]:
         if not values["search"]["out_of_memory"]:
-            return ["No layout is possible on so many GPUs, see what is refused below."]
+            return ["No layout is possible on this number of GPUs; see the refusals below."]
         return [
-            "No layout fits. More GPUs, parallel.distributed_optimizer=true or a smaller model "
-            "help."
+            "No layout fits. Use more GPUs, parallel.distributed_optimizer=true or a smaller model."
         ]
     lines = [
         f"{'Best layouts':<42}{'step':>9}{'MFU':>8}{'memory':>10}{'against this one':>19}",
@@ -266,7 +265,7 @@ def _layout_text(layout: dict[str, Any]) -> str:
 
 
 def _wrapped(items: Iterable[str], indent: int = 2, separator: str = ", ") -> list[str]:
-    """Items side by side in lines of at most 100 columns."""
+    """Join items into lines of at most 100 columns."""
     lines: list[str] = []
     line = ""
     for item in items:
@@ -278,7 +277,7 @@ def _wrapped(items: Iterable[str], indent: int = 2, separator: str = ", ") -> li
 
 
 def _amount(value: float) -> str:
-    """Hours or money: whole ones, or two digits of less than ten."""
+    """Format hours or money: whole numbers, or two digits below ten."""
     return f"{value:,.0f}" if value >= 10 or value == 0 else f"{value:.2g}"
 
 

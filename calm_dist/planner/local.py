@@ -1,4 +1,4 @@
-"""This machine as a cluster: its rates measured, in as many processes at a time as will train."""
+"""This machine as a cluster: measures its rates in as many concurrent processes as will train."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from calm_dist.errors import UserError
 
 # Sizes of a small model's layers: rows of activations, hidden, intermediate.
 ROWS, HIDDEN, INTERMEDIATE, HEADS = 1024, 512, 1408, 4
-# What is reduced for bandwidth, and for latency.
+# Sizes of the all-reduces that measure bandwidth and latency.
 LARGE_BYTES, SMALL_BYTES = 16 << 20, 1 << 10
 REPEATS = 10
 TIMEOUT_SECONDS = 300.0
@@ -98,7 +98,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype = torch.float32) -> M
 def measure_links(device: torch.device) -> tuple[float, float]:
     """Bytes/s through each rank of an all-reduce over the world, and seconds of half a small one.
 
-    A collective of all ranks.
+    All ranks must call this.
     """
     ranks = dist.get_world_size()
     if ranks == 1:
@@ -112,7 +112,7 @@ def measure_links(device: torch.device) -> tuple[float, float]:
 
 
 def local_cluster(processes: int) -> Cluster:
-    """This machine, measured by ``processes`` that work at the same time.
+    """This machine, measured by ``processes`` concurrent processes.
 
     Raises:
         UserError: fewer GPUs than processes, or a process failed.
@@ -203,8 +203,8 @@ def _measure_process(rank: int, processes: int, store: str, results: object) -> 
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Mean of some calls, after one that is not counted: other work on the machine, which slows
-    training down, shall count."""
+    """Mean seconds of some calls, after a warm-up call. The mean, unlike a median, includes the
+    effect of other work on the machine, which also slows training down."""
     call()
     _wait(device)
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""A recipe on a cluster: whether it fits, how long it takes, what it costs."""
+"""Predict whether a recipe fits on a cluster, how long it takes, and what it costs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Prediction:
     recipe: LanguageModelRecipe
     cluster: Cluster
     memory: tuple[Memory, ...]
-    """Of a rank of each stage."""
+    """Memory of a rank of each stage."""
     time: StepTime
 
     @property
@@ -48,10 +48,10 @@ class Prediction:
         return self.recipe.tokens_per_step / self.time.seconds
 
     def mfu(self, *, causal: bool = False) -> float:
-        """Model FLOPs utilisation: of peak, what forward and backward need as `flops` counts them.
+        """Model FLOPs utilisation: FLOPs of forward and backward, as counted by `flops`, over peak.
 
-        With full attention, as in the paper's tables and Megatron's papers, or only the half that a
-        causal mask leaves. Recomputation does not count.
+        Attention counts in full, as in the paper's tables and Megatron's papers, or with ``causal``
+        only the half that a causal mask leaves. Recomputation does not count.
         """
         recipe = self.recipe
         per_token = flops.count(recipe, tokens=0).train_flops_per_token_ours
@@ -65,7 +65,7 @@ def predict(recipe: LanguageModelRecipe, cluster: Cluster) -> Prediction:
     """Predict memory and time of a recipe's own layout.
 
     Raises:
-        RecipeError: the recipe leaves a size to a data store that is not there.
+        RecipeError: the recipe leaves a size to a data store that does not exist.
     """
     memory = tuple(
         stage_memory(recipe, stage, layers=layers, on_cpu=cluster.on_cpu)
@@ -80,7 +80,7 @@ def training_cost(
     """Time and money of the whole run, its data and its checkpoints, as plain values.
 
     Args:
-        best_interval: count with the best interval between checkpoints, not the recipe's own.
+        best_interval: assume the best interval between checkpoints instead of the recipe's own.
     """
     recipe, cluster = prediction.recipe, prediction.cluster
     best = goodput(recipe, cluster, reliability, None)
@@ -124,7 +124,7 @@ def _interval(chosen: Goodput, step: float) -> dict[str, float]:
 
 
 def _masked_flops_per_token(recipe: LanguageModelRecipe) -> float:
-    """Training FLOPs of full attention that a causal mask makes needless."""
+    """Training FLOPs of full attention that a causal mask makes unnecessary."""
     model = recipe.model
     scores = flops.attention_flops(model.hidden_size, recipe.num_patches)
     scores -= flops.attention_flops(model.hidden_size, 0)

@@ -1,8 +1,8 @@
 """Dense Transformers whose size, layout and speed were published, for comparison with predictions.
 
-The shapes are put into this package's own architecture: SwiGLU of 2/3 the width has the FLOPs of
-the GPT models' MLP. What the runs had and this package has not: fused kernels, overlap of
-tensor-parallel collectives with products, weights sharded by FSDP.
+The shapes are translated to this package's architecture: SwiGLU of 2/3 the width has the FLOPs of
+the GPT models' MLP. The published runs had features that this package does not: fused kernels,
+overlap of tensor-parallel collectives with products, weights sharded by FSDP.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class Published:
     source: str
     gpu: str
     mfu: float
-    """As the paper states it: full attention for the GPT models; of Llama 3 it says no more than
-    model FLOPs."""
+    """As the paper states it: with full attention for the GPT models; Llama 3's paper only says
+    "model FLOPs"."""
     model: dict[str, Any]
     block_size: int
     blocks: int
-    """Of a global batch."""
+    """Number of blocks in a global batch."""
     tensor: int
     pipeline: int
     virtual: int | None
@@ -37,7 +37,7 @@ class Published:
     sharded_optimizer: bool = False
 
     def prediction(self) -> Prediction:
-        """What the planner predicts of the run."""
+        """The planner's prediction for the run."""
         return predict(self._recipe(), PRESETS[self.gpu])
 
     def _recipe(self) -> LanguageModelRecipe:

@@ -1,4 +1,4 @@
-"""How two models would train on 8 to 16,384 GPUs: a simulation, each size in its best layout."""
+"""Simulate two models on 8 to 16,384 GPUs, each number of GPUs in its best layout."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MODELS: dict[str, tuple[dict[str, Any], int, int]] = {
         256,
         250_000,
     ),
-    # Llama's 70B backbone: 2^23 tokens a step, 1.5e12 in all, about 20 for each parameter.
+    # Llama's 70B backbone: 2^23 tokens a step, 1.5e12 in all, about 20 per parameter.
     "CALM 70B": (
         {
             "hidden_size": 8192,
@@ -127,10 +127,10 @@ def format_scaling(values: dict[str, Any]) -> str:
 
 
 def plot_scaling(values: dict[str, Any], target: str) -> None:
-    """Draw `scaling` into an image file; its ending names the format.
+    """Plot `scaling` to an image file; its suffix selects the format.
 
     Raises:
-        UserError: the format is none that matplotlib writes, or the file cannot be written.
+        UserError: matplotlib does not support the format, or the file cannot be written.
     """
     import matplotlib
 
@@ -143,7 +143,7 @@ def plot_scaling(values: dict[str, Any], target: str) -> None:
         ("goodput", "goodput", "linear"),
         ("gpu_hours", "GPU-hours to train", "log"),
     )
-    # Ids and dates that change with each run would change a committed file.
+    # Avoid ids and dates that change with each run, since the file is committed.
     style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "scaling", "font.size": 10}
     with plt.rc_context(style):
         figure, axes = plt.subplots(2, 2, figsize=(9, 6.5), sharex=True, layout="constrained")

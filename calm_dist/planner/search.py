@@ -1,4 +1,4 @@
-"""All layouts of a recipe on a number of GPUs, judged: the best, and why the others lost."""
+"""Evaluate all layouts of a recipe on a number of GPUs: the best, and why the others are worse."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ VIRTUAL_STAGES = (None, 2, 4)
 
 @dataclass
 class Search:
-    """What was found; ``fitting`` is sorted, fastest first."""
+    """The result of a search; ``fitting`` is sorted, fastest first."""
 
     fitting: list[Prediction] = field(default_factory=list)
     out_of_memory: list[Prediction] = field(default_factory=list)
     refused: dict[str, list[str]] = field(default_factory=dict)
-    """What the recipe's own checks say of the layouts that they refuse, by the field at fault."""
+    """Messages of the recipe's own checks for the layouts that they refuse, by field."""
 
     @property
     def tried(self) -> int:
         return len(self.fitting) + len(self.out_of_memory) + sum(map(len, self.refused.values()))
 
     def slower_by(self) -> Counter[str]:
-        """Of layouts that fit, the term that costs each the most beyond the best one."""
+        """For each layout that fits but is not the best, the term with the largest extra cost."""
         reasons: Counter[str] = Counter()
         for prediction in self.fitting[1:]:
             reasons[_largest_difference(prediction, self.fitting[0])] += 1
         return reasons
 
     def lacking(self) -> Counter[str]:
-        """Of layouts that do not fit, the largest part of each one's memory."""
+        """For each layout that does not fit, the largest part of its memory."""
         return Counter(
             prediction.memory[prediction.largest_stage].largest for prediction in self.out_of_memory
         )
@@ -45,8 +45,9 @@ class Search:
 def search(recipe: LanguageModelRecipe, cluster: Cluster, world_size: int) -> Search:
     """Try TP x PP x virtual stages x micro-batch x recomputation on ``world_size`` GPUs.
 
-    The global batch and all else stay as in the recipe; context parallelism, too. Sequence
-    parallelism goes with TP > 1, where it costs nothing; ``stage_layers`` are placed anew.
+    Everything else stays as in the recipe, including the global batch and context parallelism.
+    Sequence parallelism is on for TP > 1, where it costs nothing; ``stage_layers`` are chosen again
+    if the pipeline changes.
     """
     found = Search()
     values = recipe.to_dict()
@@ -61,7 +62,7 @@ def search(recipe: LanguageModelRecipe, cluster: Cluster, world_size: int) -> Se
             parallel = candidate.parallel.model_copy(update={"recompute": recompute})
             prediction = predict(candidate.model_copy(update={"parallel": parallel}), cluster)
             (found.fitting if prediction.fits else found.out_of_memory).append(prediction)
-    # Of equal ones the simpler: less model parallelism, no recomputation.
+    # Among equal layouts prefer the simpler one: less model parallelism, no recomputation.
     found.fitting.sort(
         key=lambda one: (
             one.time.seconds,
@@ -73,7 +74,7 @@ def search(recipe: LanguageModelRecipe, cluster: Cluster, world_size: int) -> Se
 
 
 def _layouts(recipe: LanguageModelRecipe, cluster: Cluster, world: int) -> Iterator[dict[str, Any]]:
-    """Sizes that could divide the GPUs; the recipe's checks decide."""
+    """Candidate sizes that may divide the GPUs; the recipe's checks decide."""
     batch = recipe.training.global_batch_size
     layers = recipe.model.num_hidden_layers
     tensor = 1
@@ -97,10 +98,10 @@ def _layouts(recipe: LanguageModelRecipe, cluster: Cluster, world: int) -> Itera
 def _changed(
     recipe: LanguageModelRecipe, values: dict[str, Any], changes: dict[str, Any]
 ) -> LanguageModelRecipe:
-    """The recipe in another layout, checked as any recipe.
+    """The recipe in another layout, checked like any recipe.
 
     Raises:
-        RecipeError: it is refused.
+        RecipeError: the checks refuse it.
     """
     layout = dict(changes)
     training = values["training"] | {"micro_batch_size": layout.pop("micro_batch_size")}
@@ -117,7 +118,7 @@ def _changed(
 
 
 def _first_problem(error: RecipeError) -> str:
-    """Of several problems the one that is named first."""
+    """The first of several problems."""
     lines = [line.strip(" -") for line in str(error).splitlines()]
     return lines[1] if len(lines) > 1 else lines[0]
 

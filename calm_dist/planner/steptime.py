@@ -1,8 +1,8 @@
 """Seconds of one training step: work of the slowest stage, bubble, collectives, optimizer.
 
-Overlap is assumed only where the recipe asks for it (``overlap_grad_reduce``,
-``overlap_param_gather``, ``overlap_p2p``); collectives of tensor parallelism and of the head's ZeRO
-engine are waited for.
+Overlap is assumed only if the recipe enables it (``overlap_grad_reduce``, ``overlap_param_gather``,
+``overlap_p2p``); computation waits for collectives of tensor parallelism and of the head's ZeRO
+engine.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ from calm_dist.costs.work import micro_batch_work, optimizer_work, positions
 from calm_dist.planner.collectives import Group, Groups, groups, send
 from calm_dist.recipe import LanguageModelRecipe
 
-# Of a micro-batch's time, in which gradients can be reduced meanwhile.
+# Fraction of a micro-batch's time during which gradients can be reduced.
 BACKWARD_SHARE = 2 / 3
-# Small all-reduces of a step: the backbone's norm, loss and flags, the schedule's token counts.
+# Number of small all-reduces per step: the backbone's norm, loss and flags, the schedule's token
+# counts.
 STEP_REDUCTIONS = 4
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """One training step, by terms that add up to it; seconds."""
+    """Seconds of one training step, as a sum of terms."""
 
     terms: dict[str, float]
-    """Of all micro-batches, the mean over the stages; then what the slowest stage takes longer than
-    that, the pipeline's filling and draining, and what follows the last micro-batch."""
+    """For all micro-batches, the mean over the stages; then the extra time of the slowest stage,
+    the filling and draining of the pipeline, and the work after the last micro-batch."""
     stages: tuple[dict[str, float], ...]
-    """Of each stage for one micro-batch."""
+    """Terms of each stage for one micro-batch."""
 
     @property
     def seconds(self) -> float:
@@ -47,7 +48,7 @@ def step_time(recipe: LanguageModelRecipe, cluster: Cluster) -> StepTime:
     """Predict a step of a language model's recipe."""
     number, links, counts = recipe.num_micro_batches, groups(recipe, cluster), layer_counts(recipe)
     last = len(counts) - 1
-    # Stages between the first and the last one are alike where they have as many layers.
+    # Stages between the first and the last are equal if they have the same number of layers.
     kinds = [(layers, stage in (0, last) and stage) for stage, layers in enumerate(counts)]
     first = {kind: kinds.index(kind) for kind in kinds}
     known = {
@@ -60,7 +61,7 @@ def step_time(recipe: LanguageModelRecipe, cluster: Cluster) -> StepTime:
         for name, seconds in stage.items():
             terms[name] = terms.get(name, 0.0) + number * seconds / len(stages)
     terms["stage imbalance"] = number * (max(sums) - sum(sums) / len(sums))
-    # Filling and draining: each other stage works once while the slowest waits.
+    # Filling and draining: each of the other stages works once while the slowest waits.
     terms["pipeline bubble"] = (sum(sums) - max(sums)) / recipe.parallel.chunks_per_stage
     # Stages reduce and update at the same time.
     ends = [
@@ -110,8 +111,8 @@ def _micro_batch(
 def _tensor_collectives(
     recipe: LanguageModelRecipe, stage: int, layers: int, cluster: Cluster, links: Groups
 ) -> float:
-    """All-reduces of each layer's two outputs and, backward, two inputs; with sequence parallelism
-    the same in halves, and two more gathers backward."""
+    """All-reduces of each layer's two outputs and, backward, of its two inputs. With sequence
+    parallelism these are reduce-scatters and all-gathers, with two more gathers backward."""
     parallel, model = recipe.parallel, recipe.model
     if parallel.tensor_parallel_size == 1:
         return 0.0
@@ -121,21 +122,21 @@ def _tensor_collectives(
     backward = (6 if parallel.use_sequence_parallel else 4) * half
     seconds = layers * (forward + backward + (forward if parallel.recompute else 0))
     if stage == 0:
-        # The embeddings of all tokens, and the compressor's result, forward; its input, backward.
+        # Forward: the embeddings of all tokens and the compressor's result. Backward: its input.
         whole = links.tensor.all_reduce(model.patch_size * size, cluster)
         seconds += whole + (whole + 2 * half if model.kind == "calm" else 0)
     if stage == parallel.pipeline_parallel_size - 1:
         seconds += 2 * half
         if model.kind == "calm" and (tables := last_stage_tables(model)):
-            # States gathered for the output layer, whose input's gradient is summed; embeddings of
-            # a patch's tokens summed, and their gradient gathered.
+            # Output layer: states are gathered and their gradient is summed. Embeddings of a
+            # patch's tokens: summed, and their gradient is gathered.
             whole = links.tensor.all_reduce(model.patch_size * size, cluster)
             seconds += tables * (whole + links.tensor.half(model.patch_size * size, cluster))
     return seconds
 
 
 def _context_collectives(recipe: LanguageModelRecipe, layers: int, cluster: Cluster) -> float:
-    """Keys and values of a layer, gathered forward, their gradients scattered backward."""
+    """Keys and values of each layer are gathered forward, their gradients scattered backward."""
     parallel, model = recipe.parallel, recipe.model
     pieces = parallel.context_parallel_size
     if pieces == 1:
@@ -149,7 +150,7 @@ def _context_collectives(recipe: LanguageModelRecipe, layers: int, cluster: Clus
 
 
 def _sends(recipe: LanguageModelRecipe, cluster: Cluster) -> float:
-    """Between stages, forward and backward, for each chunk; none where computation hides them."""
+    """Sends between stages, forward and backward, for each chunk; 0 if computation hides them."""
     parallel, model = recipe.parallel, recipe.model
     stages = parallel.pipeline_parallel_size
     if stages == 1 or parallel.overlap_p2p:

@@ -1,4 +1,4 @@
-"""What a training reads and writes, and how much of its time failures and checkpoints leave."""
+"""Data that a training reads and writes, and the time lost to failures and checkpoints."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from calm_dist.recipe import LanguageModelRecipe
 TOKEN_BYTES = 4
 FP16_BYTES = 2
 HOUR = 3600.0
-# Of a checkpoint's stall, what does not grow with the state: measured, docs/checkpoints.md.
+# The part of a checkpoint's stall that does not grow with the state; measured, docs/checkpoints.md.
 STALL_SECONDS = 0.08
 
 
 def size_text(size: float) -> str:
-    """Bytes for people, in the units in which GPUs' memory is sold: 1 GB is 10^9 bytes."""
+    """Format bytes in the units in which GPU memory is sold: 1 GB is 10^9 bytes."""
     for unit, one in (("GB", 1e9), ("MB", 1e6)):
         if size >= 0.1 * one:
             return f"{size / one:,.1f} {unit}"
@@ -32,26 +32,27 @@ def size_text(size: float) -> str:
 
 @dataclass(frozen=True)
 class Reliability:
-    """How often nodes fail, and what a failure costs; every number can be replaced."""
+    """How often nodes fail, and the cost of a failure; every number can be replaced."""
 
     node_mtbf_hours: float = 6300.0
     """Llama 3 (arXiv 2407.21783, section 3.3.4): 419 unexpected interruptions in 54 days on 2,048
-    nodes of 8 H100; 54 x 24 x 2,048 / 419 = 6,334 hours of a node for each."""
+    nodes of 8 H100; 54 x 24 x 2,048 / 419 = 6,334 node-hours per interruption."""
     restart_seconds: float = 600.0
-    """To notice, requeue, start and load (assumption)."""
+    """Time to detect the failure, requeue, start and load (assumption)."""
     write_bandwidth: float = 1e9
     """Bytes/s that each node writes to the file system (assumption)."""
     write_bandwidth_limit: float = 1e11
-    """Bytes/s that the file system takes from all nodes (assumption)."""
+    """Bytes/s that the file system accepts from all nodes together (assumption)."""
     copy_bandwidth: float = 1e10
     """Bytes/s of a rank's copy from GPU to host memory, for which training waits (assumption)."""
     gather_bandwidth: float = 1e9
-    """Bytes/s at which the distributed optimizer's state comes to the first replica's host memory
-    over gloo, for which training waits (assumption)."""
+    """Bytes/s at which the distributed optimizer's state is gathered over gloo to the first
+    replica's host memory, for which training waits (assumption)."""
 
 
 def latent_bytes_per_token(recipe: LanguageModelRecipe, latent_bytes: int = FP16_BYTES) -> float:
-    """Bytes of a token in the store: itself, and its part of mean and log_std of P + 1 patches."""
+    """Bytes per token in the store: the token, and its share of mean and log_std of P + 1
+    patches."""
     model = recipe.model
     if model.kind != "calm" or not model.has_latents or recipe.data.latents != "stored":
         return TOKEN_BYTES
@@ -60,7 +61,7 @@ def latent_bytes_per_token(recipe: LanguageModelRecipe, latent_bytes: int = FP16
 
 
 def checkpoint_bytes(recipe: LanguageModelRecipe) -> int:
-    """Weights and optimizer state of backbone and head; fp32 master weights count once."""
+    """Bytes of weights and optimizer state of backbone and head; fp32 master weights count once."""
     counts = flops.count(recipe, tokens=0)
     state = FP32_BYTES + recipe.training.optimizer_spec.state_bytes
     head = flops.head_parameters(recipe.model) if recipe.model.kind == "calm" else 0
@@ -70,17 +71,17 @@ def checkpoint_bytes(recipe: LanguageModelRecipe) -> int:
 
 @dataclass(frozen=True)
 class Goodput:
-    """Share of time that training keeps, with a checkpoint every ``interval_seconds``.
+    """Fraction of time spent on useful training, with a checkpoint every ``interval_seconds``.
 
-    A checkpoint makes training wait for ``stall_seconds`` and is usable ``write_seconds`` after its
-    beginning. A failure loses what was done since the beginning of the last usable one, half an
-    interval and the writing on average, and a restart:
+    A checkpoint makes training wait for ``stall_seconds`` and is usable ``write_seconds`` after it
+    began. A failure loses the work since the last usable checkpoint began, on average half an
+    interval plus the writing time, and the time of a restart:
 
         goodput = interval / (interval + stall) x MTBF / (MTBF + interval / 2 + write + restart)
 
-    which is largest near interval = sqrt(2 x stall x MTBF) (Young 1974, Daly 2006, with what a
-    checkpoint costs the training in place of its whole writing time). A checkpoint begins when the
-    one before is written: the best interval is at least the writing time, and with a shorter one
+    which is largest near interval = sqrt(2 x stall x MTBF) (Young 1974, Daly 2006, with the stall
+    of the training in place of the whole writing time). A checkpoint begins only when the previous
+    one is written: the best interval is at least the writing time, and with a shorter interval
     training waits for the rest of it.
     """
 
@@ -122,7 +123,7 @@ def goodput(
 
 
 def _gather_seconds(recipe: LanguageModelRecipe, reliability: Reliability) -> float:
-    """Until the distributed optimizer's state of the largest stage is in one place."""
+    """Seconds to gather the distributed optimizer's state of the largest stage."""
     if not recipe.parallel.distributed_optimizer:
         return 0.0
     counts = enumerate(layer_counts(recipe))

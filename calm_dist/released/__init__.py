@@ -1,1 +1,1 @@
-"""The layout of the released checkpoints: names, configurations, tensors; both ways."""
+"""The layout of the released checkpoints: reading and writing names, configurations, tensors."""

@@ -1,4 +1,4 @@
-"""Autoencoders in the authors' released layout. Our own are written in it, too."""
+"""Read and write autoencoders in the authors' released layout, which ours use as well."""
 
 from __future__ import annotations
 
@@ -27,38 +27,38 @@ def load_autoencoder(directory: str | Path) -> Autoencoder:
 
 
 def build_autoencoder(config: AutoencoderConfig, tensors: Tensors, source: str) -> Autoencoder:
-    """`load_autoencoder` from tensors; ``source`` says in errors where the sizes are from."""
+    """`load_autoencoder` from tensors; ``source`` names the origin of the sizes in errors."""
     layers = config.num_encoder_layers + config.num_decoder_layers
     if layers > len(tensors.values):
         raise CheckpointError(
-            f"{tensors.directory}: {source} asks for {layers} layers, the weights have only "
+            f"{tensors.directory}: {source} asks for {layers} layers, but the weights have only "
             f"{len(tensors.values)} tensors"
         )
-    # Without memory: every weight comes from the file.
+    # On the meta device, without memory: every weight comes from the file.
     try:
         with torch.device("meta"):
             model = Autoencoder(config)
     except RuntimeError as error:
         raise CheckpointError(
-            f"{tensors.directory}: {source} asks for tensors larger than any can be ({error})"
+            f"{tensors.directory}: {source} asks for tensors that are too large ({error})"
         ) from error
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     embedding, output = TIED_OUTPUT
     tensors = tensors.tied([TIED_OUTPUT])
     tensors.check(shapes | {output: shapes[embedding]}, source)
-    # Copied: the files may be changed or removed while the model lives.
+    # Copy: the files may be changed or removed while the model is in use.
     weights = {name: tensors.values[name].to(torch.float32, copy=True) for name in shapes}
     model.load_state_dict(weights, assign=True)
     return model.eval().requires_grad_(False)
 
 
 def config_from_tensors(tensors: Tensors) -> AutoencoderConfig:
-    """The configuration that follows from the shapes, where there is no ``config.json``.
+    """Derive the configuration from the shapes, if there is no ``config.json``.
 
-    What has no shape (dropouts, the epsilon of the norms) is the released default.
+    Values that no shape shows (dropouts, the epsilon of the norms) are the released defaults.
 
     Raises:
-        CheckpointError: a tensor that would tell is missing or is no matrix.
+        CheckpointError: a tensor that is needed for this is missing or not a matrix.
     """
     tensors = tensors.tied([TIED_OUTPUT])
 
@@ -95,9 +95,9 @@ def config_from_tensors(tensors: Tensors) -> AutoencoderConfig:
 def released_autoencoder(model: Autoencoder) -> dict[str, torch.Tensor]:
     """All tensors of a released autoencoder, the tied one under the name of the output matrix.
 
-    Under that name alone the authors' class (transformers 4.43) loads it into the one parameter
-    that both of its modules share. From a file with both names it makes two parameters, which
-    training moves apart; from one with the embedding alone, it leaves the output random.
+    From that name alone the authors' class (transformers 4.43) loads the one parameter that both
+    of its modules share. From a file with both names it makes two parameters, which diverge in
+    training; from a file with only the embedding it leaves the output matrix random.
     """
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     embedding, output = TIED_OUTPUT
@@ -112,10 +112,10 @@ def save_autoencoder(
 ) -> None:
     """Write ``config.json`` and ``model.safetensors`` into an existing directory.
 
-    The authors' class and `load_autoencoder` read both.
+    The authors' class and `load_autoencoder` can read them.
 
     Args:
-        token_ids: begin, end and padding token for the configuration.
+        token_ids: ids of the begin, end and padding tokens for the configuration.
     """
     directory = Path(directory)
     config = autoencoder_config(model.config, token_ids or {})

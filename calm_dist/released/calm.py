@@ -1,4 +1,4 @@
-"""Language models in the authors' released layout: reading, filling a model, naming its tensors."""
+"""Language models in the authors' released layout: read them, fill a model, name its tensors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DATA_PATH = "data/latents/train"
 
 @dataclass(frozen=True)
 class ReleasedCalm:
-    """The weights of a released language model, which stay in their files until they are used."""
+    """The weights of a released language model, left in their files until they are used."""
 
     directory: Path
     tensors: Tensors
@@ -67,45 +67,46 @@ class ReleasedCalm:
             parameter.copy_(tensors.values[prefixes[0] + name])
 
     def check_size(self, recipe: Recipe) -> None:
-        """Look at the number of parameters before memory is taken for them.
+        """Check the number of parameters before memory is allocated for them.
 
         Raises:
-            CheckpointError: the recipe, made of ``config.json``, asks for far more than the
-                weights have.
+            CheckpointError: the recipe, made from ``config.json``, needs far more than the weight
+                files contain.
         """
         asked = flops.count(recipe, tokens=0).parameters
         held = sum(tensor.numel() for tensor in self.tensors.values.values())
         if asked > 2 * held:
             raise CheckpointError(
-                f"{self.directory / CONFIG_FILE}: asks for {asked:.4g} parameters, the weights "
+                f"{self.directory / CONFIG_FILE}: asks for {asked:.4g} parameters, but the weights "
                 f"have only {held:.4g}"
             )
 
     def autoencoder_directory(self) -> Path | None:
-        """Where ``ae_path`` leads: as given, beside the weights, or beside their directory."""
+        """The directory in ``ae_path``: as given, or relative to the weights' directory or its
+        parent; None if it exists nowhere."""
         given = read_config(self.directory).get("ae_path")
         if not isinstance(given, str) or not given:
             return None
-        # An absolute path of another machine: only its last part can lie here.
+        # An absolute path may be from another machine: only its last part can exist here.
         local = Path(Path(given).name) if Path(given).is_absolute() else Path(given)
         for path in (Path(given), self.directory / local, self.directory.parent / local):
-            # Not Path.is_file, which raises for names that no file can have.
+            # Not Path.is_file, which raises for invalid file names.
             if os.path.isfile(path / CONFIG_FILE):
                 return path
         return None
 
     def autoencoder_inside(self) -> Autoencoder:
-        """The autoencoder among the weights.
+        """The autoencoder inside the weights.
 
         Raises:
-            CheckpointError: there is none, or it is not whole.
+            CheckpointError: there is none, or it is incomplete.
         """
         tensors = self.tensors.below(AUTOENCODER)
         if not tensors.values:
             given = read_config(self.directory).get("ae_path")
             raise CheckpointError(
-                f"{self.directory}: ae_path {given!r} is no directory here, and the weights hold "
-                f"no {AUTOENCODER}*; give the autoencoder's directory (--autoencoder)"
+                f"{self.directory}: ae_path {given!r} is not a directory here, and the weights "
+                f"have no {AUTOENCODER}*; give the autoencoder's directory (--autoencoder)"
             )
         return build_autoencoder(
             config_from_tensors(tensors), tensors, f"the autoencoder inside ({AUTOENCODER}*)"
@@ -128,14 +129,15 @@ def released_recipe(
     autoencoder: str | None = None,
     tokenizer: str | None = None,
 ) -> LanguageModelRecipe:
-    """A recipe that goes on with a released language model as recipes/calm_m.yaml trains.
+    """A recipe that continues training a released language model as recipes/calm_m.yaml does.
 
     Args:
-        directory: of the released checkpoint.
+        directory: directory of the released checkpoint.
         run_dir, autoencoder, tokenizer: ``run.dir``, ``model.autoencoder``, ``data.tokenizer``.
 
     Raises:
-        CheckpointError: the configuration is not of a CALM, or the backbone cannot be it.
+        CheckpointError: the configuration is not that of a CALM, or the backbone does not support
+            it.
     """
     values = calm_values(directory)
     values["run"] = {"dir": run_dir}
@@ -155,9 +157,9 @@ def released_calm(
     head: Mapping[str, torch.Tensor],
     autoencoder: Autoencoder | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Tensors of a whole CALM (weights, or gradients) under all their released names.
+    """Tensors of a whole CALM (weights or gradients) under all their released names.
 
-    Each has memory of its own, as safetensors asks for; most of it is the given tensors' own.
+    No two of them share memory, as safetensors requires; most are the given tensors themselves.
     """
     released = to_released(model, backbone)
     first, *others = released_head(model.head).prefixes

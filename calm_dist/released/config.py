@@ -1,4 +1,4 @@
-"""``config.json`` of the released checkpoints: to and from the sections of a recipe.
+"""Convert ``config.json`` of the released checkpoints to and from the sections of a recipe.
 
 Keys and defaults are those of the authors' ``CALMConfig`` and ``AutoencoderConfig``.
 """
@@ -26,7 +26,7 @@ AUTOENCODER_ARCHITECTURE = "Autoencoder"
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-# What the authors' configurations state of all that these models do not have.
+# Keys of the authors' configurations for features that these models do not have.
 _WITHOUT = {key: NEUTRAL[key] for key in ("hidden_act", "mlp_bias")}
 _BODY_WITHOUT = _WITHOUT | {
     key: NEUTRAL[key]
@@ -41,7 +41,7 @@ _WRITTEN: dict[str, Any] = {
 }
 _MAX_POSITIONS = 2048
 _LARGEST_NUMBER = 2**31
-# The backbone's and the head's fields, with the authors' defaults where they may be left out.
+# Fields of backbone and head; optional ones with the authors' defaults.
 _BODY_KEYS = ("vocab_size", "patch_size", "latent_size", "hidden_size", "intermediate_size",
               "num_hidden_layers", "num_attention_heads")  # fmt: skip
 _BODY_DEFAULTS = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "initializer_range": 0.02}
@@ -58,10 +58,10 @@ def is_autoencoder(directory: str | Path) -> bool:
 
 
 def calm_values(directory: str | Path) -> dict[str, Any]:
-    """What ``config.json`` says, as the ``model`` and ``data`` sections of a recipe.
+    """The contents of ``config.json`` as the ``model`` and ``data`` sections of a recipe.
 
     Raises:
-        CheckpointError: a key is missing, or asks for what this model does not have.
+        CheckpointError: a key is missing, or asks for something that this model does not have.
     """
     path = Path(directory) / CONFIG_FILE
     config = read_config(directory)
@@ -75,7 +75,7 @@ def calm_values(directory: str | Path) -> dict[str, Any]:
         )
     heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
     head_size = config.get("head_dim")
-    # Numbers: a text times a number is a text.
+    # Check the types: in Python, text times a number is text.
     whole = isinstance(head_size, int) and isinstance(heads, int)
     if head_size is not None and not (whole and head_size * heads == config["hidden_size"]):
         raise CheckpointError(
@@ -88,8 +88,8 @@ def calm_values(directory: str | Path) -> dict[str, Any]:
     )
     if not (isinstance(positions, int) and isinstance(patch_size, int) and positions > 1):
         raise CheckpointError(
-            f"{path}: max_position_embeddings {positions!r}, patch_size {patch_size!r}; whole "
-            "numbers and at least two patches are wanted"
+            f"{path}: max_position_embeddings {positions!r}, patch_size {patch_size!r}; both must "
+            "be whole numbers, with at least two patches"
         )
     model = {
         "kind": "calm",
@@ -114,7 +114,7 @@ def calm_config(
 
     Args:
         recipe: with vocabulary, latent and block size filled in.
-        token_ids: `TOKEN_IDS`, as far as they are known.
+        token_ids: the known ones of `TOKEN_IDS`.
         ae_path: directory of the autoencoder.
     """
     model = recipe.model
@@ -142,16 +142,17 @@ def autoencoder_values(directory: str | Path) -> AutoencoderConfig:
     """The autoencoder that ``config.json`` describes.
 
     Raises:
-        CheckpointError: a key is missing or wrong, or asks for what this autoencoder has not.
+        CheckpointError: a key is missing or wrong, or asks for something that this autoencoder does
+            not have.
     """
     path = Path(directory) / CONFIG_FILE
     config = read_config(directory)
     if "vocab_size" not in config or "latent_size" not in config:
         raise CheckpointError(f"{path}: is not the configuration of an autoencoder")
     fields = {field.name: field for field in dataclasses.fields(AutoencoderConfig)}
-    # Its matrices are tied whatever the configuration says, as in the authors' class.
+    # As in the authors' class, the matrices are tied whatever the configuration says.
     check_keys(config, {*fields, "tie_word_embeddings"}, path)
-    # The released code has one dropout for both the latent and the tokens.
+    # The released code has a single dropout for the latent and the tokens.
     config.setdefault("token_dropout", config.get("ae_dropout", 0.15))
     values = {name: config[name] for name in fields if name in config}
     for name, value in values.items():
@@ -173,7 +174,7 @@ def autoencoder_config(
 ) -> dict[str, Any]:
     """``config.json`` of an autoencoder: every key of the authors' configuration, and ours.
 
-    ``latent_slots`` only where there are some: the authors' class would not see them.
+    ``latent_slots`` is included only if there are slots; the authors' class does not read it.
     """
     values = dataclasses.asdict(config)
     if config.latent_slots == 1:
@@ -193,7 +194,7 @@ def stated_token_ids(directory: str | Path, name: str = CONFIG_FILE) -> dict[str
     """Those of `TOKEN_IDS` that a configuration file states.
 
     Raises:
-        CheckpointError: one is no number, and no list of numbers.
+        CheckpointError: one is neither a number nor a list of numbers.
     """
     path = Path(directory) / name
     config = read_json(path)
@@ -213,7 +214,7 @@ def _architectures(config: Mapping[str, Any], path: Path) -> list[str]:
 
 
 def _head_kind(config: Mapping[str, Any], path: Path) -> str:
-    """The kind of the head; the class that wrote the weights says it, if any key does."""
+    """The kind of the head: from the class that wrote the weights, else from ``model_type``."""
     named = _architectures(config, path)
     known = _released_heads()
     kinds = [kind for kind, head in known.items() if head.architecture in named]
@@ -221,7 +222,7 @@ def _head_kind(config: Mapping[str, Any], path: Path) -> str:
         return kinds[0]
     model_type = config.get("model_type") or None
     kinds = [kind for kind, head in known.items() if head.model_type == model_type]
-    # The authors' training script takes the energy head by that name, too.
+    # The authors' training script also accepts "energy" as a model_type.
     kinds = kinds or [kind for kind in known if kind == model_type]
     if named or not kinds:
         raise CheckpointError(
@@ -232,15 +233,15 @@ def _head_kind(config: Mapping[str, Any], path: Path) -> str:
 
 
 def _released_heads() -> dict[str, Released]:
-    """The kinds of heads that the released layout has."""
+    """The kinds of heads that the released layout supports."""
     return {kind: spec.released for kind, spec in all_specs().items() if spec.released is not None}
 
 
 def released_head(head: HeadRecipe) -> Released:
-    """How the released layout names a head.
+    """The names of a head in the released layout.
 
     Raises:
-        CheckpointError: it has no such head.
+        CheckpointError: the layout has no such head.
     """
     released = head.spec.released
     if released is None:
@@ -252,10 +253,10 @@ def released_head(head: HeadRecipe) -> Released:
 
 
 def _check_number(name: str, value: Any, kind: str, path: Path) -> None:
-    """Fields are whole numbers (sizes from 1, token ids from 0) or finite numbers from 0."""
+    """Check a field: a whole number (sizes from 1, token ids from 0) or a finite number from 0."""
     is_number = isinstance(value, int if kind == "int" else int | float)
     smallest = 1 if kind == "int" and not name.endswith("_id") else 0
     if not is_number or isinstance(value, bool) or not smallest <= value < _LARGEST_NUMBER:
         raise CheckpointError(
-            f"{path}: {name} {value!r:.200} is not a {kind} that an autoencoder has"
+            f"{path}: {name} {value!r:.200} is not a valid {kind} for an autoencoder"
         )

@@ -1,7 +1,8 @@
-"""Keys of a released ``config.json`` that no section of a recipe takes.
+"""Keys of a released ``config.json`` that have no field in a recipe.
 
-Each key is read, is known not to change what the model computes, or has only one value here. Any
-other is refused: a key that is passed over would give another model than the one that was trained.
+A key is read, or known not to change what the model computes, or has a single value that this
+model supports. Any other key is refused, since ignoring it could give a different model from the
+one that was trained.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ LABELS = frozenset((
     "exponential_decay_length_penalty", "output_scores", "return_dict_in_generate",
 ))
 # fmt: on
-"""Of the file, its loading, its training and generation by transformers; those with a leading
-underscore are among them."""
+"""Keys about the file, its loading, and training and generation by transformers. Keys with a
+leading underscore are treated in the same way."""
 
 NEUTRAL: Mapping[str, Any] = {
     "hidden_act": "silu",
@@ -62,26 +63,26 @@ NEUTRAL: Mapping[str, Any] = {
     "embedding_dropout": 0.0,
     "quantization_config": None,
 }
-"""The only value that each key may have, since this model is as if it had that. Null stands for
-it, too: it says that a key is not set."""
+"""The only value that each key may have, since the model behaves as if it were set. Null, meaning
+that the key is not set, is accepted as well."""
 
 _ROPE = ("rope_parameters", "rope_scaling")
-"""Of transformers 5, and of 4."""
+"""The keys of transformers 5 and of transformers 4."""
 _ROPE_NEUTRAL = {"rope_type": "default", "type": "default", "factor": 1.0,
                  "partial_rotary_factor": 1.0}  # fmt: skip
 _FULL_ATTENTION = "full_attention"
 
 
 def check_keys(config: Mapping[str, Any], read: Collection[str], path: Path) -> None:
-    """Refuse what asks for another model, or may do so.
+    """Refuse keys that describe, or may describe, another model.
 
     Args:
-        read: keys that the caller takes or checks.
+        read: keys that the caller uses or checks.
 
     Raises:
-        CheckpointError: naming the key and its value.
+        CheckpointError: there is such a key; the message has the key and its value.
     """
-    # As Qwen 2 writes it: the size of a window that is not used.
+    # Qwen 2 writes the size of a window even if it is not used.
     unused = {"sliding_window"} if config.get("use_sliding_window") is False else set()
     for key, value in NEUTRAL.items():
         if key not in read and key not in _ROPE and key not in unused:
@@ -95,13 +96,13 @@ def check_keys(config: Mapping[str, Any], read: Collection[str], path: Path) -> 
     if unknown:
         listed = ", ".join(f"{key} {shown(config[key])}" for key in sorted(unknown)[:5])
         raise CheckpointError(
-            f"{path}: {listed}: not known here, and might change what the model computes; remove "
-            "from the file what does not"
+            f"{path}: {listed}: unknown, and might change what the model computes; remove keys "
+            "that do not from the file"
         )
 
 
 def check_attention_kinds(config: Mapping[str, Any], path: Path) -> None:
-    """Raises CheckpointError where ``layer_types`` has others than full attention."""
+    """Raise CheckpointError if ``layer_types`` contains anything but full attention."""
     kinds = config.get("layer_types")
     if kinds is None:
         return
@@ -112,7 +113,7 @@ def check_attention_kinds(config: Mapping[str, Any], path: Path) -> None:
 
 
 def rope_theta(config: Mapping[str, Any], default: float, path: Path) -> Any:
-    """The base of the positions, which may stand in three places; its type is not checked.
+    """The base of the positions, which may be in three places; its type is not checked.
 
     Raises:
         CheckpointError: the places disagree, or one asks for scaled positions.
@@ -135,7 +136,7 @@ def rope_theta(config: Mapping[str, Any], default: float, path: Path) -> Any:
     values = list(stated.values())
     if any(value != values[0] for value in values):
         listed = ", ".join(f"{key} {shown(value)}" for key, value in stated.items())
-        raise CheckpointError(f"{path}: {listed} disagree; leave the one that was trained with")
+        raise CheckpointError(f"{path}: {listed} disagree; keep only the one used in training")
     return values[0]
 
 

@@ -1,4 +1,4 @@
-"""File names of the released checkpoints, for those who need no tensors."""
+"""File names of the released checkpoints; needs no torch."""
 
 from __future__ import annotations
 
@@ -31,18 +31,19 @@ def weights_file(directory: str | Path) -> Path:
                 "tools/convert_checkpoint.py import-hf"
             )
     raise CheckpointError(
-        f"{directory}: holds neither {WEIGHTS_FILE} nor {PICKLED_WEIGHTS_FILE}, in one file or "
+        f"{directory}: has neither {WEIGHTS_FILE} nor {PICKLED_WEIGHTS_FILE}, in one file or "
         f"with {INDEX_SUFFIX}; give the directory of a released checkpoint"
     )
 
 
 def weight_files(directory: str | Path) -> dict[Path, frozenset[str] | None]:
-    """The weights files of a model directory, each with the tensors that its index names.
+    """The weights files of a model directory, each with the tensors that the index assigns to it.
 
-    None stands for whatever is in the file: one alone has no index.
+    A single file has no index; None then stands for all tensors in the file.
 
     Raises:
-        CheckpointError: there is none, or the index is damaged or leads out of the directory.
+        CheckpointError: there is none, or the index is damaged or names a file outside the
+            directory.
     """
     directory = Path(directory)
     for name in (WEIGHTS_FILE, PICKLED_WEIGHTS_FILE):
@@ -59,11 +60,11 @@ def _files_of_index(index: Path, suffix: str) -> dict[Path, frozenset[str] | Non
     if not isinstance(placed, dict) or not placed:
         raise CheckpointError(f"{index}: has no weight_map of tensor names to file names")
     for tensor, name in placed.items():
-        # Only plain names: an index that was downloaded must not read files elsewhere.
+        # Only plain names: a downloaded index must not make us read files elsewhere.
         if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != suffix:
             raise CheckpointError(
-                f"{index}: {tensor} lies in {name!r}; the name of a {suffix} file in the same "
-                "directory is wanted"
+                f"{index}: places {tensor} in {name!r}; it must be the name of a {suffix} file in "
+                "the same directory"
             )
     return {
         index.with_name(name): frozenset(tensor for tensor in placed if placed[tensor] == name)
@@ -75,7 +76,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """``config.json`` of a model directory.
 
     Raises:
-        CheckpointError: it is missing, or no JSON object.
+        CheckpointError: it is missing, or not a JSON object.
     """
     path = Path(directory) / CONFIG_FILE
     if not path.is_file():
@@ -95,13 +96,13 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: is no JSON object; the file is of something else")
+        raise CheckpointError(f"{path}: is not a JSON object")
     return values
 
 
 def _number(text: str) -> float:
-    """A number of a JSON file; Python's parser takes infinity and NaN for some."""
+    """Parse a number of a JSON file; Python's parser would accept infinity and NaN."""
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:40]} is not a number of JSON, or too large for one")
+        raise ValueError(f"{text[:40]} is not a valid JSON number, or too large")
     return value

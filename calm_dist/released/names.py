@@ -1,6 +1,6 @@
-"""Which released tensors our backbone is made of, and how.
+"""How our backbone's parameters correspond to the released tensors.
 
-The same rules carry weights and, being linear selections, gradients in both directions.
+The rules are linear selections, so they convert weights and gradients in both directions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TIED_OUTPUT = ("encoder.embed_tokens.weight", "decoder.lm_head_weight")
 
 @dataclass(frozen=True)
 class Rule:
-    """One parameter of ours, and the released ones that it is joined from and split into."""
+    """One of our parameters, and the released ones that it is joined from and split into."""
 
     ours: str
     released: Mapping[str, tuple[int, ...]]
@@ -58,17 +58,17 @@ def released_shapes(model: CalmModel) -> Shapes:
 
 
 def rules_for(model: CalmModel, parameters: Iterable[str]) -> list[Rule]:
-    """The rules of a whole backbone that has these parameters, each covered by one.
+    """The rules of a whole backbone with these parameters, each of which must have a rule.
 
     Raises:
-        CheckpointError: a parameter has no rule, hence no place in the released layout.
+        CheckpointError: a parameter has no rule, and so no place in the released layout.
     """
     rules = list(backbone_rules(model))
     covered = {rule.ours for rule in rules}
     if without := [name for name in parameters if name not in covered]:
         raise CheckpointError(
-            f"{listed(without, 2)}: the authors' released layout has no place for these "
-            "weights of this model and would lose them; only models without them can be exchanged"
+            f"{listed(without, 2)}: the authors' released layout has no place for these weights, "
+            "which would be lost; only models without them can be imported and exported"
         )
     return rules
 
@@ -106,7 +106,7 @@ def _same(ours: str, released: str, shape: tuple[int, ...]) -> Rule:
 
 
 def _vocabulary_rule(vocab_size: int, width: int) -> Rule:
-    """Our table has rows that only pad it to equal shards; they are zero."""
+    """Our embedding table has extra rows of zeros that pad it to equal shards."""
     padding = padded_vocab_size(vocab_size) - vocab_size
     return Rule(
         "embedding.embed_tokens.weight",
@@ -117,9 +117,10 @@ def _vocabulary_rule(vocab_size: int, width: int) -> Rule:
 
 
 def _attention_rule(model: CalmModel, ours: str, released: str) -> Rule:
-    """Megatron keeps the queries of a group of heads with their key and value head.
+    """Megatron stores the queries of a group of heads together with their key and value head.
 
-    Rows are, for each group: its queries, its key, its value. Both sides rotate halves of a head.
+    The rows of each group are its queries, its key, its value. Both layouts rotate halves of a
+    head.
     """
     groups, size = model.key_value_heads, model.hidden_size // model.num_attention_heads
     queries = model.num_attention_heads // groups

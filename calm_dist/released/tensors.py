@@ -1,6 +1,6 @@
-"""The tensors of a released checkpoint, whichever files they lie in.
+"""The tensors of a released checkpoint, from one file or several.
 
-Files are mapped into memory where their format allows it: what is not asked for is not read.
+Files are mapped into memory if their format allows it, so that unused tensors are not read.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from calm_dist.released.names import TIED_OUTPUT
 
 _log = logging.getLogger(__name__)
 
-# Older versions of transformers store what follows from the configuration.
+# Stored by older versions of transformers, although it follows from the configuration.
 BUFFERS = ("rotary_emb.inv_freq",)
-# What torch's wrappers put before the name of every tensor: of compiled models, of DDP and FSDP.
+# Prefixes that torch's wrappers add to the name of every tensor: torch.compile; DDP and FSDP.
 WRAPPERS = ("_orig_mod.", "module.")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """Named tensors, and the file that each of them is from."""
+    """Named tensors, and the file that contains each of them."""
 
     directory: Path
     values: dict[str, torch.Tensor]
@@ -46,7 +46,7 @@ class Tensors:
         return iter(self.values)
 
     def below(self, prefix: str) -> Tensors:
-        """The tensors whose names begin with ``prefix``, without it."""
+        """The tensors whose names begin with ``prefix``, which is removed."""
         names = [name for name in self.values if name.startswith(prefix)]
         return Tensors(
             self.directory,
@@ -55,10 +55,10 @@ class Tensors:
         )
 
     def tied(self, pairs: Iterable[tuple[str, str]]) -> Tensors:
-        """With both tensors of each pair, of which the files may have lost either.
+        """These tensors with both names of each pair; the files may contain only one of them.
 
         Raises:
-            CheckpointError: both are there and differ.
+            CheckpointError: the files contain both, and they differ.
         """
         values, files = dict(self.values), dict(self.files)
         for left, right in pairs:
@@ -82,26 +82,26 @@ class Tensors:
         message = f"{self.files[left]}: {left} and {right} {difference}, but are one parameter here"
         if (left, right) == TIED_OUTPUT and one.shape == other.shape:
             raise CheckpointError(
-                f"{message}. The authors' class (transformers 4.43) makes two parameters of a "
-                "file that holds both and trains each for itself, so encoder and decoder of this "
-                "one use different matrices. Train again from a file that holds "
-                f"{right} alone, as export-hf writes it; or, if the reconstruction allows it, "
-                "remove one of both from this file"
+                f"{message}. From a file with both, the authors' class (transformers 4.43) makes "
+                "two parameters and trains them separately, so encoder and decoder of this "
+                f"autoencoder use different matrices. Train again from a file with {right} only, "
+                "as export-hf writes it; or, if the reconstruction allows it, remove one of the "
+                "two from this file"
             )
         raise CheckpointError(
             f"{message}; the file is damaged or was put together from several checkpoints"
         )
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], config: str) -> None:
-        """Refuse what is not exactly the wanted tensors.
+        """Refuse tensors that are not exactly the expected ones.
 
         Args:
-            shapes: wanted names and shapes.
-            config: what the shapes follow from, for the message.
+            shapes: expected names and shapes.
+            config: source of the shapes, for the message.
 
         Raises:
-            CheckpointError: naming file and tensor that is missing, unknown, of another shape or
-                not finite.
+            CheckpointError: a tensor is missing, unknown, of another shape or not finite; the
+                message names it and its file.
         """
         unknown = sorted(self.values.keys() - shapes.keys())
         if missing := sorted(shapes.keys() - self.values.keys()):
@@ -112,8 +112,8 @@ class Tensors:
             )
         if unknown:
             raise CheckpointError(
-                f"{self.files[unknown[0]]}: holds {listed(unknown, 3)}, which {config} has no "
-                "place for"
+                f"{self.files[unknown[0]]}: holds {listed(unknown, 3)}, for which {config} has no "
+                "place"
             )
         for name, shape in shapes.items():
             if tuple(self.values[name].shape) != shape:
@@ -123,18 +123,20 @@ class Tensors:
                 )
             if not self.values[name].isfinite().all():
                 raise CheckpointError(
-                    f"{self.files[name]}: {name} holds numbers that are not finite; the file is "
-                    "damaged, or its training diverged"
+                    f"{self.files[name]}: {name} contains numbers that are not finite; the file "
+                    "is damaged, or its training diverged"
                 )
 
 
 def read_tensors(directory: str | Path) -> Tensors:
     """All weights of a model directory. Pickles are read as data only, never executed.
 
-    What a wrapper (`WRAPPERS`) has put before every name is left out; one line on stderr says so.
+    If every name begins with a wrapper's prefix (`WRAPPERS`), it is removed and a line on stderr
+    says so.
 
     Raises:
-        CheckpointError: a file is missing, damaged, or holds anything but floating-point tensors.
+        CheckpointError: a file is missing, damaged, or contains anything but floating-point
+            tensors.
     """
     values: dict[str, torch.Tensor] = {}
     files: dict[str, Path] = {}
@@ -150,12 +152,12 @@ def read_tensors(directory: str | Path) -> Tensors:
     prefix = _wrapper_prefix(tensors)
     if not prefix:
         return tensors
-    _log.log(NOTE, f"note: {directory}: {prefix!r} before every tensor's name is left out")
+    _log.log(NOTE, f"note: {directory}: the prefix {prefix!r} of all tensor names is removed")
     return tensors.below(prefix)
 
 
 def _wrapper_prefix(tensors: Tensors) -> str:
-    """The names of wrappers, in any order and number, that every tensor's name begins with."""
+    """The longest sequence of wrappers' prefixes with which every tensor's name begins."""
 
     def is_before_all(prefix: str) -> bool:
         return bool(tensors.values) and all(name.startswith(prefix) for name in tensors)
@@ -185,17 +187,17 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
             content = load_weights(path, map_file=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused, it holds more than tensors and could run code; ask for it as "
-            "safetensors"
+            f"{path}: refused, it contains more than tensors and could run code; get it in the "
+            "safetensors format"
         ) from error
     except PickleBombError as error:
         raise CheckpointError(
             f"{path}: refused, it would take far more memory than its size explains "
-            f"({_line(error)}); ask for it as safetensors"
+            f"({_line(error)}); get it in the safetensors format"
         ) from error
-    except Exception as error:  # whatever its bytes lead to
+    except Exception as error:  # damaged bytes can raise anything
         raise CheckpointError(
-            f"{path}: refused, it is damaged or no weights file ({_line(error)}); get it again"
+            f"{path}: refused, it is damaged or not a weights file ({_line(error)}); get it again"
         ) from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not named tensors")
@@ -205,18 +207,18 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _check_kind(path: Path, name: str, tensor: Any) -> None:
-    """Raises CheckpointError for what is no tensor of weights that lie in the file."""
+    """Raise CheckpointError unless the value is a plain tensor of weights stored in the file."""
     if not isinstance(tensor, torch.Tensor):
-        raise CheckpointError(f"{path}: {name} is no tensor ({type(tensor).__name__})")
+        raise CheckpointError(f"{path}: {name} is not a tensor ({type(tensor).__name__})")
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
-        raise CheckpointError(f"{path}: {name} is no plain tensor ({tensor.layout})")
+        raise CheckpointError(f"{path}: {name} is not a plain tensor ({tensor.layout})")
     if tensor.dtype not in DTYPES and not name.endswith(BUFFERS):
         wanted = ", ".join(_type_name(dtype) for dtype in DTYPES)
         raise CheckpointError(
             f"{path}: {name} is {_type_name(tensor.dtype)}; weights are read as {wanted}, so write "
             "the checkpoint in one of these"
         )
-    # A pickle can spread one number over any shape.
+    # A pickle can expand one number to any shape.
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise CheckpointError(
             f"{path}: {name} of shape {tuple(tensor.shape)} has only "

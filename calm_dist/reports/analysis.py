@@ -1,4 +1,4 @@
-"""What several runs say together: points that compare, the Pareto front, correlations, MFU."""
+"""Analysis of several runs: comparable points, the Pareto front, correlations, MFU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from calm_dist.runs.records import CPU, Record, Run, conditions
 from calm_dist.scores import noisy_brier
 
 MIN_CORRELATED = 3
-"""Points below which a correlation says nothing."""
+"""Fewest points for which a correlation is computed."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Point:
     name: str
     step: int
     train_flops: float | None
-    """As the released code executes them, over the tokens seen; None where those are not known."""
+    """As the released code executes them, over the tokens seen; None if those are unknown."""
     brierlm: float
     stderr: float | None
     cross_entropy: float | None
@@ -39,7 +39,7 @@ class Point:
 
     @property
     def evaluation(self) -> Record:
-        """What `calm_dist.scores` shows of it."""
+        """Its scores in the form that `calm_dist.scores` formats."""
         return {
             "brierlm": self.brierlm,
             "brierlm_stderr": self.stderr,
@@ -49,9 +49,9 @@ class Point:
 
 
 def common_conditions(models: Sequence[Run]) -> tuple[str, ...] | None:
-    """The conditions of evaluation that most runs share; the first run's where several do.
+    """The conditions of evaluation that most runs share; of several, those of the first run.
 
-    None where no run was evaluated.
+    None if no run was evaluated.
     """
     shared = Counter(
         condition
@@ -64,8 +64,8 @@ def common_conditions(models: Sequence[Run]) -> tuple[str, ...] | None:
 
 
 def compared_evaluations(models: Sequence[Run]) -> list[tuple[list[Record], bool]]:
-    """Of each run the evaluations under the `common_conditions`, and True; of a run that has none,
-    those under the conditions of its last one, and False."""
+    """For each run, the evaluations under the `common_conditions`, and True; for a run without any,
+    those under the conditions of its last evaluation, and False."""
     wanted = common_conditions(models)
     found = []
     for run in models:
@@ -99,7 +99,8 @@ def evaluated_points(models: Sequence[Run]) -> list[Point]:
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """The comparable points that no other one beats with as many FLOPs or fewer, by FLOPs."""
+    """The comparable points that no other point beats with at most as many FLOPs, sorted by
+    FLOPs."""
     front: list[Point] = []
     known = [p for p in points if p.comparable and p.train_flops is not None]
     for point in sorted(known, key=lambda p: (p.train_flops, -p.brierlm)):
@@ -111,7 +112,7 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 def correlation(points: Sequence[Point]) -> dict[str, Any]:
     """Pearson's and Spearman's correlation of cross entropy with BrierLM over comparable points.
 
-    ``undefined`` says why there is none, and is None where there is.
+    ``undefined`` is the reason if there is none, else None.
     """
     pairs = [
         (p.cross_entropy, p.brierlm) for p in points if p.comparable and p.cross_entropy is not None
@@ -141,14 +142,14 @@ def _pearson(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1; equal values share the mean of theirs."""
+    """Ranks from 1; equal values get the mean of their ranks."""
     _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(sizes) - (sizes - 1) / 2)[group]
 
 
 def executed_flops_per_token(run: Run) -> float:
-    """Training FLOPs that this package executes for a token, recomputation left out; with the
-    frozen encoder's, where latents are made on the fly."""
+    """Training FLOPs that this package executes for a token, without recomputation; including the
+    frozen encoder's if latents are computed on the fly."""
     flops, model = run.counts().train_flops_per_token_ours, run.recipe.model
     if model.kind == "calm" and model.has_latents and run.recipe.data.latents == "on_the_fly":
         flops += count_autoencoder(model, 0).part("encoder").forward_flops_per_token
@@ -156,13 +157,13 @@ def executed_flops_per_token(run: Run) -> float:
 
 
 def training_totals(run: Run, autoencoder_train_flops: float | None) -> dict[str, float | None]:
-    """What a training cost with all that belongs to it; None where a part of it is not known.
+    """Total FLOPs of a training, including the autoencoder's; None if a part is unknown.
 
     ``encoding_flops`` are those of the frozen encoder over every token seen: exact on the fly and
-    for latents that were read once, too many for stored latents that were read more often.
+    for stored latents that were read once, too many for latents that were read more often.
 
     Args:
-        autoencoder_train_flops: of the autoencoder's own training, where its run is known.
+        autoencoder_train_flops: FLOPs of the autoencoder's own training, if its run is known.
     """
     names = (
         "train_flops",
@@ -191,10 +192,10 @@ def training_totals(run: Run, autoencoder_train_flops: float | None) -> dict[str
 
 
 def efficiency(run: Run, peak_tflops: float | None) -> dict[str, Any]:
-    """Throughput against what the hardware can do, and what the run cost; None where not known.
+    """Throughput relative to the hardware's peak, and the cost of the run; None if unknown.
 
     Args:
-        peak_tflops: of one device; where absent, by the GPU's name from `costs.flops`.
+        peak_tflops: peak of one device; default: from `costs.flops`, by the GPU's name.
     """
     ranks, device, rate = run.ranks, run.device, run.tokens_per_second
     peak = None if peak_tflops is None else peak_tflops * 1e12

@@ -1,4 +1,4 @@
-"""The paper's Table 1 beside the same figures counted from the models' shapes alone."""
+"""The paper's Table 1 next to the same figures counted from the models' shapes alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from calm_dist.costs import flops
 from calm_dist.recipe import Recipe
 
 PAPER_TOKENS = 500_000_000_000
-"""Training tokens that Table 1's figures agree with; steps x batch is 5.243e11."""
+"""Number of training tokens with which Table 1's figures agree; steps x batch is 5.243e11."""
 AUTOENCODER_TOKENS = 30_000 * 2**19
 """Training tokens of the released autoencoder: 30,000 steps of 2^19."""
 VOCAB_SIZE = 128_256
@@ -18,7 +18,7 @@ PAPER_PATCH_SIZE = 4
 SWEPT_PATCH_SIZES = (1, 2, 8)
 LATENT_SIZE_PER_TOKEN = 32
 EXPLAINED = 0.02
-"""Relative error up to which a count is taken to agree with Table 1."""
+"""Relative error up to which a count is considered to agree with Table 1."""
 ROUNDING = {"train_flops": 0.05e20, "inference_flops_per_token": 0.05e8}
 """Half of the last digit that Table 1 prints."""
 QUANTITIES = {"train_flops": "training", "inference_flops_per_token": "inference"}
@@ -26,7 +26,7 @@ QUANTITIES = {"train_flops": "training", "inference_flops_per_token": "inference
 
 @dataclass(frozen=True)
 class PaperModel:
-    """A model of the paper (arXiv 2510.27688), or CALM-S of our own, with Table 1's numbers."""
+    """A model of the paper (arXiv 2510.27688) with Table 1's numbers, or our own CALM-S."""
 
     name: str
     hidden_size: int
@@ -59,14 +59,14 @@ PAPER_MODELS = (
 def compare_with_paper() -> dict[str, Any]:
     """Parameters and FLOPs of the paper's models and of a sweep over K, as plain values.
 
-    ``models`` holds one mapping a model, all over 5e11 training tokens with full attention:
+    ``models`` has one mapping per model, all over 5e11 training tokens with full attention:
 
-    - ``train_flops``: what the released code executes; ``train_flops_ours``: what this package
-      does, ``head_flops_saved`` less.
-    - ``train_flops_with_autoencoder``: with the training of the autoencoder and its encoding of
-      every training token; ``train_flops_with_autoencoder_ours``: the same as this package does it.
+    - ``train_flops``: executed by the released code; ``train_flops_ours``: executed by this
+      package, ``head_flops_saved`` less.
+    - ``train_flops_with_autoencoder``: including the training of the autoencoder and its encoding
+      of every training token; ``train_flops_with_autoencoder_ours``: the same for this package.
     - ``inference_flops_per_token`` with a key-value cache, ``..._without_cache``.
-    - ``causal``: the same counts where attention skips what a step does not see.
+    - ``causal``: the same counts with attention that skips masked steps.
     - ``relative_error``: counted / published - 1.
 
     ``headline`` compares CALM-M with Transformer-S, as the paper does. ``unexplained`` lists the
@@ -104,7 +104,7 @@ def _headline(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def unexplained(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The counts of ``rows`` that neither agree with Table 1 nor differ by its rounding alone."""
+    """The counts of ``rows`` that differ from Table 1 by more than `EXPLAINED` and its rounding."""
     return [
         {
             "model": row["name"],
@@ -122,7 +122,7 @@ def unexplained(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def format_comparison(comparison: dict[str, Any]) -> str:
-    """`compare_with_paper` as text: Table 1, the further totals, and what stays unexplained."""
+    """`compare_with_paper` as text: Table 1, the totals, and the unexplained differences."""
     header = (
         f"{'model':<16} {'K':>2} {'parameters':>22} {'training, 1e20':>18} "
         f"{'inference, 1e8/token':>21} {'without cache':>14}"

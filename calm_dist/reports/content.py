@@ -1,6 +1,6 @@
-"""What a report says, however it is written: headline, notes, and sections of text, plots, tables.
+"""The content of a report in any format: headline, notes, and sections of text, plots, tables.
 
-Everything is plain text; `reports.page` and `reports.markdown` write it down.
+Everything is plain text; `reports.page` and `reports.markdown` format it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from calm_dist.scores import MARK_EXPLAINED, block_size_note, brier_text, brierl
 
 @dataclass(frozen=True)
 class Fact:
-    """A number that stands out, and what is said beside it."""
+    """A highlighted number, and the text next to it."""
 
     label: str
     value: str
     addition: str = ""
     details: tuple[str, ...] = ()
-    """Further lines below the number."""
+    """Additional lines below the number."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Content:
 
 
 def headline(summary: dict[str, Any]) -> tuple[str, str, tuple[Fact, ...]]:
-    """Title, one sentence, and the numbers that it rests on."""
+    """Title, a summary sentence, and the numbers behind it."""
     entries = summary["models"]
     calm, transformer = (first_of_kind(entries, kind) for kind in ("calm", "transformer"))
     if calm is None or transformer is None:
@@ -72,12 +72,12 @@ def headline(summary: dict[str, Any]) -> tuple[str, str, tuple[Fact, ...]]:
             "times the training FLOPs."
         )
     if ratios["brierlm_compares"] is False:
-        lead += " Their last BrierLM were taken in different ways and do not compare."
+        lead += " Their last BrierLM were taken in different ways and are not comparable."
     control = first_of_kind(entries, "tokens")
     if control is not None:
         lead += (
-            f" {control['name']} is the control: patches on the same backbone without latents, its "
-            "tokens from a softmax."
+            f" {control['name']} is the control: patches on the same backbone without latents, "
+            "with tokens from a softmax."
         )
     facts = (
         _score(calm),
@@ -90,7 +90,7 @@ def headline(summary: dict[str, Any]) -> tuple[str, str, tuple[Fact, ...]]:
 
 
 def _score(entry: Record) -> Fact:
-    """BrierLM with its standard error, or why there is none, and beside it Brier-1 and Brier-2."""
+    """BrierLM with its standard error, or why there is none, and Brier-1 and Brier-2."""
     label = f"BrierLM, {entry['name']}"
     if entry["brierlm"] is None:
         return Fact(label, MISSING, "no score" if entry["evaluation"] else "not evaluated")
@@ -106,7 +106,7 @@ def _times(value: float | None) -> str:
 def missing_and_incomparable(
     summary: dict[str, Any], models: Sequence[Run], autoencoder: Run | None
 ) -> tuple[str, ...]:
-    """What a reader must know before comparing: what runs lack, and what differs between them."""
+    """Notes to read before comparing: missing data of runs, and differences between them."""
     notes = []
     for run in (*models, *([autoencoder] if autoencoder else [])):
         notes += [f"{run.name}: {lack}" for lack in _lacks(run)]
@@ -116,8 +116,8 @@ def missing_and_incomparable(
             device = {None: "an unknown device", CPU: "CPUs"}.get(entry["device"], entry["device"])
             without_peak.setdefault(device, []).append(entry["name"])
     notes += [
-        f"No peak FLOP/s is known of {device}, hence no MFU of {', '.join(names)}; --peak-tflops "
-        "gives one."
+        f"No peak FLOP/s is known for {device}, hence no MFU of {', '.join(names)}; set it with "
+        "--peak-tflops."
         for device, names in without_peak.items()
     ]
     if autoencoder is None:
@@ -132,8 +132,8 @@ def missing_and_incomparable(
     evaluated = [run for run in models if run.evaluations]
     if len({conditions(run.last_evaluation) for run in evaluated}) > 1:
         notes.append(
-            "The models were evaluated last on different data, block sizes or n-grams: these "
-            "BrierLM do not compare. The plot shows checkpoints that do; others are hollow."
+            "The models' last evaluations used different data, block sizes or n-grams: these "
+            "BrierLM are not comparable. In the plot, points that are not comparable are hollow."
         )
     tokens = {run.name: run.tokens_seen for run in models if run.tokens_seen}
     if len(set(tokens.values())) > 1:
@@ -143,7 +143,7 @@ def missing_and_incomparable(
 
 
 def _lacks(run: Run) -> list[str]:
-    """What a run's files do not say."""
+    """Data missing from a run's files."""
     lacks = list(run.damage)
     if not run.training:
         lacks.append("no training records in metrics.jsonl.")
@@ -155,9 +155,9 @@ def _lacks(run: Run) -> list[str]:
             f"{run.training[-1]['step']}."
         )
     if run.ranks is None:
-        lacks.append("environment.json does not say on how many processes it ran: no cost.")
+        lacks.append("environment.json does not give the number of processes: no cost.")
     elif run.device is None:
-        lacks.append("environment.json does not say on what device it ran.")
+        lacks.append("environment.json does not give the device.")
     infinite = sum(record["loss"] is None for record in run.training)
     if infinite:
         lacks.append(f"{infinite} of {len(run.training)} records have a loss that is not finite.")

@@ -1,4 +1,4 @@
-"""The report as Markdown, with its plots as PNG beside it."""
+"""The report as Markdown, with its plots as PNG files next to it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def render_markdown(content: Content, *, images: bool = True) -> str:
     """The whole report.
 
     Args:
-        images: refer to ``plots/NAME.png``; their content in words is written in any case.
+        images: refer to ``plots/NAME.png``; their alternative text is always written.
     """
     lines = [f"# {_plain(content.title)}", "", _plain(content.lead), ""]
     lines += [
@@ -46,7 +46,7 @@ def _section(section: Section, images: bool) -> list[str]:
 
 
 def markdown_table(table: Table) -> list[str]:
-    """Lines of a table whose columns are aligned in the source, too."""
+    """Lines of a table whose columns are also aligned in the source."""
     heads = [_plain(head) for head in table.heads]
     rows = [[_plain(cell.text) for cell in row] for row in table.rows]
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
@@ -60,5 +60,5 @@ def markdown_table(table: Table) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Text in which nothing is markup."""
+    """Text with Markdown's special characters escaped."""
     return re.sub(r"([\\`*_\[\]<>|~&])", r"\\\1", text)

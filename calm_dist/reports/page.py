@@ -1,4 +1,4 @@
-"""The report page: one HTML file that needs no network, readable on light and dark screens."""
+"""The report page: one HTML file that needs no network, with light and dark colours."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from calm_dist.reports.tables import Cell, Table
 
 
 def render_page(content: Content) -> str:
-    """The whole page as HTML. Without its script tables are not sorted, and all else works."""
+    """The whole page as HTML. Without its script only the sorting of tables does not work."""
     body = [
         f"<h1>{escape(content.title)}</h1>",
         f'<p class="lead">{escape(content.lead)}</p>',
@@ -24,7 +24,7 @@ def render_page(content: Content) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        # Or browsers ask a server for one.
+        # Otherwise browsers request an icon from a server.
         '<link rel="icon" href="data:,">\n'
         f"<title>CALM report</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(part for part in body if part)
@@ -51,7 +51,7 @@ def _notes(notes: tuple[str, ...]) -> str:
 
 
 def _section(section: Section) -> str:
-    """Plots before the words about them, and what is the section's own table before both."""
+    """Open tables first, then plots, then text, then folded tables."""
     open_tables = "".join(_table(table) for table in section.tables if not table.folded)
     folded = "".join(
         f"<details><summary>{escape(table.title)}: the numbers</summary>{_table(table)}</details>"
@@ -66,7 +66,7 @@ def _section(section: Section) -> str:
 
 
 def _figure(plot: Plot, *, alone: bool) -> str:
-    """A plot, its content in words, and its title where the section has several."""
+    """A plot with its alternative text, and with its title if the section has several plots."""
     label = f'<svg role="img" aria-label="{escape(plot.alternative)}"'
     caption = "" if alone else f"<figcaption>{escape(plot.title)}</figcaption>"
     return f"<figure>{caption}{plot.svg().replace('<svg', label, 1)}</figure>"

@@ -1,4 +1,4 @@
-"""Style and script of the report page, which loads nothing."""
+"""Style and script of the report page, which loads no other files."""
 
 from calm_dist.reports.plots import DARK, LIGHT, Palette
 

@@ -1,7 +1,7 @@
 """The report's plots, by matplotlib: inline SVG for the page, PNG for everything else.
 
-In SVG, placeholder colours become CSS variables of `reports.page`, so that it follows light and
-dark.
+In SVG, placeholder colours become CSS variables of `reports.page`, so that plots follow the light
+or dark scheme.
 """
 
 from __future__ import annotations
@@ -79,28 +79,28 @@ _MARKERS = "osD^v"
 _SMOOTHED_SHARE = 50
 _DRAWN_POINTS = 1000
 _LINE = 66
-"""Characters that fit side by side in a legend."""
+"""Number of characters that fit in a line of a legend."""
 _NARROW = 200
-"""A logarithmic axis of a smaller range than this has marks between the powers of ten."""
+"""A logarithmic axis with a smaller range than this has ticks between the powers of ten."""
 _WIDTH = 5.2
 _HEIGHT = 3.4
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot: its file's name, what it shows, the same in words, and who draws it."""
+    """One plot: file name, title, alternative text, and the function that draws it."""
 
     name: str
     title: str
     alternative: str
     draw: Draw
     rows: int = 0
-    """Bars one below the other, which make it higher."""
+    """Number of horizontal bars, which increase the height."""
     legend: tuple[str, ...] = ()
     """Entries of the legend below it."""
 
     def svg(self) -> str:
-        """An ``<svg>`` element whose ids start with the plot's name; colours are the page's."""
+        """An ``<svg>`` element whose ids start with the plot's name, in the page's colours."""
         with _figure(self, _PLACEHOLDERS) as figure:
             return _as_svg(figure, self.name)
 
@@ -122,7 +122,7 @@ def _figure(plot: Plot, palette: Palette) -> Iterator[Figure]:
     legend_rows = math.ceil(len(plot.legend) / columns)
     height = (0.75 + 0.36 * plot.rows if plot.rows else _HEIGHT) + 0.22 * legend_rows
     with matplotlib.rc_context(_style(palette)), warnings.catch_warnings():
-        # A PNG shows boxes for what no font here has; the page takes the reader's fonts.
+        # A PNG shows boxes for characters that no local font has; the page uses the reader's fonts.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         axis = figure.subplots()
@@ -134,13 +134,14 @@ def _figure(plot: Plot, palette: Palette) -> Iterator[Figure]:
 
 
 def _legend_columns(plot: Plot) -> int:
-    """As many as fit side by side."""
+    """Number of columns that fit."""
     longest = max(map(len, map(shortened, plot.legend)), default=1)
     return max(1, min(len(plot.legend), _LINE // (longest + 7), 3))
 
 
 def shortened(name: str, longest: int = 40) -> str:
-    """A name that fits a line of a plot: a long one loses its middle. Dollars are no formula."""
+    """Shorten a name to fit a line of a plot by removing its middle. Dollar signs are escaped, so
+    that matplotlib does not parse a formula."""
     half = longest // 2
     if len(name) > longest:
         name = f"{name[: half - 1]}…{name[-half:]}"
@@ -171,7 +172,7 @@ def _style(palette: Palette) -> dict[Any, Any]:
 
 
 def _look(number: int, palette: Palette) -> dict[str, Any]:
-    """Colour and marker of a run; markers change where colours come again."""
+    """Colour and marker of a run; markers change when colours repeat."""
     colors = palette.series
     return {
         "color": colors[number % len(colors)],
@@ -182,7 +183,7 @@ def _look(number: int, palette: Palette) -> dict[str, Any]:
 def brierlm_against_flops(points: Sequence[Point], front: Sequence[Point]) -> Draw:
     """BrierLM of every evaluated checkpoint over its training FLOPs, with standard errors.
 
-    The Pareto front is dashed; points that do not compare are hollow.
+    The Pareto front is dashed; points that are not comparable are hollow.
     """
 
     def draw(axis: Axes, palette: Palette) -> None:
@@ -205,7 +206,7 @@ def brierlm_against_flops(points: Sequence[Point], front: Sequence[Point]) -> Dr
             look = _look(number, palette) | {"label": shortened(name)}
             if not all(p.comparable for p in own):
                 look |= {"markerfacecolor": "none", "linestyle": ":"}
-            # Not clipped: half of a point at 0 would be.
+            # Not clipped, or points at 0 would be cut in half.
             axis.plot(flops, scores, **look, linewidth=1.5, clip_on=False, zorder=3)
             errors = [p.stderr or 0.0 for p in own]
             axis.errorbar(
@@ -252,7 +253,7 @@ def cross_entropy_against_brierlm(points: Sequence[Point]) -> Draw:
 
 
 def flops_by_part(runs: Sequence[tuple[str, Sequence[Part]]], measure: str) -> Draw:
-    """Stacked bars, one a run: FLOPs per token of each part; ``measure`` is a field of `Part`."""
+    """Stacked bars, one per run: FLOPs per token of each part; ``measure`` is a field of `Part`."""
 
     def draw(axis: Axes, palette: Palette) -> None:
         left, positions = np.zeros(len(runs)), np.arange(len(runs))
@@ -279,8 +280,8 @@ def shown_parts(runs: Sequence[tuple[str, Sequence[Part]]], measure: str) -> tup
 
 
 def curves(runs: Sequence[tuple[int, Run]], field: str, label: str, *, zero: bool) -> Draw:
-    """A number of the training records over the tokens seen: faint the logged steps, strong their
-    running mean. ``runs`` come with their position in the report."""
+    """A field of the training records over the tokens seen: logged steps faint, their running mean
+    strong. ``runs`` are given with their position in the report."""
 
     def draw(axis: Axes, palette: Palette) -> None:
         for number, run in runs:
@@ -350,7 +351,7 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     index = np.arange(len(values))
     start, stop = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
     number = present[stop] - present[start]
-    # A gap where all steps were skipped.
+    # Leave a gap if all steps in the window were skipped.
     return np.where(number, (sums[stop] - sums[start]) / np.maximum(number, 1), np.nan)
 
 
@@ -360,7 +361,7 @@ def _as_svg(figure: Figure, name: str) -> str:
     figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    # Several figures share the page: their ids must differ. Groups' ids are not referred to.
+    # Several figures share the page, so their ids must differ. Ids of groups are not referenced.
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = svg.replace('href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")

@@ -56,15 +56,15 @@ def write_report(
 
     Args:
         runs: run directories of CALMs and Transformers.
-        out: where the report goes; made if absent.
+        out: directory of the report; created if absent.
         autoencoder: the autoencoder's run directory.
-        peak_tflops: of one device; by default from the GPU's name.
+        peak_tflops: peak of one device; by default from the GPU's name.
 
     Returns:
-        What report.json holds (see `summarize`).
+        The contents of report.json (see `summarize`).
 
     Raises:
-        UserError: a directory is no run, is of the wrong kind, or ``out`` cannot be written.
+        UserError: a directory is not a run or is of the wrong kind, or ``out`` cannot be written.
     """
     models, autoencoder_run = read_runs(runs, autoencoder)
     summary = summarize(models, autoencoder_run, peak_tflops)
@@ -75,20 +75,20 @@ def write_report(
 def read_runs(
     runs: Sequence[str | Path], autoencoder: str | Path | None
 ) -> tuple[list[Run], Run | None]:
-    """The models' runs, each once and under a name of its own, and the autoencoder's.
+    """The models' runs, each once and with a unique name, and the autoencoder's.
 
     Raises:
-        UserError: a directory is no run, or of the wrong kind.
+        UserError: a directory is not a run, or is of the wrong kind.
     """
-    # Patterns of a shell may give one directory twice.
+    # Shell patterns may give the same directory twice.
     once = {os.path.realpath(path): path for path in reversed(runs)}
     models = [read_run(path) for path in reversed(once.values())]
     for run in models:
         if run.kind == "autoencoder":
-            raise UserError(f"{run.path}: an autoencoder's run; give it with --autoencoder")
+            raise UserError(f"{run.path}: is an autoencoder's run; give it with --autoencoder")
     autoencoder_run = read_run(autoencoder) if autoencoder is not None else None
     if autoencoder_run is not None and autoencoder_run.kind != "autoencoder":
-        raise UserError(f"{autoencoder_run.path}: a {autoencoder_run.kind}; give it with --run")
+        raise UserError(f"{autoencoder_run.path}: is a {autoencoder_run.kind}; give it with --run")
     often = Counter(run.name for run in models)
     named = [
         replace(run, label=f"{run.name} ({run.path})") if often[run.name] > 1 else run
@@ -110,7 +110,7 @@ def write_files(
                 (out / "plots" / f"{plot.name}.png").write_bytes(plot.png())
         (out / "report.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         for name, text in (("report.md", words), ("index.html", page)):
-            # Names of directories may be no UTF-8.
+            # Names of directories may not be valid UTF-8.
             (out / name).write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"--out {out}: cannot write there ({error.strerror})") from error
@@ -119,7 +119,7 @@ def write_files(
 def report_content(
     summary: dict[str, Any], models: Sequence[Run], autoencoder: Run | None
 ) -> Content:
-    """What the page and the text of a report show."""
+    """The content of a report's page and text."""
     title, lead, facts = headline(summary)
     points = evaluated_points(models)
     costs = [*summary["models"], *([summary["autoencoder"]] if autoencoder else [])]
@@ -144,7 +144,7 @@ def report_content(
 def summarize(
     models: Sequence[Run], autoencoder: Run | None, peak_tflops: float | None = None
 ) -> dict[str, Any]:
-    """The content of report.json. What a run lacks is null.
+    """The content of report.json. Missing values of a run are null.
 
     ``autoencoder``: the last evaluation of its run. ``models``: one entry a run;
     ``train_flops`` = FLOPs per token of `costs.flops` (as the released code executes them) x
@@ -228,7 +228,7 @@ def _comparison(
     entries: Sequence[dict[str, Any]], models: Sequence[Run]
 ) -> dict[str, float | bool | None]:
     """FLOPs of the first CALM over those of the first Transformer, and whether their last BrierLM
-    were taken alike (None where one has none); the control's FLOPs over the Transformer's."""
+    are comparable (None if one has none); the control's FLOPs over the Transformer's."""
     calm, transformer, control = (
         first_of_kind(entries, kind) for kind in ("calm", "transformer", "tokens")
     )

@@ -42,7 +42,7 @@ _TABLE_ROWS = 12
 
 
 def models_section(entries: Sequence[dict[str, Any]]) -> Section:
-    """One row a model: what it is, and what came of it."""
+    """A table with one row per model: its properties and its scores."""
     rows = [
         (
             text(e["name"]),
@@ -72,18 +72,18 @@ def models_section(entries: Sequence[dict[str, Any]]) -> Section:
         "cross entropy",
     )
     explained = (
-        "BrierLM: 0 to 100, higher is better, ± one standard error; of Brier-1 to Brier-4 the "
-        "geometric mean. Brier-n: right n-grams less agreement by chance, at most 100 %. Cross "
+        "BrierLM: 0 to 100, higher is better, ± one standard error; the geometric mean of Brier-1 "
+        "to Brier-4. Brier-n: correct n-grams minus agreement by chance, at most 100 %. Cross "
         "entropy in nats per held-out token. K: tokens per step. FLOPs: measured tokens times "
         "FLOPs per token as the authors' code executes them, without autoencoder and encoding "
-        "(further down)."
+        "(see below)."
     )
     tables = (Table("Models", heads, tuple(rows)), _scores(entries))
     return Section("Models", (explained,), tables=tables)
 
 
 def _scores(entries: Sequence[dict[str, Any]]) -> Table:
-    """All that the last evaluations say."""
+    """All scores of the last evaluations."""
     rows = tuple(
         (
             text(e["name"]),
@@ -117,7 +117,7 @@ def brierlm_section(
             Cell(brierlm_text(p.evaluation, "{:.3f}"), p.brierlm),
             *(_brier(p.evaluation, n, "{:.3f}") for n in (1, 2)),
             number(p.cross_entropy, "{:.3f}"),
-            text("yes" if p in front else "no" if p.comparable else "does not compare"),
+            text("yes" if p in front else "no" if p.comparable else "not comparable"),
         )
         for p in points
     )
@@ -136,7 +136,7 @@ def brierlm_section(
     measured = _protocols(models)
     explained = (
         "Every evaluated checkpoint on held-out text; bars are one standard error (bootstrap over "
-        "blocks). Dashed: the Pareto front, checkpoints that no other one beats with as few FLOPs.",
+        "blocks). Dashed: the Pareto front, checkpoints that no other beats with as few FLOPs.",
         f"{measured}." if measured else "",
     )
     table = Table("Evaluated checkpoints", (*heads, "on the Pareto front"), rows, folded=True)
@@ -144,7 +144,7 @@ def brierlm_section(
 
 
 def _brier(evaluation: Record, n: int, pattern: str = "{:.2f}") -> Cell:
-    """A hundred times Brier-n with its standard error."""
+    """Brier-n times 100, with its standard error."""
     return Cell(brier_text(evaluation, n, pattern), brier(evaluation, n)[0])
 
 
@@ -153,7 +153,7 @@ def _marked(point: Point) -> str:
 
 
 def _protocols(models: Sequence[Run]) -> str:
-    """How the evaluations were taken, with the runs that share each way."""
+    """The protocols of the evaluations, each with the runs that used it."""
     ways: dict[str, list[str]] = {}
     for run, (evaluations, _) in zip(models, compared_evaluations(models), strict=True):
         if evaluations and evaluations[-1].get("protocol"):
@@ -196,11 +196,11 @@ def correlation_section(points: Sequence[Point], correlation: Record) -> Section
 
 
 def loss_section(models: Sequence[Run], autoencoder: Run | None) -> Section:
-    """A plot for each kind of loss, since different ones do not compare."""
+    """A plot for each kind of loss, since different kinds are not comparable."""
     title = "Training loss"
     trained = [(number, run) for number, run in enumerate(models) if run.training]
     if autoencoder is not None and autoencoder.training:
-        # Alone in its plot.
+        # It has a plot of its own.
         trained.append((len(KINDS) - 1, autoencoder))
     if not trained:
         return Section(title, (NOTHING,))
@@ -233,7 +233,7 @@ def loss_section(models: Sequence[Run], autoencoder: Run | None) -> Section:
     heads = ("run", "step", "tokens", "loss", "gradient norm", "skipped steps")
     explained = (
         "Faint: logged steps; strong: running mean. Losses of different kinds of model have "
-        "different units and do not compare."
+        "different units and are not comparable."
     )
     return Section(title, (explained,), tuple(shown), (Table("Losses", heads, rows, folded=True),))
 
@@ -246,7 +246,7 @@ def _last_loss(run: Run) -> str:
 def cost_section(
     models: Sequence[Run], autoencoder: Run | None, costs: Sequence[dict[str, Any]]
 ) -> Section:
-    """``costs``: `analysis.efficiency` of each model, and of the autoencoder where there is one."""
+    """``costs``: `analysis.efficiency` of each model, and of the autoencoder if there is one."""
     runs = [*models, *([autoencoder] if autoencoder else [])]
     fast = [(number, run) for number, run in enumerate(models) if run.tokens_per_second]
     rates = ", ".join(f"{run.name} {compact(run.tokens_per_second or 0)}" for _, run in fast)
@@ -274,12 +274,12 @@ def cost_section(
     if all(cost["device"] == CPU for cost in costs):
         heads = (*heads[:-1], "device-hours")
     explained = (
-        "Medians over the logged steps. FLOP/s: what this package executes for a token, times "
-        "tokens per second, over the ranks of the last start; MFU: that over the device's peak in "
-        "the run's precision. Hours: durations of all steps, where a logged step stands for those "
-        "since the one before; without start, checkpoints and evaluation. GPU-hours, on CPUs "
-        "device-hours: hours times ranks. Layout: tensor × pipeline × data parallel, and the ZeRO "
-        "stage of the head's engine."
+        "Medians over the logged steps. FLOP/s: FLOPs that this package executes for a token, "
+        "times tokens per second, divided by the ranks of the last start; MFU: FLOP/s over the "
+        "device's peak in the run's precision. Hours: durations of all steps, where a logged step "
+        "stands for all steps since the previous one; without start-up, checkpoints and "
+        "evaluation. GPU-hours (on CPUs device-hours): hours times ranks. Layout: tensor × "
+        "pipeline × data parallel, and the ZeRO stage of the head's engine."
     )
     table = Table("Throughput and cost", heads, rows)
     return Section("Throughput and cost", (explained,), (plot,) if fast else (), (table,))
@@ -354,17 +354,17 @@ def flops_section(
         "inference without cache",
     )
     explained = (
-        "Counted from the recipe: matrix multiplications, two FLOPs a multiply-add, full "
+        "Counted from the recipe: matrix multiplications, two FLOPs per multiply-add, full "
         "attention; training is three times the forward pass, inference one token after a full "
-        "context. Training as the authors' code executes it; ours computes what does not depend on "
-        "the noise once for all samples of the head. Embeddings and norms cost no matrix "
-        "multiplication."
+        "context. Training is counted as the authors' code executes it; ours computes everything "
+        "that does not depend on the noise once for all samples of the head. Embeddings and norms "
+        "have no matrix multiplications."
     )
     totals_explained = (
-        "Training in all: what the authors' code executes, the autoencoder's training and its "
-        "encoding of every token seen (once each; stored latents that are read again cost less), "
-        "and the same without what our head saves. One autoencoder serves any number of models; "
-        "each bears its cost here."
+        "Training in all: FLOPs executed by the authors' code, plus the autoencoder's training and "
+        "its encoding of every token seen (once each; stored latents that are read again cost "
+        "less), and the same minus what our head saves. One autoencoder can serve any number of "
+        "models; here its full cost is added to each."
     )
     table = Table("FLOPs per token by part", heads, rows, folded=True)
     return Section(title, (explained, totals_explained), shown, (_totals(entries), table))
@@ -386,7 +386,7 @@ def _totals(entries: Sequence[dict[str, Any]]) -> Table:
 
 
 def _largest(named: Sequence[tuple[str, Sequence[Part]]], measure: str) -> str:
-    """The part of each run that costs most, in words."""
+    """The most expensive part of each run, as text."""
     words = []
     for name, parts in named:
         costs = {part.name: getattr(part, measure) for part in parts}
@@ -403,13 +403,13 @@ def autoencoder_section(entry: Record, run: Run | None) -> Section:
     if run is None or not run.evaluations:
         return Section(title, ("There is no evaluation of an autoencoder to show.",))
     explained = (
-        f"At step {entry['step']} the autoencoder rebuilds "
+        f"At step {entry['step']} the autoencoder reconstructs "
         f"{_filled(entry['token_accuracy'], '{:.3%}')} of held-out tokens from sampled latents, "
         f"{_filled(entry['token_accuracy_mean'], '{:.3%}')} from their means; "
         f"{_filled(entry['collapsed_dims'], '{}')} of {_filled(entry['latent_size'], '{}')} latent "
         "dimensions are collapsed; the mean posterior std is "
         f"{_filled(entry['mean_std'], '{:.3f}')}.",
-        f"Its training took {_filled(entry['train_flops'], '{:.3g}')} FLOPs; to encode a token of "
+        f"Its training took {_filled(entry['train_flops'], '{:.3g}')} FLOPs; encoding a token of "
         f"the corpus takes {_filled(entry['encoding_flops_per_token'], '{:.3g}')}.",
     )
     divergences = run.last_evaluation.get("kl_per_dim") or []
@@ -417,7 +417,7 @@ def autoencoder_section(entry: Record, run: Run | None) -> Section:
         Plot(
             "reconstruction",
             "Tokens not reconstructed",
-            f"Share of held-out tokens that are not rebuilt, over training. {explained[0]}",
+            f"Share of held-out tokens that are not reconstructed, over training. {explained[0]}",
             plots.reconstruction_error(run),
             legend=("sampled latent", "mean latent", "1%"),
         )
@@ -453,7 +453,7 @@ def _filled(value: float | None, pattern: str) -> str:
 
 
 def _thinned(records: Sequence[Record]) -> list[Record]:
-    """At most a dozen records, evenly spaced, the last one among them."""
+    """At most a dozen records, evenly spaced, including the last one."""
     if len(records) <= _TABLE_ROWS:
         return list(records)
     last = len(records) - 1

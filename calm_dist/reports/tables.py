@@ -1,4 +1,4 @@
-"""Tables of the report as plain values: every cell has a text and what it is sorted by."""
+"""Tables of the report as plain values: every cell has a text and a sort key."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclass(frozen=True)
 class Cell:
-    """A table's cell; ``value`` is what it is sorted by, None for what is not known."""
+    """A table's cell; ``value`` is the sort key, None if unknown."""
 
     text: str
     value: float | str | None
@@ -25,7 +25,7 @@ class Table:
     heads: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     folded: bool = False
-    """Shown on demand: the numbers behind a plot."""
+    """Shown on demand, for the numbers behind a plot."""
 
 
 UNKNOWN = Cell(MISSING, None)

@@ -1,1 +1,1 @@
-"""Studies: many trainings from one plan, each at a budget of FLOPs, scored, and kept as JSON."""
+"""Studies: many trainings from one plan, each with a budget of FLOPs, scored, with JSON results."""

@@ -19,7 +19,7 @@ _TOKENIZER_CHARACTERS = 20_000_000
 
 
 def find_splits(corpus: Path) -> dict[str, Path]:
-    """The file of each split in a directory: train, valid and test with any known ending.
+    """The file of each split in a directory: train, valid and test with any suffix.
 
     Raises:
         DataError: one is missing, or there are several.
@@ -53,7 +53,7 @@ def make_tokenizer(
         if not target.is_file():
             shutil.copyfile(given, target)
         elif target.read_bytes() != given.read_bytes():
-            raise DataError(f"--tokenizer {given}: {target} is another one; use another --out")
+            raise DataError(f"--tokenizer {given}: differs from {target}; use another --out")
         return target
     target = out / "tokenizer.json"
     if not target.is_file():
@@ -63,7 +63,7 @@ def make_tokenizer(
 
 
 def _beginning(file: Path) -> Iterator[str]:
-    """Documents of a file, until they are enough for a tokenizer."""
+    """The first documents of a file, enough to train a tokenizer."""
     characters = 0
     for document in iter_documents([str(file)]):
         yield document.text
@@ -75,8 +75,8 @@ def _beginning(file: Path) -> Iterator[str]:
 def encode(
     out: Path, splits: dict[str, Path], tokenizer: Path, patch_size: int, block_size: int
 ) -> None:
-    """The stores of tokens in patches of K tokens, by tools/encode_latents.py; nothing happens
-    where they are there.
+    """Encode stores of tokens in patches of K tokens with tools/encode_latents.py; does nothing if
+    they exist.
 
     Raises:
         DataError: a split cannot be encoded.
@@ -89,9 +89,9 @@ def encode(
             "--tokenizer", str(tokenizer), "--corpus", str(file), "--out", str(target),
         ]  # fmt: skip
         if subprocess.run(command, check=False).returncode != 0:
-            raise DataError(f"{target}: was not encoded, see above")
+            raise DataError(f"{target}: was not encoded; see the output above")
 
 
 def store(out: Path, patch_size: int, split: str) -> Path:
-    """Where the tokens of a split lie."""
+    """The store of a split's tokens."""
     return out / "data" / f"patches_of_{patch_size}" / split

@@ -1,12 +1,12 @@
-"""A results page: Markdown whose tables and plots are made from the published results of studies.
+"""A results page: Markdown with tables and plots made from the published results of studies.
 
-A table stands between two comments, of which the first says what it shows:
+A table is placed between two comments; the first one selects its contents:
 
     <!-- results proxy.json: transformer*, tokens* -->
     <!-- end -->
 
 It has a row for each run of the file whose name matches; seeds of one run share a row. A plot of
-BrierLM against training FLOPs is an image with the same comment before it:
+BrierLM against training FLOPs is an image after a similar comment:
 
     <!-- plot words.json: *main* -->
     ![...](images/words.png)
@@ -40,10 +40,10 @@ _SEED = re.compile(r"-s\d+$")
 
 
 def fill_page(page: str, directory: Path) -> str:
-    """The page with its tables made from the files in ``directory``.
+    """The page with its tables filled from the files in ``directory``.
 
     Raises:
-        UserError: a file that is not there or holds no results, or a pattern without a run.
+        UserError: a file is missing or has no results, or a pattern matches no run.
     """
 
     def fill(found: re.Match[str]) -> str:
@@ -58,7 +58,7 @@ def page_plots(page: str, directory: Path) -> dict[str, Plot]:
     """The plots of a page, by their path relative to it.
 
     Raises:
-        UserError: as `fill_page`.
+        UserError: as in `fill_page`.
     """
     plots = {}
     for file, patterns, path in _PLOT.findall(page):
@@ -79,7 +79,7 @@ def _chosen(file: Path, patterns: str) -> list[Result]:
 
 
 def label_of(result: Result) -> str:
-    """What kind of model a run trains: transformer, tokens, or the kind of a CALM's head."""
+    """The kind of model that a run trains: transformer, tokens, or the kind of a CALM's head."""
     return f"CALM, {result['head']} head" if result["kind"] == "calm" else result["kind"]
 
 
@@ -95,7 +95,8 @@ def results_table(results: Sequence[Result]) -> Table:
     """One row for each run, in the order of the file.
 
     Raises:
-        UserError: autoencoders and language models, which have no columns in common.
+        UserError: the results contain autoencoders and language models, which have no columns in
+            common.
     """
     kinds = {result["kind"] == "autoencoder" for result in results}
     if len(kinds) > 1:
@@ -109,7 +110,7 @@ def results_table(results: Sequence[Result]) -> Table:
 
 
 def _scores(pattern: Callable[[Result], str], key: Callable[[Result], float]) -> Any:
-    """Of one seed its score and the error of its blocks; of several the mean and both errors."""
+    """For one seed, its score and the error over blocks; for several, the mean and both errors."""
 
     def column(group: list[Result]) -> Cell:
         if any(result["diverged"] for result in group):
@@ -151,7 +152,7 @@ _AUTOENCODER: dict[str, Callable[[list[Result]], Cell]] = {
 
 
 def _brierlm_against_flops(results: Sequence[Result]) -> Callable[[Axes, Palette], None]:
-    """Mean over the seeds of each run, with the larger of both errors."""
+    """Mean over the seeds of each run, with the larger of the errors over seeds and blocks."""
 
     def draw(axis: Axes, palette: Palette) -> None:
         curves: dict[str, list[tuple[float, float, float]]] = defaultdict(list)

@@ -1,6 +1,6 @@
 """A plan of trainings: a YAML file whose entries become single runs.
 
-    vocabulary: 259            # absent: the tokenizer that is given
+    vocabulary: 259            # if absent, a tokenizer must be given
     block_size: 256
     evaluation: {split: valid, blocks: 128, samples: 8}
     runs:
@@ -54,20 +54,20 @@ class Entry(Section):
     """One or several runs of a plan."""
 
     name: Text
-    """Of the runs; directories and results are called by it."""
+    """Name of the runs, and of their directories and results."""
     recipe: Text
     """A recipe file, relative to the plan's directory."""
     flops: PositiveFloat | None = None
-    """Training FLOPs as this package executes them, from which the number of steps follows; absent:
+    """Training FLOPs as this package executes them, which determine the number of steps; if absent,
     the recipe's own steps."""
     autoencoder: Text | None = None
     """Full name of the run whose autoencoder a CALM uses."""
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Dotted fields of the recipe and their values."""
     grid: dict[str, Values] = Field(default_factory=dict)
-    """Dotted fields, each with the values that are tried."""
+    """Dotted fields, each with the values to try."""
     seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)] = (0,)
-    """Values of ``run.seed``; of blocks' order, too."""
+    """Values of ``run.seed`` and of ``data.seed``, the seed of the blocks' order."""
     all_checkpoints: bool = False
     """Score every checkpoint, not only the last."""
 
@@ -76,7 +76,7 @@ class Plan(Section):
     """A whole plan."""
 
     vocabulary: Annotated[int, Field(ge=259)] | None = None
-    """Entries of a BPE that is trained on the corpus; absent: a tokenizer must be given."""
+    """Entries of a BPE that is trained on the corpus; if absent, a tokenizer must be given."""
     block_size: Positive
     """Tokens of a block."""
     evaluation: Evaluation = Evaluation()
@@ -90,7 +90,7 @@ class PlannedRun:
     name: str
     recipe: Path
     overrides: tuple[str, ...]
-    """Command-line overrides, without those that the study sets."""
+    """Command-line overrides, without those that the study adds."""
     flops: float | None
     autoencoder: str | None
     all_checkpoints: bool
@@ -100,7 +100,7 @@ def read_plan(path: str | Path) -> tuple[Plan, list[PlannedRun]]:
     """A plan and its runs, autoencoders before the CALMs that use them.
 
     Raises:
-        RecipeError: what is wrong with it; all problems at once.
+        RecipeError: the plan is invalid; the message lists all problems.
     """
     path = Path(path)
     try:
@@ -136,7 +136,7 @@ def _runs_of(entry: Entry, directory: Path) -> Iterator[PlannedRun]:
 
 
 def _text(value: Any) -> str:
-    """As an override takes it."""
+    """A value in the form of a command-line override."""
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
@@ -149,7 +149,7 @@ def _check(runs: list[PlannedRun], path: Path) -> None:
     names = [run.name for run in runs]
     for name in names:
         if names.count(name) > 1:
-            raise RecipeError(f"{path}: runs: {name} is there twice; give each its own name")
+            raise RecipeError(f"{path}: runs: {name} occurs twice; give each run its own name")
         if not is_run_name(name):
             raise RecipeError(f"{path}: runs: {name} cannot name a directory; choose another")
     for run in runs:

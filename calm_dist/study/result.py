@@ -1,4 +1,4 @@
-"""What is kept of a run of a study: everything that its tables and plots are made of."""
+"""The result that is kept of a study's run: everything that tables and plots need."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def result_of(
     seconds: float,
     threads: int,
 ) -> dict[str, Any]:
-    """A JSON-able dict of a run that is finished or diverged, with its last scores and those of
-    earlier checkpoints.
+    """A JSON-able dict for a finished or diverged run, with its last scores and those of earlier
+    checkpoints.
 
     ``train_flops`` counts what this package executes; ``encoding_flops`` counts the frozen encoder,
     which runs on the fly. The autoencoder's own training is in its own result.
@@ -88,7 +88,7 @@ def result_of(
 
 
 def collected(plan: str, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """The one JSON object of a study that is published."""
+    """The JSON object of a study for publication."""
     return {"plan": plan, _RUNS: results}
 
 

@@ -30,11 +30,11 @@ from calm_dist.study.result import result_of
 from calm_dist.training.resolve import resolve
 
 THREADS = 1
-"""Of each training: several trainings use several cores better than one does."""
+"""Threads of each training: several trainings use several cores better than one does."""
 
 
 class FailedRunError(UserError):
-    """A tool ended with an error; the run's log says which."""
+    """A tool ended with an error, which is in the run's log."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Runner:
     out: Path
 
     def run_all(self, runs: list[PlannedRun], jobs: int) -> list[str]:
-        """Do all runs without a result, ``jobs`` at a time, autoencoders first.
+        """Train and score all runs without a result, ``jobs`` at a time, autoencoders first.
 
         Returns:
-            One line for each run that failed, or whose autoencoder did.
+            One line for each run that failed or whose autoencoder failed.
         """
         (self.out / "results").mkdir(parents=True, exist_ok=True)
         (self.out / "logs").mkdir(exist_ok=True)
@@ -80,7 +80,7 @@ class Runner:
         return list(failed.values())
 
     def _left(self, runs: list[PlannedRun]) -> list[PlannedRun]:
-        """Runs without a result, and autoencoders that these need and that only have a result."""
+        """Runs without a result, and autoencoders needed by them that have only a result."""
         used = {run.autoencoder for run in runs if not self.result_file(run.name).is_file()}
         return [
             run
@@ -90,7 +90,7 @@ class Runner:
         ]
 
     def run_one(self, run: PlannedRun) -> dict[str, Any]:
-        """Train and score one run, and keep its result.
+        """Train and score one run, and write its result.
 
         Raises:
             UserError: a tool ended with an error, or the recipe does not fit its data.
@@ -127,7 +127,7 @@ class Runner:
             raise FailedRunError(f"scoring ended with code {code}; see {self._log(run)}")
 
     def _call(self, run: PlannedRun, tool: str, *arguments: str) -> int:
-        """Run a tool, its output at the end of the run's log; returns its exit code."""
+        """Run a tool with its output appended to the run's log; returns its exit code."""
         environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
         with self._log(run).open("a", encoding="utf-8") as log:
             command = [sys.executable, str(data.TOOLS / tool), *arguments]
@@ -157,7 +157,7 @@ class Runner:
         return run.autoencoder is None or self._is_trained(run.autoencoder)
 
     def _is_trained(self, name: str) -> bool:
-        """Whether a run's result is there, and not only its numbers from elsewhere."""
+        """Whether a run was trained here, and is not only a result from elsewhere."""
         finished = describe(self._run_dir(name))["state"] == FINISHED
         return finished and self.result_file(name).is_file()
 
@@ -165,9 +165,9 @@ class Runner:
         return self.out / "runs" / name
 
     def adopt(self, results: list[dict[str, Any]]) -> int:
-        """Take over results from elsewhere, of runs that have none here; returns how many.
+        """Copy results from elsewhere for runs that have none here; returns their number.
 
-        Autoencoders are trained again where a run without a result needs them.
+        Autoencoders are trained again if a run without a result needs them.
         """
         (self.out / "results").mkdir(parents=True, exist_ok=True)
         new = [one for one in results if not self.result_file(one["name"]).is_file()]
@@ -176,7 +176,7 @@ class Runner:
         return len(new)
 
     def result_file(self, name: str) -> Path:
-        """Where the result of a run is, once there is one."""
+        """The file of a run's result, which may not exist yet."""
         return self.out / "results" / f"{name}.json"
 
     def _log(self, run: PlannedRun) -> Path:
@@ -184,13 +184,13 @@ class Runner:
 
 
 def steps_for(recipe: Recipe, flops: float) -> int:
-    """Steps of a recipe that cost this many training FLOPs as they are executed."""
+    """Number of steps of a recipe that cost this many training FLOPs as executed here."""
     one = count(recipe, recipe.tokens_per_step).train_flops_ours
     return max(1, round(flops / one))
 
 
 def store_patch_size(recipe: Recipe) -> int:
-    """K of the store that a run reads; Transformers are scored where CALMs of K = 4 are."""
+    """K of the store that a run reads; Transformers use the positions of CALMs with K = 4."""
     return 4 if recipe.model.kind == "transformer" else recipe.model.patch_size
 
 
@@ -198,7 +198,7 @@ def patch_sizes(runs: list[PlannedRun]) -> list[int]:
     """K of all stores that these runs read.
 
     Raises:
-        RecipeError: a recipe that cannot be trained.
+        RecipeError: a recipe cannot be trained.
     """
     sizes = set()
     for run in runs:

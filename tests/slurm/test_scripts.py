@@ -19,7 +19,7 @@ TRAININGS = [
 SCRIPTS = [*TRAININGS, "encode", "evaluate", "report"]
 # What each says without data, besides how to make it.
 WITHOUT_DATA = {
-    "encode": "DATA=data: holds no corpus/train.jsonl",
+    "encode": "DATA=data: has no corpus/train.jsonl",
     "evaluate": "runs/calm_m",
     "report": "RUNS=",
 }
@@ -77,7 +77,7 @@ def test_every_script_as_it_stands_reaches_its_tool(jobs: Jobs) -> None:
 
 def test_outside_of_a_job(jobs: Jobs) -> None:
     said = jobs.call("bash", ROOT / "slurm" / "calm_xl.sh", check=False, CALM_DIST_ROOT=str(ROOT))
-    assert "this is no Slurm job; submit it: sbatch slurm/NAME.sh" in said
+    assert "this is not a Slurm job; submit it: sbatch slurm/NAME.sh" in said
 
 
 def test_a_script_finds_its_launcher_wherever_it_is_submitted_from(

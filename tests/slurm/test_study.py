@@ -132,8 +132,8 @@ def test_an_array_of_jobs_encodes_into_one_store(jobs: Jobs, corpus: Path) -> No
     ("options", "message"),
     [
         (["--models", "calm_tiny transformer_tiny nosuch"], "nosuch.yaml"),
-        (["--models", " "], "--models: names none"),
-        (["typo:training.steps=9"], "typo is no recipe of this study"),
+        (["--models", " "], "--models: is empty"),
+        (["typo:training.steps=9"], "typo is not a recipe of this study"),
         (["calm_tiny:training.stepz=9"], "training.stepz"),
         (["--modles", "calm_tiny"], "--modles: unknown option"),
     ],

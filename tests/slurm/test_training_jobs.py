@@ -83,7 +83,7 @@ def test_a_job_survives_what_clusters_do(jobs: Jobs, tiny: Tiny, tmp_path: Path)
     log = jobs.log(number)
     assert log.count("USR1: the ranks are asked to write a checkpoint and end") == 2
     assert log.count("exit code 75; requeued") == 2
-    assert "requeued; the first to end was n4: task 3: Killed" in log
+    assert "requeued; the first task to end was n4: task 3: Killed" in log
     assert "stopped after step" in log and "resumed from" in log
     assert 2 <= after_usr1 < STEPS
     assert "on 2 nodes" in log and log.count("all-reduce of 64 MiB over 2 nodes") == 2 * 5
@@ -135,7 +135,7 @@ def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(
     assert jobs.exit_code(number) == 1
     log = jobs.log(number)
     assert log.count("exit code 1; requeued") == 1
-    assert "exit code 1; not requeued: 2 starts in a row got nowhere" in log
+    assert "exit code 1; not requeued: 2 starts in a row made no progress" in log
     # The words of a rank are in the job's own log, with the file and so the node they are from.
     assert "rank0003.n2.restart0.log\nError: no luck" in log
 

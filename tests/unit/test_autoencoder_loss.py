@@ -120,7 +120,7 @@ def test_other_patch_sizes(patch_size: int) -> None:
 
 
 def test_tokens_that_fill_no_patch_are_refused() -> None:
-    with pytest.raises(ValueError, match="10 tokens are no multiple of patch_size=4"):
+    with pytest.raises(ValueError, match="10 tokens are not a multiple of patch_size=4"):
         small_autoencoder().encode(torch.zeros(1, 10, dtype=torch.int64))
 
 
@@ -216,7 +216,7 @@ def test_encoder_sees_the_replaced_token_and_the_loss_the_true_one(replaced: int
 @pytest.mark.parametrize("name", ["num_encoder_layers", "num_decoder_layers"])
 @pytest.mark.parametrize(("layers", "use"), [(-1, 2), (0, 2), (1, 2), (3, 4)])
 def test_layers_that_cannot_be_halved_are_refused(name: str, layers: int, use: int) -> None:
-    with pytest.raises(ValueError, match=f"{name}: {layers} is no even number.*use {use}"):
+    with pytest.raises(ValueError, match=f"{name}: {layers} is not an even number.*use {use}"):
         AutoencoderConfig(vocab_size=VOCAB, **{name: layers})
 
 

@@ -28,7 +28,7 @@ def test_scores_reach_their_bounds() -> None:
 
 def test_shapes_must_agree() -> None:
     tokens = torch.zeros(2, 4)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="the same shape"):
         brier.brier_scores(tokens, tokens[:1], tokens)
     with pytest.raises(ValueError, match="no position"):
         brier.brier_scores(tokens[:0], tokens[:0], tokens[:0])

@@ -341,7 +341,7 @@ def test_tokenizer_that_does_not_fit(tmp_path: Path, tokenizer: Tokenizer) -> No
         shutil.copytree(GOLDEN / name, tmp_path / name)
     shutil.copyfile(tokenizer.path, tmp_path / "calm_k4" / "tokenizer.json")
     done = import_checkpoint(tmp_path / "calm_k4", tmp_path / "run")
-    assert any("not taken" in note for note in done["notes"])
+    assert any("not used" in note for note in done["notes"])
     assert load_recipe(tmp_path / "run" / "recipe.yaml").data.tokenizer is None
 
 

@@ -279,7 +279,10 @@ def test_own_layout_that_is_refused_is_said() -> None:
     values = full_plan(language_recipe(XL), H100, Reliability(), 24)
     assert values["recipe"] is None and not values["fits"] and values["best"]
     text = format_full_plan(values)
-    assert "is refused on so many GPUs" in text and "training.global_batch_size: 256 is not" in text
+    assert (
+        "is refused on this number of GPUs" in text
+        and "training.global_batch_size: 256 is not" in text
+    )
 
 
 def test_scaling_recipes_have_their_sizes() -> None:
@@ -335,7 +338,7 @@ def test_tool(tmp_path: Path) -> None:
         ([str(XL), "--json", ""], "--json: is empty: give a file"),
         ([str(XL), "--price", "abc"], "invalid number value: 'abc'"),
         ([str(XL), "--link-fraction", "1.5"], "give a number from 1e-06 to 1"),
-        ([str(XL), "--nodes", "2", "parallel.world_size=32"], "the options say 16 GPUs"),
+        ([str(XL), "--nodes", "2", "parallel.world_size=32"], "the options, which give 16 GPUs"),
         ([str(XL), "--nodes", "2", "model.hidden_size=x"], "model.hidden_size"),
         ([str(XL), f"training.steps=1{'0' * 400}"], "training.steps: found 1000"),
         ([str(XL), "--published"], f"{XL}: --published does not use it"),

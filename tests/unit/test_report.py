@@ -259,11 +259,11 @@ def test_latents_made_on_the_fly_cost_the_encoder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("environment", "device", "note"),
     [
-        ({"world_size": 4, "gpu": None}, "cpu", "No peak FLOP/s is known of CPUs"),
-        ({"world_size": 4, "libraries": {"torch": "2.13.0+cpu"}}, "cpu", "known of CPUs"),
-        ({"world_size": 4, "gpu": "Some GPU"}, "Some GPU", "No peak FLOP/s is known of Some GPU"),
-        ({"world_size": 4, "libraries": {"torch": "2.13.0"}}, None, "on what device it ran"),
-        (None, None, "on how many processes"),
+        ({"world_size": 4, "gpu": None}, "cpu", "No peak FLOP/s is known for CPUs"),
+        ({"world_size": 4, "libraries": {"torch": "2.13.0+cpu"}}, "cpu", "known for CPUs"),
+        ({"world_size": 4, "gpu": "Some GPU"}, "Some GPU", "No peak FLOP/s is known for Some GPU"),
+        ({"world_size": 4, "libraries": {"torch": "2.13.0"}}, None, "does not give the device"),
+        (None, None, "does not give the number of processes"),
     ],
 )
 def test_unknown_hardware_is_not_guessed(
@@ -384,7 +384,7 @@ def test_unlike_evaluations_are_called_incomparable(
     with (experiment["calm"] / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(evaluation(400, 1.0, data_fingerprint="f" * 64)) + "\n")
     summary, page = report(experiment, tmp_path / "report")
-    assert "Their last BrierLM were taken in different ways and do not compare." in page
+    assert "Their last BrierLM were taken in different ways and are not comparable." in page
     assert summary["comparison"]["brierlm_compares"] is False
     # The last evaluation of a step counts, and the older ones are not plotted beside it.
     assert summary["models"][0]["brierlm"] == 1.0
@@ -523,8 +523,8 @@ def test_both_tools_write_the_same_report(experiment: dict[str, Path], tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--out", "x"], "--out: belongs to a report of runs"),
-        (["--peak-tflops", "9"], "--peak-tflops: belongs to a report of runs"),
+        (["--out", "x"], "--out: is for a report of runs"),
+        (["--peak-tflops", "9"], "--peak-tflops: is for a report of runs"),
         (["--run", "nowhere"], "nowhere: has no recipe.yaml"),
         (["--run", "nowhere", "--peak-tflops", "0"], "0: give a number from 0.001 to 1e06"),
         (["--run", "nowhere", "--peak-tflops", "1e-320"], "1e-320: give a number from 0.001"),

@@ -58,7 +58,7 @@ def test_a_grid_stands_for_every_combination(tmp_path: Path) -> None:
     ("runs", "message"),
     [
         ([], "runs: "),
-        ([entry("a"), entry("a")], "a is there twice"),
+        ([entry("a"), entry("a")], "a occurs twice"),
         ([entry("a/b")], "a/b cannot name a directory"),
         ([entry("a", autoencoder="b")], "autoencoder b is not a run of this plan; use one of a"),
         ([{"name": "a", "recipe": "none.yaml"}], "none.yaml: no such recipe"),

@@ -1,4 +1,5 @@
-"""The modules of the generative heads: one interface (`base`); `calm_dist.heads` describes them."""
+"""The modules of the generative heads, with one interface (`base`); `calm_dist.heads` describes
+them."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ def make_head(head: HeadRecipe, hidden_size: int, latent_size: int, patch_size: 
         latent_size: 0 for a head without latents.
 
     Raises:
-        RecipeError: the package that registers this head does not hold the module that it names.
+        RecipeError: the package that registers this head does not contain the module it names.
     """
     module = load_module_part(head.spec.module, "model.head.kind", head.kind, "module")
     spec = head.spec.for_patches(patch_size)
@@ -30,5 +31,5 @@ def latent_head(head: Head) -> GenerativeHead:
         TypeError: it predicts tokens.
     """
     if not isinstance(head, GenerativeHead):
-        raise TypeError(f"{type(head).__name__} predicts no latents")
+        raise TypeError(f"{type(head).__name__} does not predict latents")
     return head

@@ -1,4 +1,4 @@
-"""What the rest of the package knows of a generative head."""
+"""The interface of a generative head."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ class NoiseSource(Protocol):
     def chunks(
         self, kind: str, draw: Draw
     ) -> Iterator[tuple[int, int, Callable[[], torch.Tensor]]]:
-        """Yield (start, stop, what draws noise [n, stop - start, ...]) until all positions are
-        covered; the chunks can be drawn in any order, and at the same time.
+        """Yield (start, stop, function that draws noise [n, stop - start, ...]) until all positions
+        are covered; chunks can be drawn in any order, and concurrently.
 
         Args:
-            kind: names the noise; different kinds are independent.
-            draw: makes it.
+            kind: name of the noise; different kinds are independent.
+            draw: draws the noise from a generator.
         """
 
     def whole(self, kind: str, draw: Draw) -> torch.Tensor:
-        """All chunks side by side, [n, S, ...]."""
+        """All chunks concatenated, [n, S, ...]."""
 
     def keys(self, kind: str) -> torch.Tensor:
         """A key of a counter-based generator for each position, int64 [S]."""
 
 
 class Head(nn.Module, ABC):
-    """What follows the backbone at each position by itself, in an engine of its own."""
+    """A module after the backbone that processes each position independently, in its own engine."""
 
     @abstractmethod
     def layers_from_zero(self, init: str) -> Iterable[nn.Linear]:
-        """The layers whose weights start at zero under ``model.init``."""
+        """The layers whose weights start at zero with ``model.init``."""
 
 
 class GenerativeHead(Head):
-    """From a hidden state of the backbone to samples of the next latent.
+    """A head that maps a hidden state of the backbone to samples of the next latent.
 
-    N is the number of samples, S that of positions, d the hidden and l the latent size.
+    N is the number of samples, S the number of positions, d the hidden and l the latent size.
     """
 
     @abstractmethod
     def draw_noise(
         self, generator: torch.Generator, num_samples: int, positions: int
     ) -> torch.Tensor:
-        """All the noise that `sample` needs, on the generator's device; S is the dimension before
-        the last."""
+        """All the noise that `sample` needs, on the generator's device; S is the second-to-last
+        dimension."""
 
     @abstractmethod
     def sample(self, hidden: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -76,10 +76,10 @@ class GenerativeHead(Head):
         """
 
     def use_kernel(self, kernel: str) -> None:
-        """What computes the energy score, ``training.energy_kernel``; of heads that have one.
+        """Select the implementation of the energy score, ``training.energy_kernel``.
 
         Raises:
-            NotImplementedError: this head has no energy score, or only torch's.
+            NotImplementedError: this head has no energy score, or supports only torch's.
         """
         if kernel != "torch":
             raise NotImplementedError(f"{type(self).__name__}: no energy kernel {kernel!r}")
@@ -95,13 +95,14 @@ class GenerativeHead(Head):
         """Weighted sum of `position_loss`, a scalar, so that the shards of a batch add up.
 
         Args:
-            weight: [S], zero where a position predicts nothing.
+            weight: [S], zero for positions that predict nothing.
         """
         return (self.position_loss(hidden, mean, log_std, noise) * weight).sum()
 
 
 def normal_noise(num_samples: int, size: int) -> Draw:
-    """Draws standard normal noise [num_samples, positions, size], position by position."""
+    """A function that draws standard normal noise [num_samples, positions, size], position by
+    position."""
 
     def draw(generator: torch.Generator, positions: int) -> torch.Tensor:
         shape = (positions, num_samples, size)
@@ -117,6 +118,7 @@ def posterior_samples(
     num_samples: int,
     kind: str = "posterior",
 ) -> torch.Tensor:
-    """Draws of the posterior [S, l] -> fp32 [N, S, l]; ``kind`` names their noise."""
+    """N = ``num_samples`` draws from the posterior [S, l], fp32 [N, S, l]; ``kind`` names their
+    noise."""
     eps = noise.whole(kind, normal_noise(num_samples, mean.shape[-1]))
     return mean.float() + eps * log_std.float().exp()

@@ -1,4 +1,4 @@
-"""The chain head: the slots of a latent one after the other, each in one step from noise."""
+"""The chain head: draws the slots of a latent one after the other, each in one step from noise."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from calm_dist.models.heads.energy import LAYER_NORM_EPS, FinalLayer, HeadBlock
 class ChainHead(GenerativeHead):
     """K energy heads that share their network; slot k is given the hidden state and slots 1..k-1.
 
-    In training the slots before are a draw of the posterior (teacher forcing), in sampling the
-    head's own. The loss is the sum of the slots' negative energy scores. w is the width.
+    In training the earlier slots are drawn from the posterior (teacher forcing); in sampling they
+    are the head's own. The loss is the sum of the slots' negative energy scores. w is the width.
     """
 
     def __init__(self, head: HeadRecipe, hidden_size: int, latent_size: int, slots: int) -> None:
@@ -46,7 +46,7 @@ class ChainHead(GenerativeHead):
         self.final_layer = FinalLayer(width, self.slot_size)
 
     def layers_from_zero(self, init: str) -> Iterable[nn.Linear]:
-        """As of the energy head."""
+        """As in the energy head."""
         last = self.final_layer.linears[-1]
         assert isinstance(last, nn.Linear)
         return [last] if init == "released" else []
@@ -57,7 +57,7 @@ class ChainHead(GenerativeHead):
     def draw_noise(
         self, generator: torch.Generator, num_samples: int, positions: int
     ) -> torch.Tensor:
-        """Uniform noise in [-0.5, 0.5) of all slots, [num_samples, positions, K * noise_size]."""
+        """Uniform noise in [-0.5, 0.5) for all slots, [num_samples, positions, K * noise_size]."""
         shape = (num_samples, positions, self.slots * self.noise_size)
         return torch.rand(shape, generator=generator, device=generator.device) - 0.5
 
@@ -78,7 +78,7 @@ class ChainHead(GenerativeHead):
     def teacher_forced(
         self, hidden: torch.Tensor, latent: torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor:
-        """Samples of every slot, given the slots before it of a latent.
+        """Samples of every slot, given the earlier slots of ``latent``.
 
         Args:
             hidden: [S, d].
@@ -86,7 +86,7 @@ class ChainHead(GenerativeHead):
             noise: [N, S, K * noise_size].
 
         Returns:
-            [N, S * K, l / K], slot by slot of each position.
+            [N, S * K, l / K]; the slots of a position are adjacent.
         """
         views = self.views(hidden).unflatten(-1, (self.slots, -1))
         conditions = [views[:, 0]]
@@ -121,7 +121,7 @@ class ChainHead(GenerativeHead):
     ) -> torch.Tensor:
         """Energy score of each slot of each position [S * K]."""
         if self.kernel == "triton":
-            # Only where it is asked for: triton comes with torch for GPUs.
+            # Imported on demand: triton comes only with torch for GPUs.
             from calm_dist.losses.energy_kernel import fused_energy_score
 
             keys = torch.stack([noise.keys(f"posterior {k}") for k in range(self.slots)], dim=-1)
@@ -131,7 +131,7 @@ class ChainHead(GenerativeHead):
         return energy_score_chunked(samples, mean, log_std, self._draws(noise), self.beta)
 
     def _draws(self, noise: NoiseSource) -> Iterator[tuple[int, int, Callable[[], torch.Tensor]]]:
-        """The noise of the posterior's draws by chunks, slot by slot of each position."""
+        """The noise of the posterior's draws in chunks; the slots of a position are adjacent."""
 
         def cut(draw: Callable[[], torch.Tensor]) -> torch.Tensor:
             # [M, s, l] -> [M, s * K, l / K]

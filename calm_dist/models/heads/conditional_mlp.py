@@ -37,7 +37,8 @@ class TimeEmbedding(nn.Module):
 
 
 class AdaptiveBlock(nn.Module):
-    """x + gate * MLP(LN(x) * (1 + scale) + shift), the three of them linear in the condition."""
+    """x + gate * MLP(LN(x) * (1 + scale) + shift); gate, scale and shift are linear in SiLU of the
+    condition."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -67,7 +68,7 @@ class AdaptiveFinalLayer(nn.Module):
 
 
 class ConditionalMLP(nn.Module):
-    """Noisy latents, times and the backbone's hidden states -> a vector for each latent."""
+    """Maps noisy latents, times and the backbone's hidden states to a vector for each latent."""
 
     def __init__(self, latent_size: int, hidden_size: int, out_size: int, num_blocks: int) -> None:
         super().__init__()
@@ -78,7 +79,7 @@ class ConditionalMLP(nn.Module):
         self.final_layer = AdaptiveFinalLayer(hidden_size, out_size)
 
     def layers_from_zero(self) -> Iterator[nn.Linear]:
-        """All modulations and the output: at first every block is the identity."""
+        """All modulations and the output, so that every block starts as the identity."""
         for block in (*self.res_blocks, self.final_layer):
             yield block.adaLN_modulation[1]
         yield self.final_layer.linear
@@ -89,8 +90,8 @@ class ConditionalMLP(nn.Module):
         """x [N, S, l], times [N, S] or a scalar, `cond_embed` of the hidden states [S, d] -> fp32
         [N, S, out].
 
-        With one time for all N samples of a position, their condition, and all that follows from
-        it, is computed once and broadcast.
+        If all N samples of a position have the same time, the condition, and everything that
+        depends only on it, is computed once and broadcast.
         """
         condition = self.time_embed(times, embedded_hidden.dtype) + embedded_hidden
         x = self.input_proj(x.to(embedded_hidden.dtype))

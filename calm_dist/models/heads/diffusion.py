@@ -1,8 +1,8 @@
 """The diffusion head: DDPM with learned variances (Nichol & Dhariwal, arXiv 2102.09672).
 
 An alternative to the energy head, with the released code's choices: 1,000 noise levels on the
-cosine schedule, the noise as the network's target, the variational bound for the variances alone,
-100 of the levels for sampling.
+cosine schedule, the noise as the network's target, the variational bound only for the variances,
+and 100 of the levels for sampling.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from calm_dist.models.heads.base import (
 from calm_dist.models.heads.conditional_mlp import ConditionalMLP
 
 LARGEST_BETA = 0.999
-# The bound's last term reads a latent as a number of 256 levels in -1..1, as for images.
+# The bound's last term treats a latent as one of 256 levels in -1..1, as for images.
 HALF_LEVEL = 1.0 / 255.0
 EDGE = 0.999
 SMALLEST_PROBABILITY = 1e-12
@@ -36,19 +36,19 @@ class DiffusionSchedule:
     """Coefficients of each of the t noise levels, fp32 [t]; q is the noising process."""
 
     times: torch.Tensor
-    """int64: the level's number among the `DIFFUSION_STEPS` that the network knows."""
+    """int64: the level's number among the `DIFFUSION_STEPS` of training."""
     signal: torch.Tensor
     """sqrt(alpha_bar): the share of the latent in its noisy version."""
     noise: torch.Tensor
     """sqrt(1 - alpha_bar)."""
     log_beta: torch.Tensor
-    """Log of the larger variance, between which and the next the network chooses."""
+    """Log of the larger variance; the network interpolates between it and the next one."""
     log_posterior_variance: torch.Tensor
     """Log variance of q(x_{t-1} | x_t, x_0)."""
     posterior_of_start: torch.Tensor
     """Weight of x_0 in the mean of q(x_{t-1} | x_t, x_0)."""
     posterior_of_noisy: torch.Tensor
-    """Weight of x_t in it."""
+    """Weight of x_t in that mean."""
 
     def __len__(self) -> int:
         return len(self.times)
@@ -68,14 +68,14 @@ def cosine_alpha_bar() -> torch.Tensor:
 
 
 def schedule(num_steps: int = DIFFUSION_STEPS) -> DiffusionSchedule:
-    """``num_steps`` evenly spaced ones of the trained levels, the first and the last included."""
+    """``num_steps`` evenly spaced levels of training, including the first and the last."""
     stride = (DIFFUSION_STEPS - 1) / max(num_steps - 1, 1)
     times = torch.tensor([round(number * stride) for number in range(num_steps)])
     alpha_bar = cosine_alpha_bar()[times]
     before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
     beta = 1 - alpha_bar / before
     variance = beta * (1 - before) / (1 - alpha_bar)
-    # The first level's is zero; its log is taken to be the second's.
+    # The first level's variance is zero; use the second's, so that its log exists.
     variance[0] = variance[1] if num_steps > 1 else beta[0]
     coefficients = (
         alpha_bar.sqrt(),
@@ -97,18 +97,18 @@ class DiffusionHead(GenerativeHead):
         self.num_samples = head.num_samples
         self.num_steps = head.steps_per_sample
         self.net = ConditionalMLP(latent_size, hidden_size, 2 * latent_size, head.num_mlp_layers)
-        # No buffers: a bf16 engine would round them.
+        # Not buffers, which a bf16 engine would round.
         self._training, self._sampling = schedule(), schedule(self.num_steps)
 
     def layers_from_zero(self, init: str) -> Iterable[nn.Linear]:
-        """Whatever ``init``: part of the method."""
+        """The same for every ``init``: this is part of the method."""
         return self.net.layers_from_zero()
 
     def draw_noise(
         self, generator: torch.Generator, num_samples: int, positions: int
     ) -> torch.Tensor:
-        """Normal noise [sampling_steps + 1, num_samples, positions, l]: where the chain starts,
-        then that of each step (the last step's is not used)."""
+        """Normal noise [sampling_steps + 1, num_samples, positions, l]: the start of the chain,
+        then the noise of each step (that of the last step is unused)."""
         shape = (self.num_steps + 1, num_samples, positions, self.latent_size)
         return torch.randn(shape, generator=generator, device=generator.device)
 
@@ -132,8 +132,8 @@ class DiffusionHead(GenerativeHead):
         log_std: torch.Tensor,
         noise: NoiseSource,
     ) -> torch.Tensor:
-        """Mean of `level_loss` over N draws of the posterior, each with a level and noise of its
-        own; fp32 [S]."""
+        """Mean of `level_loss` over N draws of the posterior, each with its own level and noise;
+        fp32 [S]."""
 
         def level(generator: torch.Generator, positions: int) -> torch.Tensor:
             shape = (self.num_samples, positions)
@@ -149,7 +149,7 @@ class DiffusionHead(GenerativeHead):
     def level_loss(
         self, hidden: torch.Tensor, target: torch.Tensor, added: torch.Tensor, levels: torch.Tensor
     ) -> torch.Tensor:
-        """Squared error of the noise, plus the bound in bits with the predicted noise held fixed.
+        """Squared error of the noise, plus the bound in bits without gradient for the noise.
 
         Args:
             hidden: [S, d].
@@ -186,7 +186,7 @@ def _denoised(
         _at(table.posterior_of_start, levels, noisy) * start
         + _at(table.posterior_of_noisy, levels, noisy) * noisy
     )
-    # The network's -1..1 chooses between the smaller and the larger variance.
+    # The network's output in -1..1 interpolates between the smaller and the larger variance.
     share = (fraction + 1) / 2
     low = _at(table.log_posterior_variance, levels, noisy)
     return mean, share * _at(table.log_beta, levels, noisy) + (1 - share) * low
@@ -221,7 +221,8 @@ def _bound(
 def _level_log_probability(
     x: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor
 ) -> torch.Tensor:
-    """Log probability of the level of 256 that x lies in; the outermost reach to infinity."""
+    """Log probability of the one of 256 levels that contains x; the outermost ones extend to
+    infinity."""
     scale = (-log_std).exp()
     above = _normal_cdf(scale * (x - mean + HALF_LEVEL))
     below = _normal_cdf(scale * (x - mean - HALF_LEVEL))

@@ -21,7 +21,7 @@ LAYER_NORM_EPS = 1e-6
 class ConditionedLinear(nn.Linear):
     """Linear on concat[x, condition], where all N samples of a position share the condition.
 
-    A module of its own: ZeRO-3 fetches the weight of a module that is called, of no other.
+    A separate module, because ZeRO-3 fetches only the weights of modules that are called.
     """
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
@@ -67,7 +67,7 @@ class FinalLayer(nn.Module):
 
 
 class EnergyHead(GenerativeHead):
-    """MLP from uniform noise and the backbone's hidden state to a latent (no iteration)."""
+    """An MLP that maps uniform noise and the backbone's hidden state to a latent in one pass."""
 
     def __init__(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class EnergyHead(GenerativeHead):
         self.num_draws = head.posterior_samples
         self.beta = head.beta
         self.kernel = "torch"
-        """What computes the score; with its own draws each, of one distribution."""
+        """Implementation of the score. The random streams differ; the distribution is the same."""
         self.noise_embd = nn.Linear(head.noise_size, hidden_size)
         self.hidden_embd = nn.Linear(hidden_size, hidden_size)
         self.norm_hidden = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPS)
@@ -85,8 +85,8 @@ class EnergyHead(GenerativeHead):
         self.final_layer = FinalLayer(hidden_size, latent_size)
 
     def layers_from_zero(self, init: str) -> Iterable[nn.Linear]:
-        """``released``: the last one, so that every first sample is the origin. With ``fan_in`` a
-        small first sample lets gradients reach the backbone from the first step."""
+        """``released``: the last layer, so that every sample is at first the origin. ``fan_in``:
+        none; small initial samples let gradients reach the backbone from the first step."""
         last = self.final_layer.linears[-1]
         assert isinstance(last, nn.Linear)
         return [last] if init == "released" else []
@@ -123,7 +123,7 @@ class EnergyHead(GenerativeHead):
 
         samples = self.sample(hidden, noise.whole("head", head_noise))
         if self.kernel == "triton":
-            # Only where it is asked for: triton comes with torch for GPUs.
+            # Imported on demand: triton comes only with torch for GPUs.
             from calm_dist.losses.energy_kernel import fused_energy_score
 
             keys = noise.keys("posterior")

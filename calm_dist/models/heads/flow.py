@@ -20,8 +20,8 @@ TIME_UNITS = 1000
 
 
 class FlowHead(GenerativeHead):
-    """Learns the velocity z - x_0 on straight paths from normal noise x_0 to a latent z, and
-    follows it from 0 to 1 with the midpoint rule."""
+    """Learns the velocity z - x_0 on straight paths from normal noise x_0 to a latent z; sampling
+    integrates it from time 0 to 1 with the midpoint rule."""
 
     def __init__(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> None:
         super().__init__()
@@ -31,13 +31,13 @@ class FlowHead(GenerativeHead):
         self.net = ConditionalMLP(latent_size, hidden_size, latent_size, head.num_mlp_layers)
 
     def layers_from_zero(self, init: str) -> Iterable[nn.Linear]:
-        """Whatever ``init``: part of the method."""
+        """The same for every ``init``: this is part of the method."""
         return self.net.layers_from_zero()
 
     def draw_noise(
         self, generator: torch.Generator, num_samples: int, positions: int
     ) -> torch.Tensor:
-        """Normal noise [num_samples, positions, l], where the paths start."""
+        """Normal noise [num_samples, positions, l], the start of the paths."""
         return normal_noise(num_samples, self.latent_size)(generator, positions)
 
     def sample(self, hidden: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ class FlowHead(GenerativeHead):
         noise: NoiseSource,
     ) -> torch.Tensor:
         """Squared error of the velocity, mean over l and over N draws of the posterior, each with
-        a time and a start of its own; fp32 [S]."""
+        its own time and start; fp32 [S]."""
 
         def time_noise(generator: torch.Generator, positions: int) -> torch.Tensor:
             shape = (self.num_samples, positions)
@@ -82,5 +82,5 @@ class FlowHead(GenerativeHead):
     def _velocity(
         self, x: torch.Tensor, times: torch.Tensor, condition: torch.Tensor
     ) -> torch.Tensor:
-        # The released code embeds whole thousandths.
+        # The released code embeds times as whole thousandths.
         return self.net(x, (times * TIME_UNITS).long(), condition)

@@ -1,4 +1,4 @@
-"""The discrete head: from a hidden state to the tokens of the next patch, one after the other."""
+"""The discrete head: predicts the tokens of the next patch, one after the other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RMS_NORM_EPS = 1e-6
 
 
 class TokenBlock(nn.Module):
-    """x + SwiGLU(RMSNorm(x)), for each token by itself."""
+    """x + SwiGLU(RMSNorm(x)), applied to each token independently."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -31,11 +31,11 @@ class TokenBlock(nn.Module):
 
 
 class TokensHead(Head):
-    """States of a patch's K tokens, from which an output layer makes their logits.
+    """Computes states of a patch's K tokens, from which an output layer computes their logits.
 
-    The state of token k comes from a view of the hidden state for its place and, unless
-    ``independent``, from the embeddings of the tokens before it in the patch. Embedding and output
-    layer are not part of the head (`models.patch_tokens`): they are cut over the vocabulary.
+    The state of token k depends on a projection of the hidden state for its position and, unless
+    ``independent``, on the embeddings of the tokens before it in the patch. Embedding and output
+    layer are not part of the head (`models.patch_tokens`), since they are cut over the vocabulary.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class TokensHead(Head):
         self.final_norm = nn.RMSNorm(hidden_size, eps=RMS_NORM_EPS)
 
     def layers_from_zero(self, init: str) -> Iterable[nn.Linear]:
-        """None: the output layer alone decides the first logits."""
+        """None: the initial logits are determined by the output layer alone."""
         return []
 
     def forward(self, hidden: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
@@ -62,7 +62,7 @@ class TokensHead(Head):
 
         Args:
             hidden: [S, d].
-            previous: embeddings of the patch's first K - 1 tokens [S, K - 1, d]; not read by an
+            previous: embeddings of the patch's first K - 1 tokens [S, K - 1, d]; unused by an
                 ``independent`` head.
 
         Returns:
