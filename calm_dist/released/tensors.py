@@ -84,7 +84,7 @@ class Tensors:
             raise CheckpointError(
                 f"{message}. From a file with both, the authors' class (transformers 4.43) makes "
                 "two parameters and trains them separately, so encoder and decoder of this "
-                f"autoencoder use different matrices. Train again from a file with {right} only, "
+                f"autoencoder use different matrices. Train again from a file with {right} alone, "
                 "as export-hf writes it; or, if the reconstruction allows it, remove one of the "
                 "two from this file"
             )
