@@ -36,8 +36,6 @@ _log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
-logger = logging.getLogger(__name__)
-
 
 def prepare_corpus(
     out: str | Path,
@@ -86,7 +84,7 @@ def prepare_corpus(
         _refuse_other_input(manifest_path, present["made_from"], made_from)
         if _intact(out, present):
             return False
-        logger.warning("%s: files are missing or changed; writing them again", out / "corpus")
+        _log.warning("%s: files are missing or changed; writing them again", out / "corpus")
 
     documents = _document_source(files)
     split_of = _split_documents(documents, files, seed)

@@ -163,9 +163,9 @@ def _brierlm_against_flops(results: Sequence[Result]) -> Callable[[Axes, Palette
             point = (group[0]["train_flops"], statistics.mean(scores), error)
             curves[label_of(group[0])].append(point)
         for color, (label, points) in zip(palette.series, curves.items(), strict=False):
-            flops, scores, errors = zip(*sorted(points), strict=True)
+            places, means, errors = zip(*sorted(points), strict=True)
             axis.errorbar(
-                flops, scores, errors, color=color, marker="o", capsize=3, linewidth=1.5,
+                places, means, errors, color=color, marker="o", capsize=3, linewidth=1.5,
                 label=label,
             )  # fmt: skip
         axis.set_xscale("log")
