@@ -55,7 +55,7 @@ class HeadRecipe(Section):
     """Energy, chain: exponent of the score; strictly proper inside (0, 2)."""
     sampling_steps: Positive | None = None
     """Steps to draw one sample. Flow: midpoint steps of two evaluations each, 10 by default.
-    Diffusion: 100 by default, at most 1,000. The energy head has one step."""
+    Diffusion: 100 by default, at most 1,000. Other heads do not use it."""
     width: Positive | None = None
     """Chain: width of its blocks, which run once for each slot; by default the hidden size."""
     independent: bool = False
