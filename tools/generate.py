@@ -32,9 +32,9 @@ def parse_arguments() -> argparse.Namespace:
         "--temperature",
         type=temperature,
         default=0.5,
-        help="CALM: above 0, at most 1; Transformer, and CALM with the tokens head: 0 or more, where "
-        "0 takes the most likely token (ties: the lowest id); fractions such as 1/3 are accepted "
-        "(default: 0.5)",
+        help="CALM: above 0, at most 1; Transformer, and CALM with the tokens head: 0 or more, "
+        "where 0 takes the most likely token (ties: the lowest id); fractions such as 1/3 are "
+        "accepted (default: 0.5)",
     )
     parser.add_argument("--max-new-tokens", type=at_least(1), default=128, help="default: 128")
     parser.add_argument(
