@@ -42,7 +42,10 @@ setup(
         "tensorboard>=2.15",
     ],
     extras_require={
-        "gpu": ["flash-attn>=2.7", "triton>=3"],
+        # Where torch is a CUDA build, Triton came with it.
+        "gpu": ["triton>=3.3"],
+        # Its build needs torch: pip install --no-build-isolation '.[flash]', after everything else.
+        "flash": ["flash-attn>=2.7"],
         "hf": ["transformers>=4.45,<5"],
         "dev": [
             "pytest>=8",
