@@ -295,6 +295,14 @@ def no_process(step: int) -> None:
 
 def lost_forks(step: int, times: int) -> None:
     """The first processes that are forked from step ``step`` on never run their own code."""
+    import resource
+
+    # As many descriptors as a rank of a large world has.
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    )
+    for _ in range(1100):
+        os.open(os.devnull, os.O_RDONLY)
     real, left = os.fork, [times]
 
     def lose() -> int:

@@ -39,7 +39,7 @@ def schedule(calls: AsyncCallsQueue, request: AsyncRequest) -> None:
             writer = -1
             process = calls.async_calls[-1].async_caller.process
             # The pipe also becomes readable if the child ends without a report.
-            if process is None or select.select([reader], [], [], _SECONDS_UNTIL_IT_RUNS)[0]:
+            if process is None or _is_readable(reader, _SECONDS_UNTIL_IT_RUNS):
                 return
         finally:
             os.close(reader)
@@ -51,6 +51,13 @@ def schedule(calls: AsyncCallsQueue, request: AsyncRequest) -> None:
         calls.call_idx -= 1
         _log.log(NOTE, f"process {process.pid} did not start to write a checkpoint; forking again")
     raise OSError(f"{_TRIES} forked processes did not start")
+
+
+def _is_readable(descriptor: int, seconds: float) -> bool:
+    # Not select, whose descriptors end at 1,024: a rank has a socket to each of its peers.
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(1000 * seconds))
 
 
 def _schedule(calls: AsyncCallsQueue, request: AsyncRequest) -> None:
