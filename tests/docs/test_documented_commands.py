@@ -54,6 +54,7 @@ NOT_RUN = {
     r"python tools/benchmark\.py .*": "minutes, and 5 GB: tests/unit/test_benchmark.py, smaller",
     r"PYTHONPATH=\. python tests/distributed/planner_validation\.py .*": "half an hour: "
     "tests/distributed/test_planner_bytes.py compares the bytes of smaller trainings",
+    r"python tools/study\.py .*": "an hour: tests/unit/test_study.py, a smaller plan",
     r"tensorboard .*": "a server; tests/unit/test_schedule_metrics.py reads the event files",
 }
 SMALLER = [
@@ -139,6 +140,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("tools", "recipes", "slurm"):
         (place / name).symlink_to(ROOT / name)
         (place / "login" / name).symlink_to(ROOT / name)
+    # The page of results and what it is made from.
+    shutil.copytree(ROOT / "docs" / "results", place / "docs" / "results")
+    shutil.copy(ROOT / "docs" / "results.md", place / "docs")
     (place / "text").mkdir()
     library = Path(json.__file__).parents[1]
     texts = sorted((*library.glob("json/*.py"), *library.glob("email/*.py")))
