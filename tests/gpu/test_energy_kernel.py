@@ -125,7 +125,7 @@ def test_draws_do_not_depend_on_how_positions_are_split() -> None:
 
 def test_draws_or_their_keys_are_given() -> None:
     x, mean, log_std = inputs(2, 2, 8)
-    with pytest.raises(ValueError, match="keys of the draws, or noise"):
+    with pytest.raises(ValueError, match="either keys of the draws or noise"):
         fused_energy_score(x, mean, log_std)
 
 
