@@ -187,8 +187,6 @@ def brierlm_against_flops(points: Sequence[Point], front: Sequence[Point]) -> Dr
     """
 
     def draw(axis: Axes, palette: Palette) -> None:
-        from matplotlib.ticker import LogLocator
-
         if len(front) > 1:
             edge = [(p.train_flops or 0.0, p.brierlm) for p in front]
             axis.plot(
@@ -212,17 +210,24 @@ def brierlm_against_flops(points: Sequence[Point], front: Sequence[Point]) -> Dr
             axis.errorbar(
                 flops, scores, errors, color=look["color"], fmt="none", capsize=3, linewidth=1
             )
-        axis.set_xscale("log")
-        low, high = axis.get_xlim()
-        marks = (1.0, 2.0, 5.0) if high / low < _NARROW else (1.0,)
-        axis.xaxis.set_major_locator(LogLocator(subs=marks))
-        axis.xaxis.set_major_formatter(lambda value, _: power_of_ten(value))
-        axis.xaxis.set_minor_formatter("")
-        axis.set_xlabel("training FLOPs")
-        axis.set_ylabel("BrierLM")
-        axis.set_ylim(bottom=0)
+        label_brierlm_over_flops(axis)
 
     return draw
+
+
+def label_brierlm_over_flops(axis: Axes) -> None:
+    """Scales and labels of a plot of BrierLM over training FLOPs, once everything is drawn."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    marks = (1.0, 2.0, 5.0) if high / low < _NARROW else (1.0,)
+    axis.xaxis.set_major_locator(LogLocator(subs=marks))
+    axis.xaxis.set_major_formatter(lambda value, _: power_of_ten(value))
+    axis.xaxis.set_minor_formatter("")
+    axis.set_xlabel("training FLOPs")
+    axis.set_ylabel("BrierLM")
+    axis.set_ylim(bottom=0)
 
 
 def _runs_of(points: Sequence[Point]) -> list[tuple[int, str]]:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from calm_dist.errors import UserError
 from calm_dist.reports.markdown import markdown_table
-from calm_dist.reports.plots import Palette, Plot
+from calm_dist.reports.plots import Palette, Plot, label_brierlm_over_flops
 from calm_dist.reports.tables import UNKNOWN, Cell, Table, number, power_of_ten, short, text
 from calm_dist.scores import brier_text, brierlm_text
 from calm_dist.study.result import read_collected
@@ -162,17 +162,13 @@ def _brierlm_against_flops(results: Sequence[Result]) -> Callable[[Axes, Palette
             error = max(spread, group[0]["brierlm_stderr"] or 0.0)
             point = (group[0]["train_flops"], statistics.mean(scores), error)
             curves[label_of(group[0])].append(point)
-        for color, (label, points) in zip(palette.series, curves.items(), strict=False):
+        for number_of_curve, (label, points) in enumerate(curves.items()):
+            color = palette.series[number_of_curve % len(palette.series)]
             places, means, errors = zip(*sorted(points), strict=True)
             axis.errorbar(
                 places, means, errors, color=color, marker="o", capsize=3, linewidth=1.5,
                 label=label,
             )  # fmt: skip
-        axis.set_xscale("log")
-        axis.xaxis.set_major_formatter(lambda value, _: power_of_ten(value))
-        axis.xaxis.set_minor_formatter("")
-        axis.set_xlabel("training FLOPs")
-        axis.set_ylabel("BrierLM")
-        axis.set_ylim(bottom=0)
+        label_brierlm_over_flops(axis)
 
     return draw

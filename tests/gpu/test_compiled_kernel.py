@@ -21,11 +21,11 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton, as bash tools/run_tests.sh installs it", allow_module_level=True)
 
 WORKER = Path(__file__).with_name("compile_worker.py")
-# Of CALM-M: N = 8, l = 128, 100 draws. The kernel that this one replaced executed 107,000
-# instructions of all warps for a position.
+# Of CALM-M: N = 8, l = 128, 100 draws. The kernel that this one replaced executed 131,000
+# instructions of all warps for a position, by the same count.
 TARGETS = [(80, "bf16"), (90, "bf16"), (90, "fp32"), (100, "bf16")]
 INSTRUCTIONS = 42_000
-# Bytes of spilled registers, outside of the loop over draws.
+# Bytes of stack, for registers that are spilled.
 STACK = 48
 SIZES = [(2, 7), (3, 33), (8, 128), (64, 256)]
 
@@ -57,11 +57,12 @@ def test_instructions_and_registers() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("is_drawn", [True, False])
 def test_every_size_compiles(is_drawn: bool) -> None:
-    compiled(
-        [
-            {"arch": 90, "dtype": "fp32", "samples": n, "size": size, "is_drawn": is_drawn,
-             "needs_gradient": gradient}
-            for n, size in SIZES
-            for gradient in (True, False)
-        ]
-    )  # fmt: skip
+    variants = [
+        {"arch": 90, "dtype": "fp32", "samples": n, "size": size, "is_drawn": is_drawn,
+         "needs_gradient": gradient}
+        for n, size in SIZES
+        for gradient in (True, False)
+    ]  # fmt: skip
+    results = compiled(variants)
+    assert len(results) == len(variants)
+    assert all(result["instructions"] > 0 for result in results)
