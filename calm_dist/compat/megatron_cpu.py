@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from calm_dist.compat.megatron_import import import_megatron
+
 _FACTORIES = frozenset(
     ("zeros", "ones", "empty", "full", "tensor", "arange", "zeros_like", "empty_like")
 )
@@ -58,6 +60,7 @@ class _CpuTorch(types.ModuleType):
 def install() -> bool:
     """Make Megatron-core run on CPU if CUDA is not available; returns whether it did."""
     global _installed
+    import_megatron()
     if torch.cuda.is_available():
         return False
     if _installed:

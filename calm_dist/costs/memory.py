@@ -19,7 +19,7 @@ from calm_dist.recipe import (
     Recipe,
     TransformerModel,
 )
-from calm_dist.recipe.checks import VOCAB_MULTIPLE
+from calm_dist.recipe.checks import padded_vocab_size
 
 FP32_BYTES = 4
 # Positions scored at a time (`losses.energy`), and the largest bucket in which DeepSpeed gathers
@@ -136,7 +136,7 @@ def last_stage_tables(model: CalmModel | TransformerModel) -> int:
 def table_parameters(recipe: Recipe) -> int:
     """Parameters of a rank's part of the embedding, or of the output layer."""
     model = recipe.model
-    rows = -(-flops.known_size(model, "vocab_size") // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    rows = padded_vocab_size(flops.known_size(model, "vocab_size"))
     return rows * model.hidden_size // recipe.parallel.tensor_parallel_size
 
 

@@ -7,7 +7,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 
-from calm_dist.models.patch_embedding import padded_vocab_size
+from calm_dist.recipe.checks import padded_vocab_size
 
 
 class OutputLayer(ColumnParallelLinear):

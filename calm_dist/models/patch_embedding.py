@@ -17,15 +17,9 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
-from calm_dist.recipe.checks import VOCAB_MULTIPLE
+from calm_dist.recipe.checks import padded_vocab_size
 
 LAYER_NORM_EPS = 1e-6
-
-
-def padded_vocab_size(vocab_size: int) -> int:
-    """Number of rows of a vocabulary-parallel table: rounded up to `VOCAB_MULTIPLE` in every
-    layout, so that a checkpoint has the same shapes for every tensor-parallel size."""
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 class TokenEmbedding(MegatronModule):

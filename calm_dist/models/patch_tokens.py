@@ -19,7 +19,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
 from calm_dist.models.output_layer import OutputLayer
-from calm_dist.models.patch_embedding import padded_vocab_size
+from calm_dist.recipe.checks import padded_vocab_size
 
 
 class PatchTokens(MegatronModule):

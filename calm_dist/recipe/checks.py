@@ -24,6 +24,12 @@ _UNION_TAGS = {"model": ("calm", "transformer", "autoencoder"), "path": ("store"
 _MOST_PROBLEMS = 10
 
 
+def padded_vocab_size(vocab_size: int) -> int:
+    """Number of rows of a vocabulary-parallel table: rounded up to `VOCAB_MULTIPLE` in every
+    layout, so that a checkpoint has the same shapes for every tensor-parallel size."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
 def join_problems(problems: Sequence[str], count: int | None = None) -> str:
     """One message for all problems: a single one verbatim, several as a list.
 

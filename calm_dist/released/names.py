@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from calm_dist.errors import CheckpointError, listed
-from calm_dist.models.patch_embedding import padded_vocab_size
 from calm_dist.recipe import CalmModel
+from calm_dist.recipe.checks import padded_vocab_size
 
 Shapes = dict[str, tuple[int, ...]]
 

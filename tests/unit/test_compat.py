@@ -186,3 +186,30 @@ print(StreamingC4.__name__, streaming.text.__name__)
         "streaming.base.dataloader StreamingDataLoader",
         "StreamingC4 streaming.text",
     ]
+
+
+def test_megatron_is_imported_without_compiler_and_wandb() -> None:
+    """In a fresh process; what it decorates is compiled when it is called, and wandb works."""
+    code = """
+import functools, sys, torch
+from calm_dist.compat import megatron_import
+real = torch.compile
+megatron_import.import_megatron()
+loaded = [name for name in ("torch._inductor.compile_fx", "wandb") if name in sys.modules]
+assert torch.compile is real and loaded == [], loaded
+# The eager backend needs no C++ compiler.
+compiled = []
+megatron_import._compile = lambda function: compiled.append(function) or real(
+    function, backend="eager"
+)
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu
+values, bias = torch.randn(5, 8), torch.randn(8)
+for _ in range(2):
+    first, second = torch.chunk(values + bias, 2, -1)
+    torch.testing.assert_close(bias_swiglu(values, bias), torch.nn.functional.silu(first) * second)
+assert [function.__name__ for function in compiled] == ["bias_swiglu"]
+import wandb
+assert wandb.__version__
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

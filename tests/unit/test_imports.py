@@ -130,6 +130,19 @@ def test_imports_without_torch(module: str) -> None:
     assert done.stdout.strip() == ""
 
 
+def test_an_autoencoder_needs_no_training_framework() -> None:
+    """Its training and encoding load torch and Streaming alone: seconds for each of many workers."""
+    modules = (
+        "calm_dist.training.autoencoder, calm_dist.data.latents, calm_dist.interop.huggingface"
+    )
+    others = ("megatron", "deepspeed", "wandb", "torch._inductor.compile_fx")
+    code = f"import sys, {modules}; print(*(m for m in {others!r} if m in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == ""
+
+
 @pytest.mark.parametrize("tool", sorted(PACKAGE.parent.glob("tools/*.py")), ids=lambda t: t.name)
 def test_tools_explain_themselves(tool: Path) -> None:
     """``--help`` names what the tool does, with an example, and loads nothing that takes
