@@ -76,6 +76,10 @@ PY
 AUTOENCODER=$ROOT/recipes/autoencoder_tiny.yaml
 CALM=$ROOT/recipes/calm_tiny.yaml
 TRANSFORMER=$ROOT/recipes/transformer_tiny.yaml
+# The patches of the CALM with a discrete head.
+TOKENS_HEAD=$ROOT/recipes/tokens_tiny.yaml
+# Runs under OUT, in the order of the report.
+MODELS=(calm transformer tokens_head)
 
 corpus() {
   logged python "$ROOT/tools/prepare_corpus.py" --out "$OUT" "${CORPUS[@]}" "${TOKENIZER[@]}" \
@@ -110,7 +114,7 @@ latents() {
   done
 }
 
-# Layout of the two language models: the tiny recipes' four processes, or fewer if GPUs are fewer.
+# Layout of the language models: the tiny recipes' four processes, or fewer if GPUs are fewer.
 choose_layout() {
   local gpus=4
   if has_gpu; then gpus=$(python -c 'import torch; print(torch.cuda.device_count())'); fi
@@ -138,6 +142,10 @@ transformer() {
   train "$TRANSFORMER" run.dir="$OUT/transformer"
 }
 
+tokens_head() {
+  train "$TOKENS_HEAD" run.dir="$OUT/tokens_head"
+}
+
 evaluation() {
   local model prompt
   mkdir -p "$OUT/evaluation"
@@ -147,7 +155,7 @@ text = json.loads(open(sys.argv[1], encoding="utf-8").readline())["text"].strip(
 print(text[:80].rpartition(" ")[0] or text[:80])
 PY
   )
-  for model in calm transformer; do
+  for model in "${MODELS[@]}"; do
     logged python "$ROOT/tools/evaluate.py" --checkpoint "$OUT/$model" --data "$OUT/latents/test" \
       --all-checkpoints --json "$OUT/evaluation/$model.json"
     logged python "$ROOT/tools/generate.py" --checkpoint "$OUT/$model" --prompt="$prompt" \
@@ -157,7 +165,7 @@ PY
 
 report() {
   logged python "$ROOT/tools/report.py" --autoencoder "$OUT/autoencoder" \
-    --run "$OUT/calm" "$OUT/transformer" --out "$OUT/report"
+    --run "${MODELS[@]/#/$OUT/}" --out "$OUT/report"
 }
 
 summary() {
@@ -169,26 +177,34 @@ from calm_dist.scores import MARK_EXPLAINED, noisy_brier, summary_text
 
 out = Path(sys.argv[1])
 report = json.loads((out / "report" / "report.json").read_text())
-autoencoder, ratio = report["autoencoder"], report["comparison"]
+autoencoder, comparison = report["autoencoder"], report["comparison"]
 print(f"\nautoencoder    {autoencoder['token_accuracy']:.2%} of held-out tokens reconstructed, "
       f"{autoencoder['collapsed_dims']} of {autoencoder['latent_size']} dimensions collapsed")
 for model in report["models"]:
     print(f"{model['kind']:<14} {summary_text(model, ' | ')}"
           f" | {model['parameters'] / 1e6:.2f}M parameters"
-          f" | {model['train_flops']:.2e} training FLOPs"
+          f" | {model['train_flops_ours']:.2e} training FLOPs"
           f" | {model['tokens_per_second']:,.0f} tokens/s")
 if any(noisy_brier(model) for model in report["models"]):
     print(MARK_EXPLAINED)
-# Not in a report of an earlier version.
-total = ratio.get("train_flops_with_autoencoder_ratio")
-print(f"CALM : Transformer   training FLOPs {ratio['train_flops_ratio']:.2f}, "
-      + (f"with the autoencoder {total:.2f}, " if total is not None else "") +
-      f"inference FLOPs per token {ratio['inference_flops_ratio']:.2f}")
+for name, shown in (
+    ("calm", {
+        "training FLOPs": "train_flops_ours_ratio",
+        "with the autoencoder": "train_flops_with_autoencoder_ours_ratio",
+        "inference FLOPs per token": "inference_flops_ratio",
+    }),
+    ("tokens", {
+        "training FLOPs": "tokens_train_flops_ours_ratio",
+        "inference FLOPs per token": "tokens_inference_flops_ratio",
+    }),
+):
+    ratios = [f"{words} {comparison[key]:.2f}" for words, key in shown.items()]
+    print(f"{name + ' : transformer':<21} {', '.join(ratios)}")
 PY
   printf '\nreport: %s\n' "$OUT/report/index.html"
 }
 
-STAGES=8
+STAGES=9
 open_output
 ensure_venv
 has_gpu || export DS_ACCELERATOR=cpu
@@ -203,11 +219,15 @@ run_stage autoencoder "autoencoder/checkpoints" "$AUTOENCODER" "$OUT"/tokens/{tr
 run_stage latents "latents" "$OUT/corpus/manifest.json" "$OUT"/autoencoder/checkpoints/*/manifest.json
 run_stage calm "calm/checkpoints" "$CALM" "$OUT/latents/train/meta.json"
 run_stage transformer "transformer/checkpoints" "$TRANSFORMER" "$OUT/latents/train/meta.json"
-# A run that was made again has lost its scores, although its checkpoints may be the same.
-grep -q '"eval"' "$OUT/calm/metrics.jsonl" && grep -q '"eval"' "$OUT/transformer/metrics.jsonl" ||
-  forget evaluation
-run_stage evaluation "evaluation" "$OUT/latents/test/meta.json" \
-  "$OUT"/{calm,transformer}/checkpoints/*/manifest.json
-run_stage report "report" "$OUT"/{autoencoder,calm,transformer}/{recipe.yaml,metrics.jsonl}
+run_stage tokens_head "tokens_head/checkpoints" "$TOKENS_HEAD" "$OUT/latents/train/meta.json"
+checkpoints=() records=()
+for model in "${MODELS[@]}"; do
+  checkpoints+=("$OUT/$model"/checkpoints/*/manifest.json)
+  records+=("$OUT/$model"/{recipe.yaml,metrics.jsonl})
+  # A run that was made again has lost its scores, although its checkpoints may be the same.
+  grep -q '"eval"' "$OUT/$model/metrics.jsonl" || forget evaluation
+done
+run_stage evaluation "evaluation" "$OUT/latents/test/meta.json" "${checkpoints[@]}"
+run_stage report "report" "$OUT"/autoencoder/{recipe.yaml,metrics.jsonl} "${records[@]}"
 summary
 echo "in all $((SECONDS / 60)) min $((SECONDS % 60)) s"

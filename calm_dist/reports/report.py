@@ -250,6 +250,7 @@ def _comparison(
         },
         "inference_flops_ratio": _ratio(calm, transformer, "inference_flops_per_token"),
         "tokens_train_flops_ratio": _ratio(control, transformer, "train_flops"),
+        "tokens_train_flops_ours_ratio": _ratio(control, transformer, "train_flops_ours"),
         "tokens_inference_flops_ratio": _ratio(control, transformer, "inference_flops_per_token"),
         "brierlm_compares": len(ways) == 1 if scored else None,
     }

@@ -28,9 +28,10 @@ PROGRAMS = ("bash", "deepspeed", "for", "pip", "python", "sbatch", "srun", "tens
 
 # The first that matches the whole command decides.
 RUN = [
-    r"python tools/(prepare_corpus|runs|evaluate|generate|report|flops_report)\.py\b.*",
+    r"python tools/(prepare_corpus|runs|evaluate|generate|report|flops_report)\.py\b"
+    r"(?!.* runs/ablation).*",
     r"python tools/plan\.py (?!.*--gpu local).*",
-    r"for split in .*encode_latents.*done",
+    r"for split in (?!.* runs/ablation).*encode_latents.*done",
     r"torchrun --nproc_per_node 8 tools/train_autoencoder\.py recipes/autoencoder\.yaml",
     r"deepspeed --quiet tools/train\.py recipes/calm_m\.yaml",
     r"python tools/train\.py recipes/.* --dry-run",
@@ -42,6 +43,8 @@ RUN = [
 FULL = [
     r"python tools/plan\.py .*--gpu local.*",
     r"deepspeed --quiet --num_accelerators [24] tools/train\.py recipes/calm_tiny\.yaml .*",
+    r"python tools/prepare_corpus\.py --out runs/ablation .*",
+    r"for split in .* runs/ablation.*done",
     r"python tools/train_autoencoder\.py recipes/autoencoder_tiny\.yaml .* SWITCHES",
     r"python tools/convert_checkpoint\.py (import|export)-hf .*",
     r"deepspeed --quiet tools/train\.py runs/calm_m/recipe\.yaml .*",
@@ -65,7 +68,8 @@ SMALLER = [
     (r"^deepspeed", "deepspeed --master_port PORT"),
     (r"^(?!.*(?:--dry-run|tools/plan))(.*)recipes/", r"\1small/"),
     (r"docs/scaling\.svg", "scaling.svg"),
-    (r"training\.steps=20(00)?", "training.steps=2"),
+    (r"training\.steps=(20(00)?|1000)", "training.steps=2"),
+    (r"prepare_corpus\.py(?= --out runs/ablation)", "prepare_corpus.py --corpus text"),
     (r"data/latents/selected", "data/latents/train"),
     (r"NAME SWITCHES", "plain model.kl_weight=0"),
     (r"^wandb sync", "wandb sync --dry-run"),

@@ -54,14 +54,17 @@ def test_the_whole_pipeline(tmp_path: Path) -> None:
 
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["autoencoder"]["token_accuracy"] >= 0.99
-    calm, transformer = report["models"]
-    assert (calm["kind"], transformer["kind"]) == ("calm", "transformer")
+    calm, transformer, tokens = report["models"]
+    assert [model["kind"] for model in report["models"]] == ["calm", "transformer", "tokens"]
     assert calm["brierlm"] > 3 * calm["brierlm_stderr"] > 0
+    for model in (transformer, tokens):
+        assert model["brierlm"] > 3 * model["brierlm_stderr"] > 0
+        assert model["train_flops_ours"] == pytest.approx(calm["train_flops_ours"], rel=0.01)
     assert calm["layout"] == {"tensor": 2, "pipeline": 2, "data": 1, "zero_stage": 2}
     assert (tmp_path / "report" / "index.html").stat().st_size > 0
 
     started = time.monotonic()
     again = quickstart(tmp_path)
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("already there") == 8
+    assert again.stdout.count("already there") == 9
     assert time.monotonic() - started <= SECOND_RUN_SECONDS

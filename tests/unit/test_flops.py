@@ -195,7 +195,7 @@ def test_autoencoder_matches_torch() -> None:
     modules = {
         "encoder": (Encoder(size, 2, 24), meta(ROWS, 2, 128)),
         "decoder": (Decoder(size, 2, 24), meta(ROWS, 24)),
-        "output_layer": (nn.Linear(128, 512, bias=False), meta(2 * ROWS, 128)),
+        "output_layer": (nn.Linear(128, 4096, bias=False), meta(2 * ROWS, 128)),
     }
     for name, (module, inputs) in modules.items():
         part = counts.part(name)

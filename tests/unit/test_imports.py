@@ -131,7 +131,7 @@ def test_imports_without_torch(module: str) -> None:
 
 
 def test_an_autoencoder_needs_no_training_framework() -> None:
-    """Its training and encoding load torch and Streaming alone: seconds for each of many workers."""
+    """Its training and encoding load torch and Streaming alone; there may be many workers."""
     modules = (
         "calm_dist.training.autoencoder, calm_dist.data.latents, calm_dist.interop.huggingface"
     )

@@ -171,7 +171,7 @@ def test_autoencoder_refusals() -> None:
     path = RECIPES / "autoencoder_tiny.yaml"
     assert "use 4" in refusal("model.num_encoder_layers=3", recipe=path)
     assert "data parallelism" in refusal("parallel.tensor_parallel_size=2", recipe=path)
-    assert "outside the vocabulary" in refusal("model.replaced_token_id=512", recipe=path)
+    assert "outside the vocabulary" in refusal("model.replaced_token_id=4096", recipe=path)
 
 
 def test_missing_section_and_field() -> None:
@@ -284,7 +284,7 @@ def test_tokenizer_that_does_not_fit_the_store(tmp_path: Path) -> None:
 
 
 def test_replaced_token_is_the_stores_padding() -> None:
-    recipe = load_recipe(RECIPES / "autoencoder_tiny.yaml")
+    recipe = load_recipe(RECIPES / "autoencoder_tiny.yaml", ["model.vocab_size=512"])
     model = recipe.with_store(store_meta()).model
     assert isinstance(model, AutoencoderModel) and model.replaced_token_id == 2
     without = store_meta(tokenizer={"sha256": "0", "file": "t", "pad_id": None})

@@ -65,7 +65,8 @@ def experiment(tmp_path: Path) -> dict[str, Path]:
 
 
 def report(experiment: dict[str, Path], out: Path) -> tuple[dict[str, Any], str]:
-    runs = [experiment["calm"], experiment["transformer"]]
+    models = ("calm", "transformer", "tokens_head")
+    runs = [experiment[name] for name in models if name in experiment]
     summary = write_report(runs, out, autoencoder=experiment.get("autoencoder"))
     assert json.loads((out / "report.json").read_text()) == summary
     return summary, (out / "index.html").read_text()
@@ -398,8 +399,8 @@ def test_scores_of_noise_are_marked_everywhere_and_explained_once(
     noisy = evaluation(400, 0.6, **brier, brier_stderr=[0.0014, 0.0005, 0.0003, 0.0006])
     with (experiment["calm"] / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(noisy) + "\n")
-    summary, page = report(experiment, tmp_path / "report")
-    calm, transformer = summary["models"]
+    summary, page = report(with_control(experiment), tmp_path / "report")
+    calm, transformer, _ = summary["models"]
     assert calm["noisy_brier"] == [4] == calm["evaluations"][-1]["noisy_brier"]
     assert calm["brier_stderr"] == noisy["eval"]["brier_stderr"]
     # Of the others, as of all of early versions, no errors of Brier-n are known.
@@ -421,9 +422,20 @@ def test_scores_of_noise_are_marked_everywhere_and_explained_once(
 
 
 def test_reports_without_noise_explain_no_mark(experiment: dict[str, Path], tmp_path: Path) -> None:
-    _, page = report(experiment, tmp_path / "report")
+    summary, page = report(with_control(experiment), tmp_path / "report")
     done = quickstart_summary(tmp_path)
     assert MARK_EXPLAINED not in page + done and "BrierLM 2.00 ± 0.10 | " in done
+    ratios = summary["comparison"]
+    for name, key in (("calm", ""), ("tokens", "tokens_")):
+        training = ratios[f"{key}train_flops_ours_ratio"]
+        assert f"{name} : transformer" in done and f"training FLOPs {training:.2f}" in done
+
+
+def with_control(experiment: dict[str, Path]) -> dict[str, Path]:
+    """The three models of the quickstart."""
+    directory = experiment["calm"].with_name("tokens_head")
+    records = [training(400), evaluation(400, 3.0, cross_entropy=2.5)]
+    return experiment | {"tokens_head": make_run(directory, "tokens", records)}
 
 
 def quickstart_summary(out: Path) -> str:
