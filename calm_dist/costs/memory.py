@@ -238,7 +238,13 @@ def _gathered_sequence(recipe: Recipe, model: CalmModel | TransformerModel) -> i
     return 2 * rows * model.hidden_size * element_bytes(recipe)
 
 
-def _head(recipe: Recipe, model: CalmModel) -> Memory:
+def sums_head_gradients(recipe: LanguageModelRecipe) -> bool:
+    """Whether each rank adds up the head's gradients of several micro-batches itself
+    (`parallel.local_gradients`)."""
+    return recipe.parallel.zero_stage < 3 and recipe.num_micro_batches > 1
+
+
+def _head(recipe: LanguageModelRecipe, model: CalmModel) -> Memory:
     """The generative head in its ZeRO engine, on one rank of the last stage."""
     parallel, head = recipe.parallel, model.head
     parameters = flops.head_parameters(model)
@@ -248,13 +254,16 @@ def _head(recipe: Recipe, model: CalmModel) -> Memory:
     hidden, latent = flops.head_sizes(model)
     # ZeRO-1 and 2 keep fp32 master weights even in fp32 training.
     master = 0 if stage == 3 and recipe.precision == "fp32" else FP32_BYTES
+    gradients = parameters * FP32_BYTES // (ranks if stage >= 2 else 1)
+    if sums_head_gradients(recipe):
+        gradients += parameters * FP32_BYTES
     score = 0
     if head.spec.scores_energy:
         chunk = min(SCORE_CHUNK, positions)
         score = SCORE_COPIES * chunk * head.posterior_samples * latent * FP32_BYTES
     return Memory(
         weights=parameters * width // (ranks if stage == 3 else 1),
-        gradients=parameters * FP32_BYTES // (ranks if stage >= 2 else 1),
+        gradients=gradients,
         optimizer=parameters * (recipe.training.optimizer_spec.state_bytes + master) // ranks,
         head_samples=positions * model.head_spec.activation_elements(head, hidden, latent) * width,
         energy_score=score,

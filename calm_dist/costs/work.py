@@ -21,6 +21,7 @@ from calm_dist.costs.memory import (
     head_shards,
     key_value_size,
     last_stage_tables,
+    sums_head_gradients,
     table_parameters,
 )
 from calm_dist.recipe import CalmModel, LanguageModelRecipe, TransformerModel
@@ -37,8 +38,9 @@ COMPRESSOR_HIDDEN, COMPRESSOR_KERNELS = 40, 40
 DRAW_ACCESSES, SCORE_KERNELS = 7, 35
 # Cross entropy: accesses per logit, in fp32.
 LOGIT_ACCESSES, LOGIT_KERNELS = 10, 40
-# DeepSpeed's copies of the head's gradient, per parameter.
-ZERO_ACCESSES = 13
+# DeepSpeed's copies of the head's gradient when it reduces it, per parameter; and adding the
+# gradient of another micro-batch to the local sums (`parallel.local_gradients`).
+ZERO_ACCESSES, LOCAL_SUM_ACCESSES = 13, 3
 # FlashAttention computes the scores again: five products backward for two forward.
 ATTENTION_BACKWARD = 2.5
 
@@ -106,6 +108,8 @@ def optimizer_work(recipe: LanguageModelRecipe, stage: int, layers: int) -> Work
     if model.kind == "calm" and stage == parallel.pipeline_parallel_size - 1:
         shards = head_shards(recipe) * recipe.data_parallel_size
         accesses += flops.head_parameters(model) * of_head / shards
+        if sums_head_gradients(recipe):
+            accesses += (ZERO_ACCESSES - LOCAL_SUM_ACCESSES) * flops.head_parameters(model)
     return Work(traffic=(accesses + parameters) * FP32_BYTES)
 
 
@@ -165,7 +169,8 @@ def _head(recipe: LanguageModelRecipe, model: CalmModel) -> Work:
     products = flops.head_flops(model, samples, share_condition=True) * rows
     elements = model.head_spec.traffic_elements(head, *flops.head_sizes(model))
     width = element_bytes(recipe)
-    copies = ZERO_ACCESSES * flops.head_parameters(model) * width
+    accesses = LOCAL_SUM_ACCESSES if sums_head_gradients(recipe) else ZERO_ACCESSES
+    copies = accesses * flops.head_parameters(model) * width
     return Work(
         flops.BACKWARD_AND_FORWARD * products,
         traffic=elements * samples * rows * width + copies,

@@ -25,6 +25,7 @@ from calm_dist.compat.deepspeed import (
 from calm_dist.compat.zero_groups import Copy, ParameterGroup, parameter_groups
 from calm_dist.models.heads.base import NoiseSource
 from calm_dist.optimizers.make import decay_groups, make_optimizer
+from calm_dist.parallel.local_gradients import LocalGradients
 from calm_dist.parallel.topology import Topology
 from calm_dist.recipe import LanguageModelRecipe
 
@@ -102,9 +103,13 @@ class ZeroHead:
             mpu=HeadGroups(topology),
             dist_init_required=False,
         )
+        # ZeRO-3 frees the weights after each micro-batch's pass, so it reduces gradients then, too.
+        self._sums = LocalGradients(self.module) if self._stage < 3 else None
 
     def close(self) -> None:
         """Destroy the engine; otherwise its hooks would keep it and the process groups alive."""
+        if self._sums is not None:
+            self._sums.close()
         self._engine.destroy()
         forget_groups()
 
@@ -129,9 +134,8 @@ class ZeroHead:
         CP·DP (Megatron averages the backbone's gradient over those; its schedule multiplies the
         loss by CP). So the loss is scaled by TP, and the gradient into the backbone back by 1/TP.
         """
-        self._engine.set_gradient_accumulation_boundary(last_micro_batch)
         hidden = _ScaleGradient.apply(hidden, 1.0 / self._tp_size)
-        value = self._engine(hidden, mean, log_std, noise, weight)
+        value = self._forward(last_micro_batch, hidden, mean, log_std, noise, weight)
         # The schedule scales the loss in place; it must not touch the engine's own tensor.
         return _ScaleGradient.apply(value, float(self._tp_size)).clone()
 
@@ -143,14 +147,25 @@ class ZeroHead:
         Gradients are scaled as in `loss`: the loss computed from the states is a sum, to which this
         rank's positions contribute a part.
         """
-        self._engine.set_gradient_accumulation_boundary(last_micro_batch)
         hidden = _ScaleGradient.apply(hidden, 1.0 / self._tp_size)
         if previous is not None:
             previous = _ScaleGradient.apply(previous, 1.0 / self._tp_size)
-        return _ScaleGradient.apply(self._engine(hidden, previous), float(self._tp_size))
+        states = self._forward(last_micro_batch, hidden, previous)
+        return _ScaleGradient.apply(states, float(self._tp_size))
+
+    def _forward(self, last_micro_batch: bool, *inputs: Any) -> Any:
+        """The head's output; its gradient is reduced after the last micro-batch."""
+        if self._sums is not None and not last_micro_batch:
+            return self._sums.run(*inputs)
+        if self._sums is not None:
+            self._sums.before_last()
+        self._engine.set_gradient_accumulation_boundary(last_micro_batch)
+        return self._engine(*inputs)
 
     def squared_gradient_norm(self) -> torch.Tensor:
         """Squared norm of this rank's partition of the averaged gradient; fp64 scalar."""
+        if self._sums is not None:
+            self._sums.check_complete()
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for gradient in averaged_gradients(self._zero):
             total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()

@@ -96,15 +96,11 @@ def _micro_batch(
     if (
         model.kind == "calm"
         and stage == parallel.pipeline_parallel_size - 1
-        and parallel.zero_stage >= 2
+        and parallel.zero_stage == 3
     ):
-        # DeepSpeed reduces the head's gradients after each micro-batch, in the weights' precision.
+        # Weights are gathered for both passes of each micro-batch; gradients are scattered.
         size = flops.head_parameters(model) * element_bytes(recipe)
-        seconds = links.head.all_reduce(size, cluster)
-        if parallel.zero_stage == 3:
-            # Weights are gathered for both passes; gradients are scattered.
-            seconds = 3 * links.head.half(size, cluster)
-        terms["head's gradient reduction"] = seconds
+        terms["head's gradient reduction"] = 3 * links.head.half(size, cluster)
     return terms
 
 
@@ -186,16 +182,15 @@ def _step_end(
     head = 0.0
     if model.kind == "calm" and stage == parallel.pipeline_parallel_size - 1:
         size = flops.head_parameters(model) * width
-        if parallel.zero_stage == 1:
-            head += links.head.all_reduce(size, cluster)
         if parallel.zero_stage < 3:
-            head += links.head.half(size, cluster)
+            # DeepSpeed reduces in the weights' precision, once a step, and gathers the new weights.
+            head += links.head.all_reduce(size, cluster) + links.head.half(size, cluster)
     update = optimizer_work(recipe, stage, layers)
     world = STEP_REDUCTIONS * 2 * links.head.latency(cluster)
     return {
         "gradient reduction": reduce,
         "weight gather": gather,
-        "head's weight gather": head,
+        "head's collectives": head,
         "optimizer": update.seconds(cluster, peak_flops(recipe, cluster)),
         "small reductions": world,
     }

@@ -9,6 +9,8 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,8 +47,10 @@ def train(job: dict[str, Any], world: Any, device: Any) -> None:
     begin = partial(on_rank_zero, partial(record_start, recipe, world))
     trainer = Trainer(recipe, topology, begin=begin)
     disturb(trainer, job)
-    trainer.run()
+    with reduced_elements(topology.head_group) as reduced:
+        trainer.run()
     check_state(trainer)
+    check_reductions(trainer, sum(reduced))
     if trainer.parts.head is not None:
         trainer.parts.head.close()
     destroy_topology(topology)
@@ -54,11 +58,42 @@ def train(job: dict[str, Any], world: Any, device: Any) -> None:
         release_lock(lock)
 
 
+@contextmanager
+def reduced_elements(group: Any) -> Iterator[list[int]]:
+    """Sizes of the tensors that are summed over a group's ranks."""
+    import torch.distributed as dist
+
+    sizes, all_reduce = [], dist.all_reduce
+
+    def counted(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("group") is group:
+            sizes.append(tensor.numel())
+        return all_reduce(tensor, *args, **kwargs)
+
+    dist.all_reduce = counted
+    try:
+        yield sizes
+    finally:
+        dist.all_reduce = all_reduce
+
+
+def check_reductions(trainer: Any, elements: int) -> None:
+    """ZeRO-1 and 2 reduce the head's gradient once a step, however many micro-batches it has."""
+    head, stage = trainer.parts.head, trainer.recipe.parallel.zero_stage
+    if head is None or stage == 3 or len(trainer.topology.head_ranks) == 1:
+        return
+    parameters = sum(p.numel() for p in head.module.parameters())
+    made = elements / parameters / trainer.steps_taken
+    assert 1 <= made < 1.1, f"{made:.2f} reductions of the head's gradient a step"
+
+
 def disturb(trainer: Any, job: dict[str, Any]) -> None:
     """Make one step of a CALM run a step that has to be skipped, or leave it out altogether."""
     from calm_dist.training.engine import StepResult
 
     take_step, topology = trainer.train_step, trainer.topology
+
+    trainer.steps_taken = 0
 
     def train_step(batch: dict[str, Any]) -> StepResult:
         if trainer.progress.step == job.get("omitted"):
@@ -72,6 +107,7 @@ def disturb(trainer: Any, job: dict[str, Any]) -> None:
             # A position of the last quarter, which is the last rank's in every layout.
             batch = {**batch, "mean": batch["mean"].clone()}
             batch["mean"][0, -2, 0] = float("nan")
+        trainer.steps_taken += 1
         return take_step(batch)
 
     trainer.train_step = train_step
