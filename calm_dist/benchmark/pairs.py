@@ -179,27 +179,53 @@ def autoencoder_pair(
 def brier_pairs(device: torch.device) -> Iterator[Pair]:
     """Brier-1..4 of one block: the Transformer at block 256, CALM with K=2 at block 512.
 
-    The models are so certain that the samples of every start agree on all tokens.
+    What both forms cost depends on how often two samples of a position agree, so each model is
+    timed where all agree and where none do, and the Transformer at the rate of a trained one.
     """
-    transformer = random_model("transformer", 256, device)
-    assert hasattr(transformer.backbone, "output_layer")
-    transformer.backbone.output_layer.weight.data.mul_(1000)
+    for rate in (1.0, 0.2, None):
+        yield transformer_brier_pair(device, rate)
+    for noise in (0.0, None):
+        yield calm_brier_pair(device, noise)
+
+
+def transformer_brier_pair(device: torch.device, rate: float | None) -> Pair:
+    """``rate``: how often two samples of a position agree; None: as random weights do, never."""
+    model = random_model("transformer", 256, device)
     tokens = zipf_tokens(SMALL_VOCAB, 256, seed=1).to(device)
+    if rate is not None:
+        assert hasattr(model.backbone, "output_layer")
+        factor = _factor_of_agreement(model.logits(tokens[None])[0], rate)
+        model.backbone.output_layer.weight.data.mul_(factor)
     starts = ngram_starts(256, 1, "all").to(device)
     generator = torch.Generator(device).manual_seed(0)
 
     def ours() -> None:
-        scores_from_softmax(
-            transformer.logits, transformer.new_cache, tokens, starts, num_draws=1, seed=0
-        )
+        scores_from_softmax(model.logits, model.new_cache, tokens, starts, num_draws=1, seed=0)
 
     def looped() -> None:
-        plain.transformer_brier(transformer.logits, tokens, starts, generator)
+        plain.transformer_brier(model.logits, model.new_cache, tokens, starts, generator)
 
     sizes = {"block": 256, "starts": len(starts), "vocabulary": SMALL_VOCAB, "hidden": 256}
-    yield Pair("Brier, Transformer, all agree", ours, looped, len(starts), "starts", sizes)
+    said = {1.0: "all agree", None: "none agree"}.get(rate, f"agree at a rate of {rate}")
+    return Pair(f"Brier, Transformer, {said}", ours, looped, len(starts), "starts", sizes)
 
-    calm = random_model("calm", 512, device, patch_size=2, noise=0.0)
+
+def _factor_of_agreement(logits: Tensor, rate: float) -> float:
+    """Factor of logits [T, V] at which two samples agree at this mean rate."""
+    low, high = 1.0, 1e4
+    if rate == 1.0:
+        return high
+    for _ in range(30):
+        factor = (low * high) ** 0.5
+        agreement = (factor * logits).softmax(-1).square().sum(-1).mean()
+        low, high = (factor, high) if agreement < rate else (low, factor)
+    return factor
+
+
+def calm_brier_pair(device: torch.device, noise: float | None) -> Pair:
+    """``noise``: as for `random_model`."""
+    calm = random_model("calm", 512, device, patch_size=2, noise=noise)
+    generator = torch.Generator(device).manual_seed(0)
     text = zipf_tokens(SMALL_VOCAB, 512, seed=2).to(device)
     patches = ngram_starts(512, 2).to(device) // 2
 
@@ -211,7 +237,7 @@ def brier_pairs(device: torch.device) -> Iterator[Pair]:
         assert calm.autoencoder is not None
         return plain.decode(calm.autoencoder, draw_latents(calm, hidden, samples, generator))
 
-    def ours_calm() -> None:
+    def ours() -> None:
         known = int(patches[-1]) + 1
         cache = calm.new_cache(1, cache_size(known, 2))
         hidden = calm.hidden(text[None, : 2 * known], torch.arange(known), None, cache)[0]
@@ -224,11 +250,12 @@ def brier_pairs(device: torch.device) -> Iterator[Pair]:
             text[2 * patches[:, None] + torch.arange(4)],
         )
 
-    def looped_calm() -> None:
-        plain.calm_brier(calm.hidden, plainly_drawn, text, patches, 2)
+    def looped() -> None:
+        plain.calm_brier(calm.hidden, calm.new_cache, plainly_drawn, text, patches, 2)
 
     sizes = {"block": 512, "K": 2, "starts": len(patches), "vocabulary": SMALL_VOCAB}
-    yield Pair("Brier, CALM K=2, all agree", ours_calm, looped_calm, len(patches), "starts", sizes)
+    said = "all agree" if noise == 0.0 else "none agree"
+    return Pair(f"Brier, CALM K=2, {said}", ours, looped, len(patches), "starts", sizes)
 
 
 def sampling_pairs(device: torch.device) -> Iterator[Pair]:

@@ -1,7 +1,8 @@
 """The paper's formulas in their plain form, as its released code executes them.
 
 Every tensor is materialised, every head sample computes its condition again, and Brier scores loop
-over positions. The weights are those of our modules, so that both sides compute the same.
+over positions, going on from the cached keys and values of the text before each. The weights are
+those of our modules, so that both sides compute the same.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calm_dist.evaluation.brier import NGRAM
+from calm_dist.evaluation.brier_tree import StepFunction
 from calm_dist.inference.sampling import pool_candidates
 from calm_dist.losses.autoencoder import TrainingNoise, kl_per_dimension
 from calm_dist.models.autoencoder import Autoencoder
 from calm_dist.models.heads.energy import ConditionedLinear, EnergyHead, HeadBlock
+from calm_dist.models.kv_cache import KeyValueCache
 
 Draw = Callable[[Tensor, int], Tensor]
 """Hidden states [b, d], number of draws -> tokens [m, b, K]."""
+NewCache = Callable[[int, int], KeyValueCache]
+"""Number of texts and of steps -> an empty cache."""
 
 
 def energy_score(samples: Tensor, mean: Tensor, log_std: Tensor, noise: Tensor) -> Tensor:
@@ -75,51 +80,67 @@ def autoencoder_loss(model: Autoencoder, tokens: Tensor, noise: TrainingNoise) -
 
 @torch.no_grad()
 def transformer_brier(
-    logits: Callable[[Tensor], Tensor], tokens: Tensor, starts: Tensor, generator: torch.Generator
-) -> Tensor:
-    """Brier-1..4 of a Transformer from two samples at each start, one position after the other.
+    logits: StepFunction, new_cache: NewCache, tokens: Tensor, starts: Tensor,
+    generator: torch.Generator,
+) -> Tensor:  # fmt: skip
+    """Brier-1..4 of a Transformer at each start, one after the other.
 
-    If the two agree, the model runs again over the text and the tokens on which they agree.
+    Where two samples agree, the first is appended to the keys and values of the text before it, and
+    the model runs one step further. The last collision of an n-gram is exact.
     """
-    at_start = logits(tokens[None])[0]
-    pairs = torch.multinomial(at_start.softmax(-1), 2, True, generator=generator)  # [T, 2]
+    cache = new_cache(1, len(tokens))
+    probabilities = logits(tokens[None], torch.arange(len(tokens)), None, cache)[0].softmax(-1)
+    true = probabilities[:-1].gather(1, tokens[1:, None])[:, 0]
     scores = torch.zeros(len(starts), NGRAM, dtype=torch.float64)
     for row, start in enumerate(starts.tolist()):
-        # As in the accuracy terms, each token is given the true tokens before it.
-        right = pairs[start - 1 : start - 1 + NGRAM] == tokens[start : start + NGRAM, None]
-        scores[row] = right.cumprod(0).sum(1).double()
-        context, pair = tokens[:start], pairs[start - 1]
+        scores[row] = 2 * true[start - 1 : start - 1 + NGRAM].cumprod(0).double()
+        following, held = probabilities[start - 1], None
         for n in range(NGRAM):
-            if pair[0] != pair[1]:
+            pair = torch.multinomial(following, 2, True, generator=generator)
+            scores[row, n] -= float(following.square().sum())
+            if n == NGRAM - 1 or pair[0] != pair[1]:
                 break
-            scores[row, n] -= 1
-            if n + 1 < NGRAM:
-                context = torch.cat([context, pair[:1]])
-                following = logits(context[None])[0, -1]
-                pair = torch.multinomial(following.softmax(-1), 2, True, generator=generator)
+            held = _prefix(cache, start) if held is None else held
+            following = logits(pair[None, :1], None, None, held)[0, -1].softmax(-1)
     return scores
 
 
 @torch.no_grad()
 def calm_brier(
-    hidden: Callable[[Tensor], Tensor], draw: Draw, tokens: Tensor, starts: Tensor, patch_size: int
-) -> Tensor:
-    """Brier-1..4 of a CALM from two samples at each start patch, one after the other."""
-    pairs = draw(hidden(tokens[None])[0], 2)  # [2, P, K]
+    hidden: StepFunction, new_cache: NewCache, draw: Draw, tokens: Tensor, starts: Tensor,
+    patch_size: int,
+) -> Tensor:  # fmt: skip
+    """Brier-1..4 of a CALM from two samples at each start patch, one after the other.
+
+    Where two samples of a patch agree, the model runs one step further, as in `transformer_brier`.
+    """
+    patches = len(tokens) // patch_size
+    cache = new_cache(1, patches)
+    pairs = draw(hidden(tokens[None], torch.arange(patches), None, cache)[0], 2)  # [2, P, K]
     scores = torch.zeros(len(starts), NGRAM, dtype=torch.float64)
     for row, start in enumerate(starts.tolist()):
         first = start * patch_size
         given_truth = pairs[:, start - 1 :].flatten(1)[:, :NGRAM]
         right = given_truth == tokens[first : first + NGRAM]
         scores[row] = right.cumprod(-1).sum(0).double()
-        samples = pairs[:, start - 1]
+        samples, held = pairs[:, start - 1], None
         while samples.shape[1] < NGRAM and torch.equal(samples[0], samples[1]):
-            context = torch.cat([tokens[:first], samples[0]])
-            following = hidden(context[None])[0, -1:]
+            held = _prefix(cache, start) if held is None else held
+            following = hidden(samples[:1, -patch_size:], None, None, held)[0, -1:]
             samples = torch.cat([samples, draw(following, 2)[:, 0]], dim=1)
         agree = (samples[0] == samples[1])[:NGRAM].cumprod(-1)
         scores[row, : len(agree)] -= agree.double()
     return scores
+
+
+def _prefix(cache: KeyValueCache, steps: int) -> KeyValueCache:
+    """Keys and values of the first steps of a text, with room for the rest of an n-gram."""
+    room = (0, 0, 0, 0, 0, NGRAM)
+    memory = {
+        layer: (F.pad(keys[:, :steps], room), F.pad(values[:, :steps], room))
+        for layer, (keys, values) in cache.key_value_memory_dict.items()
+    }
+    return KeyValueCache(memory, torch.tensor([steps]))
 
 
 def decode(autoencoder: Autoencoder, latents: Tensor) -> Tensor:

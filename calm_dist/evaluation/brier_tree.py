@@ -32,6 +32,9 @@ _STEPS_AT_ONCE = 512
 # Rows of weights that are converted to double precision at a time.
 _ROWS_DRAWN = 64
 
+_SMALLEST_PRODUCT = 1 / 16
+"""A sampled path whose product c_1 · ... · c_n is smaller goes on with a chance in proportion."""
+
 
 class StepFunction(Protocol):
     """A causal model over steps of tokens: ``[1, n·K]`` -> outputs ``[1, n, ...]``.
@@ -222,8 +225,11 @@ def _branch_outputs(
         branches: tokens of the branches' steps, ``[b, depth, K]``.
     """
     cache.truncate(num_steps)
-    for depth, steps in enumerate(branches.unbind(1)):
-        outputs = _next_step(model, cache, num_steps, starts, steps, depth)
+    lineage: list[Tensor] = []
+    own = torch.eye(len(starts), dtype=torch.bool, device=starts.device)
+    for steps in branches.unbind(1):
+        lineage.append(own)
+        outputs = _next_step(model, cache, num_steps, starts, steps, lineage)
     return outputs
 
 
@@ -233,18 +239,21 @@ def _next_step(
     num_steps: int,
     starts: Tensor,
     steps: Tensor,
-    depth: int,
+    lineage: list[Tensor],
 ) -> Tensor:
-    """Outputs ``[b, ...]`` at one more step ``[b, K]`` of every branch, each ``depth`` long.
+    """Outputs ``[b, ...]`` at one more step ``[b, K]`` of every branch.
 
     A branch with start s replaces the block's steps s, s+1, ...: it sees the block's steps before s
     and its own earlier steps. The cache holds ``num_steps`` of the block, then all branches level
     by level.
+
+    Args:
+        lineage: for each level, the last being the new one, which of the steps of that level belong
+            to a branch: bool ``[b, steps of that level]``.
     """
-    own = torch.eye(len(starts), dtype=torch.bool, device=starts.device)
     of_block = torch.arange(num_steps, device=starts.device) < starts[:, None]
-    mask = torch.cat([of_block] + [own] * (depth + 1), dim=1)
-    return model(steps.reshape(1, -1), starts + depth, mask, cache)[0]
+    mask = torch.cat([of_block, *lineage], dim=1)
+    return model(steps.reshape(1, -1), starts + len(lineage) - 1, mask, cache)[0]
 
 
 def _of_a_transformer(outputs: Tensor, previous: Tensor) -> Tensor:
@@ -274,6 +283,10 @@ def scores_from_softmax(
     Drawing from p itself and averaging P(a) has the same expectation and a larger variance. The
     paths go through the model together, as branches after the block.
 
+    Most paths of a model that is unsure have products near zero. One below ``_SMALLEST_PRODUCT``
+    goes on with the chance product / ``_SMALLEST_PRODUCT``, and then counts as
+    ``_SMALLEST_PRODUCT``; otherwise its longer n-grams count as 0. The expectation is the same.
+
     Args:
         model: runs in steps of ``patch_size`` tokens.
         new_cache: called with a number of texts and of steps; returns an empty cache.
@@ -302,8 +315,8 @@ def scores_from_softmax(
     accuracy = log_likelihood[starts[:, None] - patch_size + offsets].double().cumsum(-1).exp()
 
     generator = torch.Generator(device).manual_seed(seed)
-    paths = (starts // patch_size).repeat_interleave(num_draws)
-    collision = torch.cat(
+    at_once = max(1, _steps_at_once(len(steps)) // num_draws)
+    means = torch.cat(
         [
             _path_collisions(
                 model,
@@ -311,13 +324,13 @@ def scores_from_softmax(
                 cache,
                 outputs,
                 part,
+                num_draws=num_draws,
                 patch_size=patch_size,
                 generator=generator,
             )
-            for part in paths.split(_steps_at_once(len(steps)))
+            for part in (starts // patch_size).split(at_once)
         ]
     )
-    means = collision.unflatten(0, (-1, num_draws)).mean(1)
     return SoftmaxScores(2 * accuracy - means, -log_likelihood)
 
 
@@ -328,29 +341,53 @@ def _path_collisions(
     block_outputs: Tensor,
     starts: Tensor,
     *,
+    num_draws: int,
     patch_size: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Unbiased estimates of P(a=b) for 1..4-grams along a path from each start, float64 ``[b, 4]``.
+    """Unbiased estimates of P(a=b) for 1..4-grams, means over ``num_draws`` paths from each start,
+    float64 ``[S, 4]``.
 
-    ``starts`` ``[b]`` are steps; ``block_outputs`` are the outputs at the block's steps
+    ``starts`` ``[S]`` are steps; ``block_outputs`` are the outputs at the block's steps
     ``[P, ...]``.
     """
     num_steps = len(block_outputs)
     outputs = block_outputs[starts - 1]
     cache.truncate(num_steps)
-    agree: list[Tensor] = []
+    count = len(starts) * num_draws
+    collision = torch.zeros(count, NGRAM, dtype=torch.float64, device=starts.device)
+    # The paths that go on: their numbers, their rows of the outputs, which all paths of a start
+    # share at first, and their products or what these count as.
+    path = torch.arange(count, device=starts.device)
+    row = path // num_draws
+    product = torch.ones(count, dtype=torch.float64, device=starts.device)
+    lineage: list[Tensor] = []
     step = starts.new_empty(len(starts), 0)
-    while True:
+    for n in range(NGRAM):
         squared = token_logits(outputs, step).float().softmax(-1).square()
-        agree.append(squared.sum(-1).double())
-        if len(agree) == NGRAM:
-            return torch.stack(agree, dim=-1).cumprod(-1)
-        step = torch.cat([step, draw_columns(squared, generator)], dim=1)
+        product = product * squared.sum(-1).double()[row]
+        collision[path, n] = product
+        if n == NGRAM - 1:
+            break
+        chance = (product / _SMALLEST_PRODUCT).clamp(max=1)
+        lives = _uniform(len(path), generator) < chance
+        if not bool(lives.any()):
+            break
+        product, path, row = (product / chance)[lives], path[lives], row[lives]
+        lineage = [level[lives] for level in lineage]
+        outputs, step = outputs[row], step[row]
+        step = torch.cat([step, draw_columns(squared[row], generator)], dim=1)
+        row = torch.arange(len(path), device=starts.device)
         if step.shape[1] == patch_size:
-            depth = len(agree) // patch_size - 1
-            outputs = _next_step(model, cache, num_steps, starts, step, depth)
+            lineage.append(torch.eye(len(path), dtype=torch.bool, device=starts.device))
+            outputs = _next_step(model, cache, num_steps, starts[path // num_draws], step, lineage)
             step = step[:, :0]
+    return collision.unflatten(0, (-1, num_draws)).mean(1)
+
+
+def _uniform(count: int, generator: torch.Generator) -> Tensor:
+    """Random numbers in [0, 1), float64 ``[count]`` on the generator's device."""
+    return torch.rand(count, dtype=torch.float64, generator=generator, device=generator.device)
 
 
 def draw_columns(weights: Tensor, generator: torch.Generator) -> Tensor:
@@ -358,9 +395,7 @@ def draw_columns(weights: Tensor, generator: torch.Generator) -> Tensor:
 
     `torch.multinomial` draws a random number for every weight; this draws one for each row.
     """
-    uniform = torch.rand(
-        len(weights), 1, dtype=torch.float64, generator=generator, device=weights.device
-    )
+    uniform = _uniform(len(weights), generator)[:, None]
     drawn = []
     for part, at in zip(weights.split(_ROWS_DRAWN), uniform.split(_ROWS_DRAWN), strict=True):
         bounds = part.double().cumsum(-1)

@@ -44,7 +44,10 @@ def test_plain_brier_has_the_same_expectation() -> None:
     starts = torch.arange(2, 7)
     generator = torch.Generator().manual_seed(1)
     runs = torch.stack(
-        [plain.transformer_brier(tiny.logits, tokens, starts, generator) for _ in range(300)]
+        [
+            plain.transformer_brier(tiny.logits, tiny.new_cache, tokens, starts, generator)
+            for _ in range(300)
+        ]
     ).mean(1)
     ours = scores_from_softmax(
         tiny.logits, tiny.new_cache, tokens, starts, num_draws=500, seed=0

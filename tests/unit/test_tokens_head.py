@@ -247,7 +247,7 @@ def test_what_a_recipe_cannot_ask_for() -> None:
 
 @pytest.mark.parametrize("variant", ["tokens", "fp16"])
 def test_a_store_of_either_kind_will_do(variant: str) -> None:
-    recipe = load_recipe(recipe_file("calm"), ["model.head.kind=tokens"])
+    recipe = load_recipe(recipe_file("calm"), ["model.head.kind=tokens", "model.vocab_size=512"])
     has_latents = variant == "fp16"
     meta = {
         "variant": variant, "block_size": 512, "patch_size": 4, "vocab_size": 512,
