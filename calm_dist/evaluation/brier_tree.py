@@ -364,8 +364,9 @@ def _path_collisions(
     lineage: list[Tensor] = []
     step = starts.new_empty(len(starts), 0)
     for n in range(NGRAM):
-        squared = token_logits(outputs, step).float().softmax(-1).square()
-        product = product * squared.sum(-1).double()[row]
+        chances = token_logits(outputs, step).float().softmax(-1)
+        # The norm needs no tensor of squares.
+        product = product * torch.linalg.vector_norm(chances, dim=-1).double().square()[row]
         collision[path, n] = product
         if n == NGRAM - 1:
             break
@@ -376,7 +377,7 @@ def _path_collisions(
         product, path, row = (product / chance)[lives], path[lives], row[lives]
         lineage = [level[lives] for level in lineage]
         outputs, step = outputs[row], step[row]
-        step = torch.cat([step, draw_columns(squared[row], generator)], dim=1)
+        step = torch.cat([step, draw_columns(chances[row].square(), generator)], dim=1)
         row = torch.arange(len(path), device=starts.device)
         if step.shape[1] == patch_size:
             lineage.append(torch.eye(len(path), dtype=torch.bool, device=starts.device))
