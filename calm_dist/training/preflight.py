@@ -16,7 +16,7 @@ from calm_dist.data.download import Downloads
 from calm_dist.data.store import read_meta
 from calm_dist.errors import LaunchError, PeerLostError, UserError
 from calm_dist.parallel.launch import World, join_world
-from calm_dist.parallel.slurm import allocated_gpus
+from calm_dist.parallel.slurm import allocated_gpus, binds_gpus
 from calm_dist.planner.dry_run import plan
 from calm_dist.recipe import Recipe
 from calm_dist.training.checkpoint.restart import free_space
@@ -96,6 +96,9 @@ def _check_gpus(recipe: Recipe, num_nodes: int) -> list[str]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count and recipe.parallel.device == "auto" and not allocated_gpus(os.environ):
         return ["no GPU"]
+    if count and binds_gpus(os.environ):
+        # A task sees its own GPU only, and this is one task of the node's.
+        ranks = min(ranks, count)
     if count < ranks:
         raise LaunchError(
             f"torch finds {count} GPUs for {ranks} ranks; check the driver (nvidia-smi) and that "
