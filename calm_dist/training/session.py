@@ -190,7 +190,7 @@ def prepare_run_directory(recipe: Recipe) -> int:
     return lock
 
 
-def record_start(recipe: Recipe, world: World, attention: Choice | None) -> None:
+def record_start(recipe: Recipe, world: World, attention: Choice | None = None) -> None:
     """Write the resolved ``recipe.yaml`` and ``environment.json``.
 
     Only after all checks: a refused start must leave the files of the previous one.

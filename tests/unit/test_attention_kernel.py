@@ -63,7 +63,8 @@ def decide(wanted: str = "auto", **changes: Any) -> Any:
 def test_rule_of_auto(
     capability: tuple[int, int] | None, head_dim: int, context_parallel: bool, kernel: str
 ) -> None:
-    given = {"capability": capability, "head_dim": head_dim, "context_parallel": context_parallel}
+    given: dict[str, Any] = {"capability": capability, "head_dim": head_dim}
+    given["context_parallel"] = context_parallel
     choice = decide(**given)
     assert (choice.kernel, choice.warning) == (kernel, None)
     assert choice.reason
