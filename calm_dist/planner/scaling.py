@@ -107,7 +107,7 @@ def format_scaling(values: dict[str, Any]) -> str:
     for name, points in values["models"].items():
         lines += [
             f"{name} on {values['cluster']['name']}",
-            f"{'GPUs':>7}  {'layout':<34}{'step':>9}{'MFU':>7}{'goodput':>9}{'days':>9}"
+            f"{'GPUs':>7}  {'layout':<42}{'step':>9}{'MFU':>7}{'goodput':>9}{'days':>9}"
             f"{'GPU-hours':>12}",
         ]
         for point in points:
@@ -121,7 +121,7 @@ def format_scaling(values: dict[str, Any]) -> str:
             text += f" DP {layout['data']}, {layout['micro_batch_size']} a micro-batch"
             text += ", r" if layout["recompute"] else ""
             lines.append(
-                f"{point['gpus']:>7,}  {text:<34}{point['step_seconds']:>8.2f}s{point['mfu']:>7.1%}"
+                f"{point['gpus']:>7,}  {text:<42}{point['step_seconds']:>8.2f}s{point['mfu']:>7.1%}"
                 f"{point['goodput']:>9.2%}{point['days']:>9.1f}{point['gpu_hours']:>12,.0f}"
             )
         lines.append("")
