@@ -56,11 +56,15 @@ def requirements() -> list[str]:
 
 
 def constraints() -> list[str]:
-    """The versions of constraints.txt, but those of this environment for `KEPT`."""
+    """The versions of constraints.txt, but those of this environment for `KEPT`.
+
+    What torch itself requires is left free: torch 2.11 refuses the setuptools of constraints.txt.
+    """
     lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
     ours = [line for line in lines if line and not line.startswith("#")]
     here = [f"{package}=={version}" for package in KEPT if (version := version_of(package))]
-    return [line for line in ours if name_of(line) not in KEPT] + here
+    free = {name_of(text) for text in metadata.requires("torch") or ()}
+    return [line for line in ours if name_of(line) not in {*KEPT, *free}] + here
 
 
 def check(file: Path) -> None:
