@@ -1,7 +1,7 @@
 # An image for GPU nodes: docker build -t calm_dist .
 #
-# NVIDIA's PyTorch image keeps its torch, numpy, Triton and flash-attn, which are built for each other;
-# everything else has the versions of constraints.txt.
+# NVIDIA's PyTorch image keeps its torch, numpy, Triton and flash-attn, which are built for each
+# other; everything else has the versions of constraints.txt.
 ARG IMAGE=nvcr.io/nvidia/pytorch:25.06-py3
 FROM ${IMAGE}
 
