@@ -5,7 +5,8 @@
     srun --ntasks-per-node=1 python tools/preflight.py recipes/calm_m.yaml --node
 
 The first command checks recipe, data and autoencoder, and prints the run directory. The second
-checks each node of a job: GPUs and their memory, disk, data, and a short all-reduce over all nodes.
+checks each node of a job: GPUs and their memory, the compiler that their kernels need, disk, data,
+and a short all-reduce over all nodes.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,13 +15,9 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 
 from calm_dist.models.kv_cache import KeyValueCache
-
-try:
-    from flash_attn import flash_attn_func
-except ImportError:
-    flash_attn_func = None
 
 
 class RMSNorm(nn.RMSNorm):
@@ -62,7 +59,7 @@ class CachedSelfAttention(SelfAttention):
 
 
 class CoreAttention(MegatronModule):
-    """Softmax attention on [steps, B, heads, head_dim]: flash-attn if it applies, else SDPA.
+    """Softmax attention on [steps, B, heads, head_dim]: by SDPA or flash-attn.
 
     Causal by default. A boolean mask [steps, steps] (True: may attend) replaces the causal one and
     always runs on SDPA. Under context parallelism the steps are this rank's piece of the sequence;
@@ -79,6 +76,7 @@ class CoreAttention(MegatronModule):
         attention_type: str,
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        kernel: str = "sdpa",
         **_: Any,
     ) -> None:
         super().__init__(config=config)
@@ -87,6 +85,11 @@ class CoreAttention(MegatronModule):
         assert pg_collection is not None
         self.context_group = pg_collection.cp
         self.softmax_scale = softmax_scale
+        self._flash: Callable[..., torch.Tensor] | None = None
+        if kernel == "flash":
+            from flash_attn import flash_attn_func
+
+            self._flash = flash_attn_func
 
     def forward(
         self,
@@ -127,9 +130,9 @@ class CoreAttention(MegatronModule):
     ) -> torch.Tensor:
         """[steps, B, heads, head_dim] -> [steps, B, heads * head_dim]."""
         (steps, batch), slots = query.shape[:2], key.shape[0]
-        if mask is None and _flash_applies(query):
+        if mask is None and self._flash is not None:
             # Causal from the end: the last step sees all slots.
-            output = flash_attn_func(
+            output = self._flash(
                 *(x.transpose(0, 1) for x in (query, key, value)),
                 softmax_scale=self.softmax_scale,
                 causal=True,
@@ -137,7 +140,7 @@ class CoreAttention(MegatronModule):
         else:
             if mask is None and 1 < steps < slots:
                 # SDPA's own causal mask is aligned to the first slot.
-                mask = query.new_ones(steps, slots, dtype=torch.bool).tril(slots - steps)
+                mask = causal_lower_right(steps, slots)
             output = F.scaled_dot_product_attention(
                 query.permute(1, 2, 0, 3),
                 key.permute(1, 2, 0, 3),
@@ -148,11 +151,3 @@ class CoreAttention(MegatronModule):
                 enable_gqa=key.shape[2] != query.shape[2],
             ).permute(2, 0, 1, 3)
         return output.reshape(steps, batch, -1)
-
-
-def _flash_applies(query: torch.Tensor) -> bool:
-    return (
-        flash_attn_func is not None
-        and query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
-    )

@@ -106,15 +106,20 @@ def _pipeline_layout(recipe: LanguageModelRecipe) -> list[list[str]] | None:
     return layout
 
 
-def layer_spec(qk_norm: bool) -> ModuleSpec:
-    """One Llama-like layer made of Megatron's parts."""
+def layer_spec(qk_norm: bool, attention: str) -> ModuleSpec:
+    """One Llama-like layer made of Megatron's parts.
+
+    Args:
+        attention: ``sdpa`` or ``flash``, see `attention_kernel`.
+    """
     head_norm = RMSNorm if qk_norm else IdentityOp
-    attention = ModuleSpec(
+    core_attention = ModuleSpec(module=CoreAttention, params={"kernel": attention})
+    self_attention = ModuleSpec(
         module=CachedSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
-            core_attention=CoreAttention,
+            core_attention=core_attention,
             linear_proj=RowParallelLinear,
             q_layernorm=head_norm,
             k_layernorm=head_norm,
@@ -128,7 +133,7 @@ def layer_spec(qk_norm: bool) -> ModuleSpec:
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=attention,
+            self_attention=self_attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
@@ -156,6 +161,7 @@ class Backbone(MegatronModule):
         first: bool = True,
         last: bool = True,
         vp_stage: int | None = None,
+        attention: str = "sdpa",
     ) -> None:
         super().__init__(config)
         model = recipe.model
@@ -188,7 +194,7 @@ class Backbone(MegatronModule):
         layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=groups.pp.rank())
         self.decoder = TransformerBlock(
             config,
-            TransformerBlockSubmodules([layer_spec(model.qk_norm)] * layers, RMSNorm),
+            TransformerBlockSubmodules([layer_spec(model.qk_norm, attention)] * layers, RMSNorm),
             pre_process=first,
             post_process=last,
             pg_collection=groups,

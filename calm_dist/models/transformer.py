@@ -30,8 +30,11 @@ class Transformer(Backbone):
         first: bool = True,
         last: bool = True,
         vp_stage: int | None = None,
+        attention: str = "sdpa",
     ) -> None:
-        super().__init__(recipe, config, groups, first=first, last=last, vp_stage=vp_stage)
+        super().__init__(
+            recipe, config, groups, first=first, last=last, vp_stage=vp_stage, attention=attention
+        )
         self.output_layer: OutputLayer | None = None
         if last:
             assert recipe.model.vocab_size is not None

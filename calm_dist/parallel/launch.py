@@ -135,8 +135,8 @@ def select_device(world: World, device: str, field: str = "parallel.device") -> 
         field: the field or option that sets ``device``, for messages.
 
     Raises:
-        LaunchError: cuda is requested but absent or has fewer devices than local ranks; or the job
-            has GPUs that torch does not find, and would silently train on the CPU.
+        LaunchError: cuda is requested but absent or there are too few devices (`device_number`); or
+            the job has GPUs that torch does not find, and would silently train on the CPU.
     """
     import torch
 
@@ -153,13 +153,34 @@ def select_device(world: World, device: str, field: str = "parallel.device") -> 
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise LaunchError(f"{field}=cuda, but torch finds no CUDA device; use auto or cpu")
-    if torch.cuda.device_count() <= world.local_rank:
-        raise LaunchError(
-            f"local rank {world.local_rank} has no GPU: {socket.gethostname()} has "
-            f"{torch.cuda.device_count()}; launch one process per GPU"
-        )
-    torch.cuda.set_device(world.local_rank)
-    return torch.device("cuda", world.local_rank)
+    number = device_number(world.local_rank, world.local_size, torch.cuda.device_count())
+    torch.cuda.set_device(number)
+    if number != world.local_rank:
+        # DeepSpeed 0.19.8 takes it for the number of the device, at its start and, with ZeRO-3, in
+        # every step. Streaming tells nodes apart by LOCAL_WORLD_SIZE and RANK.
+        os.environ["LOCAL_RANK"] = str(number)
+    return torch.device("cuda", number)
+
+
+def device_number(local_rank: int, local_size: int, visible: int) -> int:
+    """The number, for CUDA, of the GPU that a rank takes.
+
+    Args:
+        visible: GPUs that this process sees. A single one next to several ranks is the rank's own:
+            Slurm's ``--gpus-per-task=1`` and ``--gpu-bind=single`` show each task only that, as
+            device 0. Whether it is another rank's too is found when the ranks connect.
+
+    Raises:
+        LaunchError: the ranks of the node are more than its GPUs.
+    """
+    if visible >= local_size:
+        return local_rank
+    if visible == 1:
+        return 0
+    raise LaunchError(
+        f"{local_size} ranks on {socket.gethostname()}, where each sees {visible} GPUs; launch as "
+        "many processes as GPUs, or bind one GPU to each (--gpus-per-task=1)"
+    )
 
 
 def cuda_environment(tensor_parallel_size: int) -> dict[str, str]:
@@ -205,7 +226,7 @@ def join_world(
     reports first.
 
     Raises:
-        LaunchError: the port is in use.
+        LaunchError: the port is in use, or another rank has the same GPU.
         PeerLostError: rank 0 does not answer, or ranks are missing after ``timeout_seconds``; the
             message names them. Another start may succeed.
     """
@@ -216,7 +237,12 @@ def join_world(
         store: dist.Store = dist.HashStore()
     else:
         store = _open_store(world, timeout)
+        gpu = _gpu_identity(device)
+        if gpu:
+            store.add(f"gpu/{gpu}", 1)
         _call_the_roll(store, world, timeout)
+        if gpu:
+            check_owner(store, gpu, world)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("world", store),
@@ -226,6 +252,33 @@ def join_world(
         device_id=device if device.type == "cuda" else None,
     )
     return store
+
+
+def _gpu_identity(device: torch.device) -> str:
+    """The GPU's unique identity; "" for a CPU and where the driver gives none."""
+    import torch
+
+    if device.type != "cuda":
+        return ""
+    uuid = str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
+    return f"{socket.gethostname()}/{uuid}" if uuid.strip("0-") else ""
+
+
+def check_owner(store: torch.distributed.Store, gpu: str, world: World) -> None:
+    """Check that one rank only has added itself to ``gpu/{gpu}``, after all ranks have connected.
+
+    NCCL would otherwise end all ranks with "Duplicate GPU detected" in their first collective.
+
+    Raises:
+        LaunchError: several ranks use this GPU.
+    """
+    users = store.add(f"gpu/{gpu}", 0)
+    if users > 1:
+        raise LaunchError(
+            f"rank {world.rank} (local {world.local_rank} of {world.local_size}): its GPU {gpu} is "
+            f"used by {users} ranks; launch as many processes as the node has GPUs, or give each "
+            "its own (--gpus-per-task=1)"
+        )
 
 
 def _open_store(world: World, timeout: timedelta) -> torch.distributed.Store:

@@ -83,6 +83,13 @@ def allocated_gpus(env: Mapping[str, str]) -> int:
     return int(count) if count.isdigit() else 0
 
 
+def binds_gpus(env: Mapping[str, str]) -> bool:
+    """Whether Slurm shows each task its own GPUs only (``--gpus-per-task``, ``--gpu-bind``)."""
+    per_task = "gres/gpu" in env.get("SLURM_TRES_PER_TASK", "")
+    binding = env.get("SLURM_GPU_BIND", "")
+    return per_task or "SLURM_GPUS_PER_TASK" in env or binding not in ("", "none")
+
+
 def _scontrol(what: str, name: str) -> str:
     command = ["scontrol", "show", what, name]
     try:

@@ -48,7 +48,7 @@ def full_plan(
         "fits": own is not None and own.fits,
         "refused": refusal,
         "recipe": own and _layout(own) | {"run": training_cost(own, reliability)},
-        "best": [_layout(prediction) for prediction in found.fitting[:BEST]],
+        "best": [_layout(prediction) for prediction in found.best(BEST)],
         "best_run": best and training_cost(best, reliability),
         "search": _search(found),
     }
@@ -67,6 +67,8 @@ def _layout(prediction: Prediction) -> dict[str, Any]:
         "micro_batch_size": recipe.training.micro_batch_size,
         "num_micro_batches": recipe.num_micro_batches,
         "recompute": parallel.recompute,
+        "zero_stage": parallel.zero_stage,
+        "distributed_optimizer": parallel.distributed_optimizer,
         "fits": prediction.fits,
         "memory_bytes": [asdict(memory) | {"total": memory.total} for memory in prediction.memory],
         "largest_stage": stage,
@@ -89,6 +91,12 @@ def layout_overrides(recipe: LanguageModelRecipe) -> list[str]:
         "parallel.virtual_pipeline_size": parallel.virtual_pipeline_size,
         "parallel.stage_layers": parallel.stage_layers and list(parallel.stage_layers),
         "parallel.sequence_parallel": parallel.sequence_parallel,
+        "parallel.context_parallel_size": parallel.context_parallel_size,
+        "parallel.zero_stage": parallel.zero_stage,
+        "parallel.distributed_optimizer": parallel.distributed_optimizer,
+        "parallel.overlap_grad_reduce": parallel.overlap_grad_reduce,
+        "parallel.overlap_param_gather": parallel.overlap_param_gather,
+        "parallel.overlap_p2p": parallel.overlap_p2p,
         "parallel.recompute": parallel.recompute,
         "training.micro_batch_size": recipe.training.micro_batch_size,
     }
@@ -220,7 +228,15 @@ def _best_lines(values: dict[str, Any]) -> list[str]:
             + (f"{own / layout['step_seconds']:>18.2f}x" if own else "")
         )
     chosen = values["best"][0]["overrides"]
-    return [*lines, "The first one, as overrides:", *_wrapped(chosen, separator=" ")]
+    lines += ["The first one, as overrides:", *_wrapped(chosen, separator=" ")]
+    run = values["best_run"]
+    own, best = run["failures"]["recipe"], run["failures"]["best"]
+    return [
+        *lines,
+        f"Its checkpoints make training wait {_duration(run['checkpoint']['stall_seconds'])}: "
+        f"goodput {own['goodput']:.1%} with one every {own['interval_steps']:,} steps,",
+        f"  {best['goodput']:.1%} with one every {best['interval_steps']:,}",
+    ]
 
 
 def _lost_lines(found: dict[str, Any], cluster: dict[str, Any]) -> list[str]:
@@ -261,6 +277,10 @@ def _layout_text(layout: dict[str, Any]) -> str:
     ]
     if layout["recompute"]:
         parts.append("recompute")
+    if layout["distributed_optimizer"]:
+        parts.append("shard")
+    if layout["zero_stage"] != 2:
+        parts.append(f"ZeRO {layout['zero_stage']}")
     return ", ".join(parts)
 
 

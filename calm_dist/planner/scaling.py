@@ -25,7 +25,7 @@ MODELS: dict[str, tuple[dict[str, Any], int, int]] = {
             "hidden_size": 2560,
             "intermediate_size": 6880,
             "num_hidden_layers": 16,
-            "num_attention_heads": 16,
+            "num_attention_heads": 20,
         },
         256,
         250_000,
@@ -93,6 +93,7 @@ def _point(name: str, gpus: int, cluster: Cluster, reliability: Reliability) -> 
             "tensor": best.recipe.parallel.tensor_parallel_size,
             "pipeline": best.recipe.parallel.pipeline_parallel_size,
             "virtual": best.recipe.parallel.chunks_per_stage,
+            "context": best.recipe.parallel.context_parallel_size,
             "data": best.recipe.data_parallel_size,
             "micro_batch_size": best.recipe.training.micro_batch_size,
             "recompute": best.recipe.parallel.recompute,
@@ -106,7 +107,7 @@ def format_scaling(values: dict[str, Any]) -> str:
     for name, points in values["models"].items():
         lines += [
             f"{name} on {values['cluster']['name']}",
-            f"{'GPUs':>7}  {'layout':<34}{'step':>9}{'MFU':>7}{'goodput':>9}{'days':>9}"
+            f"{'GPUs':>7}  {'layout':<42}{'step':>9}{'MFU':>7}{'goodput':>9}{'days':>9}"
             f"{'GPU-hours':>12}",
         ]
         for point in points:
@@ -116,10 +117,11 @@ def format_scaling(values: dict[str, Any]) -> str:
             layout = point["layout"]
             text = f"TP {layout['tensor']} PP {layout['pipeline']}"
             text += f"x{layout['virtual']}" if layout["virtual"] > 1 else ""
+            text += f" CP {layout['context']}" if layout["context"] > 1 else ""
             text += f" DP {layout['data']}, {layout['micro_batch_size']} a micro-batch"
             text += ", r" if layout["recompute"] else ""
             lines.append(
-                f"{point['gpus']:>7,}  {text:<34}{point['step_seconds']:>8.2f}s{point['mfu']:>7.1%}"
+                f"{point['gpus']:>7,}  {text:<42}{point['step_seconds']:>8.2f}s{point['mfu']:>7.1%}"
                 f"{point['goodput']:>9.2%}{point['days']:>9.1f}{point['gpu_hours']:>12,.0f}"
             )
         lines.append("")

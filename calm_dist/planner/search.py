@@ -13,6 +13,13 @@ from calm_dist.planner.predict import Prediction, predict
 from calm_dist.recipe import LanguageModelRecipe
 
 VIRTUAL_STAGES = (None, 2, 4)
+# Steps of a context-parallel piece: with fewer, a layer's kernels are too small to fill a GPU.
+SHORTEST_PIECE = 512
+# Layouts of the first round that the second one varies.
+REFINED = 50
+
+
+_FOR_REPLICAS = {"distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"}
 
 
 @dataclass
@@ -27,6 +34,37 @@ class Search:
     @property
     def tried(self) -> int:
         return len(self.fitting) + len(self.out_of_memory) + sum(map(len, self.refused.values()))
+
+    def try_layout(
+        self,
+        recipe: LanguageModelRecipe,
+        values: dict[str, Any],
+        changes: dict[str, Any],
+        cluster: Cluster,
+    ) -> None:
+        """Add a prediction or a refusal.
+
+        Args:
+            values: ``recipe`` as plain values.
+        """
+        try:
+            candidate = _changed(recipe, values, changes)
+        except RecipeError as error:
+            message = _first_problem(error)
+            self.refused.setdefault(message.split(":")[0], []).append(message)
+            return
+        prediction = predict(candidate, cluster)
+        (self.fitting if prediction.fits else self.out_of_memory).append(prediction)
+
+    def best(self, number: int) -> list[Prediction]:
+        """The fastest layouts, each with its fastest ZeRO stage only."""
+        chosen: dict[tuple[Any, ...], Prediction] = {}
+        for prediction in self.fitting:
+            sizes = _layout_of(prediction.recipe)
+            chosen.setdefault(tuple(sizes.values()), prediction)
+            if len(chosen) == number:
+                break
+        return list(chosen.values())
 
     def slower_by(self) -> Counter[str]:
         """For each layout that fits but is not the best, the term with the largest extra cost."""
@@ -43,56 +81,104 @@ class Search:
 
 
 def search(recipe: LanguageModelRecipe, cluster: Cluster, world_size: int) -> Search:
-    """Try TP x PP x virtual stages x micro-batch x recomputation on ``world_size`` GPUs.
+    """Try layouts on ``world_size`` GPUs at the recipe's global batch, in two rounds.
 
-    Everything else stays as in the recipe, including the global batch and context parallelism.
-    Sequence parallelism is on for TP > 1, where it costs nothing; ``stage_layers`` are chosen again
-    if the pipeline changes.
+    First TP x PP x virtual stages x CP x micro-batch x recomputation. What never costs time or
+    memory in this model is on: sequence parallelism for TP > 1; on GPUs also the distributed
+    optimizer and the overlaps (`_always_better`). Then the fastest `REFINED` of these with the
+    other ZeRO stages; if none fits, all of them.
+
+    ``stage_layers`` are chosen again if the pipeline changes. Everything else stays as in the
+    recipe.
     """
     found = Search()
     values = recipe.to_dict()
+    better = _always_better(recipe, cluster)
     for changes in _layouts(recipe, cluster, world_size):
-        try:
-            candidate = _changed(recipe, values, changes)
-        except RecipeError as error:
-            message = _first_problem(error)
-            found.refused.setdefault(message.split(":")[0], []).append(message)
-            continue
-        for recompute in (False, True):
-            parallel = candidate.parallel.model_copy(update={"recompute": recompute})
-            prediction = predict(candidate.model_copy(update={"parallel": parallel}), cluster)
-            (found.fitting if prediction.fits else found.out_of_memory).append(prediction)
-    # Among equal layouts prefer the simpler one: less model parallelism, no recomputation.
-    found.fitting.sort(
+        found.try_layout(recipe, values, changes | better, cluster)
+    _sort(found.fitting)
+    candidates = found.fitting[:REFINED] if found.fitting else list(found.out_of_memory)
+    for prediction in candidates if recipe.model.kind == "calm" else ():
+        for stage in {1, 2, 3} - {prediction.recipe.parallel.zero_stage}:
+            changes = _layout_of(prediction.recipe) | {"zero_stage": stage}
+            found.try_layout(recipe, values, changes, cluster)
+    _sort(found.fitting)
+    return found
+
+
+def _sort(predictions: list[Prediction]) -> None:
+    """Fastest first; of equals the simpler one: less model parallelism, no recomputation, no
+    distributed optimizer, ZeRO 2."""
+    predictions.sort(
         key=lambda one: (
             one.time.seconds,
             one.recipe.parallel.model_parallel_size,
             one.recipe.parallel.recompute,
+            one.recipe.parallel.distributed_optimizer,
+            abs(one.recipe.parallel.zero_stage - 2),
         )
     )
-    return found
+
+
+def _always_better(recipe: LanguageModelRecipe, cluster: Cluster) -> dict[str, bool]:
+    """Fields that make no layout slower or larger.
+
+    A reduce-scatter in fp32 and a gather in the weights' precision move no more than an all-reduce
+    in fp32, and the overlaps only hide time. On CPUs communication takes the cores that compute,
+    which the model leaves out, so that the recipe's own values stay.
+    """
+    if cluster.on_cpu or recipe.parallel.device == "cpu":
+        return {}
+    sharded = recipe.training.optimizer_spec.can_be_distributed
+    return {
+        "distributed_optimizer": sharded,
+        "overlap_grad_reduce": True,
+        "overlap_param_gather": sharded,
+        "overlap_p2p": True,
+    }
 
 
 def _layouts(recipe: LanguageModelRecipe, cluster: Cluster, world: int) -> Iterator[dict[str, Any]]:
     """Candidate sizes that may divide the GPUs; the recipe's checks decide."""
-    batch = recipe.training.global_batch_size
     layers = recipe.model.num_hidden_layers
-    tensor = 1
-    while tensor <= min(world, cluster.gpus_per_node):
-        for pipeline in _divisors(world // tensor, layers):
-            for virtual in VIRTUAL_STAGES if pipeline > 1 else (None,):
-                replicas = world // (tensor * pipeline * recipe.parallel.context_parallel_size)
-                largest = max(1, batch // max(1, replicas))
-                own = recipe.training.micro_batch_size
-                for micro_batch in sorted({*_powers_of_two(largest), min(own, largest)}):
-                    yield {
-                        "world_size": world,
-                        "tensor_parallel_size": tensor,
-                        "pipeline_parallel_size": pipeline,
-                        "virtual_pipeline_size": virtual,
-                        "micro_batch_size": micro_batch,
-                    }
-        tensor *= 2
+    for tensor in _powers_of_two(min(world, cluster.gpus_per_node)):
+        for context in _context_sizes(recipe, cluster, tensor):
+            for pipeline in _divisors(world // tensor, layers):
+                for virtual in VIRTUAL_STAGES if pipeline > 1 else (None,):
+                    replicas = world // (tensor * pipeline * context)
+                    for micro_batch in _micro_batches(recipe, replicas):
+                        for recompute in (False, True):
+                            yield {
+                                "world_size": world,
+                                "tensor_parallel_size": tensor,
+                                "pipeline_parallel_size": pipeline,
+                                "context_parallel_size": context,
+                                "virtual_pipeline_size": virtual,
+                                "micro_batch_size": micro_batch,
+                                "recompute": recompute,
+                            }
+
+
+def _context_sizes(recipe: LanguageModelRecipe, cluster: Cluster, tensor: int) -> list[int]:
+    """The recipe's own, and powers of two that stay in a node and leave pieces worth a kernel."""
+    longest = min(cluster.gpus_per_node // tensor, recipe.padded_length // SHORTEST_PIECE)
+    return sorted({*_powers_of_two(longest), recipe.parallel.context_parallel_size})
+
+
+def _micro_batches(recipe: LanguageModelRecipe, replicas: int) -> list[int]:
+    largest = max(1, recipe.training.global_batch_size // max(1, replicas))
+    return sorted({*_powers_of_two(largest), min(recipe.training.micro_batch_size, largest)})
+
+
+def _layout_of(recipe: LanguageModelRecipe) -> dict[str, Any]:
+    """The changes that `search` made to get this recipe."""
+    names = (
+        *("world_size", "tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size"),
+        *("virtual_pipeline_size", "recompute", "distributed_optimizer", "overlap_grad_reduce"),
+        *("overlap_param_gather", "overlap_p2p"),
+    )
+    layout = {name: getattr(recipe.parallel, name) for name in names}
+    return layout | {"micro_batch_size": recipe.training.micro_batch_size}
 
 
 def _changed(
@@ -111,6 +197,14 @@ def _changed(
     )
     if layout["tensor_parallel_size"] > 1:
         layout["sequence_parallel"] = True
+    # Nothing to shard, hide or interleave.
+    replicas = layout["world_size"] // (
+        layout["tensor_parallel_size"] * layout["pipeline_parallel_size"]
+    )
+    if replicas == 1:
+        layout |= dict.fromkeys(_FOR_REPLICAS & layout.keys(), False)
+    if layout["virtual_pipeline_size"] is None:
+        layout |= dict.fromkeys({"overlap_p2p"} & layout.keys(), False)
     if not same:
         layout["stage_layers"] = None
     parallel = values["parallel"] | layout

@@ -126,6 +126,7 @@ def impossible_combinations(recipe: RecipeFields) -> list[str]:
         _text_problems,
         _shape_problems,
         _layout_problems,
+        _attention_problems,
         _overlap_problems,
         _batch_problems,
         _schedule_problems,
@@ -279,6 +280,26 @@ def _layout_problems(recipe: RecipeFields) -> list[str]:
             f"parallel.stage_layers: {list(given)}; give {pipeline} numbers of at least {chunks} "
             f"that add up to model.num_hidden_layers {layers}, or leave it out"
         )
+    return problems
+
+
+def _attention_problems(recipe: RecipeFields) -> list[str]:
+    parallel, model = recipe.parallel, recipe.model
+    if parallel.attention != "auto" and model.kind == "autoencoder":
+        return [
+            f"parallel.attention: {parallel.attention}, but the autoencoder has no attention; "
+            "leave it out"
+        ]
+    if parallel.attention != "flash":
+        return []
+    problems = []
+    if recipe.precision != "bf16":
+        problems.append(
+            f"parallel.attention: flash with precision {recipe.precision}, for which flash-attn "
+            "has no kernels; use sdpa"
+        )
+    if parallel.device == "cpu":
+        problems.append("parallel.attention: flash with parallel.device cpu; use sdpa")
     return problems
 
 

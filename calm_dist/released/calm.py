@@ -129,7 +129,8 @@ def released_recipe(
     autoencoder: str | None = None,
     tokenizer: str | None = None,
 ) -> LanguageModelRecipe:
-    """A recipe that continues training a released language model as recipes/calm_m.yaml does.
+    """A recipe that continues training a released language model as recipes/calm_m.yaml does, in
+    micro-batches of one block, which models of all sizes have memory for.
 
     Args:
         directory: directory of the released checkpoint.

@@ -18,6 +18,7 @@ from torch import nn
 
 from calm_dist.costs.flops import head_sizes
 from calm_dist.errors import RecipeError
+from calm_dist.models.attention_kernel import attention_kernel
 from calm_dist.models.backbone import Backbone, transformer_config
 from calm_dist.models.heads import Head, latent_head, make_head
 from calm_dist.models.initialize import initialize_backbone
@@ -59,7 +60,11 @@ def parameter_dtype(recipe: LanguageModelRecipe) -> torch.dtype:
 
 
 def build_backbone(
-    recipe: LanguageModelRecipe, config: TransformerConfig, topology: Topology, vp_stage: int | None
+    recipe: LanguageModelRecipe,
+    config: TransformerConfig,
+    topology: Topology,
+    vp_stage: int | None,
+    attention: str = "sdpa",
 ) -> Backbone:
     """One initialised chunk of the backbone on this rank's device."""
     chunks = recipe.parallel.chunks_per_stage
@@ -68,7 +73,15 @@ def build_backbone(
     model = recipe.model
     assert model.vocab_size is not None
     kind = Backbone if model.kind == "calm" else Transformer
-    backbone = kind(recipe, config, topology.groups, first=first, last=last, vp_stage=vp_stage)
+    backbone = kind(
+        recipe,
+        config,
+        topology.groups,
+        first=first,
+        last=last,
+        vp_stage=vp_stage,
+        attention=attention,
+    )
     std = init_std(model, model.num_hidden_layers)
     initialize_backbone(backbone, topology.groups, std, recipe.run.seed, model.vocab_size)
     return backbone.to(device=topology.device, dtype=config.params_dtype)
@@ -87,11 +100,16 @@ def build_chunks(
     recipe: LanguageModelRecipe, config: TransformerConfig, topology: Topology
 ) -> list[DistributedDataParallel]:
     """Build this rank's chunks of the backbone in Megatron's DDP, and set the hooks for its
-    schedules."""
+    schedules.
+
+    Raises:
+        RecipeError: the device cannot run ``parallel.attention``.
+    """
     parallel = recipe.parallel
     size = parallel.virtual_pipeline_size
     stages = [None] if size is None else list(range(size))
-    backbones = [build_backbone(recipe, config, topology, stage) for stage in stages]
+    kernel = attention_kernel(recipe, topology.device).kernel
+    backbones = [build_backbone(recipe, config, topology, stage, kernel) for stage in stages]
     elements = sum(p.numel() for p in backbones[0].parameters())
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

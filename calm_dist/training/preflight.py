@@ -6,7 +6,12 @@ in their messages.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +21,7 @@ from calm_dist.data.download import Downloads
 from calm_dist.data.store import read_meta
 from calm_dist.errors import LaunchError, PeerLostError, UserError
 from calm_dist.parallel.launch import World, join_world
-from calm_dist.parallel.slurm import allocated_gpus
+from calm_dist.parallel.slurm import allocated_gpus, binds_gpus
 from calm_dist.planner.dry_run import plan
 from calm_dist.recipe import Recipe
 from calm_dist.training.checkpoint.restart import free_space
@@ -96,6 +101,9 @@ def _check_gpus(recipe: Recipe, num_nodes: int) -> list[str]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count and recipe.parallel.device == "auto" and not allocated_gpus(os.environ):
         return ["no GPU"]
+    if count and binds_gpus(os.environ):
+        # A task sees its own GPU only, and this is one task of the node's.
+        ranks = min(ranks, count)
     if count < ranks:
         raise LaunchError(
             f"torch finds {count} GPUs for {ranks} ranks; check the driver (nvidia-smi) and that "
@@ -115,7 +123,65 @@ def _check_gpus(recipe: Recipe, num_nodes: int) -> list[str]:
                 "GB; see --dry-run, use a smaller training.micro_batch_size, recomputation or more "
                 "model parallelism"
             )
-    return [f"{ranks} x {torch.cuda.get_device_name(0)}"]
+    found = [f"{ranks} x {torch.cuda.get_device_name(0)}"]
+    # The autoencoder's training launches torch's own kernels only.
+    return found if recipe.model.kind == "autoencoder" else [*found, check_compiler()]
+
+
+def check_compiler(include: str | None = None) -> str:
+    """Compile and load a library that includes Python.h, as Triton and torch.compile do on each
+    node when they first launch a kernel.
+
+    Args:
+        include: directory of Python.h; the interpreter's own if absent.
+
+    Returns:
+        The compiler that works.
+
+    Raises:
+        LaunchError: there is no compiler, no header, or the result cannot be loaded.
+    """
+    # As Triton chooses it.
+    named = os.environ.get("CC")
+    names = (named,) if named else ("gcc", "clang")
+    compiler = next((path for name in names if (path := shutil.which(name))), None)
+    if compiler is None:
+        raise LaunchError(
+            f"no C compiler ({', '.join(names)}), which Triton and torch.compile need on every "
+            "node; install gcc there, set CC, or use an image that contains it"
+        )
+    include = include or sysconfig.get_paths()["include"]
+    with tempfile.TemporaryDirectory() as directory:
+        source, library = Path(directory, "probe.c"), Path(directory, "probe.so")
+        source.write_text("#include <Python.h>\nint answer(void) { return PY_MAJOR_VERSION; }\n")
+        command = [compiler, "-shared", "-fPIC", f"-I{include}", "-o", str(library), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise LaunchError(_compiler_problem(compiler, include, done.stderr))
+        try:
+            ctypes.CDLL(str(library))
+        except OSError as error:
+            raise LaunchError(
+                f"a library compiled in {directory} cannot be loaded ({error}), as those of Triton "
+                "and torch.compile will be; set TMPDIR and TRITON_CACHE_DIR to directories that "
+                "are not mounted with noexec"
+            ) from error
+    return f"compiler {compiler}"
+
+
+def _compiler_problem(compiler: str, include: str, errors: str) -> str:
+    if "Python.h" in errors:
+        version = sysconfig.get_python_version()
+        return (
+            f"{include} has no Python.h, which Triton and torch.compile need on every node; "
+            f"install the headers of Python {version} (python{version}-dev, python{version}-devel),"
+            " or use an interpreter that contains them"
+        )
+    lines = [line for line in errors.splitlines() if "error" in line] or errors.splitlines()
+    return (
+        f"{compiler} compiles nothing ({lines[0] if lines else 'no message'}), but Triton and "
+        "torch.compile need it on every node; repair it, or set CC to another compiler"
+    )
 
 
 def _all_reduce(recipe: Recipe, world: World, timeout_seconds: float) -> str:

@@ -25,7 +25,7 @@ from calm_dist.parallel.launch import (
 )
 from calm_dist.parallel.processes import children_die_with_us
 from calm_dist.progress import duration
-from calm_dist.recipe import Recipe
+from calm_dist.recipe import LanguageModelRecipe, Recipe
 from calm_dist.redact import redact_arguments
 from calm_dist.runs.directory import acquire_lock, end_recorded, release_lock, write_environment
 from calm_dist.training.changes import check_changes
@@ -35,6 +35,8 @@ from calm_dist.training.stop import StopRequest
 
 if TYPE_CHECKING:
     import torch
+
+    from calm_dist.models.attention_kernel import Choice
 
 _log = logging.getLogger(__name__)
 
@@ -93,6 +95,9 @@ def launched(recipe: KindOfRecipe) -> Iterator[Session[KindOfRecipe]]:
     from calm_dist.training.watchdog import watched
 
     device = select_device(world, recipe.parallel.device)
+    attention = _attention(recipe, device)
+    if world.rank == 0 and attention is not None and attention.warning is not None:
+        _log.warning(attention.warning)
     # A rank may be busy with downloads that are retried.
     seconds = recipe.health.timeout_seconds + recipe.data.patience_seconds
     store = join_world(world, device, seconds)
@@ -107,7 +112,7 @@ def launched(recipe: KindOfRecipe) -> Iterator[Session[KindOfRecipe]]:
             dist.destroy_process_group()
             raise
         try:
-            with _recorded(recipe, world) as begin:
+            with _recorded(recipe, world, attention) as begin:
                 yield Session(recipe, device, stop, phases, begin)
                 phases.enter("end")
                 dist.barrier()
@@ -121,7 +126,9 @@ def launched(recipe: KindOfRecipe) -> Iterator[Session[KindOfRecipe]]:
 
 
 @contextmanager
-def _recorded(recipe: Recipe, world: World) -> Iterator[Callable[[], None]]:
+def _recorded(
+    recipe: Recipe, world: World, attention: Choice | None
+) -> Iterator[Callable[[], None]]:
     """Gives a function that records the start of a training, and finally records how it ended.
 
     A refused start leaves the records of the previous one.
@@ -131,7 +138,7 @@ def _recorded(recipe: Recipe, world: World) -> Iterator[Callable[[], None]]:
     begun: list[bool] = []
 
     def begin() -> None:
-        on_rank_zero(lambda: record_start(recipe, world))
+        on_rank_zero(lambda: record_start(recipe, world, attention))
         begun.append(True)
 
     if world.rank != 0:
@@ -145,7 +152,7 @@ def _recorded(recipe: Recipe, world: World) -> Iterator[Callable[[], None]]:
         except Exception:
             # Not refused but failed, for example while building the model.
             if not begun:
-                record_start(recipe, world)
+                record_start(recipe, world, attention)
                 begun.append(True)
             raise
 
@@ -183,7 +190,7 @@ def prepare_run_directory(recipe: Recipe) -> int:
     return lock
 
 
-def record_start(recipe: Recipe, world: World) -> None:
+def record_start(recipe: Recipe, world: World, attention: Choice | None = None) -> None:
     """Write the resolved ``recipe.yaml`` and ``environment.json``.
 
     Only after all checks: a refused start must leave the files of the previous one.
@@ -199,9 +206,18 @@ def record_start(recipe: Recipe, world: World) -> None:
         "python": platform.python_version(),
         "cpu_count": os.cpu_count(),
         "gpu": _gpu(recipe),
+        "attention": None if attention is None else attention.kernel,
+        "attention_reason": None if attention is None else attention.reason,
         "libraries": {name: _version(name) for name in LIBRARIES},
     }
     write_environment(run_dir, environment)
+
+
+def _attention(recipe: Recipe, device: torch.device) -> Choice | None:
+    """The implementation of attention; None for an autoencoder, which has none."""
+    from calm_dist.models.attention_kernel import attention_kernel
+
+    return attention_kernel(recipe, device) if isinstance(recipe, LanguageModelRecipe) else None
 
 
 def _gpu(recipe: Recipe) -> str | None:

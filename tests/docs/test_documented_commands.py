@@ -23,8 +23,8 @@ from launches import TIMEOUT_SECONDS, free_port, kill_tree
 ROOT = Path(__file__).parents[2]
 # The README comes first: it makes what the other pages' commands use.
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = ("bash", "deepspeed", "for", "pip", "python", "sbatch", "srun", "tensorboard",
-            "torchrun", "wandb")  # fmt: skip
+PROGRAMS = ("apptainer", "bash", "chmod", "deepspeed", "docker", "for", "pip", "printf", "python",
+            "sbatch", "srun", "tensorboard", "torchrun", "wandb")  # fmt: skip
 
 # The first that matches the whole command decides.
 RUN = [
@@ -53,7 +53,9 @@ NOT_RUN = {
     r"bash tools/quickstart\.sh.*": "minutes: tests/quickstart does, with --full",
     r"bash tools/run_tests\.sh.*": "it runs this test",
     r"python3\.11 -m venv .*|pip install .*": "tools/_venv.sh has installed what runs this test",
-    r"(RECIPE=\S+ )?sbatch .*": "tests/slurm submits every script to a real Slurm",
+    r"(docker|apptainer) build .*": "gigabytes: tests/unit/test_image.py checks its commands",
+    r"printf .*|chmod \+x calm_python": "a script around an image that is not built here",
+    r"((RECIPE|CALM_PYTHON)=\S+ )?sbatch .*": "tests/slurm submits every script to a real Slurm",
     r"python tools/benchmark\.py .*": "minutes, and 5 GB: tests/unit/test_benchmark.py, smaller",
     r"PYTHONPATH=\. python tests/distributed/planner_validation\.py .*": "half an hour: "
     "tests/distributed/test_planner_bytes.py compares the bytes of smaller trainings",

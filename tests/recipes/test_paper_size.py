@@ -88,8 +88,8 @@ def paper_size_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tool("encode_latents.py", *encode, "--variant", "tokens", "--patch-size", "4",
          "--block-size", "2048", "--out", root / "tokens")  # fmt: skip
     tool("train_autoencoder.py", ROOT / "recipes" / "autoencoder.yaml", "training.steps=1",
-         "training.global_batch_size=1", f"data.path={root / 'tokens'}",
-         f"run.dir={root / 'autoencoder'}")  # fmt: skip
+         "training.micro_batch_size=1", "training.global_batch_size=1",
+         f"data.path={root / 'tokens'}", f"run.dir={root / 'autoencoder'}")  # fmt: skip
     tool("encode_latents.py", *encode, "--autoencoder", root / "autoencoder",
          "--block-size", "8192", "--out", root / "latents")  # fmt: skip
     return root / "latents"
@@ -100,7 +100,8 @@ def test_calm_m_trains_a_step(paper_size_store: Path, tmp_path: Path) -> None:
     meta = read_meta(paper_size_store)
     assert meta.vocab_size == load_tokenizer(paper_size_store).vocab_size == VOCABULARY
     done = deepspeed(tmp_path, CALM_M, f"data.path={paper_size_store}", "training.steps=1",
-                     "training.global_batch_size=1", f"run.dir={tmp_path / 'run'}")  # fmt: skip
+                     "training.micro_batch_size=1", "training.global_batch_size=1",
+                     f"run.dir={tmp_path / 'run'}")  # fmt: skip
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     records: list[dict[str, Any]] = [dict(found) for found in read_records(tmp_path / "run")]
     (record,) = records
@@ -113,7 +114,8 @@ def test_calm_m_trains_a_step(paper_size_store: Path, tmp_path: Path) -> None:
 
 
 def test_without_data_it_says_what_to_set_and_how_to_make_it(tmp_path: Path) -> None:
-    done = deepspeed(tmp_path, CALM_M, "training.steps=1", "training.global_batch_size=1")
+    small = ("training.steps=1", "training.micro_batch_size=1", "training.global_batch_size=1")
+    done = deepspeed(tmp_path, CALM_M, *small)
     assert done.returncode == 2
     (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "data/latents/train: no such directory" in message

@@ -142,6 +142,8 @@ PUBLISHED_SIZES = [
     ("calm_m", 371_731_584),
     ("calm_l", 735_330_944),
     ("calm_xl", 1_829_793_408),
+    ("calm_xl_tp2pp2", 1_829_793_408),
+    ("calm_7b", 7_606_546_560),
     ("transformer_s", 281_955_072),
     ("transformer_m", 465_077_248),
     ("transformer_l", 847_037_952),

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+from torch.distributed import TCPStore
 
 from calm_dist.errors import LaunchError
-from calm_dist.parallel.launch import World, read_world, select_device
-from calm_dist.parallel.slurm import PORTS, node_names, where
+from calm_dist.parallel.launch import (
+    World,
+    check_owner,
+    device_number,
+    read_world,
+    select_device,
+)
+from calm_dist.parallel.slurm import PORTS, binds_gpus, node_names, where
 
 TORCH = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "7"}
 SLURM = {
@@ -73,6 +82,63 @@ def test_allocated_gpus_without_cuda_are_no_cpu_run(monkeypatch: pytest.MonkeyPa
     assert select_device(world, "cpu").type == "cpu"
     with pytest.raises(LaunchError, match=r"8 GPUs on gpu07, but torch finds no CUDA.*device=cpu"):
         select_device(world, "auto")
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "local_size", "visible", "number"),
+    [
+        (3, 8, 8, 3),
+        (1, 2, 8, 1),
+        (0, 1, 1, 0),
+        # Slurm's --gpus-per-task=1: each task sees its own GPU, as device 0.
+        (0, 8, 1, 0),
+        (7, 8, 1, 0),
+    ],
+)
+def test_gpu_of_a_rank(local_rank: int, local_size: int, visible: int, number: int) -> None:
+    assert device_number(local_rank, local_size, visible) == number
+
+
+@pytest.mark.parametrize("local_rank", range(4))
+def test_too_few_gpus_end_every_rank(local_rank: int) -> None:
+    with pytest.raises(LaunchError, match=r"4 ranks on .* each sees 2 GPUs; launch as many"):
+        device_number(local_rank, 4, 2)
+
+
+def test_bound_gpu_is_what_deepspeed_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two local ranks, the second sees one GPU. Only CUDA's answers are replaced."""
+    taken: list[int] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.set_device", taken.append)
+    world = World(5, 8, 1, 2, "a", 7, "srun")
+    monkeypatch.setenv("LOCAL_RANK", "")
+    world.export()
+    device = select_device(world, "auto")
+    assert (device.index, taken, os.environ["LOCAL_RANK"]) == (0, [0], "0")
+    # Streaming still tells the node's ranks apart.
+    assert os.environ["LOCAL_WORLD_SIZE"] == "2"
+
+
+def test_ranks_that_share_a_gpu_are_told() -> None:
+    """Each rank through a connection of its own, as in `join_world`."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    stores = [TCPStore("127.0.0.1", server.port, wait_for_workers=False) for _ in range(3)]
+    worlds = [World(rank, 3, rank, 3, "127.0.0.1", server.port, "srun") for rank in range(3)]
+    gpus = ["n1/GPU-a", "n1/GPU-b", "n1/GPU-b"]
+    for store, gpu in zip(stores, gpus, strict=True):
+        store.add(f"gpu/{gpu}", 1)
+    check_owner(stores[0], gpus[0], worlds[0])
+    for rank in (1, 2):
+        with pytest.raises(LaunchError, match=f"rank {rank} .*GPU-b is used by 2 ranks"):
+            check_owner(stores[rank], gpus[rank], worlds[rank])
+
+
+def test_binding_by_slurm() -> None:
+    assert not binds_gpus({"SLURM_GPUS_ON_NODE": "8", "SLURM_GPU_BIND": "none"})
+    assert binds_gpus({"SLURM_GPUS_PER_TASK": "1"})
+    assert binds_gpus({"SLURM_TRES_PER_TASK": "cpu:8,gres/gpu:1"})
+    assert binds_gpus({"SLURM_GPU_BIND": "single:1"})
 
 
 def test_nodes_of_ranks() -> None:
