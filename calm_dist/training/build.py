@@ -154,7 +154,7 @@ def build_parts(recipe: LanguageModelRecipe, topology: Topology) -> Parts:
     model = recipe.model
     if model.kind == "calm" and topology.is_last_stage:
         head = ZeroHead(_head_module(recipe, model, topology.device), recipe, topology)
-    forward_step = _forward_step(recipe, topology, chunks, head)
+    forward_step = make_forward_step(recipe, topology, chunks, head)
     return Parts(config, chunks, optimizer, head, forward_step)
 
 
@@ -165,12 +165,13 @@ def _head_module(recipe: LanguageModelRecipe, model: CalmModel, device: torch.de
     return module
 
 
-def _forward_step(
+def make_forward_step(
     recipe: LanguageModelRecipe,
     topology: Topology,
     chunks: list[DistributedDataParallel],
     head: ZeroHead | None,
 ) -> ForwardStep:
+    """The forward step for chunks and head that have been built."""
     model = recipe.model
     if model.kind != "calm":
         return TransformerForwardStep(recipe, topology)
