@@ -79,22 +79,23 @@ def _move(tensor: Any, moved: Any) -> None:
 
 
 def _answer_values(observer: Observer) -> None:
-    """`Tensor.tolist` reads the memory of a tensor, and a fake one has none."""
-    real_tolist = torch.Tensor.tolist
+    """`tolist` of a fake tensor would read its elements one by one."""
 
-    def tolist(self: torch.Tensor) -> Any:
-        if not isinstance(self, FakeTensor):
-            return real_tolist(self)
+    def tolist(self: FakeTensor) -> Any:
         if self.dim() == 0:
             return self.item()
         if self.device.type == "cuda":
             observer.wait("numbers are read")
-        if self.dim() > 1:
-            return [row.tolist() for row in self.cpu().unbind()]
-        is_float = self.dtype.is_floating_point
-        return [1.0] * len(self) if is_float else list(range(len(self)))
+        return _made_up(list(self.shape), self.dtype)
 
-    torch.Tensor.tolist = tolist  # type: ignore[assignment,method-assign]
+    FakeTensor.tolist = tolist  # type: ignore[method-assign]
+
+
+def _made_up(shape: list[int], dtype: torch.dtype) -> Any:
+    """Nested lists: different whole numbers, or finite ones."""
+    if len(shape) > 1:
+        return [_made_up(shape[1:], dtype) for _ in range(shape[0])]
+    return [1.0] * shape[0] if dtype.is_floating_point else list(range(shape[0]))
 
 
 def _answer_tensor_types() -> None:

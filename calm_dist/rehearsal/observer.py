@@ -12,14 +12,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from calm_dist.rehearsal.accounting import Collective, Counts, MemoryLedger, Part, Wait
-from calm_dist.rehearsal.places import ENGINE, OPTIMIZER, OTHER, line_here, part_here
+from calm_dist.rehearsal.places import ENGINE, OPTIMIZER, OTHER, is_inside, line_here, part_here
 
 # Operations without a kernel that their schema does not show to be views.
 _WITHOUT_KERNEL = frozenset(
     (
         *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"),
         *("set_", "lift_fresh", "record_stream", "is_pinned", "_local_scalar_dense", "detach_"),
-        *("_unsafe_view", "_reshape_alias", "_to_copy_view", "sym_size", "requires_grad_"),
+        *("_unsafe_view", "_reshape_alias", "requires_grad_"),
     )
 )
 # The size of their result is known only on the device.
@@ -27,7 +27,9 @@ _DATA_DEPENDENT = frozenset(
     ("nonzero", "masked_select", "unique_dim", "_unique", "_unique2", "unique_consecutive")
 )
 _ACTIVATIONS, _OTHER_MEMORY, _GRADIENTS = "activations", "other", "gradients"
-_NOT_ACTIVATIONS = frozenset((OPTIMIZER, ENGINE, OTHER, "gradient reduction", "pipeline messages"))
+# Of DeepSpeed's optimizer.
+_MAKES_BUCKETS = "setup_buckets"
+_NOT_ACTIVATIONS = frozenset((OPTIMIZER, ENGINE, OTHER, "gradient buffers", "pipeline messages"))
 
 # Operations of torch's distributed library, without their trailing underscores, and whether what
 # passes the group is the whole of their first argument (the output) or of their second.
@@ -95,11 +97,10 @@ class Observer(TorchDispatchMode):
         if name == "_local_scalar_dense":
             return _any_number(func, args)
         result = func(*args, **kwargs)
-        tensors = [tensor for tensor in _tensors(result) if tensor.device.type == "cuda"]
+        tensors = [tensor for tensor in _tensors(result) if _on_device(tensor)]
         for tensor in tensors:
             self._allocated(tensor, part)
-        touches = bool(tensors) or any(t.device.type == "cuda" for t in _tensors(args))
-        if touches and not func.is_view and name not in _WITHOUT_KERNEL:
+        if _is_kernel(func, namespace, name) and (tensors or any(map(_on_device, _tensors(args)))):
             self.counts.kernels[part] += 1
         return result
 
@@ -120,7 +121,7 @@ class Observer(TorchDispatchMode):
         first = args[0] if args and isinstance(args[0], torch.Tensor) else None
         if first is None:
             return
-        on_device = first.device.type == "cuda"
+        on_device = _on_device(first)
         if name == "_local_scalar_dense" and on_device:
             self.wait("a number is read")
         elif name in _DATA_DEPENDENT and on_device:
@@ -150,7 +151,7 @@ class Observer(TorchDispatchMode):
         if key in self._storages:
             return
         kind = _OTHER_MEMORY if part.name in _NOT_ACTIVATIONS else _ACTIVATIONS
-        if part.name == ENGINE and part.backward:
+        if part.name == ENGINE and part.backward and not is_inside(_MAKES_BUCKETS):
             kind = _GRADIENTS
 
         def released(_: Any, key: int = key) -> None:
@@ -163,7 +164,7 @@ class Observer(TorchDispatchMode):
     def _collective(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Any) -> Any:
         operation, which = _COLLECTIVES.get(name.rstrip("_"), (name.rstrip("_"), 0))
         group = next((g for g in map(_process_group, args) if g is not None), None)
-        if group is not None and any(t.device.type == "cuda" for t in _tensors(args)):
+        if group is not None and any(map(_on_device, _tensors(args))):
             key = Collective(operation, self._group_name(group))
             self.counts.calls[key] += 1
             moved = args[which] if which < len(args) else args[0]
@@ -174,6 +175,15 @@ class Observer(TorchDispatchMode):
 
             return FakeWork().boxed()
         return func(*args, **kwargs)
+
+
+def _on_device(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cuda"
+
+
+def _is_kernel(func: Any, namespace: str, name: str) -> bool:
+    """Whether an operation computes, rather than asking for a property or making a view."""
+    return namespace != "prim" and not func.is_view and name not in _WITHOUT_KERNEL
 
 
 def _any_number(func: Any, args: tuple[Any, ...]) -> Any:

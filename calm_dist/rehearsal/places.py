@@ -32,8 +32,8 @@ _PARTS = (
     ("calm_dist/models/", "backbone"),
     ("megatron/core/transformer/", "backbone"),
     ("megatron/core/models/", "backbone"),
-    ("megatron/core/distributed/", "gradient reduction"),
-    ("torch/nn/parallel/distributed.py", "gradient reduction"),
+    ("megatron/core/distributed/", "gradient buffers"),
+    ("torch/nn/parallel/distributed.py", "gradient buffers"),
     ("megatron/core/pipeline_parallel/p2p_communication", "pipeline messages"),
     ("megatron/core/pipeline_parallel/", "schedule"),
     ("calm_dist/training/optimizer.py", OPTIMIZER),
@@ -76,6 +76,11 @@ def part_here() -> str | None:
             return part if found is None or part == OPTIMIZER else found
         found = part
     return found or OTHER
+
+
+def is_inside(function: str) -> bool:
+    """Whether a function of that name is being called."""
+    return any(frame.f_code.co_name == function for frame in _frames())
 
 
 def line_here() -> str:

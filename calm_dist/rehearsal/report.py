@@ -67,10 +67,10 @@ def _kernels(rank: dict[str, Any]) -> list[str]:
         numbers = [row.get("forward", 0), row.get("backward", 0), _launches(step[part])]
         totals = [total + n for total, n in zip(totals, numbers, strict=True)]
         lines.append(f"    {part:<24}" + "".join(f"{_count(n):>13}" for n in numbers))
-    title = "  kernels"
+    title = "  kernels of a micro-batch"
     head = f"{title:<28}{'forward':>13}{'backward':>13}{f'step of {number}':>13}"
     foot = f"    {'all':<24}" + "".join(f"{_count(n):>13}" for n in totals)
-    return [head + "   (forward and backward: of a micro-batch)", *lines, foot]
+    return [head, *lines, foot]
 
 
 def _launches(row: dict[str, Any]) -> float:

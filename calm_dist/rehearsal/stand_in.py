@@ -21,6 +21,7 @@ from calm_dist.costs.clusters import Cluster
 from calm_dist.errors import UserError
 
 SOURCES = Path(__file__).parent
+HEADER = "cuda_runtime_api.h"
 RUNTIME, DRIVER = "libcalm_cuda_runtime.so", "libcuda.so.1"
 
 
@@ -48,10 +49,10 @@ def cuda_of_torch() -> str:
     Raises:
         UserError: torch is not installed, or is not a CUDA build.
     """
-    spec = importlib.util.find_spec("torch")
-    if spec is None or not spec.submodule_search_locations:
+    roots = _roots("torch")
+    if not roots:
         raise UserError(f"torch is not installed; {_how_to_install()}")
-    version = runpy.run_path(str(Path(spec.submodule_search_locations[0]) / "version.py"))
+    version = runpy.run_path(str(roots[0] / "version.py"))
     if not version.get("cuda"):
         raise UserError(
             f"torch {version['__version__']} is a CPU build; a rehearsal runs the CUDA code of "
@@ -77,7 +78,7 @@ def compile_libraries() -> Path:
     headers = _headers()
     sources = [SOURCES / "cuda_runtime.c", SOURCES / "cuda_driver.c"]
     key = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
-    key.update(headers.joinpath("cuda_runtime_api.h").read_bytes())
+    key.update(next(path for d in headers if (path := d / HEADER).is_file()).read_bytes())
     directory = _cache() / key.hexdigest()[:16]
     if (directory / DRIVER).is_file():
         return directory
@@ -87,13 +88,13 @@ def compile_libraries() -> Path:
     return directory
 
 
-def _compile(source: Path, headers: Path, library: Path) -> None:
+def _compile(source: Path, headers: list[Path], library: Path) -> None:
     compiler = shutil.which(os.environ.get("CC", "gcc")) or shutil.which("cc")
     if compiler is None:
         raise UserError("gcc: not found; a rehearsal compiles two small C files, install gcc")
     with tempfile.TemporaryDirectory(dir=library.parent) as place:
         made = Path(place) / library.name
-        command = [compiler, "-shared", "-fPIC", "-O1", "-w", f"-I{headers}"]
+        command = [compiler, "-shared", "-fPIC", "-O1", "-w", *(f"-I{h}" for h in headers)]
         done = subprocess.run(
             [*command, str(source), "-o", str(made)], capture_output=True, text=True
         )
@@ -103,20 +104,30 @@ def _compile(source: Path, headers: Path, library: Path) -> None:
         made.replace(library)
 
 
-def _headers() -> Path:
-    """The directory of ``cuda_runtime_api.h``: in NVIDIA's packages, or in a CUDA toolkit."""
-    found = []
-    spec = importlib.util.find_spec("nvidia")
-    for place in (spec and spec.submodule_search_locations) or ():
-        found += sorted(Path(place).glob("*/include"))
-    found += [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"]
-    for directory in found:
-        if (directory / "cuda_runtime_api.h").is_file():
-            return directory
-    raise UserError(
-        "cuda_runtime_api.h: not found, neither in NVIDIA's Python packages nor in $CUDA_HOME; "
-        "pip install nvidia-cuda-runtime of the version that torch was built for"
-    )
+def _headers() -> list[Path]:
+    """Directories of headers of the CUDA runtime: NVIDIA's packages', which are of torch's version,
+    then Triton's copy, which also has what the packages split off, then a CUDA toolkit's.
+
+    Raises:
+        UserError: ``cuda_runtime_api.h`` is in none of them.
+    """
+    places = [
+        *(path for root in _roots("nvidia") for path in sorted(root.glob("*/include"))),
+        *(root / "backends" / "nvidia" / "include" for root in _roots("triton")),
+        Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include",
+    ]
+    if not any((directory / HEADER).is_file() for directory in places):
+        raise UserError(
+            f"{HEADER}: not found, neither in NVIDIA's and Triton's Python packages nor in "
+            "$CUDA_HOME; pip install nvidia-cuda-runtime of the version that torch is built for"
+        )
+    return places
+
+
+def _roots(package: str) -> list[Path]:
+    """Directories of an installed package, without importing it."""
+    spec = importlib.util.find_spec(package)
+    return [Path(place) for place in (spec and spec.submodule_search_locations) or ()]
 
 
 def _cache() -> Path:

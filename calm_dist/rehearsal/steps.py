@@ -1,9 +1,9 @@
 """The trainer's own steps on fake blocks, with numbers of micro-batches that show what each costs.
 
-A step of a large batch repeats what a few micro-batches show. Three steps are taken: one that makes
-the optimizer's state; one with as many micro-batches as all stages hold at a time, whose peak of
-memory is a step's; and one with another number, so that the work of a micro-batch and that of a
-step can be told apart.
+A step of a large batch repeats what a few micro-batches show. After short steps, which make the
+optimizer's state, come two: one with as many micro-batches as all stages hold at a time, whose peak
+of memory is that of a whole step, and one with another number, so that the work of a micro-batch
+and that of a step can be told apart.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from calm_dist.compat.deepspeed import averaged_gradients
 from calm_dist.compat.megatron import single_optimizers
 from calm_dist.parallel.topology import Topology
 from calm_dist.recipe import LanguageModelRecipe
-from calm_dist.rehearsal.accounting import StepCounts, separate
+from calm_dist.rehearsal.accounting import separate
 from calm_dist.rehearsal.observer import Observer
 from calm_dist.training.batches import LookAhead
 from calm_dist.training.build import Parts, make_forward_step
 from calm_dist.training.engine import TrainingRun
 from calm_dist.training.language_model import Trainer
 
+# Some of DeepSpeed's waits for the device begin in the third step.
+WARM_UP_STEPS = 2
 KEPT = "other: kept between steps"
 
 
@@ -61,44 +63,44 @@ def recipe_batch(recipe: LanguageModelRecipe, micro_batches: int) -> int:
     return micro_batches * recipe.training.micro_batch_size * recipe.data_parallel_size
 
 
-def step_sizes(recipe: LanguageModelRecipe) -> tuple[int, int, int]:
-    """Micro-batches of the three steps; no more than the recipe's before the last one, since more
-    could need more memory than its steps do."""
-    most, stages = recipe.num_micro_batches, recipe.parallel.pipeline_parallel_size
-    first, second = min(most, stages), min(most, 2 * stages)
-    return first, second, stages if second != stages else 2 * stages
+def step_sizes(recipe: LanguageModelRecipe) -> tuple[int, int]:
+    """Micro-batches of the two steps that count. The first one has no more than the recipe's, since
+    more could need more memory than its steps do."""
+    stages = recipe.parallel.pipeline_parallel_size
+    first = min(recipe.num_micro_batches, 2 * stages)
+    return first, stages if first != stages else 2 * stages
 
 
-def rehearse_steps(recipe: LanguageModelRecipe, topology: Topology, observer: Observer) -> Any:
+def rehearse_steps(
+    recipe: LanguageModelRecipe, topology: Topology, observer: Observer
+) -> dict[str, Any]:
     """Build a rank's model and take its steps.
 
     Returns:
         Bytes of the peak and of its categories, the peak while the model is built, and the counts.
     """
-    micro_batches = recipe.num_micro_batches
-    sizes = step_sizes(recipe)
+    first, second = step_sizes(recipe)
+    is_interleaved = recipe.parallel.virtual_pipeline_size is not None
+    short = recipe.parallel.pipeline_parallel_size if is_interleaved else 1
     trainer = RehearsedTrainer(recipe, topology)
     built = observer.memory.peak
+    for _ in range(WARM_UP_STEPS):
+        _settle(trainer.parts, observer)
+        trainer.take_step(short)
     _settle(trainer.parts, observer)
     observer.restart()
-    trainer.take_step(sizes[0])
+    trainer.take_step(first)
     peak, at_peak = observer.memory.peak, observer.memory.at_peak
     _settle(trainer.parts, observer)
-    observer.restart()
-    trainer.take_step(sizes[1])
-    if observer.memory.peak >= peak:
-        peak, at_peak = observer.memory.peak, observer.memory.at_peak
-    _settle(trainer.parts, observer)
-    second = observer.restart()
-    trainer.take_step(sizes[2])
-    counts: StepCounts = separate(second, sizes[1], observer.restart(), sizes[2])
+    one = observer.restart()
+    trainer.take_step(second)
     return {
-        "micro_batches": micro_batches,
-        "rehearsed_micro_batches": sizes,
+        "micro_batches": recipe.num_micro_batches,
+        "rehearsed_micro_batches": [first, second],
         "peak": peak,
         "at_peak": at_peak,
         "built": built,
-        "counts": counts,
+        "counts": separate(one, first, observer.restart(), second),
     }
 
 

@@ -28,7 +28,16 @@ from calm_dist.rehearsal.observer import Observer
 from calm_dist.rehearsal.places import relative
 from calm_dist.rehearsal.steps import rehearse_steps
 
-_GROUPS = {"tp": "TP", "cp": "CP", "pp": "PP", "dp": "DP", "dp_cp": "DP x CP", "tp_cp": "TP x CP"}
+_GROUPS = {
+    "tp": "TP",
+    "cp": "CP",
+    "pp": "PP",
+    "dp": "DP",
+    "dp_cp": "DP x CP",
+    "tp_cp": "TP x CP",
+    "mp": "TP x PP",
+    "embd": "first and last stage",
+}
 
 
 def main() -> None:
@@ -72,16 +81,16 @@ def _rehearse(request: Mapping[str, Any]) -> dict[str, Any]:
 
 def _group_names(topology: Topology) -> dict[str, str]:
     """Names of process groups by torch's own."""
-    named: dict[str, str] = {}
-    for field, name in _GROUPS.items():
-        group = getattr(topology.groups, field, None)
-        if isinstance(group, dist.ProcessGroup):
-            named[group.group_name] = f"{name} ({group.size()})"
-    head = f"head ({len(topology.head_ranks)})"
     world = dist.group.WORLD
-    assert world is not None
-    named[world.group_name] = f"world ({topology.world_size})"
-    return named | {topology.head_group.group_name: head}
+    groups = [(f"world ({topology.world_size})", world)]
+    # Where this rank is not in the group, it has a placeholder.
+    groups.append((f"head ({len(topology.head_ranks)})", topology.head_group))
+    groups += [(name, getattr(topology.groups, field, None)) for field, name in _GROUPS.items()]
+    return {
+        group.group_name: name if name.endswith(")") else f"{name} ({group.size()})"
+        for name, group in reversed(groups)
+        if isinstance(group, dist.ProcessGroup)
+    }
 
 
 def _plain(counts: Counts) -> dict[str, Any]:
