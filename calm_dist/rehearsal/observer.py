@@ -96,7 +96,7 @@ class Observer(TorchDispatchMode):
         self._note_waits(name, args, kwargs)
         if name == "_local_scalar_dense":
             return _any_number(func, args)
-        result = func(*args, **kwargs)
+        result = _largest(name, args) or func(*args, **kwargs)
         tensors = [tensor for tensor in _tensors(result) if _on_device(tensor)]
         for tensor in tensors:
             self._allocated(tensor, part)
@@ -197,6 +197,16 @@ def _any_number(func: Any, args: tuple[Any, ...]) -> Any:
     if tensor.dtype == torch.bool:
         return False
     return 1.0 if tensor.dtype.is_floating_point else 0
+
+
+def _largest(name: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, ...] | None:
+    """The largest result that an operation can have whose size depends on data; None for other
+    operations. Those not known here remain errors."""
+    if name != "_unique2":
+        return None
+    values = args[0]
+    positions = torch.empty(values.shape, dtype=torch.int64, device=values.device)
+    return values.new_empty(values.numel()), positions, positions.new_empty(values.numel())
 
 
 def _process_group(value: Any) -> dist.ProcessGroup | None:

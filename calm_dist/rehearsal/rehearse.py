@@ -17,17 +17,18 @@ from calm_dist.costs.clusters import Cluster
 from calm_dist.costs.memory import Memory, stage_memory
 from calm_dist.errors import RecipeError, UserError
 from calm_dist.parallel.launch import cuda_environment
-from calm_dist.recipe import LanguageModelRecipe
+from calm_dist.recipe import Recipe
 from calm_dist.rehearsal.stand_in import compile_libraries, cuda_of_torch, environment
 
 NOT_PROVEN = (
     "numerics: no number is computed; reads of the host get made-up finite ones",
     "NCCL: the other ranks do not exist, and collectives return at once",
     "timing, and what depends on it: races between streams, overlap",
-    "paths that depend on data: skipped steps, results whose size the data decide",
+    "paths that depend on data: skipped steps; results of data-dependent size are the largest",
     "memory outside torch's tensors, and the allocator's fragmentation",
     "kernels fused by torch.compile, which is off, and operations of several kernels: one each",
 )
+_OF_AUTOENCODERS = "averaging an autoencoder's gradients over ranks: it is rehearsed on one"
 # The sources of the planner's terms for the categories of the rehearsal.
 _TERMS = {
     "weights": ("weights",),
@@ -40,7 +41,7 @@ CATEGORIES = tuple(_TERMS)
 
 
 def rehearse(
-    recipe: LanguageModelRecipe,
+    recipe: Recipe,
     gpu: Cluster,
     ranks: Sequence[int] | None = None,
     announce: Callable[[str], None] = lambda text: None,
@@ -82,25 +83,25 @@ def rehearse(
         "cuda": cuda,
         "layout": layout(recipe),
         "ranks": results,
-        "not_proven": list(NOT_PROVEN),
+        "not_proven": list(NOT_PROVEN) + [_OF_AUTOENCODERS] * (recipe.model.kind == "autoencoder"),
     }
 
 
-def first_ranks(recipe: LanguageModelRecipe) -> list[int]:
+def first_ranks(recipe: Recipe) -> list[int]:
     """The first rank of each pipeline stage."""
     parallel = recipe.parallel
     per_stage = parallel.model_parallel_size // parallel.pipeline_parallel_size
     return [stage * per_stage for stage in range(parallel.pipeline_parallel_size)]
 
 
-def stage_of(recipe: LanguageModelRecipe, rank: int) -> int:
+def stage_of(recipe: Recipe, rank: int) -> int:
     """The pipeline stage of a rank, in the order of `parallel.topology`."""
     parallel = recipe.parallel
     per_stage = parallel.model_parallel_size // parallel.pipeline_parallel_size
     return rank % parallel.model_parallel_size // per_stage
 
 
-def layout(recipe: LanguageModelRecipe) -> dict[str, int]:
+def layout(recipe: Recipe) -> dict[str, int]:
     parallel = recipe.parallel
     return {
         "tensor": parallel.tensor_parallel_size,
@@ -133,9 +134,7 @@ def compare(result: dict[str, Any], planned: Memory, gpu: Cluster) -> dict[str, 
     }
 
 
-def _run_rank(
-    recipe: LanguageModelRecipe, rank: int, gpu: Cluster, libraries: Path
-) -> dict[str, Any]:
+def _run_rank(recipe: Recipe, rank: int, gpu: Cluster, libraries: Path) -> dict[str, Any]:
     """The result of a rank's process; ``failed`` says why there is none.
 
     Raises:
@@ -168,7 +167,7 @@ def _run_rank(
     return {"rank": rank, "stage": stage_of(recipe, rank), **result}
 
 
-def _rank_environment(recipe: LanguageModelRecipe, rank: int, gpus_per_node: int) -> dict[str, str]:
+def _rank_environment(recipe: Recipe, rank: int, gpus_per_node: int) -> dict[str, str]:
     """What a launcher would set."""
     settings = cuda_environment(recipe.parallel.tensor_parallel_size)
     # The few tensors that are not fake are the stand-in's, which has no virtual memory.

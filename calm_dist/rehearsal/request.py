@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from calm_dist.errors import UserError
-from calm_dist.recipe import LanguageModelRecipe, load_recipe
+from calm_dist.recipe import Recipe, load_recipe
 from calm_dist.training.resolve import resolve
 
 
 def recipe_to_rehearse(
     path: str, overrides: Sequence[str], world_size: int | None = None
-) -> LanguageModelRecipe:
+) -> Recipe:
     """Load a recipe for ``world_size`` GPUs (default: its own number); stores may be absent.
 
     Raises:
@@ -24,10 +24,4 @@ def recipe_to_rehearse(
             if override.startswith("parallel.world_size=") and override != size:
                 raise UserError(f"{override}: contradicts --world {world_size}; omit one")
         more = [size]
-    recipe = load_recipe(path, [*overrides, *more])
-    if not isinstance(recipe, LanguageModelRecipe):
-        raise UserError(
-            "model.kind: autoencoder; a rehearsal is of a language model; an autoencoder's memory "
-            "is shown by tools/train_autoencoder.py --dry-run"
-        )
-    return resolve(recipe, missing_stores=True)
+    return resolve(load_recipe(path, [*overrides, *more]), missing_stores=True)

@@ -21,12 +21,13 @@ from calm_dist.compat.deepspeed import import_deepspeed
 from calm_dist.errors import UserError
 from calm_dist.parallel.launch import read_world, select_device
 from calm_dist.parallel.topology import Topology, build_topology
-from calm_dist.recipe import LanguageModelRecipe
+from calm_dist.recipe import AutoencoderRecipe, LanguageModelRecipe, Recipe
 from calm_dist.rehearsal.accounting import Counts
 from calm_dist.rehearsal.libraries import adapt, join_fake_world
 from calm_dist.rehearsal.observer import Observer
 from calm_dist.rehearsal.places import relative
 from calm_dist.rehearsal.steps import rehearse_steps
+from calm_dist.rehearsal.trainers import RehearsedAutoencoder, RehearsedRun, RehearsedTrainer
 
 _GROUPS = {
     "tp": "TP",
@@ -37,6 +38,7 @@ _GROUPS = {
     "tp_cp": "TP x CP",
     "mp": "TP x PP",
     "embd": "first and last stage",
+    "intra_dist_opt": "all of the optimizer",
 }
 
 
@@ -53,7 +55,7 @@ def main() -> None:
 
 
 def _rehearse(request: Mapping[str, Any]) -> dict[str, Any]:
-    recipe = LanguageModelRecipe.from_dict(request["recipe"])
+    recipe = Recipe.from_dict(request["recipe"])
     world = read_world()
     device = select_device(world, recipe.parallel.device)
     import_deepspeed()
@@ -65,7 +67,7 @@ def _rehearse(request: Mapping[str, Any]) -> dict[str, Any]:
     names.update(_group_names(topology))
     # Libraries make small tensors while they are imported.
     with FakeTensorMode(allow_non_fake_inputs=True), observer:
-        result = rehearse_steps(recipe, topology, observer)
+        result = rehearse_steps(recipe, _trainer(recipe, topology), observer)
     counts = result.pop("counts")
     step = counts.step(result["micro_batches"])
     return {
@@ -77,6 +79,13 @@ def _rehearse(request: Mapping[str, Any]) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device),
     }
+
+
+def _trainer(recipe: Recipe, topology: Topology) -> RehearsedRun:
+    if isinstance(recipe, LanguageModelRecipe):
+        return RehearsedTrainer(recipe, topology)
+    assert isinstance(recipe, AutoencoderRecipe)
+    return RehearsedAutoencoder(recipe, topology.device)
 
 
 def _group_names(topology: Topology) -> dict[str, str]:

@@ -18,6 +18,7 @@ from torch import nn
 
 from calm_dist.costs.flops import head_sizes
 from calm_dist.errors import RecipeError
+from calm_dist.models.autoencoder import Autoencoder
 from calm_dist.models.backbone import Backbone, transformer_config
 from calm_dist.models.heads import Head, latent_head, make_head
 from calm_dist.models.initialize import initialize_backbone
@@ -179,7 +180,11 @@ def make_forward_step(
         return TokensForwardStep(recipe, topology, head, chunks[-1].module.patch_tokens)
     autoencoder = None
     if topology.is_last_stage and recipe.data.latents == "on_the_fly":
-        assert model.autoencoder is not None
-        directory = autoencoder_directory(model.autoencoder)
-        autoencoder = load_autoencoder(directory).to(topology.device)
+        autoencoder = on_the_fly_encoder(recipe).to(topology.device)
     return LatentForwardStep(recipe, topology, head, autoencoder)
+
+
+def on_the_fly_encoder(recipe: LanguageModelRecipe) -> Autoencoder:
+    """The trained autoencoder of a recipe that encodes in training, on the CPU."""
+    assert recipe.model.kind == "calm" and recipe.model.autoencoder is not None
+    return load_autoencoder(autoencoder_directory(recipe.model.autoencoder))

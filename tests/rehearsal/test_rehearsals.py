@@ -48,6 +48,10 @@ LAYOUTS = {
     "flow": ("calm_m", *SMALL, "model.head={kind: flow, num_mlp_layers: 4}"),
     "transformer": ("transformer_m", "model.num_hidden_layers=8", *TP2, *OVERLAPS,
                     *cut(pipeline_parallel_size=2)),
+    "on_the_fly": ("calm_m", *SMALL, "data.latents=on_the_fly",
+                   "model.autoencoder=runs/autoencoder"),
+    "autoencoder": ("autoencoder",),
+    "autoencoder_fp32": ("autoencoder", "precision=fp32", "training.micro_batch_size=4"),
     "recompute": ("calm_m", *SMALL, *TP2, *cut(pipeline_parallel_size=4, recompute="true")),
 }  # fmt: skip
 

@@ -51,12 +51,6 @@ def test_wrong_arguments_are_refused(arguments: list[str], message: str) -> None
     assert "Traceback" not in done.stderr
 
 
-def test_an_autoencoder_is_refused() -> None:
-    done = rehearse(str(ROOT / "recipes" / "autoencoder.yaml"))
-    assert done.returncode == 2
-    assert "model.kind: autoencoder" in done.stderr
-
-
 def test_a_cpu_build_says_what_to_install() -> None:
     import torch
 
