@@ -11,6 +11,9 @@ from types import FrameType
 _OWN = str(Path(__file__).parent)
 _PACKAGES = ("calm_dist", "megatron", "deepspeed")
 
+# Only passes calls on to torch.
+_PASSED_ON = "deepspeed/accelerator/"
+
 OPTIMIZER = "optimizer"
 ENGINE = "head's ZeRO engine"
 OTHER = "other"
@@ -89,7 +92,7 @@ def line_here() -> str:
     lines: list[str] = []
     for frame in _frames():
         file = relative(frame.f_code.co_filename)
-        if file is None:
+        if file is None or file.startswith(_PASSED_ON):
             continue
         lines.append(f"{file}:{frame.f_lineno}")
         if file.startswith("calm_dist/"):

@@ -83,7 +83,7 @@ def _waits(rank: dict[str, Any]) -> list[str]:
     for row in rank["step"]["waits"]:
         of_batch = each.get((row["what"], row["where"]), 0)
         lines.append(f"    {_count(of_batch):>8}{_count(row['count']):>8}  {row['what']}")
-        lines.append(f"{'':<22}{row['where']}")
+        lines.append(f"{'':<8}{row['where']}")
     return lines if len(lines) > 1 else ["  the host never waits for the device"]
 
 
