@@ -144,7 +144,8 @@ def _run_rank(recipe: Recipe, rank: int, gpu: Cluster, libraries: Path) -> dict[
         file = Path(directory) / "request.json"
         file.write_text(json.dumps({"recipe": recipe.to_dict()}), encoding="utf-8")
         done = subprocess.run(
-            [sys.executable, "-m", "calm_dist.rehearsal.worker", str(file)],
+            # -P: a package in the current directory would come before this one.
+            [sys.executable, "-P", "-m", "calm_dist.rehearsal.worker", str(file)],
             env={
                 **os.environ,
                 **environment(libraries, gpu),

@@ -41,8 +41,6 @@ class RehearsedRun(Protocol):
 class RehearsedTrainer(Trainer):
     """The trainer of language models."""
 
-    recipe: LanguageModelRecipe
-
     def __init__(self, recipe: LanguageModelRecipe, topology: Topology) -> None:
         # Not the trainer's own: it opens files.
         TrainingRun.__init__(self, recipe, topology.rank, None, None, lambda: None)
@@ -84,8 +82,6 @@ class RehearsedTrainer(Trainer):
 class RehearsedAutoencoder(AutoencoderTrainer):
     """The trainer of autoencoders on one rank: torch's DDP reads tensors, and a fake one has no
     values."""
-
-    recipe: AutoencoderRecipe
 
     def __init__(self, recipe: AutoencoderRecipe, device: torch.device) -> None:
         TrainingRun.__init__(self, recipe, 0, None, None, lambda: None)

@@ -160,6 +160,8 @@ class _LossModule(nn.Module):
 class AutoencoderTrainer(TrainingRun):
     """One rank of an autoencoder's run: data parallel, with the whole model on every rank."""
 
+    recipe: AutoencoderRecipe
+
     def __init__(
         self,
         recipe: AutoencoderRecipe,

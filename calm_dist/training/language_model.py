@@ -30,6 +30,8 @@ from calm_dist.training.stop import StopRequest
 class Trainer(TrainingRun):
     """One rank of a language model's run: its part of backbone and head."""
 
+    recipe: LanguageModelRecipe
+
     def __init__(
         self,
         recipe: LanguageModelRecipe,
