@@ -97,6 +97,10 @@ def stage_memory(
     head = Memory()
     if model.kind == "calm" and stage == recipe.parallel.pipeline_parallel_size - 1:
         head = _head(recipe, model)
+        if model.has_latents and recipe.data.latents == "on_the_fly":
+            # The frozen autoencoder, whole and in fp32.
+            encoder = flops.count_autoencoder(model, 0).parameters
+            head += Memory(weights=encoder * FP32_BYTES)
     again = layer if recipe.parallel.recompute else 0
     after = last + head.head_samples
     # When the backward pass of the last layer begins, the activations after the layers are freed.
