@@ -26,6 +26,8 @@ FP32_BYTES = 4
 # gradients (`parallel.zero_head`).
 SCORE_CHUNK = 64
 ZERO_BUCKET = 500_000_000
+# Logits in memory at a time in an autoencoder's loss (`losses.linear_cross_entropy`).
+LOGITS_CHUNK = 44_000_000
 # Tensors of a chunk's draws that exist together: the draws, their noise, a product of both.
 SCORE_COPIES = 3
 
@@ -95,6 +97,10 @@ def stage_memory(
     head = Memory()
     if model.kind == "calm" and stage == recipe.parallel.pipeline_parallel_size - 1:
         head = _head(recipe, model)
+        if model.has_latents and recipe.data.latents == "on_the_fly":
+            # The frozen autoencoder, whole and in fp32.
+            encoder = flops.count_autoencoder(model, 0).parameters
+            head += Memory(weights=encoder * FP32_BYTES)
     again = layer if recipe.parallel.recompute else 0
     after = last + head.head_samples
     # When the backward pass of the last layer begins, the activations after the layers are freed.
@@ -280,11 +286,25 @@ def _autoencoder(recipe: AutoencoderRecipe) -> Memory:
     # Rows of a patch in MLP blocks: half of the layers process K tokens, half one patch.
     rows = layers * (patch_size + 1) / 2
     elements = rows * (2 * model.hidden_size + 4 * model.intermediate_size)
-    logits = patch_size * flops.known_size(model, "vocab_size") * (width + FP32_BYTES)
     patches = recipe.training.micro_batch_size * recipe.num_patches
+    words = flops.known_size(model, "vocab_size")
+    tokens, table = patches * patch_size, words * model.hidden_size
+    # Equal chunks, of whole rows.
+    chunk = -(-tokens // -(-tokens // max(1, LOGITS_CHUNK // words))) * words
+    activations = int(patches * elements * width) + table * FP32_BYTES
+    if width == FP32_BYTES:
+        # The last chunk may be smaller, and then exists beside the one before it.
+        activations += 2 * chunk * width
+    else:
+        # The weights as autocast keeps them, and inputs and outputs of norms, in fp32.
+        activations += parameters * width + int(patches * rows * 2 * model.hidden_size * width)
+        # Logits of two chunks in fp32, products and gradients in bf16; or those of one chunk, and
+        # its gradient of the weight.
+        two = chunk * 2 * (FP32_BYTES + width)
+        activations += max(two, chunk * (FP32_BYTES + 2 * width) + table * width)
     return Memory(
         weights=parameters * FP32_BYTES,
         gradients=parameters * FP32_BYTES,
         optimizer=parameters * recipe.training.optimizer_spec.state_bytes,
-        activations=int(patches * (elements * width + logits)),
+        activations=activations,
     )

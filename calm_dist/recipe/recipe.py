@@ -75,6 +75,14 @@ class Recipe(RecipeFields):
         """
         return self._replace({"parallel": {"world_size": world_size}})
 
+    def with_global_batch(self, blocks: int) -> Self:
+        """The recipe with another number of blocks in a step of all replicas.
+
+        Raises:
+            RecipeError: the layout does not fit that number.
+        """
+        return self._replace({"training": {"global_batch_size": blocks}})
+
     def with_store(self, meta: Mapping[str, Any]) -> Self:
         """Fill absent fields from a data store's meta.json.
 

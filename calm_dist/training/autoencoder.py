@@ -160,6 +160,8 @@ class _LossModule(nn.Module):
 class AutoencoderTrainer(TrainingRun):
     """One rank of an autoencoder's run: data parallel, with the whole model on every rank."""
 
+    recipe: AutoencoderRecipe
+
     def __init__(
         self,
         recipe: AutoencoderRecipe,
@@ -170,14 +172,7 @@ class AutoencoderTrainer(TrainingRun):
     ) -> None:
         super().__init__(recipe, dist.get_rank(), stop, phases, begin)
         self.device, self.world_size = device, dist.get_world_size()
-        self.phases.enter("build the model")
-        self.model = build_autoencoder(recipe).to(device)
-        training = recipe.training
-        groups = decay_groups(self.model.parameters(), training)
-        self.optimizer = make_optimizer(training.optimizer_spec, groups, training)
-        self._loss: nn.Module = _LossModule(self.model)
-        if self.world_size > 1:
-            self._loss = DistributedDataParallel(self._loss, gradient_as_bucket_view=True)
+        self.build()
         self.open_data(self.world_size)
         self._held_out = open_held_out(recipe, self._stream.metas[0])
         self._attempts = Attempts()
@@ -186,6 +181,17 @@ class AutoencoderTrainer(TrainingRun):
         self.resume()
         if self.rank == 0:
             self._announce()
+
+    def build(self) -> None:
+        """Build what `train_step` works with, apart from the data."""
+        self.phases.enter("build the model")
+        self.model = build_autoencoder(self.recipe).to(self.device)
+        training = self.recipe.training
+        groups = decay_groups(self.model.parameters(), training)
+        self.optimizer = make_optimizer(training.optimizer_spec, groups, training)
+        self._loss: nn.Module = _LossModule(self.model)
+        if self.world_size > 1:
+            self._loss = DistributedDataParallel(self._loss, gradient_as_bucket_view=True)
 
     def train_step(self, batch: Batch) -> AutoencoderStep:
         """One optimizer step on this rank's blocks of a global batch."""

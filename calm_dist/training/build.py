@@ -19,6 +19,7 @@ from torch import nn
 from calm_dist.costs.flops import head_sizes
 from calm_dist.errors import RecipeError
 from calm_dist.models.attention_kernel import attention_kernel
+from calm_dist.models.autoencoder import Autoencoder
 from calm_dist.models.backbone import Backbone, transformer_config
 from calm_dist.models.heads import Head, latent_head, make_head
 from calm_dist.models.initialize import initialize_backbone
@@ -172,7 +173,7 @@ def build_parts(recipe: LanguageModelRecipe, topology: Topology) -> Parts:
     model = recipe.model
     if model.kind == "calm" and topology.is_last_stage:
         head = ZeroHead(_head_module(recipe, model, topology.device), recipe, topology)
-    forward_step = _forward_step(recipe, topology, chunks, head)
+    forward_step = make_forward_step(recipe, topology, chunks, head)
     return Parts(config, chunks, optimizer, head, forward_step)
 
 
@@ -183,12 +184,13 @@ def _head_module(recipe: LanguageModelRecipe, model: CalmModel, device: torch.de
     return module
 
 
-def _forward_step(
+def make_forward_step(
     recipe: LanguageModelRecipe,
     topology: Topology,
     chunks: list[DistributedDataParallel],
     head: ZeroHead | None,
 ) -> ForwardStep:
+    """The forward step for chunks and head that have been built."""
     model = recipe.model
     if model.kind != "calm":
         return TransformerForwardStep(recipe, topology)
@@ -196,7 +198,11 @@ def _forward_step(
         return TokensForwardStep(recipe, topology, head, chunks[-1].module.patch_tokens)
     autoencoder = None
     if topology.is_last_stage and recipe.data.latents == "on_the_fly":
-        assert model.autoencoder is not None
-        directory = autoencoder_directory(model.autoencoder)
-        autoencoder = load_autoencoder(directory).to(topology.device)
+        autoencoder = on_the_fly_encoder(recipe).to(topology.device)
     return LatentForwardStep(recipe, topology, head, autoencoder)
+
+
+def on_the_fly_encoder(recipe: LanguageModelRecipe) -> Autoencoder:
+    """The trained autoencoder of a recipe that encodes in training, on the CPU."""
+    assert recipe.model.kind == "calm" and recipe.model.autoencoder is not None
+    return load_autoencoder(autoencoder_directory(recipe.model.autoencoder))

@@ -30,6 +30,8 @@ from calm_dist.training.stop import StopRequest
 class Trainer(TrainingRun):
     """One rank of a language model's run: its part of backbone and head."""
 
+    recipe: LanguageModelRecipe
+
     def __init__(
         self,
         recipe: LanguageModelRecipe,
@@ -40,10 +42,7 @@ class Trainer(TrainingRun):
     ) -> None:
         super().__init__(recipe, topology.rank, stop, phases, begin)
         self.topology = topology
-        self.phases.enter("build the model")
-        self.parts = build_parts(recipe, topology)
-        self.optimizer = JointOptimizer(recipe, self.parts.optimizer, self.parts.head, topology)
-        self._schedule = get_forward_backward_func()
+        self.build()
         self.open_data(topology.dp_size, recipe.parallel.model_parallel_size)
         self.phases.enter("load the checkpoint")
         self._encoder_sha256 = on_rank_zero(lambda: encoder_sha256(recipe))
@@ -51,6 +50,14 @@ class Trainer(TrainingRun):
         self._checkpoints = CheckpointWriter(recipe, topology)
         self._has_stepped = False
         self.resume()
+
+    def build(self) -> None:
+        """Build what `train_step` works with, apart from the data."""
+        self.phases.enter("build the model")
+        recipe, topology = self.recipe, self.topology
+        self.parts = build_parts(recipe, topology)
+        self.optimizer = JointOptimizer(recipe, self.parts.optimizer, self.parts.head, topology)
+        self._schedule = get_forward_backward_func()
 
     def train_step(self, batch: Batch) -> StepResult:
         """One optimizer step on this rank's part of a global batch."""

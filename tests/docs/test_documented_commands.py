@@ -59,6 +59,7 @@ NOT_RUN = {
     r"python tools/benchmark\.py .*": "minutes, and 5 GB: tests/unit/test_benchmark.py, smaller",
     r"PYTHONPATH=\. python tests/distributed/planner_validation\.py .*": "half an hour: "
     "tests/distributed/test_planner_bytes.py compares the bytes of smaller trainings",
+    r"python tools/rehearse\.py .*": "needs a CUDA build of torch: tests/rehearsal, with --full",
     r"python tools/study\.py .*": "an hour: tests/unit/test_study.py, a smaller plan",
     r"tensorboard .*": "a server; tests/unit/test_schedule_metrics.py reads the event files",
 }
