@@ -50,7 +50,11 @@ class KeyedNoise:
             self._seed_of(sample, block, kind) + torch.arange(part.start, part.stop)
             for _, part, sample, block in self._blocks()
         ]
-        return torch.cat(keys).to(self._device)
+        joined = torch.cat(keys)
+        if self._device.type == "cuda":
+            # From pageable memory the copy would wait for the device.
+            joined = joined.pin_memory()
+        return joined.to(self._device, non_blocking=True)
 
     def _blocks(self) -> Iterator[tuple[int, slice, int, int]]:
         """For each part of a block: its first flattened position, the part, its sample and

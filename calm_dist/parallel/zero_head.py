@@ -273,6 +273,8 @@ def _engine_config(recipe: LanguageModelRecipe, head: nn.Module) -> dict[str, An
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
         "steps_per_print": 10**9,
+        # It waits for the device at every forward pass.
+        "timers": {"throughput": {"enabled": False}},
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": recipe.parallel.zero_stage,

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from torch.nn.utils import clip_grads_with_norm_
 
 from calm_dist.compat.megatron import replace_inner_optimizer, single_optimizers
 from calm_dist.optimizers.make import make_optimizer
@@ -107,7 +106,9 @@ class JointOptimizer:
         sums[0] = loss
         if self._head is not None:
             sums[1] = self._head.squared_gradient_norm()
-        sums[2], sums[3] = float(stop), float(data_failed)
+        # An assignment would copy from the host.
+        sums[2:3].fill_(float(stop))
+        sums[3:4].fill_(float(data_failed))
         dist.all_reduce(sums)
         # One wait of the host for the device.
         total_loss, head_squared, stopping, failing, squared = torch.cat(
@@ -137,8 +138,10 @@ class JointOptimizer:
         factor = limit / (norm + 1e-6)
         if factor >= 1.0:
             return
-        for optimizer in getattr(self._backbone, "chained_optimizers", [self._backbone]):
+        for optimizer in single_optimizers(self._backbone):
             # Megatron's own function makes new tensors without Apex and Transformer Engine.
-            clip_grads_with_norm_(optimizer.get_parameters(), limit, torch.tensor(norm))
+            gradients = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
+            if gradients:
+                torch._foreach_mul_(gradients, factor)
         if self._head is not None:
             self._head.scale_gradients(factor)
