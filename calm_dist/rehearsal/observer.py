@@ -96,6 +96,10 @@ class Observer(TorchDispatchMode):
         self._note_waits(name, args, kwargs)
         if name == "_local_scalar_dense":
             return _any_number(func, args)
+        if name == "_pin_memory":
+            # It has no form for fake tensors. Copies from it wait unless they are non_blocking, as
+            # all copies do here.
+            return args[0]
         result = _largest(name, args) or func(*args, **kwargs)
         tensors = [tensor for tensor in _tensors(result) if _on_device(tensor)]
         for tensor in tensors:

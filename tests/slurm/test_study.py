@@ -43,7 +43,7 @@ class Study:
 
     def start(self, *options: str) -> str:
         settings = "training.steps=6 checkpoint.every=2 parallel.device=cpu logging.wandb=off "
-        settings += "evaluation.blocks=2 evaluation.samples=2"
+        settings += "evaluation.blocks=2 evaluation.samples=2 model.vocab_size=512"
         own = "autoencoder_tiny:training.micro_batch_size=2 autoencoder_tiny:training.steps=20 "
         own += " ".join(f"{model}:parallel.pipeline_parallel_size=1" for model in MODELS)
         return self.jobs.call(
