@@ -62,9 +62,10 @@ def compact(value: float) -> str:
 
 
 def power_of_ten(value: float, digits: int = 0) -> str:
-    """2e12 -> 2×10¹²; with two digits 2.00 × 10¹²."""
-    mantissa, exponent = f"{value:.{digits}e}".split("e")
+    """2e12 -> 2×10¹², 1.5e12 -> 1.5×10¹²; with two digits 2.00 × 10¹²."""
+    mantissa, exponent = f"{value:.{digits or 1}e}".split("e")
     power = "10" + str(int(exponent)).translate(_SUPERSCRIPTS)
     if digits:
         return f"{mantissa} × {power}"
+    mantissa = mantissa.removesuffix(".0")
     return power if mantissa == "1" else f"{mantissa}×{power}"
