@@ -54,7 +54,7 @@ def test_the_whole_pipeline(tmp_path: Path) -> None:
 
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["autoencoder"]["token_accuracy"] >= 0.99
-    calm, transformer, tokens = report["models"]
+    calm = report["models"][0]
     assert [model["kind"] for model in report["models"]] == ["calm", "transformer", "tokens"]
     for model in report["models"]:
         # BrierLM of the CALM may still be noise after so short a training.
