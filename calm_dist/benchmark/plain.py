@@ -101,7 +101,8 @@ def transformer_brier(
             if n == NGRAM - 1 or pair[0] != pair[1]:
                 break
             held = _prefix(cache, start) if held is None else held
-            following = logits(pair[None, :1], None, None, held)[0, -1].softmax(-1)
+            position = torch.tensor([start + n])
+            following = logits(pair[None, :1], position, None, held)[0, -1].softmax(-1)
     return scores
 
 
@@ -126,7 +127,8 @@ def calm_brier(
         samples, held = pairs[:, start - 1], None
         while samples.shape[1] < NGRAM and torch.equal(samples[0], samples[1]):
             held = _prefix(cache, start) if held is None else held
-            following = hidden(samples[:1, -patch_size:], None, None, held)[0, -1:]
+            position = torch.tensor([start + samples.shape[1] // patch_size - 1])
+            following = hidden(samples[:1, -patch_size:], position, None, held)[0, -1:]
             samples = torch.cat([samples, draw(following, 2)[:, 0]], dim=1)
         agree = (samples[0] == samples[1])[:NGRAM].cumprod(-1)
         scores[row, : len(agree)] -= agree.double()

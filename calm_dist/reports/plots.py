@@ -221,7 +221,7 @@ def label_brierlm_over_flops(axis: Axes) -> None:
 
     axis.set_xscale("log")
     low, high = axis.get_xlim()
-    marks = (1.0, 2.0, 5.0) if high / low < _NARROW else (1.0,)
+    marks: tuple[float, ...] = (1.0, 2.0, 5.0) if high / low < _NARROW else (1.0,)
     if high / low < 10:
         marks = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
     axis.xaxis.set_major_locator(LogLocator(subs=marks))

@@ -16,7 +16,9 @@ from calm_dist.benchmark.compare import Pair, compare, table
 from calm_dist.benchmark.pairs import zipf_tokens
 from calm_dist.costs import flops
 from calm_dist.data.stream import open_training_stream
-from calm_dist.evaluation.brier_tree import scores_from_softmax
+from calm_dist.evaluation.block_scores import draw_latents
+from calm_dist.evaluation.brier_tree import cache_size, scores_from_patches, scores_from_softmax
+from calm_dist.inference.generate import decode_latents
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CPU = torch.device("cpu")
@@ -55,6 +57,37 @@ def test_plain_brier_has_the_same_expectation() -> None:
     assert runs[:, 3].std() > 0
     error = runs.std(0) / 300**0.5
     assert ((runs.mean(0) - ours).abs() < 4.5 * error + 1e-3).all()
+
+
+def test_plain_brier_of_a_calm_has_the_same_expectation() -> None:
+    """Brier-1..4 with patches of two tokens at three starts, within 4.5 standard errors."""
+    tiny = tiny_model("calm", patch_size=2, block_steps=6, vocab_size=5, noise=0.3)
+    tokens = torch.randint(5, (12,), generator=torch.Generator().manual_seed(0))
+    starts = torch.arange(1, 4)
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(hidden: torch.Tensor, number: int) -> torch.Tensor:
+        latents = draw_latents(tiny, hidden, number, generator)
+        return decode_latents(tiny, latents.flatten(0, 1)).view(number, len(hidden), -1)
+
+    def ours() -> torch.Tensor:
+        cache = tiny.new_cache(1, cache_size(5, 2))
+        hidden = tiny.hidden(tokens[None, :10], torch.arange(5), None, cache)[0]
+        target = tokens[2 * starts[:, None] + torch.arange(4)]
+        return scores_from_patches(
+            tiny.hidden, cache, lambda h, starts, depth: draw(h, 2), draw(hidden, 2), starts, target
+        )
+
+    def released() -> torch.Tensor:
+        return plain.calm_brier(tiny.hidden, tiny.new_cache, draw, tokens, starts, 2)
+
+    first, second = (
+        torch.stack([scores() for _ in range(400)]).mean(1) for scores in (ours, released)
+    )
+    assert first[:, 3].std() > 0 < second[:, 3].std()
+    error = ((first.var(0) + second.var(0)) / 400).sqrt()
+    assert ((first.mean(0) - second.mean(0)).abs() < 4.5 * error + 1e-6).all()
+    assert (error > 0).all(), error
 
 
 def test_zipf_tokens_fall_as_one_over_rank() -> None:
