@@ -3,6 +3,8 @@
     python tools/generate.py --checkpoint runs/calm_m --prompt "The sea" --temperature 0.5
     python tools/generate.py --checkpoint runs/calm_m --prompt "The sea" --prompt "A house" \\
         --seed 1 --seed 2 --method exact --temperature 0.7 --json texts.json
+    python tools/generate.py --checkpoint runs/calm_m --prompts prompts.jsonl --num-samples 4 \\
+        --stop "\\n\\n" --json texts.jsonl
 """
 
 from __future__ import annotations
@@ -10,10 +12,19 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import time
 from dataclasses import asdict
 from fractions import Fraction
+from pathlib import Path
 
-from calm_dist.cli.console import add_json, announce, at_least, run, write_json
+from calm_dist.cli.console import (
+    add_json,
+    announce,
+    at_least,
+    run,
+    write_json,
+    write_json_lines,
+)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -21,12 +32,33 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", required=True, help="run directory or checkpoint")
-    parser.add_argument(
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument(
         "--prompt",
         type=prompt,
         action="append",
-        required=True,
         help="text to continue, may be empty; repeat the option for a batch of prompts",
+    )
+    given.add_argument(
+        "--prompts",
+        metavar="FILE",
+        type=Path,
+        help='JSON lines {"prompt": "...", "seed": 1}, seed optional',
+    )
+    parser.add_argument(
+        "--num-samples",
+        type=at_least(1),
+        default=1,
+        help="texts for each prompt, with the seeds S, S+1, ... (default: 1)",
+    )
+    parser.add_argument(
+        "--stop",
+        type=stop_string,
+        action="append",
+        help="end a text before this string, in which \\n is a new line; may be repeated",
+    )
+    parser.add_argument(
+        "--batch-size", type=at_least(1), default=32, help="texts at a time (default: 32)"
     )
     parser.add_argument(
         "--temperature",
@@ -69,15 +101,27 @@ def parse_arguments() -> argparse.Namespace:
             help=f"the tokenizer's token that {role}s documents (default: the recipe's)",
         )
     parser.add_argument("--autoencoder", help="autoencoder checkpoint (default: the recipe's)")
-    add_json(parser, "write the result (a list for several prompts) to F, or stdout for -")
+    add_json(
+        parser,
+        "write the result (a list for several texts, lines if F ends in .jsonl) to F, or stdout "
+        "for -",
+    )
     args = parser.parse_args()
     args.seed = args.seed or [0]
-    if len(args.seed) not in (1, len(args.prompt)):
+    count = len(args.prompt) if args.prompt else 1
+    if len(args.seed) not in (1, count):
+        what = f"{count} prompts" if args.prompt else "--prompts, whose lines may have their own"
         parser.error(
-            f"argument --seed: {len(args.seed)} seeds for {len(args.prompt)} prompts; give one, "
-            "or one for each"
+            f"argument --seed: {len(args.seed)} seeds for {what}; give one, or one for each"
         )
     return args
+
+
+def stop_string(text: str) -> str:
+    """A type for argparse: a string that is not empty, with \\n for a new line."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty string ends no text")
+    return prompt(text).replace("\\n", "\n")
 
 
 def prompt(text: str) -> str:
@@ -103,8 +147,24 @@ def temperature(text: str) -> float:
     return value
 
 
+def texts_to_make(args: argparse.Namespace) -> list[tuple[str, int]]:
+    """Prompt and seed of every text, the samples of a prompt one after the other."""
+    if args.prompt:
+        seeds = args.seed if len(args.seed) > 1 else args.seed * len(args.prompt)
+        prompts = list(zip(args.prompt, seeds, strict=True))
+    else:
+        from calm_dist.inference.prompts import read_prompts
+
+        prompts = [
+            (given.text, args.seed[0] if given.seed is None else given.seed)
+            for given in read_prompts(args.prompts)
+        ]
+    return [(text, seed + n) for text, seed in prompts for n in range(args.num_samples)]
+
+
 def main() -> None:
     args = parse_arguments()
+    wanted = texts_to_make(args)
     announce(f"loading {args.checkpoint} ...")
 
     from calm_dist.data.tokenizer import load_tokenizer
@@ -112,30 +172,42 @@ def main() -> None:
     from calm_dist.inference.load import load_model
 
     model = load_model(args.checkpoint, autoencoder=args.autoencoder)
-    seeds = args.seed if len(args.seed) > 1 else args.seed * len(args.prompt)
-    results = generate(
-        model,
-        load_tokenizer(
-            args.tokenizer or find_tokenizer(model),
-            *token_names(model, args.begin_token, args.end_token),
-        ),
-        args.prompt,
-        temperature=args.temperature,
-        max_new_tokens=args.max_new_tokens,
-        seed=seeds,
-        method=args.method,
-        pool_size=args.pool_size,
-        max_draws=args.max_draws,
-        show_progress=True,
+    tokenizer = load_tokenizer(
+        args.tokenizer or find_tokenizer(model),
+        *token_names(model, args.begin_token, args.end_token),
     )
+    started, results = time.monotonic(), []
+    for first in range(0, len(wanted), args.batch_size):
+        batch = wanted[first : first + args.batch_size]
+        results += generate(
+            model,
+            tokenizer,
+            [text for text, _ in batch],
+            temperature=args.temperature,
+            max_new_tokens=args.max_new_tokens,
+            seed=[seed for _, seed in batch],
+            method=args.method,
+            pool_size=args.pool_size,
+            max_draws=args.max_draws,
+            stop=args.stop or (),
+            show_progress=True,
+        )
+    seconds = time.monotonic() - started
     if args.json != "-":
         # Characters that the terminal cannot show are printed as escapes.
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-        texts = [text + new.text for text, new in zip(args.prompt, results, strict=True)]
+        texts = [text + new.text for (text, _), new in zip(wanted, results, strict=True)]
         print("\n\n".join(texts))
     for number, result in enumerate(results, start=1):
         if result.note:
-            print(f"note: prompt {number}: {result.note}", file=sys.stderr)
+            print(f"note: text {number}: {result.note}", file=sys.stderr)
+    if len(results) > 1:
+        made = sum(len(result.tokens) for result in results)
+        print(
+            f"{len(results)} texts, {made:,} tokens in {seconds:.1f} s, "
+            f"{made / seconds:,.0f} tokens/s",
+            file=sys.stderr,
+        )
     if args.json:
         facts = [
             {
@@ -146,9 +218,12 @@ def main() -> None:
                 "seed": seed,
             }
             | asdict(result)
-            for text, seed, result in zip(args.prompt, seeds, results, strict=True)
+            for (text, seed), result in zip(wanted, results, strict=True)
         ]
-        write_json(facts if len(facts) > 1 else facts[0], args.json)
+        if str(args.json).endswith(".jsonl"):
+            write_json_lines(facts, args.json)
+        else:
+            write_json(facts if len(facts) > 1 else facts[0], args.json)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +203,16 @@ def write_json(value: Any, target: str | Path) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    text = json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
+    _write(json.dumps(finite(value), indent=2, allow_nan=False) + "\n", target)
+
+
+def write_json_lines(values: Iterable[Any], target: str | Path) -> None:
+    """As `write_json`, each value on a line of its own."""
+    lines = (json.dumps(finite(value), allow_nan=False) for value in values)
+    _write("".join(f"{line}\n" for line in lines), target)
+
+
+def _write(text: str, target: str | Path) -> None:
     if str(target) == "-":
         sys.stdout.write(text)
         return

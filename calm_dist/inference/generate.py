@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
@@ -40,8 +41,10 @@ class Generation:
     """The new text; appended to the prompt, it gives the whole text."""
     tokens: list[int]
     """The new tokens, without the end token."""
-    stopped_by: Literal["end", "length"]
-    """``end``: the model ended the text; ``length``: ``max_new_tokens`` was reached."""
+    stopped_by: Literal["end", "length", "stop"]
+    """``end``: the model ended the text; ``length``: ``max_new_tokens`` was reached; ``stop``: the
+    text contained a stop string, before which it is cut. The tokens then include the one that
+    completed the string."""
     note: str | None = field(default=None, compare=False)
     """If prompt and text exceed the model's context: what it did not read."""
 
@@ -58,6 +61,7 @@ def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str], too
     method: Method = ...,
     pool_size: int = ...,
     max_draws: int = ...,
+    stop: Sequence[str] = ...,
     show_progress: bool = ...,
 ) -> Generation: ...
 
@@ -74,6 +78,7 @@ def generate(
     method: Method = ...,
     pool_size: int = ...,
     max_draws: int = ...,
+    stop: Sequence[str] = ...,
     show_progress: bool = ...,
 ) -> list[Generation]: ...
 
@@ -90,6 +95,7 @@ def generate(
     method: Method = "auto",
     pool_size: int = DEFAULT_POOL_SIZE,
     max_draws: int = DEFAULT_MAX_DRAWS,
+    stop: Sequence[str] = (),
     show_progress: bool = False,
 ) -> Generation | list[Generation]:
     """Continue prompts until the end token or exactly ``max_new_tokens`` new tokens.
@@ -116,6 +122,7 @@ def generate(
             refused.
         pool_size: number of draws in a pool.
         max_draws: limit of the exact method for one patch.
+        stop: strings that end a text where they appear in its continuation.
         show_progress: report the number of finished steps on stderr.
 
     Returns:
@@ -128,6 +135,8 @@ def generate(
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(texts)
     _check(texts, seeds, max_new_tokens)
+    if "" in stop:
+        raise UserError("stop: an empty string; give the text that ends a continuation")
     check_tokenizer(model, tokenizer)
     sampler = (
         softmax_sampler(model, temperature, method, max_draws)
@@ -135,13 +144,14 @@ def generate(
         else patch_sampler(model, temperature, method, pool_size, max_draws)
     )
     rows = [
-        GrowingText(tokenizer.encode(text), seed) for text, seed in zip(texts, seeds, strict=True)
+        GrowingText(tokenizer.encode(text), seed, partial(_contains, stop, tokenizer, text))
+        for text, seed in zip(texts, seeds, strict=True)
     ]
     if rows:
         continue_texts(model, rows, sampler, tokenizer, max_new_tokens, show_progress=show_progress)
     generations = [
         Generation(
-            tokenizer.decode_continuation(text, row.new),
+            _before(stop, tokenizer.decode_continuation(text, row.new)),
             row.new,
             row.stopped_by,
             # The end token counts as well.
@@ -150,6 +160,20 @@ def generate(
         for text, row in zip(texts, rows, strict=True)
     ]
     return generations[0] if isinstance(prompts, str) else generations
+
+
+def _contains(stop: Sequence[str], tokenizer: Tokenizer, prompt: str, new: list[int]) -> bool:
+    """Whether the continuation of a prompt contains a stop string."""
+    if not stop:
+        return False
+    text = tokenizer.decode_continuation(prompt, new)
+    return any(string in text for string in stop)
+
+
+def _before(stop: Sequence[str], text: str) -> str:
+    """The text before the first stop string in it."""
+    places = [text.index(string) for string in stop if string in text]
+    return text[: min(places, default=len(text))]
 
 
 def context_note(model: LoadedModel, prompt_tokens: int, new_tokens: int) -> str | None:
@@ -194,8 +218,10 @@ class GrowingText:
 
     prompt: list[int]
     seed: int
+    stops: Callable[[list[int]], bool] = lambda new: False
+    """Whether the text ends with the last of its new tokens."""
     new: list[int] = field(default_factory=list)
-    stopped_by: Literal["end", "length"] = "length"
+    stopped_by: Literal["end", "length", "stop"] = "length"
 
     def take(self, step: list[int], end_id: int, max_new_tokens: int) -> bool:
         """Add the tokens of a step; returns whether the text continues."""
@@ -204,6 +230,9 @@ class GrowingText:
                 self.stopped_by = "end"
                 return False
             self.new.append(token)
+            if self.stops(self.new):
+                self.stopped_by = "stop"
+                return False
             if len(self.new) == max_new_tokens:
                 return False
         return True
