@@ -32,7 +32,7 @@ _STEPS_AT_ONCE = 512
 # Rows of weights that are converted to double precision at a time.
 _ROWS_DRAWN = 64
 
-_SMALLEST_PRODUCT = 1 / 16
+_SMALLEST_PRODUCT = 1 / 64
 """A sampled path whose product c_1 · ... · c_n is smaller goes on with a chance in proportion."""
 
 
@@ -365,8 +365,9 @@ def _path_collisions(
     step = starts.new_empty(len(starts), 0)
     for n in range(NGRAM):
         chances = token_logits(outputs, step).float().softmax(-1)
-        # The norm needs no tensor of squares.
-        product = product * torch.linalg.vector_norm(chances, dim=-1).double().square()[row]
+        # Products of rows need no tensor of squares.
+        agreement = torch.bmm(chances[:, None], chances[:, :, None]).flatten()
+        product = product * agreement.double()[row]
         collision[path, n] = product
         if n == NGRAM - 1:
             break

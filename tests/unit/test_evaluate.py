@@ -17,7 +17,7 @@ from torch import Tensor
 from calm_dist.data.store import StoreMeta
 from calm_dist.data.stream import Store
 from calm_dist.errors import DataError, UserError
-from calm_dist.evaluation import block_scores
+from calm_dist.evaluation import block_scores, brier_tree
 from calm_dist.evaluation import evaluate as evaluation
 from calm_dist.evaluation.evaluate import EvaluationSettings, evaluate
 from calm_dist.inference.decoding import GreedyDecoder
@@ -231,6 +231,14 @@ def test_tokens_only_stores_are_encoded_on_the_fly() -> None:
     assert evaluate(rule_calm(), stored, settings) == evaluate(rule_calm(), tokens_only, settings)
 
 
+@pytest.fixture
+def whole_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No path ends early, so that closed forms hold whatever is drawn; those that do are in
+    tests/unit/test_brier_tree.py."""
+    monkeypatch.setattr(brier_tree, "_SMALLEST_PRODUCT", 1e-9)
+
+
+@pytest.mark.usefixtures("whole_paths")
 def test_transformer_scores_have_their_closed_form() -> None:
     result = evaluate(uniform_transformer(), TinyStore(3), EvaluationSettings(samples=2))
     # P(y) = P(a=b) = V^-n, whatever is drawn.
@@ -401,6 +409,7 @@ def test_run_directory_of_a_checkpoint(tmp_path: Path) -> None:
     assert run_directory(steps / "step_00000020") == tmp_path.resolve()
 
 
+@pytest.mark.usefixtures("whole_paths")
 def test_table_shows_scores_and_why_an_error_is_missing() -> None:
     result = evaluate(uniform_transformer(), TinyStore(1), EvaluationSettings(samples=2))
     text = evaluation.table([result])
@@ -408,6 +417,7 @@ def test_table_shows_scores_and_why_an_error_is_missing() -> None:
     assert "no standard error: one block" in text and MARK_EXPLAINED not in text
 
 
+@pytest.mark.usefixtures("whole_paths")
 def test_table_marks_scores_of_noise() -> None:
     result = evaluate(uniform_transformer(), TinyStore(2), EvaluationSettings(samples=2))
     clear = result | {"brier": [0.5, 0.4, 0.3, 0.2], "brier_stderr": [0.01, 0.02, 0.03, 0.04]}
