@@ -147,6 +147,7 @@ WITH_JSON = {
     "flops_report.py": [],
     "generate.py": ["--checkpoint", "gone", "--prompt", ""],
     "plan.py": ["gone.yaml"],
+    "rehearse.py": ["gone.yaml"],
     "report.py": ["--run", "gone", "--out", "report"],
     "runs.py": [],
     "train.py": ["gone.yaml", "--dry-run"],
