@@ -21,7 +21,11 @@ pytestmark = pytest.mark.full
 
 # What the planner and a rehearsal may differ by.
 TOLERANCE = 0.05
-SMALL = ("model.num_hidden_layers=8", "training.global_batch_size=32")
+SMALL = (
+    "model.num_hidden_layers=8",
+    "training.global_batch_size=32",
+    "training.micro_batch_size=1",
+)
 OVERLAPS = (
     "parallel.distributed_optimizer=true",
     "parallel.overlap_grad_reduce=true",
@@ -110,6 +114,21 @@ def test_a_layout_runs_and_needs_what_the_planner_says(
         # What a micro-batch does is a whole number: work grows with their number.
         assert launches(rank["each"]) == pytest.approx(round(launches(rank["each"])), abs=1e-6)
         assert all(row["count"] >= 0 for row in rank["each"]["waits"])
+
+
+def test_what_a_step_of_calm_m_costs(cuda_python: str, tmp_path: Path) -> None:
+    """The host never waits within a step, and the head's gradient is reduced once."""
+    (rank,) = rehearse(cuda_python, tmp_path, "calm_m")["ranks"]
+    each, step = rank["each"], rank["step"]
+    assert each["waits"] == [] and each["collectives"] == []
+    # Ours once, for loss, norm and flags; the others are DeepSpeed's, when it updates the head.
+    assert sum(row["count"] for row in step["waits"]) <= 5
+    (ours,) = (row for row in step["waits"] if row["where"].startswith("calm_dist/"))
+    assert ours["count"] == 1 and "training/optimizer.py" in ours["where"]
+    moved = {(row["operation"], row["group"]): row["bytes"] for row in step["collectives"]}
+    gathered = moved["all-gather", "head (8)"]
+    assert moved["all-reduce", "head (8)"] == pytest.approx(gathered, rel=0.01)
+    assert launches(each) <= 2_100
 
 
 def test_a_device_mismatch_is_named(cuda_python: str, tmp_path: Path) -> None:
