@@ -38,7 +38,7 @@ tests=(python -m pytest -rs --durations=10)
 case "$*" in
 "" | --full)
   # Tests of several processes have the cores to themselves; the others share them.
-  shared=(tests/browser tests/docs tests/earlier tests/recipes tests/unit)
+  shared=(tests/browser tests/docs tests/earlier tests/recipes tests/rehearsal tests/unit)
   step "${tests[@]}" "$@" "${shared[@]/#/--ignore=}" --ignore=tests/gpu
   step "${tests[@]}" "$@" -n "$(workers)" --dist loadfile "${shared[@]}"
   ;;
