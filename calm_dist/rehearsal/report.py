@@ -19,7 +19,8 @@ def format_rehearsal(values: dict[str, Any]) -> str:
     lines = [
         f"{values['name']} rehearsed on {values['world_size']:,} x {values['gpu']}, without a GPU",
         f"TP {cut['tensor']}, PP {cut['pipeline']}{chunks}, {context}DP {cut['data']}, "
-        f"{cut['micro_batches']} micro-batches of {cut['micro_batch_size']}",
+        f"{cut['micro_batches']} micro-batch{'' if cut['micro_batches'] == 1 else 'es'} of "
+        f"{cut['micro_batch_size']}",
     ]
     for rank in values["ranks"]:
         lines += ["", f"Rank {rank['rank']}, stage {rank['stage'] + 1} of {cut['pipeline']}"]

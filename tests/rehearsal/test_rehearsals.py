@@ -41,6 +41,7 @@ TP2 = cut(tensor_parallel_size=2, sequence_parallel="true")
 LAYOUTS = {
     "calm_m": ("calm_m",),
     "calm_xl": ("calm_xl", "--world", "128"),
+    "calm_xl_tp2pp2": ("calm_xl_tp2pp2", "--world", "128"),
     "transformer_m": ("transformer_m",),
     "interleaved": ("calm_m", *SMALL, *TP2, *OVERLAPS,
                     *cut(pipeline_parallel_size=2, virtual_pipeline_size=2, overlap_p2p="true")),
