@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calm_dist.evaluation.brier import NGRAM
-from calm_dist.evaluation.brier_tree import StepFunction
 from calm_dist.inference.sampling import pool_candidates
 from calm_dist.losses.autoencoder import TrainingNoise, kl_per_dimension
 from calm_dist.models.autoencoder import Autoencoder
@@ -24,6 +23,8 @@ from calm_dist.models.kv_cache import KeyValueCache
 
 Draw = Callable[[Tensor, int], Tensor]
 """Hidden states [b, d], number of draws -> tokens [m, b, K]."""
+Run = Callable[[Tensor, Tensor | None, Tensor | None, KeyValueCache], Tensor]
+"""Tokens, positions, mask, cache: `LoadedModel.logits` or `LoadedModel.hidden`."""
 NewCache = Callable[[int, int], KeyValueCache]
 """Number of texts and of steps -> an empty cache."""
 
@@ -80,7 +81,7 @@ def autoencoder_loss(model: Autoencoder, tokens: Tensor, noise: TrainingNoise) -
 
 @torch.no_grad()
 def transformer_brier(
-    logits: StepFunction, new_cache: NewCache, tokens: Tensor, starts: Tensor,
+    logits: Run, new_cache: NewCache, tokens: Tensor, starts: Tensor,
     generator: torch.Generator,
 ) -> Tensor:  # fmt: skip
     """Brier-1..4 of a Transformer at each start, one after the other.
@@ -101,14 +102,13 @@ def transformer_brier(
             if n == NGRAM - 1 or pair[0] != pair[1]:
                 break
             held = _prefix(cache, start) if held is None else held
-            position = torch.tensor([start + n])
-            following = logits(pair[None, :1], position, None, held)[0, -1].softmax(-1)
+            following = logits(pair[None, :1], None, None, held)[0, -1].softmax(-1)
     return scores
 
 
 @torch.no_grad()
 def calm_brier(
-    hidden: StepFunction, new_cache: NewCache, draw: Draw, tokens: Tensor, starts: Tensor,
+    hidden: Run, new_cache: NewCache, draw: Draw, tokens: Tensor, starts: Tensor,
     patch_size: int,
 ) -> Tensor:  # fmt: skip
     """Brier-1..4 of a CALM from two samples at each start patch, one after the other.
@@ -127,8 +127,7 @@ def calm_brier(
         samples, held = pairs[:, start - 1], None
         while samples.shape[1] < NGRAM and torch.equal(samples[0], samples[1]):
             held = _prefix(cache, start) if held is None else held
-            position = torch.tensor([start + samples.shape[1] // patch_size - 1])
-            following = hidden(samples[:1, -patch_size:], position, None, held)[0, -1:]
+            following = hidden(samples[:1, -patch_size:], None, None, held)[0, -1:]
             samples = torch.cat([samples, draw(following, 2)[:, 0]], dim=1)
         agree = (samples[0] == samples[1])[:NGRAM].cumprod(-1)
         scores[row, : len(agree)] -= agree.double()
