@@ -16,6 +16,7 @@ import time
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from calm_dist.cli.console import (
     add_json,
@@ -25,6 +26,9 @@ from calm_dist.cli.console import (
     write_json,
     write_json_lines,
 )
+
+if TYPE_CHECKING:
+    from calm_dist.inference.generate import Generation
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -162,6 +166,55 @@ def texts_to_make(args: argparse.Namespace) -> list[tuple[str, int]]:
     return [(text, seed + n) for text, seed in prompts for n in range(args.num_samples)]
 
 
+def show(
+    args: argparse.Namespace,
+    wanted: list[tuple[str, int]],
+    results: list[Generation],
+    seconds: float,
+) -> None:
+    """Print the texts, what was left out of them, and how fast several were made."""
+    if args.json != "-":
+        # Characters that the terminal cannot show are printed as escapes.
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        texts = [text + new.text for (text, _), new in zip(wanted, results, strict=True)]
+        print("\n\n".join(texts))
+    for number, result in enumerate(results, start=1):
+        if result.note:
+            print(f"note: text {number}: {result.note}", file=sys.stderr)
+    if len(results) > 1:
+        made = sum(len(result.tokens) for result in results)
+        print(
+            f"{len(results)} texts, {made:,} tokens in {seconds:.1f} s, "
+            f"{made / seconds:,.0f} tokens/s",
+            file=sys.stderr,
+        )
+
+
+def write(
+    args: argparse.Namespace,
+    step: int,
+    checkpoint: str,
+    wanted: list[tuple[str, int]],
+    results: list[Generation],
+) -> None:
+    """Write what ``--json`` asks for."""
+    facts = [
+        {
+            "checkpoint": checkpoint,
+            "step": step,
+            "prompt": text,
+            "temperature": args.temperature,
+            "seed": seed,
+        }
+        | asdict(result)
+        for (text, seed), result in zip(wanted, results, strict=True)
+    ]
+    if str(args.json).endswith(".jsonl"):
+        write_json_lines(facts, args.json)
+    else:
+        write_json(facts if len(facts) > 1 else facts[0], args.json)
+
+
 def main() -> None:
     args = parse_arguments()
     wanted = texts_to_make(args)
@@ -193,37 +246,9 @@ def main() -> None:
             show_progress=True,
         )
     seconds = time.monotonic() - started
-    if args.json != "-":
-        # Characters that the terminal cannot show are printed as escapes.
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-        texts = [text + new.text for (text, _), new in zip(wanted, results, strict=True)]
-        print("\n\n".join(texts))
-    for number, result in enumerate(results, start=1):
-        if result.note:
-            print(f"note: text {number}: {result.note}", file=sys.stderr)
-    if len(results) > 1:
-        made = sum(len(result.tokens) for result in results)
-        print(
-            f"{len(results)} texts, {made:,} tokens in {seconds:.1f} s, "
-            f"{made / seconds:,.0f} tokens/s",
-            file=sys.stderr,
-        )
+    show(args, wanted, results, seconds)
     if args.json:
-        facts = [
-            {
-                "checkpoint": str(model.checkpoint),
-                "step": model.step,
-                "prompt": text,
-                "temperature": args.temperature,
-                "seed": seed,
-            }
-            | asdict(result)
-            for (text, seed), result in zip(wanted, results, strict=True)
-        ]
-        if str(args.json).endswith(".jsonl"):
-            write_json_lines(facts, args.json)
-        else:
-            write_json(facts if len(facts) > 1 else facts[0], args.json)
+        write(args, model.step, str(model.checkpoint), wanted, results)
 
 
 if __name__ == "__main__":
