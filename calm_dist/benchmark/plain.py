@@ -1,7 +1,7 @@
 """The paper's formulas in their plain form, as its released code executes them.
 
 Every tensor is materialised, every head sample computes its condition again, and Brier scores loop
-over positions, going on from the cached keys and values of the text before each. The weights are
+over positions, continuing from the cached keys and values of the text before each. The weights are
 those of our modules, so that both sides compute the same.
 """
 

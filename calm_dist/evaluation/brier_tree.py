@@ -33,7 +33,8 @@ _STEPS_AT_ONCE = 512
 _ROWS_DRAWN = 64
 
 _SMALLEST_PRODUCT = 1 / 64
-"""A sampled path whose product c_1 · ... · c_n is smaller goes on with a chance in proportion."""
+"""A sampled path whose product c_1 · ... · c_n is smaller than this continues with a probability in
+proportion to it."""
 
 
 class StepFunction(Protocol):
@@ -284,7 +285,7 @@ def scores_from_softmax(
     paths go through the model together, as branches after the block.
 
     Most paths of a model that is unsure have products near zero. One below ``_SMALLEST_PRODUCT``
-    goes on with the chance product / ``_SMALLEST_PRODUCT``, and then counts as
+    continues with probability product / ``_SMALLEST_PRODUCT``, and then counts as
     ``_SMALLEST_PRODUCT``; otherwise its longer n-grams count as 0. The expectation is the same.
 
     Args:

@@ -24,7 +24,7 @@ def read_prompts(file: Path) -> list[Prompt]:
     is optional; empty lines are left out.
 
     Raises:
-        UserError: the file cannot be read, or a line is no such object.
+        UserError: the file cannot be read, or a line is not such an object.
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -49,5 +49,5 @@ def _prompt(line: str, where: str) -> Prompt:
     if not isinstance(text, str):
         raise UserError(f'{where}: {shown(line)}: has no text "prompt"; write {{"prompt": "..."}}')
     if seed is not None and (type(seed) is not int or seed < 0):
-        raise UserError(f"{where}: seed: {shown(seed)} is no whole number of at least 0")
+        raise UserError(f"{where}: seed: {shown(seed)} must be a whole number of at least 0")
     return Prompt(text, seed)

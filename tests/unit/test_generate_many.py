@@ -76,7 +76,7 @@ def test_prompts_of_a_file_sampled_several_times(
         ('{"prompt": "a"}\n{"prompt": 3}\n', r'p\.jsonl, line 2: .*has no text "prompt"'),
         ('["a"]\n', r"p\.jsonl, line 1: .*has no text"),
         ("a\n", r"p\.jsonl, line 1: not JSON"),
-        ('{"prompt": "a", "seed": -1}\n', r"line 1: seed: -1 is no whole number"),
+        ('{"prompt": "a", "seed": -1}\n', r"line 1: seed: -1 must be a whole number"),
         ('{"prompt": "a", "seed": true}\n', r"line 1: seed: "),
     ],
 )
