@@ -27,6 +27,8 @@ class Point:
     step: int
     train_flops: float | None
     """As the released code executes them, over the tokens seen; None if those are unknown."""
+    train_flops_ours: float | None
+    """As this package executes them; plots and the Pareto front use these."""
     brierlm: float
     stderr: float | None
     cross_entropy: float | None
@@ -82,7 +84,7 @@ def evaluated_points(models: Sequence[Run]) -> list[Point]:
             number,
             run.name,
             e["step"],
-            run.counts(e["tokens_seen"]).train_flops if e.get("tokens_seen") else None,
+            *_training_flops(run, e.get("tokens_seen")),
             e["brierlm"],
             e.get("brierlm_stderr"),
             e.get("cross_entropy"),
@@ -98,12 +100,20 @@ def evaluated_points(models: Sequence[Run]) -> list[Point]:
     ]
 
 
+def _training_flops(run: Run, tokens: int | None) -> tuple[float | None, float | None]:
+    """As the released code and as this package execute them; None where the tokens are unknown."""
+    if not tokens:
+        return None, None
+    counts = run.counts(tokens)
+    return counts.train_flops, counts.train_flops_ours
+
+
 def pareto_front(points: Sequence[Point]) -> list[Point]:
     """The comparable points that no other point beats with at most as many FLOPs, sorted by
     FLOPs."""
     front: list[Point] = []
-    known = [p for p in points if p.comparable and p.train_flops is not None]
-    for point in sorted(known, key=lambda p: (p.train_flops, -p.brierlm)):
+    known = [p for p in points if p.comparable and p.train_flops_ours is not None]
+    for point in sorted(known, key=lambda p: (p.train_flops_ours, -p.brierlm)):
         if not front or point.brierlm > front[-1].brierlm:
             front.append(point)
     return front

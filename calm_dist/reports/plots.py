@@ -188,7 +188,7 @@ def brierlm_against_flops(points: Sequence[Point], front: Sequence[Point]) -> Dr
 
     def draw(axis: Axes, palette: Palette) -> None:
         if len(front) > 1:
-            edge = [(p.train_flops or 0.0, p.brierlm) for p in front]
+            edge = [(p.train_flops_ours or 0.0, p.brierlm) for p in front]
             axis.plot(
                 *zip(*edge, strict=True),
                 color=palette.muted,
@@ -199,8 +199,8 @@ def brierlm_against_flops(points: Sequence[Point], front: Sequence[Point]) -> Dr
                 zorder=1,
             )
         for number, name in _runs_of(points):
-            own = [p for p in points if p.run == number and p.train_flops]
-            flops, scores = [p.train_flops or 0.0 for p in own], [p.brierlm for p in own]
+            own = [p for p in points if p.run == number and p.train_flops_ours]
+            flops, scores = [p.train_flops_ours or 0.0 for p in own], [p.brierlm for p in own]
             look = _look(number, palette) | {"label": shortened(name)}
             if not all(p.comparable for p in own):
                 look |= {"markerfacecolor": "none", "linestyle": ":"}
@@ -233,7 +233,7 @@ def label_brierlm_over_flops(axis: Axes) -> None:
 
 
 def _runs_of(points: Sequence[Point]) -> list[tuple[int, str]]:
-    return list(dict.fromkeys((p.run, p.name) for p in points if p.train_flops))
+    return list(dict.fromkeys((p.run, p.name) for p in points if p.train_flops_ours))
 
 
 def cross_entropy_against_brierlm(points: Sequence[Point]) -> Draw:

@@ -50,7 +50,7 @@ def models_section(entries: Sequence[dict[str, Any]]) -> Section:
             number(e["patch_size"]),
             short(e["parameters"]),
             short(e["tokens_seen"]),
-            scientific(e["train_flops"]),
+            scientific(e["train_flops_ours"]),
             short(e["inference_flops_per_token"]),
             Cell(brierlm_text(e), e["brierlm"]),
             *(_brier(e, n) for n in (1, 2)),
@@ -75,8 +75,8 @@ def models_section(entries: Sequence[dict[str, Any]]) -> Section:
         "BrierLM: 0 to 100, higher is better, ± one standard error; the geometric mean of Brier-1 "
         "to Brier-4. Brier-n: correct n-grams minus agreement by chance, at most 100 %. Cross "
         "entropy in nats per held-out token. K: tokens per step. FLOPs: measured tokens times "
-        "FLOPs per token as the authors' code executes them, without autoencoder and encoding "
-        "(see below)."
+        "FLOPs per token as this package executes them, without autoencoder and encoding; the "
+        "authors' code needs more for a CALM (see below)."
     )
     tables = (Table("Models", heads, tuple(rows)), _scores(entries))
     return Section("Models", (explained,), tables=tables)
@@ -106,14 +106,14 @@ def brierlm_section(
     models: Sequence[Run], points: Sequence[Point], front: Sequence[Point]
 ) -> Section:
     title = "BrierLM against training FLOPs"
-    drawn = [point for point in points if point.train_flops is not None]
+    drawn = [point for point in points if point.train_flops_ours is not None]
     if not points:
         return Section(title, (NOTHING,))
     rows = tuple(
         (
             text(p.name),
             number(p.step),
-            scientific(p.train_flops),
+            scientific(p.train_flops_ours),
             Cell(brierlm_text(p.evaluation, "{:.3f}"), p.brierlm),
             *(_brier(p.evaluation, n, "{:.3f}") for n in (1, 2)),
             number(p.cross_entropy, "{:.3f}"),
@@ -123,7 +123,7 @@ def brierlm_section(
     )
     brier = ("Brier-1, %", "Brier-2, %")
     heads = ("run", "step", "training FLOPs", "BrierLM", *brier, "cross entropy")
-    last = {p.name: f"{p.name} {_marked(p)} at {p.train_flops:.2e} FLOPs" for p in drawn}
+    last = {p.name: f"{p.name} {_marked(p)} at {p.train_flops_ours:.2e} FLOPs" for p in drawn}
     edge = ", ".join(f"{p.name} at step {p.step}" for p in front)
     plot = Plot(
         "brierlm",

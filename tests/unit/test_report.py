@@ -282,7 +282,7 @@ def test_unknown_hardware_is_not_guessed(
 
 
 def point(flops: float | None, brierlm: float, **changes: Any) -> Point:
-    return Point(0, "run", 1, flops, brierlm, None, changes.get("entropy"),
+    return Point(0, "run", 1, None, flops, brierlm, None, changes.get("entropy"),
                  changes.get("comparable", True))  # fmt: skip
 
 
@@ -298,9 +298,9 @@ def test_pareto_front() -> None:
         point(None, 9.0),
     ]
     front = pareto_front(points)
-    assert [(p.train_flops, p.brierlm) for p in front] == [(1, 1), (2, 3), (5, 4)]
+    assert [(p.train_flops_ours, p.brierlm) for p in front] == [(1, 1), (2, 3), (5, 4)]
     # By definition: no other point is at least as good in both, and better in one.
-    known = [(p.train_flops, p.brierlm, p) for p in points[:6] if p.train_flops is not None]
+    known = [(p.train_flops_ours, p.brierlm, p) for p in points[:6] if p.train_flops_ours is not None]
     assert len(known) == 6
     best = [
         (cost, p)
