@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from warm import warm_python
 
 from calm_dist.recipe import AutoencoderRecipe, LanguageModelRecipe, load_recipe
 
@@ -113,10 +114,15 @@ def autoencoder_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Autoe
     return loaded
 
 
-def torchrun(ranks: int, script: Path, *arguments: str) -> list[str]:
-    """A command that launches real gloo ranks on a free port."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, f"--nproc_per_node={ranks}", str(script), *arguments]
+def torchrun(ranks: int, script: Path, *arguments: str, fresh: bool = False) -> list[str]:
+    """A command that launches real gloo ranks on a free port.
+
+    ``fresh`` ranks have imported nothing yet and receive signals.
+    """
+    python = sys.executable if fresh else warm_python()
+    launcher = [python, "-m", "torch.distributed.run", "--standalone"]
+    rank = ["--no_python", python, "-u", str(script)]
+    return [*launcher, f"--nproc_per_node={ranks}", *rank, *arguments]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -133,7 +139,12 @@ def run_jobs(ranks: int, jobs: Jobs, directory: Path) -> None:
 def call(
     command: list[str], *, cwd: Path | None = None, code: int = 0, **more: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command that must end with ``code``; ``more`` is its environment's."""
+    """Run a command that must end with ``code``; ``more`` is its environment's.
+
+    For this interpreter, the warm one is started.
+    """
+    if command[0] == sys.executable:
+        command = [warm_python(), *command[1:]]
     done = subprocess.run(
         command,
         cwd=cwd,

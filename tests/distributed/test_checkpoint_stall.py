@@ -30,7 +30,7 @@ def seconds_waited(overrides: list[str], asynchronous: bool) -> float:
     anyway."""
     setting = f"checkpoint.async={str(asynchronous).lower()}"
     done = subprocess.run(
-        torchrun(2, ROOT / "tools" / "train.py", recipe("calm"), *overrides, setting),
+        torchrun(2, ROOT / "tools" / "train.py", recipe("calm"), *overrides, setting, fresh=True),
         env=environment(),
         capture_output=True,
         text=True,

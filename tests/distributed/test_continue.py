@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from launches import (
     run_jobs,
     training_records,
 )
+from warm import warm_python
 
 from calm_dist.files import file_sha256
 from calm_dist.parallel.launch import World
@@ -47,7 +47,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
 
 def start(kind: str, overrides: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / TOOLS[kind]), recipe(kind), *overrides],
+        [warm_python(), str(ROOT / "tools" / TOOLS[kind]), recipe(kind), *overrides],
         env=environment(),
         capture_output=True,
         text=True,

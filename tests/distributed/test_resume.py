@@ -29,7 +29,8 @@ FULL_LAYOUT = {
 
 def launch(ranks: int, overrides: list[str]) -> subprocess.Popen[str]:
     """Start tools/train.py under torchrun in a session of its own."""
-    command = torchrun(ranks, ROOT / "tools" / "train.py", recipe("calm"), *overrides)
+    train = ROOT / "tools" / "train.py"
+    command = torchrun(ranks, train, recipe("calm"), *overrides, fresh=True)
     return subprocess.Popen(
         command,
         env=environment(),

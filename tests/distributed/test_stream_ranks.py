@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from itertools import chain
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from warm import warm_python
 
 from calm_dist.data.latents import plan_store, write_store
 from calm_dist.data.stream import open_store
@@ -70,7 +70,7 @@ def start(tmp: Path, ranks: int, scenarios: list[dict[str, Any]]) -> list[subpro
     }
     return [
         subprocess.Popen(
-            [sys.executable, WORKER, tmp / "job.json", str(rank), tmp / f"rank{rank}.json"],
+            [warm_python(), WORKER, tmp / "job.json", str(rank), tmp / f"rank{rank}.json"],
             env=environment,
             start_new_session=True,
         )

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import yaml
 from launches import TIMEOUT_SECONDS, free_port, kill_tree
+from warm import warm_python
 
 ROOT = Path(__file__).parents[2]
 # The README comes first: it makes what the other pages' commands use.
@@ -203,7 +204,14 @@ def run(command: str, place: Path) -> str:
         cwd=place / "login" if re.search(r"train.py .*--dry-run|tools/plan", command) else place,
         env={
             **os.environ,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            # `python` with the stack imported; torchrun and deepspeed start the real one.
+            "PATH": os.pathsep.join(
+                [
+                    str(Path(warm_python()).parent),
+                    str(Path(sys.executable).parent),
+                    os.environ["PATH"],
+                ]
+            ),
             "PYTHONPATH": str(ROOT),
             "CALM_PYTHON": sys.executable,
             "OMP_NUM_THREADS": "1",

@@ -163,7 +163,7 @@ def torchrun_at_work(overrides: list[str], run_dir: Path) -> subprocess.Popen[st
     """A launch of two ranks that has trained three steps since it was started."""
     before = max(training_records(run_dir), default=0)
     process = subprocess.Popen(
-        torchrun(2, WORKER, recipe("calm"), *overrides),
+        torchrun(2, WORKER, recipe("calm"), *overrides, fresh=True),
         env=environment(**fault("nothing", rank=-1, step=0)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

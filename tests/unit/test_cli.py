@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from warm import warm_python
 
 from calm_dist.cli.console import (
     add_json,
@@ -157,7 +158,7 @@ WITH_JSON = {
 
 def call(tool: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(tool), *arguments],
+        [warm_python(), str(tool), *arguments],
         cwd=cwd,
         env=os.environ | {"PYTHONPATH": str(TOOLS.parent)},
         capture_output=True,

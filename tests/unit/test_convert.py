@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from warm import warm_python
 
 from calm_dist.data.tokenizer import Tokenizer, train_tokenizer
 from calm_dist.errors import CheckpointError, DataError, UserError
@@ -413,7 +414,7 @@ def test_sources_that_cannot_be_exported(tmp_path: Path) -> None:
 
 
 def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    command = [warm_python(), str(TOOL), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 

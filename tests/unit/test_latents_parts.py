@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from warm import warm_python
 
 from calm_dist.data import latents, parts
 from calm_dist.data.corpus import ShuffledDocuments, pack_blocks
@@ -277,9 +278,9 @@ def test_three_processes_one_killed_then_two_that_merge_at_once(
     def start(worker: str, hook: str = "") -> subprocess.Popen[str]:
         arguments = command(inputs, out, "--parts", "7", "--worker", worker)
         return subprocess.Popen(
-            [sys.executable, "-c", _WITH_HOOK, hook, tmp_path, worker, *arguments]
+            [warm_python(), "-c", _WITH_HOOK, hook, tmp_path, worker, *arguments]
             if hook
-            else [sys.executable, *arguments],
+            else [warm_python(), *arguments],
             env=environment,
             stdout=subprocess.PIPE,
             text=True,

@@ -6,13 +6,13 @@ import json
 import math
 import re
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from launches import language_recipe
+from warm import warm_python
 
 from calm_dist.costs import flops
 from calm_dist.costs.clusters import PRESETS, Rates, preset
@@ -306,7 +306,7 @@ def test_autoencoders_are_not_planned() -> None:
 
 def plan_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "plan.py"), *arguments],
+        [warm_python(), str(ROOT / "tools" / "plan.py"), *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,

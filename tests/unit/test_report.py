@@ -21,6 +21,7 @@ from made_runs import (
     make_run,
     training,
 )
+from warm import warm_python
 
 from calm_dist.costs.flops import count, encoder_flops
 from calm_dist.errors import UserError
@@ -300,7 +301,9 @@ def test_pareto_front() -> None:
     front = pareto_front(points)
     assert [(p.train_flops_ours, p.brierlm) for p in front] == [(1, 1), (2, 3), (5, 4)]
     # By definition: no other point is at least as good in both, and better in one.
-    known = [(p.train_flops_ours, p.brierlm, p) for p in points[:6] if p.train_flops_ours is not None]
+    known = [
+        (p.train_flops_ours, p.brierlm, p) for p in points[:6] if p.train_flops_ours is not None
+    ]
     assert len(known) == 6
     best = [
         (cost, p)
@@ -479,7 +482,7 @@ def test_wrong_directories_are_refused(experiment: dict[str, Path], tmp_path: Pa
 
 def call(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, TOOLS / tool, *map(str, arguments)],
+        [warm_python(), TOOLS / tool, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=300,

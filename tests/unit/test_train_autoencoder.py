@@ -19,6 +19,7 @@ import torch.distributed as dist
 import yaml
 from launches import autoencoder_recipe
 from safetensors.torch import load_file
+from warm import warm_python
 
 from calm_dist.data.latents import plan_store, write_store
 from calm_dist.data.store import read_meta
@@ -139,7 +140,7 @@ def run_tool(*arguments: str | Path, tool: Path = TOOL) -> int:
 def run_process(*command: str | Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *map(str, command)],
+        [warm_python(), *map(str, command)],
         env=environment,
         capture_output=True,
         text=True,

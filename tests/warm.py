@@ -1,0 +1,174 @@
+"""`python`, but with the stack already imported: what tests start in place of `sys.executable`.
+
+Importing torch, Megatron-core, DeepSpeed and Streaming takes some 4 seconds of a core, and the
+tests start hundreds of processes. `warm_python` starts one process that imports them once, and
+returns a small program that asks it for a fork. Each fork has its own arguments, environment,
+directory and files; it dies with the program. Signals are not forwarded, and variables that
+libraries read when they are imported have no effect, so tests of imports, signals, installations
+and schedulers start Python itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from functools import cache
+from pathlib import Path
+from typing import NoReturn
+
+_WHOLE_STACK = (
+    "calm_dist.data.latents",
+    "calm_dist.evaluation.evaluate",
+    "calm_dist.inference.generate",
+    "calm_dist.training.autoencoder",
+    "calm_dist.training.language_model",
+    "torch.distributed.launcher.api",
+)
+
+# Without site-packages it starts in 15 ms.
+_CLIENT = """#!{python} -IS
+import json, os, signal, socket, sys
+request = {{"arguments": sys.argv[1:], "environment": dict(os.environ), "directory": os.getcwd()}}
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.connect({address!r})
+    socket.send_fds(connection, [b"files"], [0, 1, 2])
+    connection.sendall(json.dumps(request).encode() + b"\\n")
+    code = int(connection.makefile("rb").readline() or b"-9")
+if code < 0:
+    if -code != signal.SIGKILL:
+        signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+os._exit(code)
+"""
+
+
+@cache
+def warm_python() -> str:
+    """The program, with its process; both last as long as this process."""
+    directory = tempfile.TemporaryDirectory(prefix="warm_")
+    address, program = f"{directory.name}/socket", Path(directory.name) / "python"
+    # It ends when its standard input does, which is when this process ends, however it ends.
+    server = subprocess.Popen(
+        [sys.executable, __file__, address],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert server.stdin is not None and server.stdout is not None
+    if server.stdout.readline() != b"ready\n":
+        raise RuntimeError(f"the warm process ended with code {server.wait()}")
+    program.write_text(_CLIENT.format(python=sys.executable, address=address), encoding="utf-8")
+    program.chmod(0o700)
+    atexit.register(directory.cleanup)
+    atexit.register(server.stdin.close)
+    return str(program)
+
+
+def _serve(address: str) -> None:
+    for module in _WHOLE_STACK:
+        importlib.import_module(module)
+    if len(os.listdir("/proc/self/task")) != 1:
+        raise SystemExit("an import started a thread: forks of this process would not be safe")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen()
+    print("ready", flush=True)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        ready, _, _ = select.select([0, listener.fileno()], [], [])
+        if 0 in ready:
+            return
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _supervise(connection)
+            os._exit(0)
+        connection.close()
+
+
+def _supervise(connection: socket.socket) -> None:
+    """Fork the process of a request and tell how it ended; it dies with who asked for it."""
+    _, files, _, _ = socket.recv_fds(connection, 5, 3)
+    request = json.loads(connection.makefile("rb").readline())
+    process = os.fork()
+    if process == 0:
+        connection.close()
+        _become(request["arguments"], request["environment"], request["directory"], files)
+    for file in files:
+        os.close(file)
+    ended = os.pidfd_open(process)
+    ready, _, _ = select.select([connection.fileno(), ended], [], [])
+    if connection.fileno() in ready:
+        os.kill(process, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    with contextlib.suppress(BrokenPipeError):
+        connection.sendall(b"%d\n" % code)
+
+
+def _become(
+    arguments: list[str], environment: dict[str, str], directory: str, files: list[int]
+) -> NoReturn:
+    """Be the process that `python ARGUMENTS` would have started."""
+    for target, file in enumerate(files):
+        os.dup2(file, target)
+        os.close(file)
+    # Line by line, whatever they lead to.
+    sys.stdin, sys.stdout, sys.stderr = (
+        os.fdopen(number, mode, buffering=1, closefd=False) for number, mode in enumerate("rww")
+    )
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(directory)
+    code = 1
+    try:
+        _execute(arguments)
+        code = 0
+    except SystemExit as exit_:
+        if isinstance(exit_.code, str):
+            print(exit_.code, file=sys.stderr)
+        else:
+            code = int(exit_.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        # As at the interpreter's end.
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _execute(arguments: list[str]) -> None:
+    if arguments[0] == "-u":
+        arguments = arguments[1:]
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[1:1] = [path for path in paths if path and path not in sys.path]
+    first, rest = arguments[0], arguments[1:]
+    if first == "-m":
+        sys.argv, sys.path[0] = rest, os.getcwd()
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        sys.argv, sys.path[0] = ["-c", *rest[1:]], ""
+        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv, sys.path[0] = arguments, str(Path(first).resolve().parent)
+        runpy.run_path(first, run_name="__main__")
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])
