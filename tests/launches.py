@@ -179,11 +179,12 @@ def start_rank(
     port: int,
     overrides: list[str],
     script: Path = ROOT / "tools" / "train.py",
+    python: str | None = None,
     **more: str,
 ) -> subprocess.Popen[str]:
     """One rank of a ``calm`` run, as a launcher would start it; ``more`` is its environment's."""
     return subprocess.Popen(
-        [sys.executable, str(script), recipe("calm"), *overrides],
+        [python or warm_python(), str(script), recipe("calm"), *overrides],
         env=environment(
             RANK=str(rank),
             WORLD_SIZE=str(world_size),

@@ -3,9 +3,9 @@
 Importing torch, Megatron-core, DeepSpeed and Streaming takes some 4 seconds of a core, and the
 tests start hundreds of processes. `warm_python` starts one process that imports them once, and
 returns a small program that asks it for a fork. Each fork has its own arguments, environment,
-directory and files; it dies with the program. Signals are not forwarded, and variables that
-libraries read when they are imported have no effect, so tests of imports, signals, installations
-and schedulers start Python itself.
+directory and files; it dies with the program and receives the program's signals, SIGSTOP excepted.
+Variables that libraries read when they are imported have no effect, so tests of imports, hangs,
+installations and schedulers start Python itself.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import NoReturn
@@ -37,6 +38,7 @@ _WHOLE_STACK = (
     "torch.distributed.launcher.api",
 )
 
+_FORWARDED = [int(getattr(signal, f"SIG{name}")) for name in ("HUP", "INT", "TERM", "USR1", "USR2")]
 # Without site-packages it starts in 15 ms.
 _CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
@@ -45,7 +47,11 @@ with socket.socket(socket.AF_UNIX) as connection:
     connection.connect({address!r})
     socket.send_fds(connection, [b"files"], [0, 1, 2])
     connection.sendall(json.dumps(request).encode() + b"\\n")
-    code = int(connection.makefile("rb").readline() or b"-9")
+    answers = connection.makefile("rb")
+    process = int(answers.readline())
+    for number in {forwarded}:
+        signal.signal(number, lambda number, frame: os.kill(process, number))
+    code = int(answers.readline() or b"-9")
 if code < 0:
     if -code != signal.SIGKILL:
         signal.signal(-code, signal.SIG_DFL)
@@ -70,7 +76,10 @@ def warm_python() -> str:
     assert server.stdin is not None and server.stdout is not None
     if server.stdout.readline() != b"ready\n":
         raise RuntimeError(f"the warm process ended with code {server.wait()}")
-    program.write_text(_CLIENT.format(python=sys.executable, address=address), encoding="utf-8")
+    program.write_text(
+        _CLIENT.format(python=sys.executable, address=address, forwarded=_FORWARDED),
+        encoding="utf-8",
+    )
     program.chmod(0o700)
     atexit.register(directory.cleanup)
     atexit.register(server.stdin.close)
@@ -110,6 +119,7 @@ def _supervise(connection: socket.socket) -> None:
         _become(request["arguments"], request["environment"], request["directory"], files)
     for file in files:
         os.close(file)
+    connection.sendall(b"%d\n" % process)
     ended = os.pidfd_open(process)
     ready, _, _ = select.select([connection.fileno(), ended], [], [])
     if connection.fileno() in ready:
@@ -132,6 +142,10 @@ def _become(
     )
     os.environ.clear()
     os.environ.update(environment)
+    # Read from TMPDIR again.
+    tempfile.tempdir = None
+    for option in filter(None, environment.get("PYTHONWARNINGS", "").split(",")):
+        warnings.simplefilter(option)  # type: ignore[arg-type]
     os.chdir(directory)
     code = 1
     try:

@@ -66,7 +66,9 @@ def ends(ranks: list[subprocess.Popen[str]]) -> tuple[list[int], str]:
 @contextlib.contextmanager
 def two_ranks(overrides: list[str], **more: str) -> Iterator[list[subprocess.Popen[str]]]:
     port = free_port()
-    ranks = [start_rank(rank, 2, port, overrides, WORKER, **more) for rank in (0, 1)]
+    ranks = [
+        start_rank(rank, 2, port, overrides, WORKER, sys.executable, **more) for rank in (0, 1)
+    ]
     try:
         yield ranks
     finally:
