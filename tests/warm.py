@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import NoReturn
 
 _WHOLE_STACK = (
+    # It keeps the name of the real interpreter, for what it spawns.
+    "multiprocessing.spawn",
     "calm_dist.data.latents",
     "calm_dist.evaluation.evaluate",
     "calm_dist.inference.generate",
@@ -38,6 +40,7 @@ _WHOLE_STACK = (
     "torch.distributed.launcher.api",
 )
 
+_ROOT = Path(__file__).parents[1]
 _FORWARDED = [int(getattr(signal, f"SIG{name}")) for name in ("HUP", "INT", "TERM", "USR1", "USR2")]
 # Without site-packages it starts in 15 ms.
 _CLIENT = """#!{python} -IS
@@ -104,19 +107,19 @@ def _serve(address: str) -> None:
         if os.fork() == 0:
             listener.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _supervise(connection)
+            _supervise(connection, str(Path(address).with_name("python")))
             os._exit(0)
         connection.close()
 
 
-def _supervise(connection: socket.socket) -> None:
+def _supervise(connection: socket.socket, program: str) -> None:
     """Fork the process of a request and tell how it ended; it dies with who asked for it."""
     _, files, _, _ = socket.recv_fds(connection, 5, 3)
     request = json.loads(connection.makefile("rb").readline())
     process = os.fork()
     if process == 0:
         connection.close()
-        _become(request["arguments"], request["environment"], request["directory"], files)
+        _become(program, request["arguments"], request["environment"], request["directory"], files)
     for file in files:
         os.close(file)
     connection.sendall(b"%d\n" % process)
@@ -130,7 +133,11 @@ def _supervise(connection: socket.socket) -> None:
 
 
 def _become(
-    arguments: list[str], environment: dict[str, str], directory: str, files: list[int]
+    program: str,
+    arguments: list[str],
+    environment: dict[str, str],
+    directory: str,
+    files: list[int],
 ) -> NoReturn:
     """Be the process that `python ARGUMENTS` would have started."""
     for target, file in enumerate(files):
@@ -147,6 +154,12 @@ def _become(
     for option in filter(None, environment.get("PYTHONWARNINGS", "").split(",")):
         warnings.simplefilter(option)  # type: ignore[arg-type]
     os.chdir(directory)
+    paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if any((Path(path) / "calm_dist").is_dir() and not _is_ours(path) for path in paths):
+        os.execv(sys.executable, [sys.executable, *arguments])
+    sys.path[1:1] = [path for path in paths if path not in sys.path]
+    # What it starts itself is a fork, too.
+    sys.executable = program
     code = 1
     try:
         _execute(arguments)
@@ -167,18 +180,22 @@ def _become(
         os._exit(code)
 
 
+def _is_ours(path: str) -> bool:
+    """Whether ``path`` has the package that is imported here, not a changed copy."""
+    return Path(path).samefile(_ROOT)
+
+
 def _execute(arguments: list[str]) -> None:
     if arguments[0] == "-u":
         arguments = arguments[1:]
-    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    sys.path[1:1] = [path for path in paths if path and path not in sys.path]
     first, rest = arguments[0], arguments[1:]
     if first == "-m":
         sys.argv, sys.path[0] = rest, os.getcwd()
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
-    elif first == "-c":
-        sys.argv, sys.path[0] = ["-c", *rest[1:]], ""
-        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+    elif first in ("-c", "-"):
+        code = rest.pop(0) if first == "-c" else sys.stdin.read()
+        sys.argv, sys.path[0] = [first, *rest], ""
+        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
     else:
         sys.argv, sys.path[0] = arguments, str(Path(first).resolve().parent)
         runpy.run_path(first, run_name="__main__")

@@ -11,11 +11,11 @@ ensure_venv
 # The multi-process tests start more processes than there are cores.
 export OMP_NUM_THREADS=1
 
-# One worker per core; each takes up to a gigabyte.
+# One more than cores, since tests of several processes often wait; each takes up to a gigabyte.
 workers() {
   local cores
   cores=$(nproc)
-  echo $((cores < 8 ? cores : 8))
+  echo $((cores < 8 ? cores + 1 : 8))
 }
 
 status=0
@@ -37,10 +37,15 @@ ensure_triton() {
 tests=(python -m pytest -rs --durations=10)
 case "$*" in
 "" | --full)
-  # Tests of several processes have the cores to themselves; the others share them.
-  shared=(tests/browser tests/docs tests/earlier tests/recipes tests/rehearsal tests/unit)
-  step "${tests[@]}" "$@" "${shared[@]/#/--ignore=}" --ignore=tests/gpu
-  step "${tests[@]}" "$@" -n "$(workers)" --dist loadfile "${shared[@]}"
+  # Slurm's jobs mostly wait: beside the other tests, and shown after them.
+  slurm_log=$(mktemp)
+  "${tests[@]}" "$@" tests/slurm >"$slurm_log" 2>&1 &
+  slurm=$!
+  # Each worker takes one file after another, the tests of several processes first.
+  step "${tests[@]}" "$@" -n "$(workers)" --dist loadfile --no-loadscope-reorder \
+    --ignore=tests/slurm --ignore=tests/gpu
+  wait "$slurm" || status=1
+  echo "== ${tests[*]} $* tests/slurm" && cat "$slurm_log" && rm "$slurm_log"
   ;;
 *) step "${tests[@]}" "$@" ;;
 esac

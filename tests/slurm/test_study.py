@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from cluster_jobs import Jobs
 from launches import ROOT
+from warm import warm_python
 
 MODELS = ("calm_tiny", "transformer_tiny")
 CHAIN = ["tokens", "autoencoder_tiny", "latents", "calm_tiny", "score-calm_tiny"]
@@ -62,6 +63,12 @@ class Study:
         return {name: rest.split(",")[0] for name, rest in lines}
 
 
+@pytest.fixture(autouse=True)
+def warm(jobs: Jobs) -> None:
+    """Its jobs are many, and short."""
+    jobs.environment["CALM_PYTHON"] = warm_python()
+
+
 def test_the_study_runs_to_its_report_though_a_node_dies(jobs: Jobs, corpus: Path) -> None:
     study = Study(jobs, corpus)
     shown = study.start("--dry-run")
@@ -107,7 +114,7 @@ def test_an_array_of_jobs_encodes_into_one_store(jobs: Jobs, corpus: Path) -> No
     python = jobs.directory / "python"
     python.write_text(
         '#!/bin/bash\n[ "${SLURM_RESTART_COUNT:-0}" != 0 ] || exec sleep 600\n'
-        f'exec "{sys.executable}" "$@"\n'
+        f'exec "{warm_python()}" "$@"\n'
     )
     python.chmod(0o755)
     environment = {"STORE": "tokens", "BLOCK_SIZE": "512", "PARTS": "6", "CALM_PYTHON": str(python)}
