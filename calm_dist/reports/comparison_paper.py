@@ -35,6 +35,8 @@ class PaperModel:
     num_mlp_layers: int | None = None
     """Blocks of the energy head; None for the discrete Transformer."""
     published: dict[str, float] | None = None
+    brierlm: float | None = None
+    """Published, with evaluation blocks of 8,192 tokens."""
 
 
 def _published(parameters: float, train: float, inference: float) -> dict[str, float]:
@@ -46,13 +48,13 @@ def _published(parameters: float, train: float, inference: float) -> dict[str, f
 
 
 PAPER_MODELS = (
-    PaperModel("Transformer-S", 768, 2048, 12, None, _published(281e6, 6.6e20, 4.4e8)),
-    PaperModel("Transformer-M", 1024, 2752, 16, None, _published(465e6, 11.9e20, 7.9e8)),
-    PaperModel("Transformer-L", 1536, 4096, 16, None, _published(849e6, 22.5e20, 15.0e8)),
+    PaperModel("Transformer-S", 768, 2048, 12, None, _published(281e6, 6.6e20, 4.4e8), 6.05),
+    PaperModel("Transformer-M", 1024, 2752, 16, None, _published(465e6, 11.9e20, 7.9e8), 7.07),
+    PaperModel("Transformer-L", 1536, 4096, 16, None, _published(849e6, 22.5e20, 15.0e8), 8.98),
     PaperModel("CALM-S", 768, 2048, 12, 3),
-    PaperModel("CALM-M", 1024, 2752, 16, 4, _published(371e6, 3.7e20, 2.9e8)),
-    PaperModel("CALM-L", 1536, 4096, 16, 4, _published(735e6, 7.7e20, 4.6e8)),
-    PaperModel("CALM-XL", 2560, 6880, 16, 4, _published(1.82e9, 19.5e20, 9.4e8)),
+    PaperModel("CALM-M", 1024, 2752, 16, 4, _published(371e6, 3.7e20, 2.9e8), 5.72),
+    PaperModel("CALM-L", 1536, 4096, 16, 4, _published(735e6, 7.7e20, 4.6e8), 6.58),
+    PaperModel("CALM-XL", 2560, 6880, 16, 4, _published(1.82e9, 19.5e20, 9.4e8), 8.53),
 )
 
 

@@ -10,6 +10,9 @@ BrierLM against training FLOPs is an image after a similar comment:
 
     <!-- plot words.json: *main* -->
     ![...](images/words.png)
+
+How scores grow with FLOPs is a table after ``<!-- growth FILE: PATTERNS -->``, and a plot after
+``<!-- growth-plot FILE: PATTERNS -->``; both contain the paper's models for comparison.
 """
 
 from __future__ import annotations
@@ -27,16 +30,14 @@ from calm_dist.reports.markdown import markdown_table
 from calm_dist.reports.plots import Palette, Plot, label_brierlm_over_flops
 from calm_dist.reports.tables import UNKNOWN, Cell, Table, number, power_of_ten, short, text
 from calm_dist.scores import brier_text, brierlm_text
-from calm_dist.study.result import read_collected
+from calm_dist.study.growth_page import growth_by_kind, growth_curves, growth_table, paper_growths
+from calm_dist.study.result import Result, by_seed, label_of, read_collected
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Result = dict[str, Any]
-
-_TABLE = re.compile(r"(<!-- results (\S+): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
-_PLOT = re.compile(r"<!-- plot (\S+): (.+?) -->\n!\[[^]]*\]\((\S+)\)")
-_SEED = re.compile(r"-s\d+$")
+_TABLE = re.compile(r"(<!-- (results|growth) (\S+): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_PLOT = re.compile(r"<!-- (plot|growth-plot) (\S+): (.+?) -->\n!\[[^]]*\]\((\S+)\)")
 
 
 def fill_page(page: str, directory: Path) -> str:
@@ -47,8 +48,10 @@ def fill_page(page: str, directory: Path) -> str:
     """
 
     def fill(found: re.Match[str]) -> str:
-        first, file, patterns, last = found.groups()
-        lines = markdown_table(results_table(_chosen(directory / file, patterns)))
+        first, what, file, patterns, last = found.groups()
+        results = _chosen(directory / file, patterns)
+        table = results_table(results) if what == "results" else growth_table(results)
+        lines = markdown_table(table)
         return "\n".join([first, *lines, "", last])
 
     return _TABLE.sub(fill, page)
@@ -61,10 +64,15 @@ def page_plots(page: str, directory: Path) -> dict[str, Plot]:
         UserError: as in `fill_page`.
     """
     plots = {}
-    for file, patterns, path in _PLOT.findall(page):
+    for what, file, patterns, path in _PLOT.findall(page):
         results = [r for r in _chosen(directory / file, patterns) if r.get("brierlm") is not None]
-        labels = tuple(dict.fromkeys(map(label_of, results)))
-        plots[path] = Plot(Path(path).stem, "", "", _brierlm_against_flops(results), legend=labels)
+        if what == "growth-plot":
+            growths = [*growth_by_kind(results), *paper_growths()]
+            labels, draw = tuple(one.label for one in growths), growth_curves(growths)
+        else:
+            labels = tuple(dict.fromkeys(map(label_of, results)))
+            draw = _brierlm_against_flops(results)
+        plots[path] = Plot(Path(path).stem, "", "", draw, legend=labels)
     return plots
 
 
@@ -76,19 +84,6 @@ def _chosen(file: Path, patterns: str) -> list[Result]:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UserError(f"{file}: no run is named {pattern}; runs are {', '.join(names[:20])}")
     return [r for r in results if any(fnmatchcase(r["name"], pattern) for pattern in wanted)]
-
-
-def label_of(result: Result) -> str:
-    """The kind of model that a run trains: transformer, tokens, or the kind of a CALM's head."""
-    return f"CALM, {result['head']} head" if result["kind"] == "calm" else result["kind"]
-
-
-def by_seed(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Results by the name of their run without its seed."""
-    groups: dict[str, list[Result]] = defaultdict(list)
-    for result in results:
-        groups[_SEED.sub("", result["name"])].append(result)
-    return groups
 
 
 def results_table(results: Sequence[Result]) -> Table:

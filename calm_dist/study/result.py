@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+import re
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,9 @@ from calm_dist.study.plan import is_run_name
 LARGEST_COLLECTED = 1 << 26
 """Bytes of a file of collected results."""
 _RUNS = "runs"
+_SEED = re.compile(r"-s\d+$")
+
+Result = dict[str, Any]
 
 _SCORES = (
     *("brier", "brier_stderr", "brierlm", "brierlm_stderr", "cross_entropy"),
@@ -111,3 +117,16 @@ def read_collected(file: Path) -> list[dict[str, Any]]:
             f"{file}: {wrong[0]!r} cannot name a run; give a file of study.py --collect"
         )
     return results
+
+
+def label_of(result: Result) -> str:
+    """The kind of model that a run trains: transformer, tokens, or the kind of a CALM's head."""
+    return f"CALM, {result['head']} head" if result["kind"] == "calm" else result["kind"]
+
+
+def by_seed(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Results by the name of their run without its seed."""
+    groups: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        groups[_SEED.sub("", result["name"])].append(result)
+    return groups
