@@ -70,7 +70,7 @@ def _row(one: Growth, first: Growth) -> tuple[Cell, ...]:
     value, error = one.at(largest)
     return (
         text(one.label),
-        text(", ".join(power_of_ten(point.flops, 1) for point in one.points)),
+        text(", ".join(power_of_ten(point.flops) for point in one.points)),
         text(f"{one.exponent:.3f}" + (f" ± {one.exponent_error:.3f}" if measured else "")),
         text(f"{value:.2f}" + (f" ± {error:.2f}" if measured else "")),
         text("" if one is first else _crossing_text(one, first, measured)),
@@ -82,11 +82,11 @@ def _crossing_text(one: Growth, first: Growth, measured: bool) -> str:
     then = "ahead" if one.exponent > first.exponent else "behind"
     if not measured:
         where = found.middle
-        return f"{power_of_ten(where, 1)}, then {then}" if math.isfinite(where) else "never"
+        return f"{power_of_ten(where)}, then {then}" if math.isfinite(where) else "never"
     chance = f"{found.chance:.0%} of the fits cross"
     if not math.isfinite(found.low):
         return f"never ({chance})"
-    ends = [power_of_ten(x, 1) if math.isfinite(x) else "never" for x in (found.low, found.high)]
+    ends = [power_of_ten(x) if math.isfinite(x) else "never" for x in (found.low, found.high)]
     return f"{ends[0]} to {ends[1]}, then {then} ({chance})"
 
 

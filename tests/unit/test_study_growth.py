@@ -101,7 +101,7 @@ def test_table_and_plot_of_a_page(tmp_path: Path) -> None:
     rows = [line for line in filled.splitlines() if line.startswith("| ")]
     # At the end of three points: 0.02 · 7.96 · √(1/3 + 1/2) = 0.145.
     assert "| 0.300 ± 0.006 " in rows[2] and "| 7.96 ± 0.14 " in rows[2]
-    assert "CALM, energy head" in rows[3] and "then ahead (100% of the fits cross)" in rows[2]
+    assert "CALM, energy head" in rows[3] and "then ahead (100% of the fits cross)" in rows[3]
     assert "paper, CALM" in rows[5] and "then behind" in rows[5]
     plots = page_plots(page, tmp_path)
     assert plots["p.png"].legend == (
