@@ -54,10 +54,10 @@ class Growth:
 
 @dataclass(frozen=True)
 class Crossing:
-    """Where two power laws cross beyond the measured budgets."""
+    """Where two power laws cross."""
 
     chance: float
-    """Share of the drawn fits that cross there."""
+    """Share of the drawn fits that cross."""
     low: float
     """FLOPs: the 16th percentile over all drawn fits; infinite for those that do not cross."""
     middle: float
@@ -110,14 +110,16 @@ def fit(label: str, points: Sequence[Score]) -> Growth:
     )  # fmt: skip
 
 
-def crossing(one: Growth, other: Growth) -> Crossing:
-    """Where the one that is behind at the largest measured budget would overtake the other."""
+def crossing(one: Growth, other: Growth, after: float | None = None) -> Crossing:
+    """Where one overtakes the other beyond ``after`` FLOPs, by default the largest measured
+    budget."""
     # Independent errors: otherwise both would use the same draws.
     others = other.draws[np.random.default_rng(1).permutation(DRAWS)]
     faster, behind = one.draws[:, 0] - others[:, 0], others[:, 1] - one.draws[:, 1]
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         where = np.exp(behind / faster)
-    largest = max(point.flops for point in (*one.points, *other.points))
-    where = np.where(where > largest, where, np.inf)
+    if after is None:
+        after = max(point.flops for point in (*one.points, *other.points))
+    where = np.where(where > after, where, np.inf)
     low, middle, high = np.quantile(where, (0.16, 0.5, 0.84), method="lower")
     return Crossing(float(np.isfinite(where).mean()), float(low), float(middle), float(high))

@@ -78,7 +78,7 @@ def _row(one: Growth, first: Growth) -> tuple[Cell, ...]:
 
 
 def _crossing_text(one: Growth, first: Growth, measured: bool) -> str:
-    found = crossing(one, first)
+    found = crossing(one, first, None if measured else first.points[0].flops)
     then = "ahead" if one.exponent > first.exponent else "behind"
     if not measured:
         where = found.middle
