@@ -14,7 +14,8 @@ export OMP_NUM_THREADS=1
 # One more than cores, since tests of several processes often wait; each takes up to a gigabyte.
 workers() {
   local cores
-  cores=$(nproc)
+  # nproc obeys OMP_NUM_THREADS.
+  cores=$(env -u OMP_NUM_THREADS nproc)
   echo $((cores < 8 ? cores + 1 : 8))
 }
 

@@ -229,7 +229,8 @@ def label_brierlm_over_flops(axis: Axes) -> None:
     axis.xaxis.set_minor_formatter("")
     axis.set_xlabel("training FLOPs")
     axis.set_ylabel("BrierLM")
-    axis.set_ylim(bottom=0)
+    if axis.get_yscale() == "linear":
+        axis.set_ylim(bottom=0)
 
 
 def _runs_of(points: Sequence[Point]) -> list[tuple[int, str]]:
