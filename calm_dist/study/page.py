@@ -11,12 +11,16 @@ BrierLM against training FLOPs is an image after a similar comment:
     <!-- plot words.json: *main* -->
     ![...](images/words.png)
 
+What the runs wrote is a list after ``<!-- texts FILE: PATTERNS -->``; a pattern's best run stands
+for all.
+
 How scores grow with FLOPs is a table after ``<!-- growth FILE: PATTERNS -->``, and a plot after
 ``<!-- growth-plot FILE: PATTERNS -->``; both contain the paper's models for comparison.
 """
 
 from __future__ import annotations
 
+import html
 import re
 import statistics
 from collections import defaultdict
@@ -36,7 +40,7 @@ from calm_dist.study.result import Result, by_seed, label_of, read_collected
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_TABLE = re.compile(r"(<!-- (results|growth) (\S+): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- (results|growth|texts) (\S+): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 _PLOT = re.compile(r"<!-- (plot|growth-plot) (\S+): (.+?) -->\n!\[[^]]*\]\((\S+)\)")
 
 
@@ -50,8 +54,12 @@ def fill_page(page: str, directory: Path) -> str:
     def fill(found: re.Match[str]) -> str:
         first, what, file, patterns, last = found.groups()
         results = _chosen(directory / file, patterns)
-        table = results_table(results) if what == "results" else growth_table(results)
-        lines = markdown_table(table)
+        if what == "texts":
+            groups = [_chosen(directory / file, pattern) for pattern in patterns.split(",")]
+            lines = [line for group in groups for line in texts_of_best(group)]
+        else:
+            table = results_table(results) if what == "results" else growth_table(results)
+            lines = markdown_table(table)
         return "\n".join([first, *lines, "", last])
 
     return _TABLE.sub(fill, page)
@@ -84,6 +92,24 @@ def _chosen(file: Path, patterns: str) -> list[Result]:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UserError(f"{file}: no run is named {pattern}; runs are {', '.join(names[:20])}")
     return [r for r in results if any(fnmatchcase(r["name"], pattern) for pattern in wanted)]
+
+
+def texts_of_best(results: Sequence[Result]) -> list[str]:
+    """Markdown of what the run with the highest BrierLM wrote.
+
+    Raises:
+        UserError: none of the runs has texts.
+    """
+    written = [result for result in results if result.get("texts")]
+    if not written:
+        raise UserError(f"texts: {results[0]['name']} has none; add `texts` to its plan")
+    best = max(written, key=lambda result: result["brierlm"] or 0.0)
+    lines = [f"**{best['name']}** (BrierLM {best['brierlm']:.2f})", ""]
+    for one in best["texts"]:
+        # One line; HTML, so that no character of the text is Markdown.
+        shown = html.escape(f"{one['prompt']}{one['text']}").replace("\n", " ⏎ ")
+        lines.append(f"- T = {one['temperature']}: <code>{shown}</code>")
+    return [*lines, ""]
 
 
 def results_table(results: Sequence[Result]) -> Table:

@@ -3,6 +3,7 @@
     vocabulary: 259            # if absent, a tokenizer must be given
     block_size: 256
     evaluation: {split: valid, blocks: 128, samples: 8}
+    texts: {prompts: [The sea], temperatures: ['1', 1/2]}    # if absent, none
     runs:
       - name: ae
         recipe: autoencoder.yaml
@@ -50,6 +51,21 @@ class Evaluation(Section):
     """Draws for each position."""
 
 
+class Texts(Section):
+    """What every language model of a plan is asked to write, with seed 0."""
+
+    prompts: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
+    """Beginnings of the texts."""
+    temperatures: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)] = (
+        "1",
+        "1/2",
+        "1/3",
+    )
+    """As for tools/generate.py."""
+    tokens: Positive = 64
+    """New tokens of each text."""
+
+
 class Entry(Section):
     """One or several runs of a plan."""
 
@@ -80,6 +96,7 @@ class Plan(Section):
     block_size: Positive
     """Tokens of a block."""
     evaluation: Evaluation = Evaluation()
+    texts: Texts | None = None
     runs: Annotated[tuple[Entry, ...], Field(strict=False, min_length=1)]
 
 

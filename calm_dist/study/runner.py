@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from calm_dist.runs.directory import FINISHED
 from calm_dist.runs.listing import describe
 from calm_dist.scores import summary_text
 from calm_dist.study import data
-from calm_dist.study.plan import Plan, PlannedRun
+from calm_dist.study.plan import Plan, PlannedRun, Texts
 from calm_dist.study.result import result_of
 from calm_dist.training.resolve import resolve
 
@@ -52,6 +53,7 @@ class Runner:
         """
         (self.out / "results").mkdir(parents=True, exist_ok=True)
         (self.out / "logs").mkdir(exist_ok=True)
+        self._add_texts(runs)
         waiting = self._left(runs)
         done = len(runs) - len(waiting)
         failed: dict[str, str] = {}
@@ -112,8 +114,44 @@ class Runner:
             run.name, self._run_dir(run.name), overrides, diverged=diverged,
             autoencoder=run.autoencoder, seconds=time.time() - started, threads=THREADS,
         )  # fmt: skip
-        replace_text(self.result_file(run.name), json.dumps(result, indent=1) + "\n")
+        if self.plan.texts is not None and not diverged and not is_autoencoder:
+            result["texts"] = self._write_texts(run, self.plan.texts)
+        self._save(run.name, result)
         return result
+
+    def _save(self, name: str, result: dict[str, Any]) -> None:
+        replace_text(self.result_file(name), json.dumps(result, indent=1) + "\n")
+
+    def _add_texts(self, runs: list[PlannedRun]) -> None:
+        """Write the texts of runs that were trained here before the plan asked for them."""
+        for run in runs:
+            if self.plan.texts is None or not self._is_trained(run.name):
+                continue
+            result = json.loads(self.result_file(run.name).read_text(encoding="utf-8"))
+            if result["kind"] != "autoencoder" and "texts" not in result:
+                result["texts"] = self._write_texts(run, self.plan.texts)
+                self._save(run.name, result)
+
+    def _write_texts(self, run: PlannedRun, wanted: Texts) -> list[dict[str, str]]:
+        """One text for each temperature and prompt, beginning with the prompt."""
+        written = []
+        with tempfile.TemporaryDirectory() as directory:
+            file = Path(directory) / "texts.jsonl"
+            for temperature in wanted.temperatures:
+                code = self._call(
+                    run, "generate.py", "--checkpoint", str(self._run_dir(run.name)),
+                    *(word for prompt in wanted.prompts for word in ("--prompt", prompt)),
+                    "--temperature", temperature, "--max-new-tokens", str(wanted.tokens),
+                    "--json", str(file),
+                )  # fmt: skip
+                if code != 0:
+                    raise FailedRunError(f"writing texts ended with {code}; see {self._log(run)}")
+                lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+                written += [
+                    {"temperature": temperature, "prompt": one["prompt"], "text": one["text"]}
+                    for one in lines
+                ]
+        return written
 
     def _score(self, run: PlannedRun, recipe: Recipe) -> None:
         wanted = self.plan.evaluation

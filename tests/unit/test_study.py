@@ -117,7 +117,9 @@ def test_a_plan_from_corpus_to_results(corpus: Path, tmp_path: Path) -> None:
         entry("wrong", autoencoder="ae", overrides={**small, "model.latent_size": 8}),
         entry("ae", "autoencoder", overrides={**small, "model.latent_slots": 4}),
     ]  # fmt: skip
-    plan = plan_file(tmp_path, runs=runs, evaluation={"split": "test", "blocks": 3, "samples": 2})
+    evaluation = {"split": "test", "blocks": 3, "samples": 2}
+    texts = {"prompts": ["def", "The <x>"], "temperatures": ["1", "1/2"], "tokens": 5}
+    plan = plan_file(tmp_path, runs=runs, evaluation=evaluation, texts=texts)
     out = tmp_path / "out"
     study = [sys.executable, str(ROOT / "tools" / "study.py"), str(plan), "--out", str(out)]
     first = call([*study, "--corpus", str(corpus), "--jobs", "2"], code=2)
@@ -141,8 +143,17 @@ def test_a_plan_from_corpus_to_results(corpus: Path, tmp_path: Path) -> None:
     assert len(control["earlier"]) == 0 or control["steps"] > 1
     assert control["cross_entropy"] > 0 and control["protocol"]["blocks"] == 3
     assert len(control["brier"]) == 4 and control["brierlm_of_samples"] >= 0
+    written = [(one["temperature"], one["prompt"]) for one in chain["texts"]]
+    assert written == [("1", "def"), ("1", "The <x>"), ("1/2", "def"), ("1/2", "The <x>")]
+    assert "texts" not in encoder
     assert encoder["kind"] == "autoencoder" and 0 <= encoder["token_accuracy"] <= 1
     assert str(tmp_path) not in json.dumps([r["overrides"] for r in collected])
+
+    # A plan that asks for texts later gets them without another training.
+    result = out / "results" / "control.json"
+    result.write_text(json.dumps({k: v for k, v in control.items() if k != "texts"}))
+    call([*study, "--corpus", str(corpus), "--only", "control"])
+    assert json.loads(result.read_text()) == control
 
     # On another machine: only the run that is left, and the autoencoder that it needs.
     known = tmp_path / "known.json"

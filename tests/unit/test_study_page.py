@@ -80,6 +80,15 @@ def test_plots_have_a_line_for_each_kind(tmp_path: Path) -> None:
     assert plots["images/p.png"].legend == ("CALM, energy head", "transformer")
 
 
+def test_texts_are_those_of_the_best_run(tmp_path: Path) -> None:
+    texts = [{"temperature": "1/2", "prompt": "a <b>", "text": "*c*\nd"}]
+    write(tmp_path, result("a", 2.0, texts=texts), result("b", 3.0), result("c", 1.0, texts=[]))
+    filled = fill_page("<!-- texts a.json: * -->\n<!-- end -->", tmp_path)
+    assert "**a** (BrierLM 2.00)\n\n- T = 1/2: <code>a &lt;b&gt;*c* ⏎ d</code>\n" in filled
+    with pytest.raises(UserError, match="b has none; add `texts`"):
+        fill_page("<!-- texts a.json: b -->\n<!-- end -->", tmp_path)
+
+
 def test_what_cannot_be_shown_is_named(tmp_path: Path) -> None:
     write(tmp_path, result("a", 2.0))
     with pytest.raises(UserError, match="no run is named nothing"):
