@@ -142,9 +142,13 @@ def correlation(points: Sequence[Point]) -> dict[str, Any]:
     if np.ptp(entropies) == 0 or np.ptp(scores) == 0:
         result["undefined"] = "all evaluations have the same value"
         return result
-    result["pearson"] = _pearson(entropies, scores)
-    result["spearman"] = _pearson(_ranks(entropies), _ranks(scores))
+    result["pearson"], result["spearman"] = pearson_and_spearman(entropies, scores)
     return result
+
+
+def pearson_and_spearman(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Both correlations of two vectors [n], n >= 2, neither of which is constant."""
+    return _pearson(x, y), _pearson(_ranks(x), _ranks(y))
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> float:

@@ -11,6 +11,8 @@ BrierLM against training FLOPs is an image after a similar comment:
     <!-- plot words.json: *main* -->
     ![...](images/words.png)
 
+``<!-- correlation FILE: PATTERNS -->`` compares BrierLM with cross entropy over these runs.
+
 What the runs wrote is a list after ``<!-- texts FILE: PATTERNS -->``; a pattern's best run stands
 for all.
 
@@ -29,7 +31,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from calm_dist.errors import UserError
+from calm_dist.reports.analysis import MIN_CORRELATED, pearson_and_spearman
 from calm_dist.reports.markdown import markdown_table
 from calm_dist.reports.plots import Palette, Plot, label_brierlm_over_flops
 from calm_dist.reports.tables import UNKNOWN, Cell, Table, number, power_of_ten, short, text
@@ -40,7 +45,9 @@ from calm_dist.study.result import Result, by_seed, label_of, read_collected
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_TABLE = re.compile(r"(<!-- (results|growth|texts) (\S+): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(
+    r"(<!-- (results|growth|texts|correlation) (\S+): (.+?) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 _PLOT = re.compile(r"<!-- (plot|growth-plot) (\S+): (.+?) -->\n!\[[^]]*\]\((\S+)\)")
 
 
@@ -58,8 +65,7 @@ def fill_page(page: str, directory: Path) -> str:
             groups = [_chosen(directory / file, pattern) for pattern in patterns.split(",")]
             lines = [line for group in groups for line in texts_of_best(group)]
         else:
-            table = results_table(results) if what == "results" else growth_table(results)
-            lines = markdown_table(table)
+            lines = markdown_table(_TABLES[what](results))
         return "\n".join([first, *lines, "", last])
 
     return _TABLE.sub(fill, page)
@@ -92,6 +98,29 @@ def _chosen(file: Path, patterns: str) -> list[Result]:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UserError(f"{file}: no run is named {pattern}; runs are {', '.join(names[:20])}")
     return [r for r in results if any(fnmatchcase(r["name"], pattern) for pattern in wanted)]
+
+
+def correlation_table(results: Sequence[Result]) -> Table:
+    """For each kind of model, how well cross entropy predicts BrierLM over its runs.
+
+    Raises:
+        UserError: fewer than three runs of a kind have both.
+    """
+    groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for one in results:
+        if one.get("cross_entropy") is not None and one.get("brierlm") is not None:
+            groups[label_of(one)].append((one["cross_entropy"], one["brierlm"]))
+    rows = []
+    for label, pairs in groups.items():
+        if len(pairs) < MIN_CORRELATED:
+            raise UserError(f"correlation: {len(pairs)} runs of {label}; {MIN_CORRELATED} needed")
+        entropies, scores = np.array(pairs).T
+        pearson, spearman = pearson_and_spearman(entropies, scores)
+        spans = (f"{values.min():.2f} to {values.max():.2f}" for values in (entropies, scores))
+        both = (f"{pearson:.3f}", f"{spearman:.3f}")
+        rows.append(tuple(map(text, (label, str(len(pairs)), *spans, *both))))
+    columns = ("model", "runs", "cross entropy", "BrierLM", "Pearson", "Spearman")
+    return Table("", columns, tuple(rows))
 
 
 def texts_of_best(results: Sequence[Result]) -> list[str]:
@@ -149,6 +178,12 @@ def _scores(pattern: Callable[[Result], str], key: Callable[[Result], float]) ->
 def _first(cell: Callable[[Result], Cell]) -> Callable[[list[Result]], Cell]:
     return lambda group: cell(group[0])
 
+
+_TABLES = {
+    "results": results_table,
+    "growth": growth_table,
+    "correlation": correlation_table,
+}
 
 _MODEL: dict[str, Callable[[list[Result]], Cell]] = {
     "parameters": _first(lambda r: short(r["parameters"])),

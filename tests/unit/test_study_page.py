@@ -89,6 +89,21 @@ def test_texts_are_those_of_the_best_run(tmp_path: Path) -> None:
         fill_page("<!-- texts a.json: b -->\n<!-- end -->", tmp_path)
 
 
+def test_correlation_of_entropy_and_score(tmp_path: Path) -> None:
+    entropies = (3.0, 2.0, 1.0, 0.5)
+    runs = [
+        result(f"t{i}", 10 - 2 * x, kind="transformer", cross_entropy=x)
+        for i, x in enumerate(entropies)
+    ]
+    write(tmp_path, *runs, result("c", 1.0))
+    filled = fill_page("<!-- correlation a.json: * -->\n<!-- end -->", tmp_path)
+    assert cells(filled, 2) == [
+        "transformer", "4", "0.50 to 3.00", "4.00 to 9.00", "-1.000", "-1.000",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="1 runs of transformer; 3 needed"):
+        fill_page("<!-- correlation a.json: t0 -->\n<!-- end -->", tmp_path)
+
+
 def test_what_cannot_be_shown_is_named(tmp_path: Path) -> None:
     write(tmp_path, result("a", 2.0))
     with pytest.raises(UserError, match="no run is named nothing"):
