@@ -3,7 +3,8 @@
 Importing torch, Megatron-core, DeepSpeed and Streaming takes some 4 seconds of a core, and the
 tests start hundreds of processes. `warm_python` starts one process that imports them once, and
 returns a small program that asks it for a fork. Each fork has its own arguments, environment,
-directory and files; it dies with the program and receives the program's signals, SIGSTOP excepted.
+directory and files; it dies a moment after the program and receives the program's signals, SIGSTOP
+excepted.
 Variables that libraries read when they are imported have no effect, so tests of imports, hangs,
 installations and schedulers start Python itself.
 """

@@ -55,7 +55,9 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def start(tmp: Path, ranks: int, scenarios: list[dict[str, Any]]) -> list[subprocess.Popen]:
+def start(
+    tmp: Path, ranks: int, scenarios: list[dict[str, Any]], python: str | None = None
+) -> list[subprocess.Popen]:
     """One process per rank, each leader of a process group of its own."""
     tmp.mkdir(parents=True, exist_ok=True)
     (tmp / "job.json").write_text(json.dumps({"rendezvous": str(tmp), "scenarios": scenarios}))
@@ -70,7 +72,13 @@ def start(tmp: Path, ranks: int, scenarios: list[dict[str, Any]]) -> list[subpro
     }
     return [
         subprocess.Popen(
-            [warm_python(), WORKER, tmp / "job.json", str(rank), tmp / f"rank{rank}.json"],
+            [
+                python or warm_python(),
+                WORKER,
+                tmp / "job.json",
+                str(rank),
+                tmp / f"rank{rank}.json",
+            ],
             env=environment,
             start_new_session=True,
         )
@@ -262,7 +270,8 @@ def segments_of(locks: list[Path]) -> list[Path]:
 def test_restart_after_sigkill_and_two_runs_at_once(stores: Path, tmp_path: Path) -> None:
     scratch = tmp_path / "tmp" / f"calm_dist_{os.getuid()}"
     endless = scenario("endless", 2, paths=[str(stores / "one")], steps=10**9, ready=True)
-    killed = start(tmp_path / "killed", 2, [endless])
+    # A fork of the warm process would die a moment after the program that asked for it.
+    killed = start(tmp_path / "killed", 2, [endless], sys.executable)
     try:
         deadline = time.monotonic() + SECONDS
         while len(list((tmp_path / "killed").glob("*.ready"))) < 2:
