@@ -12,7 +12,6 @@ import lzma
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from calm_dist.errors import DataError
@@ -113,7 +112,7 @@ class Unpacked(io.RawIOBase):
             last frame. A file that was cut exactly between two frames looks like a complete one.
     """
 
-    def __init__(self, path: Path, source: io.BufferedReader, suffix: str) -> None:
+    def __init__(self, path: str, source: io.BufferedReader, suffix: str) -> None:
         self._path, self._source, self._suffix = path, source, suffix
         self._codec = CODECS[suffix]
         self._decoder: Decoder | None = None

@@ -25,6 +25,9 @@ from calm_dist.data.corpus import (
     standard_library_documents,
 )
 from calm_dist.data.corpus_files import CorpusPaths
+from calm_dist.data.formats import TEXT_AND_ID, Reading
+from calm_dist.data.reading import Tally
+from calm_dist.data.reports import REPORT, merged_report, summary
 from calm_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from calm_dist.errors import DataError
 from calm_dist.files import file_sha256, replace_text
@@ -46,6 +49,8 @@ def prepare_corpus(
     end_token: str | None = None,
     vocab_size: int = 512,
     seed: int = 0,
+    reading: Reading = TEXT_AND_ID,
+    skip_faults: bool = False,
 ) -> bool:
     """Write ``out/corpus/{train,valid,test}.jsonl``, their manifest, and ``out/tokenizer.json``.
 
@@ -58,6 +63,9 @@ def prepare_corpus(
             records them, and `encode_latents` must be given the same.
         vocab_size: entries of a trained BPE.
         seed: decides the split of each document.
+        reading: what of the corpus becomes documents.
+        skip_faults: leave out damaged files and whatever is no document, and count it in
+            ``corpus/report.json``; otherwise the first such fault is an error.
 
     Returns:
         True if files were written; False if all existed already and are intact.
@@ -74,11 +82,13 @@ def prepare_corpus(
             "has its own tokens"
         )
     manifest_path = out / "corpus" / MANIFEST
-    files = find_files(paths) if paths else None
+    files = find_files(paths, reading) if paths else None
     if files is not None:
         files.report()
         files.refuse_output(out, _written())
     made_from = {**_describe_input(files, tokenizer, names, vocab_size, seed), **names}
+    if reading != TEXT_AND_ID:
+        made_from["reading"] = reading.model_dump(mode="json")
     present = _read_manifest(manifest_path)
     if present is not None:
         _refuse_other_input(manifest_path, present["made_from"], made_from)
@@ -86,10 +96,15 @@ def prepare_corpus(
             return False
         _log.warning("%s: files are missing or changed; writing them again", out / "corpus")
 
-    documents = _document_source(files)
-    split_of = _split_documents(documents, files, seed)
+    tally = Tally(skip_faults)
+    documents = _document_source(files, reading)
+    split_of = _split_documents(documents(tally), files, seed, reading, skip=skip_faults)
+    report = merged_report([tally.to_dict() | {"documents": len(split_of)}])
+    if (left_out := summary(report)) is not None:
+        _log.log(NOTE, left_out)
     manifest_path.parent.mkdir(parents=True, exist_ok=True)
-    splits = _write_splits(out / "corpus", documents, split_of)
+    splits = _write_splits(out / "corpus", documents(Tally(skip_faults)), split_of)
+    replace_text(out / "corpus" / REPORT, json.dumps(report, indent=2) + "\n")
     source = None if tokenizer is None else load_tokenizer(tokenizer, **names).path
     tokenizer_file = _make_tokenizer(out, source, vocab_size, splits["train"]["documents"])
     manifest = {
@@ -106,6 +121,7 @@ def _written() -> list[str]:
     """Names of the files written into ``out``."""
     return [
         *(f"corpus/{split}.jsonl" for split in SPLITS),
+        f"corpus/{REPORT}",
         f"corpus/{MANIFEST}",
         *_TOKENIZER_FILES,
     ]
@@ -180,28 +196,35 @@ def _intact(out: Path, manifest: dict[str, Any]) -> bool:
     )
 
 
-def _document_source(files: CorpusFiles | None) -> Callable[[], Iterable[Document]]:
+def _document_source(
+    files: CorpusFiles | None, reading: Reading
+) -> Callable[[Tally], Iterable[Document]]:
     """A function that starts a pass over the documents; each pass reads the files again."""
     if files is not None:
-        return lambda: iter_documents(files)
+        return lambda tally: iter_documents(files, reading, tally)
     documents = standard_library_documents()
-    return lambda: documents
+    return lambda tally: documents
 
 
 def _split_documents(
-    documents: Callable[[], Iterable[Document]], files: CorpusFiles | None, seed: int
+    documents: Iterable[Document],
+    files: CorpusFiles | None,
+    seed: int,
+    reading: Reading,
+    *,
+    skip: bool,
 ) -> np.ndarray:
     """For each document the position of its split in `SPLITS`."""
     known = DocumentIds(seed)
-    for document in progress(documents(), None, label="read the corpus", unit="documents"):
+    for document in progress(documents, None, label="read the corpus", unit="documents"):
         known.add(document.id)
     if files is not None:
-        refuse_repeated_ids(known, files)
+        refuse_repeated_ids(known, files, reading, skip=skip)
     return known.splits()
 
 
 def _write_splits(
-    folder: Path, documents: Callable[[], Iterable[Document]], split_of: np.ndarray
+    folder: Path, documents: Iterable[Document], split_of: np.ndarray
 ) -> dict[str, dict[str, Any]]:
     counts = {split: {"documents": 0, "characters": 0} for split in SPLITS}
     done = 0
@@ -213,7 +236,7 @@ def _write_splits(
                 )
                 for split in SPLITS
             }
-            read = progress(documents(), len(split_of), label="split", unit="documents")
+            read = progress(documents, len(split_of), label="split", unit="documents")
             for document in read:
                 if done == len(split_of):
                     raise _changed(len(split_of))

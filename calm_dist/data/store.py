@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from calm_dist.data.formats import TEXT_AND_ID, Reading
 from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.errors import DataError, listed, shown
 from calm_dist.files import file_sha256, read_bounded
@@ -85,6 +86,12 @@ class StorePlan(_Strict):
     parts: Positive = 1
     """Number of parts that the shuffled documents were cut into; each drops the tokens after its
     last full block."""
+    order: Literal[2] | None = None
+    """2: the corpus has several units (`calm_dist.data.units`), each shuffled on its own, and
+    corpus_sha256 covers the files' sizes and samples of them. None: all documents were shuffled
+    together and all contents hashed, as of small corpora, and of any corpus in earlier versions."""
+    reading: Reading = TEXT_AND_ID
+    """What of the corpus became documents."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -125,14 +132,19 @@ class StorePlan(_Strict):
     def to_dict(self) -> dict[str, Any]:
         """As plain values, in the form of ``meta.json``."""
         values = self.model_dump(mode="json")
-        if self.parts == 1:
-            # Keep the fingerprint that such stores had before there were parts.
-            del values["parts"]
+        for name in LATER_FIELDS:
+            # Keep the fingerprint that such stores had before there was this field.
+            if getattr(self, name) == StorePlan.model_fields[name].default:
+                del values[name]
         for name in ("begin_token", "end_token"):
             # Absent in earlier versions, whose fingerprint covers the fields that they wrote.
             if values["tokenizer"][name] is None:
                 del values["tokenizer"][name]
         return values
+
+
+LATER_FIELDS = ("parts", "order", "reading")
+"""Fields that the first version of stores did not have; absent where they have their default."""
 
 
 class StoreMeta(StorePlan):

@@ -192,7 +192,7 @@ def test_merge_that_is_killed_or_overtaken_at_any_step(
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
     [
-        (latents, "ShuffledDocuments", 0),
+        (latents, "find_files", 0),
         (latents, "begin", 0),
         (parts, "_begun_plan", 0),
         (parts, "_put", 0),
@@ -356,7 +356,6 @@ def command(inputs: Path, out: Path | str, *more: str) -> list[str]:
         ("--shard-mib 4096", "error: shard size 4096 MiB: a shard of such blocks must be smaller"),
         ("--shard-mib 0", "argument --shard-mib: 0: give a whole number from 1"),
         ("--block-size 1073741824", "error: block size 1073741824: one block takes 4294967296"),
-        ("--parts 61", "error: --parts 61: the corpus has 60 documents; give at most that"),
     ],
 )
 def test_bad_options_end_with_code_2(
