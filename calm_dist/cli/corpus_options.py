@@ -6,6 +6,7 @@ import argparse
 
 from calm_dist.cli.console import at_least
 from calm_dist.data.formats import SUPPORTED, Reading
+from calm_dist.errors import DataError
 
 CORPUS_HELP = (
     f"{SUPPORTED}, or directories or globs of them, here or at URLs such as s3://; - is lines of "
@@ -35,6 +36,13 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         help="leave out documents of fewer characters (default 0)",
     )
     parser.add_argument(
+        "--dedup",
+        choices=("none", "exact"),
+        default="none",
+        help="exact: of documents with the same text, keep only the first of the corpus; reads it "
+        "once more (default none)",
+    )
+    parser.add_argument(
         "--on-bad-line",
         choices=("stop", "skip"),
         default="stop",
@@ -45,4 +53,12 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
 
 def reading_from(args: argparse.Namespace) -> Reading:
     """The `Reading` that these options ask for."""
-    return Reading(text_key=args.text_key, id_key=args.id_key, min_chars=args.min_chars)
+    for name, key in (("--text-key", args.text_key), ("--id-key", args.id_key)):
+        if not key:
+            raise DataError(f"{name}: is empty; name a key or column")
+    return Reading(
+        text_key=args.text_key,
+        id_key=args.id_key,
+        min_chars=args.min_chars,
+        dedup=args.dedup == "exact",
+    )

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
+import tempfile
 import tokenize
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from calm_dist.data.corpus_files import CorpusFiles, CorpusPaths, find_files
+from calm_dist.data.dedup import Repetitions
 from calm_dist.data.formats import (
     TABLES,
     TEXT_AND_ID,
@@ -27,9 +30,10 @@ from calm_dist.data.formats import (
     format_of_file,
     quoted,
 )
-from calm_dist.data.reading import Tally, lines_before, shuffled_documents, span_documents
+from calm_dist.data.reading import Tally, lines_before, shuffled_documents, unit_documents
 from calm_dist.data.remote_files import is_url, open_url
 from calm_dist.data.units import (
+    Share,
     Span,
     file_fingerprint,
     in_threads,
@@ -109,7 +113,10 @@ def _content_sha256(file: CorpusFile) -> str:
 
 
 def iter_documents(
-    paths: CorpusPaths, reading: Reading = TEXT_AND_ID, tally: Tally | None = None
+    paths: CorpusPaths,
+    reading: Reading = TEXT_AND_ID,
+    tally: Tally | None = None,
+    repeated: Callable[[int], np.ndarray] | None = None,
 ) -> Iterator[Document]:
     """The documents of a corpus in the order of its files; blank texts are left out.
 
@@ -117,27 +124,49 @@ def iter_documents(
         paths: the corpus.
         reading: what becomes a document.
         tally: counts what is left out; None: the first fault is an error.
+        repeated: from `repetitions`; None: repetitions are documents, too.
 
     Raises:
         DataError: see `find_files`; a file is damaged or truncated; a line or row is no document;
             or no document of the corpus has content.
     """
-    for _, _, document in _places_and_documents(find_files(paths), reading, tally):
+    for _, _, document in _places_and_documents(find_files(paths), reading, tally, repeated):
         yield document
 
 
 def _places_and_documents(
-    files: CorpusFiles, reading: Reading = TEXT_AND_ID, tally: Tally | None = None
+    files: CorpusFiles,
+    reading: Reading = TEXT_AND_ID,
+    tally: Tally | None = None,
+    repeated: Callable[[int], np.ndarray] | None = None,
 ) -> Iterator[tuple[CorpusFile, int, Document]]:
     """File, place and document of each document."""
     empty = True
     for number, unit in enumerate(units_of(files, reading)):
-        for position, span in enumerate(unit.spans):
-            for place, document in span_documents(span, reading, tally, (number, position)):
-                empty = False
-                yield span.file, place, document
+        for span, place, document in unit_documents(number, unit.spans, reading, tally, repeated):
+            empty = False
+            yield span.file, place, document
     if empty:
         raise no_text(files)
+
+
+@contextmanager
+def repetitions(
+    files: CorpusFiles, reading: Reading, *, skip: bool
+) -> Iterator[Callable[[int], np.ndarray] | None]:
+    """The repeated documents of each unit, if ``reading`` leaves them out; else None.
+
+    Their hashes are kept in ``TMPDIR``, 24 bytes per document.
+    """
+    if not reading.dedup:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="calm_dist_dedup_") as directory:
+        found = Repetitions(Path(directory), 1)
+        units = enumerate(units_of(files, reading))
+        shares = [Share(number, unit.spans) for number, unit in units]
+        found.find(lambda _: shares, reading, skip=skip)
+        yield found.of_unit
 
 
 class ShuffledDocuments:
@@ -268,14 +297,19 @@ def split_documents(ids: Sequence[str], seed: int) -> dict[str, list[int]]:
 
 
 def refuse_repeated_ids(
-    known: DocumentIds, paths: CorpusPaths, reading: Reading = TEXT_AND_ID, *, skip: bool = False
+    known: DocumentIds,
+    paths: CorpusPaths,
+    reading: Reading = TEXT_AND_ID,
+    repeated: Callable[[int], np.ndarray] | None = None,
+    *,
+    skip: bool = False,
 ) -> None:
     """Refuse a corpus in which two documents have the same id and hence share a split.
 
     Args:
         known: the ids of the documents of ``paths``, in their order.
         paths: the corpus; it is read again to find file and line of both documents.
-        reading, skip: as when ``known`` was read.
+        reading, repeated, skip: as when ``known`` was read.
 
     Raises:
         DataError: there are such documents; the message names the id and both places.
@@ -284,7 +318,7 @@ def refuse_repeated_ids(
     if pair is None:
         return
     places, document_id = [], ""
-    again = _places_and_documents(find_files(paths), reading, Tally(skip=skip))
+    again = _places_and_documents(find_files(paths), reading, Tally(skip), repeated)
     for position, (file, place, document) in enumerate(again):
         if position in pair:
             places.append(_place(file, place))

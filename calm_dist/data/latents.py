@@ -12,6 +12,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,8 @@ import numpy as np
 
 from calm_dist.data.corpus import describe_corpus, find_files, pack_blocks
 from calm_dist.data.corpus_files import CorpusFiles, CorpusPaths
-from calm_dist.data.formats import TEXT_AND_ID, Reading
+from calm_dist.data.dedup import Repetitions
+from calm_dist.data.formats import TEXT_AND_ID, Document, Reading
 from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.data.manifest import BegunCorpus, moved_paths, read_shares
 from calm_dist.data.parts import (
@@ -312,11 +314,14 @@ def write_parts(
     try:
         begin(out, plan, blocks_per_shard, files)
         paths = None if files is None else moved_paths(out / PARTS, files)
+        shares_of = partial(read_shares, out / PARTS, paths=paths)
+        documents_of = _reader(out, plan, worker, shares_of, skip_faults=skip_faults)
         for part in range(worker[0], plan.parts, worker[1]):
             if not is_complete(out, part):
-                shares = read_shares(out / PARTS, part, paths)
-                tally = Tally(skip_faults)
-                _write_part(out, shares, tokenizer, plan, part, blocks_per_shard, encode, tally)
+                tally, counts = Tally(skip_faults), Counter[str]()
+                blocks = _blocks(out, part, documents_of(part, tally), tokenizer, plan, counts)
+                shards = _write_shards(out, part, blocks, plan, blocks_per_shard, encode)
+                complete_part(out, part, shards, {**tally.to_dict(), **counts})
         missing = merge(out, tokenizer)
     except OSError as error:
         # Another process may have finished the store and removed the parts.
@@ -330,30 +335,60 @@ def write_parts(
     return missing
 
 
-def _write_part(
+def _reader(
     out: Path,
-    shares: list[Share],
+    plan: StorePlan,
+    worker: tuple[int, int],
+    shares_of: Callable[[int], list[Share]],
+    *,
+    skip_faults: bool,
+) -> Callable[[int, Tally], Iterator[Document]]:
+    """A function that reads the documents of a part and counts them."""
+    found = Repetitions(out / PARTS / "dedup", plan.parts, worker) if plan.reading.dedup else None
+
+    def documents_of(part: int, tally: Tally) -> Iterator[Document]:
+        repeated = None
+        if found is not None:
+            # Once; the other parts find everything there.
+            found.find(shares_of, plan.reading, skip=skip_faults)
+            repeated = found.of_unit
+        return shuffled_documents(shares_of(part), plan.seed, plan.reading, tally, repeated)
+
+    return documents_of
+
+
+def _blocks(
+    out: Path,
+    part: int,
+    documents: Iterator[Document],
     tokenizer: Tokenizer,
     plan: StorePlan,
-    part: int,
-    blocks_per_shard: int,
-    encode: Encoder,
-    tally: Tally,
-) -> None:
+    counts: Counter[str],
+) -> Iterator[np.ndarray]:
+    """The blocks of a part; see `pack_blocks`."""
     label = f"encode {'/'.join(out.parts[-2:])}"
     if plan.parts > 1:
         label += f" part {part} of {plan.parts}"
-    counts: Counter[str] = Counter()
-    documents = shuffled_documents(shares, plan.seed, plan.reading, tally)
     shown = progress(documents, None, label=label, unit="documents")
-    blocks = pack_blocks(shown, tokenizer, plan.block_size, plan.patch_size, plan.seed, counts)
+    return pack_blocks(shown, tokenizer, plan.block_size, plan.patch_size, plan.seed, counts)
+
+
+def _write_shards(
+    out: Path,
+    part: int,
+    blocks: Iterator[np.ndarray],
+    plan: StorePlan,
+    blocks_per_shard: int,
+    encode: Encoder,
+) -> int:
+    """Write the shards of a part that are missing, and return the number of all."""
     shard = 0
     while of_shard := list(islice(blocks, blocks_per_shard)):
         # Blocks of shards that an earlier run finished are packed again but not encoded.
         if not has_shard(out, part, shard):
             write_shard(out, part, shard, plan, encode(np.stack(of_shard)))
         shard += 1
-    complete_part(out, part, shard, {**tally.to_dict(), **counts})
+    return shard
 
 
 def refuse_corpus_in_store(out: str | Path, corpus: CorpusPaths) -> None:

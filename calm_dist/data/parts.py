@@ -154,6 +154,9 @@ def _refuse_other_plan(out: str | Path, present: dict[str, Any], plan: StorePlan
             # Compare the ids of its tokens; earlier versions did not write their names.
             found = {name: found.get(name) for name in wanted if name not in _TOKEN_NAMES}
             wanted = {name: wanted[name] for name in found}
+        if found != wanted and key == "reading" and isinstance(found, dict):
+            key = next(name for name in wanted if found.get(name) != wanted[name])
+            found, wanted = found.get(key), wanted[key]
         if found != wanted:
             raise DataError(
                 f"--out {out}: holds a store with another {key} ({found} there, {wanted} now); "

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from calm_dist.data.corpus import (
     find_files,
     iter_documents,
     refuse_repeated_ids,
+    repetitions,
     standard_library_documents,
 )
 from calm_dist.data.corpus_files import CorpusPaths
@@ -96,15 +97,7 @@ def prepare_corpus(
             return False
         _log.warning("%s: files are missing or changed; writing them again", out / "corpus")
 
-    tally = Tally(skip_faults)
-    documents = _document_source(files, reading)
-    split_of = _split_documents(documents(tally), files, seed, reading, skip=skip_faults)
-    report = merged_report([tally.to_dict() | {"documents": len(split_of)}])
-    if (left_out := summary(report)) is not None:
-        _log.log(NOTE, left_out)
-    manifest_path.parent.mkdir(parents=True, exist_ok=True)
-    splits = _write_splits(out / "corpus", documents(Tally(skip_faults)), split_of)
-    replace_text(out / "corpus" / REPORT, json.dumps(report, indent=2) + "\n")
+    splits = _read_and_split(out, files, seed, reading, skip_faults)
     source = None if tokenizer is None else load_tokenizer(tokenizer, **names).path
     tokenizer_file = _make_tokenizer(out, source, vocab_size, splits["train"]["documents"])
     manifest = {
@@ -196,31 +189,36 @@ def _intact(out: Path, manifest: dict[str, Any]) -> bool:
     )
 
 
-def _document_source(
-    files: CorpusFiles | None, reading: Reading
-) -> Callable[[Tally], Iterable[Document]]:
-    """A function that starts a pass over the documents; each pass reads the files again."""
-    if files is not None:
-        return lambda tally: iter_documents(files, reading, tally)
-    documents = standard_library_documents()
-    return lambda tally: documents
+def _read_and_split(
+    out: Path, files: CorpusFiles | None, seed: int, reading: Reading, skip: bool
+) -> dict[str, dict[str, Any]]:
+    """Write the splits and ``report.json``; the description of each split."""
+    tally = Tally(skip)
+    library = standard_library_documents() if files is None else []
+    with ExitStack() as open_until_done:
+        repeated = None
+        if files is not None:
+            repeated = open_until_done.enter_context(repetitions(files, reading, skip=skip))
 
+        def documents(tally: Tally) -> Iterable[Document]:
+            """A pass over the files."""
+            return library if files is None else iter_documents(files, reading, tally, repeated)
 
-def _split_documents(
-    documents: Iterable[Document],
-    files: CorpusFiles | None,
-    seed: int,
-    reading: Reading,
-    *,
-    skip: bool,
-) -> np.ndarray:
-    """For each document the position of its split in `SPLITS`."""
-    known = DocumentIds(seed)
-    for document in progress(documents, None, label="read the corpus", unit="documents"):
-        known.add(document.id)
-    if files is not None:
-        refuse_repeated_ids(known, files, reading, skip=skip)
-    return known.splits()
+        known = DocumentIds(seed)
+        for document in progress(documents(tally), None, label="read the corpus", unit="documents"):
+            known.add(document.id)
+            tally.documents += 1
+            tally.bytes += len(document.text.encode())
+        if files is not None:
+            refuse_repeated_ids(known, files, reading, repeated, skip=skip)
+        split_of = known.splits()
+        (out / "corpus").mkdir(parents=True, exist_ok=True)
+        splits = _write_splits(out / "corpus", documents(Tally(skip)), split_of)
+    report = merged_report([tally.to_dict()])
+    if (left_out := summary(report)) is not None:
+        _log.log(NOTE, left_out)
+    replace_text(out / "corpus" / REPORT, json.dumps(report, indent=2) + "\n")
+    return splits
 
 
 def _write_splits(

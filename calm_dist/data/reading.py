@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -187,7 +187,7 @@ def shuffled_documents(
     seed: int,
     reading: Reading,
     tally: Tally | None = None,
-    is_repeated: Callable[[int, int], bool] | None = None,
+    repeated: Callable[[int], np.ndarray] | None = None,
 ) -> Iterator[Document]:
     """The documents of some shares of units, in an order that is a function of ``seed``.
 
@@ -198,8 +198,8 @@ def shuffled_documents(
         seed: seed of the order.
         reading: what becomes a document.
         tally: counts what is read and left out.
-        is_repeated: whether a document, given by the number of its unit and its own in the unit,
-            is left out as a repetition.
+        repeated: the numbers, in a unit of the number given, of the documents that are left out as
+            repetitions; ascending.
 
     Raises:
         DataError: as `span_documents`.
@@ -208,7 +208,7 @@ def shuffled_documents(
     for share in shares:
         # Of several parts that share a unit, the first one counts what is left out.
         counts = tally if share.is_first else Tally(skip=tally.skip)
-        for number, chunk in enumerate(_chunks(share, reading, counts, is_repeated)):
+        for number, chunk in enumerate(_chunks(share, reading, counts, repeated)):
             # The same as default_rng(seed) for the first chunk of the first unit: the order of all
             # documents before corpora were divided into units.
             order = np.random.default_rng([seed, share.unit, number]).permutation(len(chunk))
@@ -223,18 +223,37 @@ def _chunks(
     share: Share,
     reading: Reading,
     tally: Tally,
-    is_repeated: Callable[[int, int], bool] | None,
+    repeated: Callable[[int], np.ndarray] | None,
 ) -> Iterator[_Chunk]:
-    chunk, number = _Chunk(), 0
-    for position, span in enumerate(share.spans):
-        for _, document in span_documents(span, reading, tally, (share.unit, position)):
-            if is_repeated is not None and is_repeated(share.unit, number):
-                tally.duplicates += 1
-            else:
-                chunk.add(document)
-            number += 1
-            if chunk.is_full:
-                yield chunk
-                chunk = _Chunk()
+    chunk = _Chunk()
+    for _, _, document in unit_documents(share.unit, share.spans, reading, tally, repeated):
+        chunk.add(document)
+        if chunk.is_full:
+            yield chunk
+            chunk = _Chunk()
     if len(chunk):
         yield chunk
+
+
+def unit_documents(
+    unit: int,
+    spans: Sequence[Span],
+    reading: Reading = TEXT_AND_ID,
+    tally: Tally | None = None,
+    repeated: Callable[[int], np.ndarray] | None = None,
+) -> Iterator[tuple[Span, int, Document]]:
+    """Span, place and document of each document of a unit, in the order of its files.
+
+    Args and errors are those of `shuffled_documents`.
+    """
+    tally = Tally() if tally is None else tally
+    left_out = iter(() if repeated is None else repeated(unit).tolist())
+    next_left_out, number = next(left_out, -1), 0
+    for position, span in enumerate(spans):
+        for place, document in span_documents(span, reading, tally, (unit, position)):
+            if number == next_left_out:
+                tally.duplicates += 1
+                next_left_out = next(left_out, -1)
+            else:
+                yield span, place, document
+            number += 1
