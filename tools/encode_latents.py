@@ -12,7 +12,8 @@ complete.
 Many processes can share the work: give each the same options, --parts N and its own --worker I/W.
 With Slurm that is --worker $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT or, for the ranks of srun,
 --worker $SLURM_PROCID/$SLURM_NTASKS. N is a property of the store; W may change with every start.
-With N a multiple of W, more workers can join later. The last to finish merges the parts.
+With N a multiple of W, more workers can join later. The last to finish merges the parts. For many
+files, run the command with --begin first: then only one process searches them.
 """
 
 from __future__ import annotations
@@ -105,6 +106,12 @@ def parse_arguments() -> argparse.Namespace:
         help="write only the parts I, I+W, I+2W, ... (I from 0 to W-1); other workers write the "
         "rest (default: this process writes all parts)",
     )
+    parser.add_argument(
+        "--begin",
+        action="store_true",
+        help="find the files of the corpus and divide them into parts, and write none; workers "
+        "then start at once (default: the first worker does this)",
+    )
     add_reading(parser)
     add_device(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace another store in --out")
@@ -172,12 +179,12 @@ def main() -> None:
         write_parts,
         write_store,
     )
-    from calm_dist.data.parts import blocks_in_shard
+    from calm_dist.data.parts import begin, blocks_in_shard
     from calm_dist.data.tokenizer import load_tokenizer
     from calm_dist.runs.checkpoints import find_checkpoint
 
-    if args.worker is not None:
-        check_worker(args.out, args.worker, args.parts, overwrite=args.overwrite)
+    if args.worker is not None or args.begin:
+        check_worker(args.out, args.worker or (0, 1), args.parts, overwrite=args.overwrite)
     directory = None
     if args.autoencoder is not None:
         directory = Path(args.autoencoder)
@@ -197,14 +204,19 @@ def main() -> None:
         seed=args.seed,
         parts=args.parts,
         reading=reading,
+        out=None if args.overwrite else args.out,
     )
     shard_bytes = args.shard_mib << 20
-    blocks_in_shard(plan, shard_bytes)
+    blocks_per_shard = blocks_in_shard(plan, shard_bytes)
     meta = None if args.overwrite else finished_store(args.out, plan)
     if meta is not None:
         print(f"{args.out}: already there and complete, {meta.num_blocks} blocks")
         return
 
+    if args.begin:
+        begin(Path(args.out), plan, blocks_per_shard, corpus)
+        print(f"{args.out}: begun, {plan.parts} part{'s' if plan.parts > 1 else ''}")
+        return
     if filling := tokenizer.describe_filling(plan.patch_size):
         print(f"{args.out}: {filling}", flush=True)
     inputs = (corpus, tokenizer, plan)

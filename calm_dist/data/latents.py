@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calm_dist.data.corpus import describe_corpus, find_files, pack_blocks
+from calm_dist.data.corpus import corpus_sha256, describe_corpus, find_files, pack_blocks
 from calm_dist.data.corpus_files import CorpusFiles, CorpusPaths
 from calm_dist.data.dedup import Repetitions
 from calm_dist.data.formats import TEXT_AND_ID, Document, Reading
@@ -84,6 +84,7 @@ def plan_store(
     seed: int = 0,
     parts: int = 1,
     reading: Reading = TEXT_AND_ID,
+    out: str | Path | None = None,
 ) -> StorePlan:
     """Describe the store that these inputs make, without torch and without encoding anything.
 
@@ -99,6 +100,8 @@ def plan_store(
         parts: number of parts, of about the same size, that the corpus is cut into; each is packed
             into blocks of its own.
         reading: what of the corpus becomes documents.
+        out: where the store may be finished already. An earlier version, which hashed all contents
+            of a corpus, may have written it.
 
     Raises:
         DataError: an input is missing, or the inputs do not fit each other.
@@ -134,10 +137,13 @@ def plan_store(
             f"block size {block_size}: must be a positive multiple of the patch size {patch_size}"
         )
     if isinstance(corpus, BegunCorpus):
-        corpus_sha256, order = corpus.sha256, corpus.order
+        sha256, order = corpus.sha256, corpus.order
     else:
-        corpus_sha256, is_one_unit = describe_corpus(find_files(corpus, reading), reading)
+        files = find_files(corpus, reading)
+        sha256, is_one_unit = describe_corpus(files, reading)
         order = None if is_one_unit else 2
+        if order is not None and out is not None and _finished_by_earlier_version(out):
+            sha256, order = corpus_sha256(files), None
     return StorePlan(
         variant=variant,
         block_size=block_size,
@@ -154,12 +160,19 @@ def plan_store(
             end_token=tokenizer.end_token,
         ),
         autoencoder=info,
-        corpus_sha256=corpus_sha256,
+        corpus_sha256=sha256,
         seed=seed,
         parts=parts,
         order=order,
         reading=reading,
     )
+
+
+def _finished_by_earlier_version(out: str | Path) -> bool:
+    try:
+        return read_meta(out).order is None
+    except DataError:
+        return False
 
 
 def _describe_autoencoder(directory: Path) -> tuple[dict[str, int], AutoencoderInfo]:
@@ -307,13 +320,14 @@ def write_parts(
         return []
     blocks_per_shard = blocks_in_shard(plan, shard_bytes)
     encode = _encoder(plan, autoencoder, batch_size)
-    files = None
     if not isinstance(corpus, BegunCorpus):
-        files = find_files(corpus, plan.reading)
-        refuse_corpus_in_store(out, files)
+        corpus = find_files(corpus, plan.reading)
+        refuse_corpus_in_store(out, corpus)
     try:
-        begin(out, plan, blocks_per_shard, files)
-        paths = None if files is None else moved_paths(out / PARTS, files)
+        begin(out, plan, blocks_per_shard, corpus)
+        paths = None
+        if not isinstance(corpus, BegunCorpus):
+            paths = moved_paths(out / PARTS, corpus)
         shares_of = partial(read_shares, out / PARTS, paths=paths)
         documents_of = _reader(out, plan, worker, shares_of, skip_faults=skip_faults)
         for part in range(worker[0], plan.parts, worker[1]):

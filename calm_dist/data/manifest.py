@@ -10,7 +10,9 @@ neither searches the corpus nor reads more of the manifest than the lines of its
 from __future__ import annotations
 
 import json
+import logging
 import secrets
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,9 @@ from calm_dist.data.formats import CorpusFile, format_of_file
 from calm_dist.data.store import StorePlan
 from calm_dist.data.units import Share, Span, shuffled_shares, units_of
 from calm_dist.errors import DataError
+from calm_dist.log import NOTE
+
+_log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _SHARES = "manifest.jsonl"
@@ -42,18 +47,29 @@ class BegunCorpus:
 def write_manifest(directory: Path, files: CorpusFiles, plan: StorePlan) -> None:
     """Write the manifest of a store into its directory of parts; ``manifest.json`` comes last."""
     shares = shuffled_shares(units_of(files, plan.reading), plan.seed, plan.parts)
-    offsets = [0]
+    offsets, divided = [0], Counter[str]()
     # Several workers may do this at once.
     scratch = directory / f"{MANIFEST}.{secrets.token_hex(4)}.tmp"
     with scratch.open("wb") as stream:
         for of_part in shares:
             for share in of_part:
                 stream.write(json.dumps(_to_list(share)).encode() + b"\n")
+                file = share.spans[0].file
+                if not share.is_whole and format_of_file(file).compression:
+                    divided[file.name] += 1
             offsets.append(stream.tell())
     scratch.replace(directory / _SHARES)
     described = {"given": list(files.given), "offsets": offsets}
     scratch.write_text(json.dumps(described), encoding="utf-8")
     scratch.replace(directory / MANIFEST)
+    if divided:
+        ((name, number),) = divided.most_common(1)
+        others = f", and {len(divided) - 1} other files likewise" if len(divided) > 1 else ""
+        _log.log(
+            NOTE,
+            f"corpus: {name} is compressed and can only be read from its start: {number} parts "
+            f"read all of it{others}; smaller files share the work better",
+        )
 
 
 def begun_corpus(directory: Path, given: Sequence[str]) -> BegunCorpus | None:

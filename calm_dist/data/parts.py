@@ -33,7 +33,12 @@ from calm_dist.data.corpus_files import CorpusFiles
 from calm_dist.data.download import MissingError
 from calm_dist.data.formats import TEXT_AND_ID
 from calm_dist.data.layout import INDEX, META, is_remote
-from calm_dist.data.manifest import MANIFEST, can_continue_without, write_manifest
+from calm_dist.data.manifest import (
+    MANIFEST,
+    BegunCorpus,
+    can_continue_without,
+    write_manifest,
+)
 from calm_dist.data.reports import REPORT, merged_report
 from calm_dist.data.store import (
     HASH,
@@ -188,24 +193,30 @@ def blocks_in_shard(plan: StorePlan, shard_bytes: int) -> int:
 
 
 def begin(
-    out: Path, plan: StorePlan, blocks_per_shard: int, files: CorpusFiles | None = None
+    out: Path,
+    plan: StorePlan,
+    blocks_per_shard: int,
+    corpus: CorpusFiles | BegunCorpus | None = None,
 ) -> None:
     """Begin this store in ``out``, unless it has been begun there already.
 
     Args:
         out, plan: directory and description of the store.
         blocks_per_shard: from `blocks_in_shard`.
-        files: the corpus; None if the store has been begun.
+        corpus: its files; or from `begun_corpus`, if the store has been begun; None: blocks that
+            are made without a corpus, and need no manifest.
 
     Raises:
         DataError: another store was begun there, or this one with another shard size or by an
             earlier version, or the unfinished store is damaged.
     """
     out.mkdir(parents=True, exist_ok=True)
-    if _begun_plan(out) is None and files is not None:
+    files = None if isinstance(corpus, BegunCorpus) else corpus
+    if not isinstance(corpus, BegunCorpus) and _begun_plan(out) is None:
         scratch = out / f"{PARTS}.{_random_name()}"
         scratch.mkdir()
-        write_manifest(scratch, files, plan)
+        if files is not None:
+            write_manifest(scratch, files, plan)
         described = {**plan.to_dict(), _BLOCKS: blocks_per_shard}
         (scratch / _PLAN).write_text(json.dumps(described, indent=2), encoding="utf-8")
         _put(scratch, out / PARTS)
@@ -217,7 +228,7 @@ def begin(
             f"--out {out}: was begun with shards of another size ({found} blocks there, "
             f"{blocks_per_shard} now); give the same size, or --overwrite"
         )
-    if not (out / PARTS / MANIFEST).is_file():
+    if corpus is not None and not (out / PARTS / MANIFEST).is_file():
         _plan_in(out)
         if files is None or not can_continue_without(files, plan):
             raise DataError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ from calm_dist.errors import DataError
 
 CHUNK_BYTES = 64 << 20
 """Bytes of text that are in memory at once and shuffled together."""
+
+# A unit of at most this fraction of a part is not divided.
+_WHOLE = 8
 
 # What the division counts for opening a file, and for a byte of a compressed file.
 _FILE_BYTES = 4096
@@ -88,6 +92,11 @@ class Share:
     first: int = 0
     last: int = 1
     of: int = 1
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no other part has a share of the unit."""
+        return (self.first, self.last) == (0, self.of)
 
     @property
     def is_first(self) -> bool:
@@ -169,14 +178,23 @@ def _row_spans(file: CorpusFile, sizes: Sequence[tuple[int, int]]) -> list[tuple
 def shuffled_shares(units: Sequence[Unit], seed: int, parts: int) -> Iterator[list[Share]]:
     """For each part its shares of the units, in an order that is a function of ``seed``.
 
-    All parts have about the same weight. Two neighbouring parts may share a unit; both read it.
+    All parts have about the same weight. Parts share a unit, which each of them reads, only where
+    it is larger than a fraction of a part.
     """
     order = np.random.default_rng([seed, 0, 0, 1]).permutation(len(units)).tolist()
     ends = list(accumulate(units[i].weight for i in order))
-    total, at = ends[-1], 0
+    total = ends[-1]
+
+    def bound(part: int) -> int:
+        """Where a part begins; like all places here, in units of 1/parts, to be a whole number."""
+        place = part * total
+        at = bisect_right(ends, place // parts)
+        small = at < len(order) and units[order[at]].weight * parts * _WHOLE <= total
+        return (ends[at] - units[order[at]].weight) * parts if small else place
+
+    at = 0
     for part in range(parts):
-        # In units of 1/parts, so that every bound is a whole number.
-        low, high = part * total, (part + 1) * total
+        low, high = bound(part), bound(part + 1)
         shares = []
         while at < len(order):
             unit = units[order[at]]
