@@ -111,7 +111,7 @@ def plan_store(
         if autoencoder is None:
             raise DataError("variant fp16: needs an autoencoder; give --autoencoder CKPT, or use "
                             "--variant tokens")  # fmt: skip
-        config, info = _describe_autoencoder(Path(autoencoder))
+        config, info = describe_autoencoder(Path(autoencoder))
         latent_size = config["latent_size"]
         if patch_size not in (None, config["patch_size"]):
             raise DataError(
@@ -175,7 +175,7 @@ def _finished_by_earlier_version(out: str | Path) -> bool:
         return False
 
 
-def _describe_autoencoder(directory: Path) -> tuple[dict[str, int], AutoencoderInfo]:
+def describe_autoencoder(directory: Path) -> tuple[dict[str, int], AutoencoderInfo]:
     """Sizes and identity of an autoencoder, read from its files without torch."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
