@@ -92,6 +92,12 @@ def parse_arguments() -> argparse.Namespace:
         help="size of a shard, below 4096 (default 64 MiB)",
     )
     parser.add_argument(
+        "--token-dtype",
+        choices=("auto", "uint16", "uint32"),
+        default="auto",
+        help="type of the stored tokens (default auto: uint16 for up to 65,536 entries)",
+    )
+    parser.add_argument(
         "--parts",
         type=at_least(1),
         default=1,
@@ -204,6 +210,7 @@ def main() -> None:
         seed=args.seed,
         parts=args.parts,
         reading=reading,
+        token_dtype=args.token_dtype,
         out=None if args.overwrite else args.out,
     )
     shard_bytes = args.shard_mib << 20

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -36,14 +36,17 @@ from calm_dist.data.parts import (
     merge,
     remove_parts,
     remove_store,
+    token_dtype_of,
     write_shard,
 )
 from calm_dist.data.reading import Tally, shuffled_documents
 from calm_dist.data.reports import REPORT
 from calm_dist.data.store import (
+    UINT16_ENTRIES,
     AutoencoderInfo,
     StoreMeta,
     StorePlan,
+    TokenDtype,
     TokenizerInfo,
     Variant,
     read_meta,
@@ -84,6 +87,7 @@ def plan_store(
     seed: int = 0,
     parts: int = 1,
     reading: Reading = TEXT_AND_ID,
+    token_dtype: TokenDtype | Literal["auto"] = "auto",
     out: str | Path | None = None,
 ) -> StorePlan:
     """Describe the store that these inputs make, without torch and without encoding anything.
@@ -100,6 +104,8 @@ def plan_store(
         parts: number of parts, of about the same size, that the corpus is cut into; each is packed
             into blocks of its own.
         reading: what of the corpus becomes documents.
+        token_dtype: type of the stored tokens; auto: that of the store in ``out``, if there is one,
+            or the smaller one that has room for the vocabulary.
         out: where the store may be finished already. An earlier version, which hashed all contents
             of a corpus, may have written it.
 
@@ -136,6 +142,9 @@ def plan_store(
         raise DataError(
             f"block size {block_size}: must be a positive multiple of the patch size {patch_size}"
         )
+    if token_dtype == "auto":
+        found = None if out is None else token_dtype_of(out)
+        token_dtype = found or ("uint16" if vocab_size <= UINT16_ENTRIES else "uint32")
     if isinstance(corpus, BegunCorpus):
         sha256, order = corpus.sha256, corpus.order
     else:
@@ -165,6 +174,7 @@ def plan_store(
         parts=parts,
         order=order,
         reading=reading,
+        token_dtype=token_dtype,
     )
 
 
@@ -469,7 +479,7 @@ def _write_remote(
 def _encoder(plan: StorePlan, autoencoder: Autoencoder | None, batch_size: int) -> Encoder:
     """A function from blocks uint32[N, T] to the N samples of the store."""
     if plan.variant == "tokens":
-        return lambda blocks: ({"tokens": block} for block in blocks)
+        return lambda blocks: ({"tokens": block} for block in blocks.astype(plan.token_dtype))
     if autoencoder is None:
         raise DataError("variant fp16: needs an autoencoder")
     import torch
@@ -488,7 +498,7 @@ def _encoder(plan: StorePlan, autoencoder: Autoencoder | None, batch_size: int) 
                     "autoencoder: its latents are not finite in fp16; it is damaged or was not "
                     "trained long enough"
                 )
-            for i, tokens in enumerate(batch):
+            for i, tokens in enumerate(batch.astype(plan.token_dtype)):
                 yield {"tokens": tokens, "mean": mean[i], "log_std": log_std[i]}
 
     return encode

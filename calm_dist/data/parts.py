@@ -45,6 +45,7 @@ from calm_dist.data.store import (
     LATER_FIELDS,
     StoreMeta,
     StorePlan,
+    TokenDtype,
     fingerprint,
     read_meta,
     read_shards,
@@ -63,7 +64,12 @@ _MDS_HEADER_BYTES = 1 << 16
 _MDS_OFFSET_BYTES = 4
 
 _TOKEN_NAMES = ("begin_token", "end_token")
-_DEFAULTS = {"parts": 1, "order": None, "reading": TEXT_AND_ID.model_dump(mode="json")}
+_DEFAULTS = {
+    "parts": 1,
+    "order": None,
+    "reading": TEXT_AND_ID.model_dump(mode="json"),
+    "token_dtype": "uint32",
+}
 
 
 def finished_store(out: str | Path, plan: StorePlan) -> StoreMeta | None:
@@ -106,6 +112,19 @@ def finished_store(out: str | Path, plan: StorePlan) -> StoreMeta | None:
         raise DataError(
             f"--out {out}: exists and is not a data store; give an empty or new directory"
         )
+    return None
+
+
+def token_dtype_of(out: str | Path) -> TokenDtype | None:
+    """The type of tokens of the store in ``out``, finished or begun; None if there is none."""
+    try:
+        return read_meta(out).token_dtype
+    except DataError:
+        if is_remote(out):
+            return None
+    with suppress(DataError):
+        begun = _begun_plan(Path(out))
+        return None if begun is None else begun.get("token_dtype", "uint32")
     return None
 
 

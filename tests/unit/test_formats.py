@@ -262,7 +262,7 @@ def test_formats_stand_in_one_place() -> None:
         rest = text.replace(SUPPORTED, "")
         wrong = compressed_name.search(rest) or listed.search(rest) or tables.search(rest)
         assert wrong is None, f"{file}: {rest[wrong.start() - 60 : wrong.end() + 60]}"
-    assert {"README.md", "corpus.md", "quickstart.sh"} <= set(saying)
+    assert {"README.md", "data.md", "quickstart.sh"} <= set(saying)
 
 
 def test_ids_that_are_no_text_name_the_line(tmp_path: Path) -> None:

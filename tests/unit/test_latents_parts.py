@@ -52,7 +52,13 @@ class Job:
     def __init__(self, inputs: Path, num_parts: int, **changes: Any) -> None:
         self.corpus = [inputs / "corpus.jsonl"]
         self.tokenizer = load_tokenizer(inputs / "tokenizer.json")
-        self.options = {"block_size": BLOCK, "patch_size": 4, "seed": 5, **changes}
+        self.options = {
+            "block_size": BLOCK,
+            "patch_size": 4,
+            "seed": 5,
+            "token_dtype": "uint32",
+            **changes,
+        }
         self.plan = plan_store(
             self.corpus, self.tokenizer, variant="tokens", parts=num_parts, **self.options
         )
@@ -338,7 +344,8 @@ def command(inputs: Path, out: Path | str, *more: str) -> list[str]:
     return [
         str(TOOL), "--variant", "tokens", "--patch-size", "4", "--block-size", str(BLOCK),
         "--seed", "5", "--tokenizer", str(inputs / "tokenizer.json"),
-        "--corpus", str(inputs / "corpus.jsonl"), "--out", str(out), *more,
+        "--corpus", str(inputs / "corpus.jsonl"), "--out", str(out), "--token-dtype", "uint32",
+        *more,
     ]  # fmt: skip
 
 

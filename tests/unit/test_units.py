@@ -177,7 +177,7 @@ def test_file_that_changed_since_the_manifest_was_made_is_named(
     with (corpus / "a.jsonl").open("a") as stream:
         stream.write('{"text": "more"}\n')
     with pytest.raises(DataError, match=r"a.jsonl: was changed while it was used"):
-        write_parts(tmp_path / "out", files, tokenizer, plan, shard_bytes=128)
+        write_parts(tmp_path / "out", files, tokenizer, plan, shard_bytes=4 * plan.sample_bytes)
     with pytest.raises(DataError, match="another corpus_sha256"):
         write_parts(tmp_path / "out", [corpus], tokenizer, plan_of([corpus], tokenizer, 5))
 
@@ -212,7 +212,7 @@ def test_finished_store_of_an_earlier_version_is_known(
     described = {**plan.to_dict(), "blocks_per_shard": 2048}
     (begun / ".parts" / "plan.json").write_text(json.dumps(described))
     with pytest.raises(DataError, match="was begun by an earlier version"):
-        write_parts(begun, [corpus], tokenizer, plan, shard_bytes=2048 * 32)
+        write_parts(begun, [corpus], tokenizer, plan, shard_bytes=2048 * plan.sample_bytes)
 
 
 def test_long_document_is_tokenized_in_pieces_and_stays_one(
