@@ -28,9 +28,9 @@ PROGRAMS = ("apptainer", "bash", "chmod", "deepspeed", "docker", "for", "pip", "
 
 # The first that matches the whole command decides.
 RUN = [
-    r"python tools/(prepare_corpus|runs|evaluate|generate|report|flops_report|verify_data|inspect_data)"
-    r"\.py\b"
+    r"python tools/(prepare_corpus|runs|evaluate|generate|report|flops_report)\.py\b"
     r"(?!.* runs/ablation).*",
+    r"python tools/(verify|inspect)_data\.py .*",
     r"python tools/plan\.py (?!.*--gpu local).*",
     r"for split in (?!.* runs/ablation).*encode_latents.*done",
     r"torchrun --nproc_per_node 8 tools/train_autoencoder\.py recipes/autoencoder\.yaml",
