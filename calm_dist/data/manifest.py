@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import Any
 
 from calm_dist.data.corpus_files import STANDARD_INPUT, CorpusFiles
 from calm_dist.data.formats import CorpusFile, format_of_file
+from calm_dist.data.remote_files import is_url
 from calm_dist.data.store import StorePlan
 from calm_dist.data.units import Share, Span, shuffled_shares, units_of
 from calm_dist.errors import DataError
@@ -59,7 +61,7 @@ def write_manifest(directory: Path, files: CorpusFiles, plan: StorePlan) -> None
                     divided[file.name] += 1
             offsets.append(stream.tell())
     scratch.replace(directory / _SHARES)
-    described = {"given": list(files.given), "offsets": offsets}
+    described = {"given": _from_anywhere(files.given), "offsets": offsets}
     scratch.write_text(json.dumps(described), encoding="utf-8")
     scratch.replace(directory / MANIFEST)
     if divided:
@@ -75,15 +77,14 @@ def write_manifest(directory: Path, files: CorpusFiles, plan: StorePlan) -> None
 def begun_corpus(directory: Path, given: Sequence[str]) -> BegunCorpus | None:
     """The corpus of the store with this directory of parts, if it was begun from these paths.
 
-    None if there is none, if it was made from other paths, or from standard input. The paths must
-    be absolute or URLs, or the working directory the same.
+    None if there is none, if it was made from other paths, or from standard input.
     """
     if STANDARD_INPUT in given:
         return None
     try:
         described = _read(directory / MANIFEST)
         plan = json.loads((directory / "plan.json").read_text(encoding="utf-8"))
-        if described["given"] != list(given):
+        if described["given"] != _from_anywhere(given):
             return None
         return BegunCorpus(plan["corpus_sha256"], plan.get("order"))
     except (OSError, ValueError, KeyError, TypeError, DataError):
@@ -133,7 +134,9 @@ def _damaged(file: Path, error: Exception) -> DataError:
 
 def moved_paths(directory: Path, files: CorpusFiles) -> dict[str, str] | None:
     """Where the files of a begun store are now, by name, if they were found at other paths."""
-    if files.scratch is None and _read(directory / MANIFEST)["given"] == list(files.given):
+    if files.scratch is None and _read(directory / MANIFEST)["given"] == _from_anywhere(
+        files.given
+    ):
         return None
     return {file.name: file.path for file in files}
 
@@ -144,9 +147,14 @@ def can_continue_without(files: Iterable[CorpusFile], plan: StorePlan) -> bool:
     return plan.order is None and not any(format_of_file(file).compression for file in files)
 
 
+def _from_anywhere(paths: Iterable[str]) -> list[str]:
+    """Paths that mean the same in any working directory."""
+    return [path if is_url(path) else os.path.abspath(path) for path in paths]
+
+
 def _to_list(share: Share) -> list[Any]:
     spans = [
-        [span.file.name, span.file.path, span.file.size, span.start, span.end]
+        [span.file.name, *_from_anywhere([span.file.path]), span.file.size, span.start, span.end]
         for span in share.spans
     ]
     return [share.unit, share.first, share.last, share.of, spans]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from calm_dist.data.compressed import DamagedFileError
 from calm_dist.data.formats import (
     TABLES,
     TEXT_AND_ID,
@@ -110,18 +111,14 @@ def span_documents(
                 tally.too_short += 1
             else:
                 yield place, found
-    except DataError as error:
-        if not tally.skip or isinstance(error, _FaultError):
+    except DamagedFileError as error:
+        if not tally.skip:
             raise
         # What follows in this file is lost.
         fault = {"file": span.file.name, "reason": "damaged file", "message": str(error)}
         tally.add_fault((*order, number + 1), fault)
     if format_of_file(span.file).has_lines and (span.start or span.end is not None):
         tally.lines.append((span.file.name, span.start, number))
-
-
-class _FaultError(DataError):
-    """A fault at which reading stops."""
 
 
 def _handle(
@@ -142,7 +139,7 @@ def _handle(
         where = f":{number + lines_before(span)}"
     elif found.kind in TABLES:
         where = f": row {place}"
-    raise _FaultError(
+    raise DataError(
         f"corpus {span.file.shown}{where}: {problem.message}; --on-bad-line skip leaves it out"
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from calm_dist.data.compressed import DamagedFileError
 from calm_dist.data.formats import (
     CorpusFile,
     Found,
@@ -85,13 +86,13 @@ def _errors(file: CorpusFile) -> Iterator[None]:
         raise
     # Some of them are also OSError or ValueError.
     except (pyarrow.ArrowException, EOFError, ValueError) as error:
-        raise DataError(
+        raise DamagedFileError(
             f"corpus {file.shown}: is damaged or cut off ({str(error)[:300]}); copy or write it "
             "again"
         ) from error
     except OSError as error:
         if error.errno is None:
-            raise DataError(
+            raise DamagedFileError(
                 f"corpus {file.shown}: is damaged or cut off ({str(error)[:300]}); copy or write "
                 "it again"
             ) from error
@@ -253,7 +254,7 @@ class _Ipc:
                 return
             # pyarrow takes a stream that was cut between two batches for a complete one.
             if tail != _END_OF_STREAM and tail[4:] != bytes(4):
-                raise DataError(
+                raise DamagedFileError(
                     f"corpus {file.shown}: is cut off: it has no end mark of an Arrow stream; copy "
                     "or write it again"
                 )

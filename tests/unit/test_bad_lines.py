@@ -211,3 +211,15 @@ def test_stop_names_the_line_of_the_file(corpus: Path) -> None:
     (corpus / "a.jsonl").write_bytes(b"\n".join([*[line("good")] * 150, b"{", b""]))
     with pytest.raises(DataError, match=r"a.jsonl:151: is not a line of JSON.*--on-bad-line skip"):
         list(iter_documents([corpus / "a.jsonl"]))
+
+
+def test_file_that_cannot_be_read_is_no_bad_line(corpus: Path, tmp_path: Path) -> None:
+    """A disk or a network that fails may work again: nothing is skipped."""
+    files = find_files([corpus / "a.jsonl", corpus / "c.txt"])
+    for change, message in (
+        (lambda path: path.write_text("changed"), "was changed while it was used"),
+        (Path.unlink, "cannot be read"),
+    ):
+        change(corpus / "a.jsonl")
+        with pytest.raises(DataError, match=message):
+            list(iter_documents(files, tally=Tally(skip=True)))

@@ -168,6 +168,21 @@ def test_worker_that_joins_searches_nothing(
     assert contents(out) == contents(tmp_path / "one")
 
 
+def test_manifest_of_relative_paths_is_read_from_anywhere(
+    corpus: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files, out = find_files(["corpus"]), tmp_path / "out"
+    plan = plan_of(files, tokenizer, 5)
+    parts.begin(out, plan, parts.blocks_in_shard(plan, 512), files)
+    monkeypatch.chdir("/")
+    # The same word means another directory here.
+    assert begun_corpus(out / ".parts", ["corpus"]) is None
+    begun = begun_corpus(out / ".parts", [str(corpus)])
+    assert begun is not None
+    assert write_parts(out, begun, tokenizer, plan, shard_bytes=512) == []
+
+
 def test_file_that_changed_since_the_manifest_was_made_is_named(
     corpus: Path, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
