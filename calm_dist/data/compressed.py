@@ -113,7 +113,8 @@ class Unpacked(io.RawIOBase):
 
     Reading raises:
         DamagedFileError: the file is empty, ends inside a frame, is damaged, or has other bytes
-            after its last frame. A file that was cut exactly between two frames looks like a complete one.
+            after its last frame. A file that was cut exactly between two frames looks like a
+            complete one.
     """
 
     def __init__(self, path: str, source: io.BufferedReader, suffix: str) -> None:
