@@ -87,7 +87,7 @@ def plan_store(
     seed: int = 0,
     parts: int = 1,
     reading: Reading = TEXT_AND_ID,
-    token_dtype: TokenDtype | Literal["auto"] = "auto",
+    token_dtype: TokenDtype | Literal["auto"] = "uint32",
     out: str | Path | None = None,
 ) -> StorePlan:
     """Describe the store that these inputs make, without torch and without encoding anything.

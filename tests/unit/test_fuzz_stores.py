@@ -99,9 +99,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [f"{i} words of text " * (1 + i % 9) for i in range(60)]
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     tokenizer = train_tokenizer(texts, 265, root / "tokenizer.json")
-    plan = plan_store(
-        [corpus], tokenizer, variant="tokens", block_size=16, patch_size=4, token_dtype="uint32"
-    )
+    plan = plan_store([corpus], tokenizer, variant="tokens", block_size=16, patch_size=4)
     write_store(root / "store", [corpus], tokenizer, plan, shard_bytes=4096)
     return root / "store"
 

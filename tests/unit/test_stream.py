@@ -48,7 +48,6 @@ def write(root: Path, name: str, *, variant: str = "tokens", block_size: int = 1
     plan = plan_store(
         [corpus],
         tokenizer,
-        token_dtype="uint32",
         variant=variant,  # type: ignore[arg-type]
         block_size=block_size,
         patch_size=4,
