@@ -37,6 +37,9 @@ setup(
         "tokenizers>=0.21",
         "tiktoken>=0.7",
         "zstandard>=0.22",
+        # Parquet, Arrow and object stores. From 26 on it needs numpy 2.
+        "pyarrow>=16",
+        "fsspec>=2024.6",
         "tqdm>=4.66",
         "matplotlib>=3.8,<4",
         "wandb>=0.17",

@@ -12,20 +12,25 @@ complete.
 Many processes can share the work: give each the same options, --parts N and its own --worker I/W.
 With Slurm that is --worker $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT or, for the ranks of srun,
 --worker $SLURM_PROCID/$SLURM_NTASKS. N is a property of the store; W may change with every start.
-With N a multiple of W, more workers can join later. The last to finish merges the parts.
+With N a multiple of W, more workers can join later. The last to finish merges the parts. For many
+files, run the command with --begin first: then only one process searches them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calm_dist.cli.console import add_device, announce, at_least, run
-from calm_dist.data.formats import SUPPORTED
+from calm_dist.cli.corpus_options import CORPUS_HELP, add_reading, reading_from
 
 if TYPE_CHECKING:
+    from calm_dist.data.corpus_files import CorpusFiles
+    from calm_dist.data.formats import Reading
+    from calm_dist.data.manifest import BegunCorpus
     from calm_dist.data.tokenizer import Tokenizer
     from calm_dist.models.autoencoder import Autoencoder
 
@@ -57,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
         required=True,
         nargs="+",
         metavar="PATH",
-        help=f"{SUPPORTED}, or directories or globs of them",
+        help=CORPUS_HELP,
     )
     parser.add_argument("--out", required=True, metavar="DIR|URL", help="directory of the store")
     parser.add_argument(
@@ -87,12 +92,18 @@ def parse_arguments() -> argparse.Namespace:
         help="size of a shard, below 4096 (default 64 MiB)",
     )
     parser.add_argument(
+        "--token-dtype",
+        choices=("auto", "uint16", "uint32"),
+        default="auto",
+        help="type of the stored tokens (default auto: uint16 for up to 65,536 entries)",
+    )
+    parser.add_argument(
         "--parts",
         type=at_least(1),
         default=1,
         metavar="N",
-        help="divide the shuffled documents into N parts with separate blocks; the tail of each "
-        "part that does not fill a block is dropped (default 1)",
+        help="divide the corpus into N parts with separate blocks; the tail of each part that does "
+        "not fill a block is dropped (default 1)",
     )
     parser.add_argument(
         "--worker",
@@ -101,6 +112,13 @@ def parse_arguments() -> argparse.Namespace:
         help="write only the parts I, I+W, I+2W, ... (I from 0 to W-1); other workers write the "
         "rest (default: this process writes all parts)",
     )
+    parser.add_argument(
+        "--begin",
+        action="store_true",
+        help="find the files of the corpus and divide them into parts, and write none; workers "
+        "then start at once (default: the first worker does this)",
+    )
+    add_reading(parser)
     add_device(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace another store in --out")
     return parser.parse_args()
@@ -123,6 +141,33 @@ def load_encoder(directory: Path, device: str) -> Autoencoder:
     return load_autoencoder(directory).to(own_device(device))
 
 
+def find_corpus(args: argparse.Namespace, reading: Reading) -> CorpusFiles | BegunCorpus:
+    """The corpus; that of a store which has been begun is not searched again."""
+    from calm_dist.data.corpus_files import find_files
+    from calm_dist.data.latents import refuse_corpus_in_store
+    from calm_dist.data.layout import is_remote
+    from calm_dist.data.manifest import begun_corpus
+    from calm_dist.data.parts import PARTS
+
+    if not (is_remote(args.out) or args.overwrite):
+        begun = begun_corpus(Path(args.out) / PARTS, args.corpus)
+        if begun is not None:
+            return begun
+    corpus = find_files(args.corpus, reading)
+    corpus.report()
+    refuse_corpus_in_store(args.out, corpus)
+    return corpus
+
+
+def report_left_out(out: str) -> None:
+    """Say what was left out of a finished local store."""
+    from calm_dist.data.reports import REPORT, summary
+
+    file = Path(out) / REPORT
+    if file.is_file() and (left_out := summary(json.loads(file.read_text(encoding="utf-8")))):
+        print(f"{file}: {left_out}")
+
+
 def report_lost(out: str, tokenizer: Tokenizer) -> None:
     if lost := tokenizer.lost.report():
         print(f"{out}: in the text encoded by this process, {lost}", flush=True)
@@ -132,22 +177,20 @@ def main() -> None:
     args = parse_arguments()
     announce("loading libraries ...")
 
-    from calm_dist.data.corpus_files import find_files
     from calm_dist.data.latents import (
         check_worker,
         finished_store,
         plan_store,
         read_meta,
-        refuse_corpus_in_store,
         write_parts,
         write_store,
     )
-    from calm_dist.data.parts import blocks_in_shard
+    from calm_dist.data.parts import begin, blocks_in_shard
     from calm_dist.data.tokenizer import load_tokenizer
     from calm_dist.runs.checkpoints import find_checkpoint
 
-    if args.worker is not None:
-        check_worker(args.out, args.worker, args.parts, overwrite=args.overwrite)
+    if args.worker is not None or args.begin:
+        check_worker(args.out, args.worker or (0, 1), args.parts, overwrite=args.overwrite)
     directory = None
     if args.autoencoder is not None:
         directory = Path(args.autoencoder)
@@ -155,9 +198,8 @@ def main() -> None:
         if not (directory / "config.json").is_file():
             directory = find_checkpoint(directory)
     tokenizer = load_tokenizer(args.tokenizer, args.begin_token, args.end_token)
-    corpus = find_files(args.corpus)
-    corpus.report()
-    refuse_corpus_in_store(args.out, corpus)
+    reading = reading_from(args)
+    corpus = find_corpus(args, reading)
     plan = plan_store(
         corpus,
         tokenizer,
@@ -167,14 +209,21 @@ def main() -> None:
         autoencoder=directory,
         seed=args.seed,
         parts=args.parts,
+        reading=reading,
+        token_dtype=args.token_dtype,
+        out=None if args.overwrite else args.out,
     )
     shard_bytes = args.shard_mib << 20
-    blocks_in_shard(plan, shard_bytes)
+    blocks_per_shard = blocks_in_shard(plan, shard_bytes)
     meta = None if args.overwrite else finished_store(args.out, plan)
     if meta is not None:
         print(f"{args.out}: already there and complete, {meta.num_blocks} blocks")
         return
 
+    if args.begin:
+        begin(Path(args.out), plan, blocks_per_shard, corpus)
+        print(f"{args.out}: begun, {plan.parts} part{'s' if plan.parts > 1 else ''}")
+        return
     if filling := tokenizer.describe_filling(plan.patch_size):
         print(f"{args.out}: {filling}", flush=True)
     inputs = (corpus, tokenizer, plan)
@@ -182,6 +231,7 @@ def main() -> None:
         "autoencoder": None if directory is None else load_encoder(directory, args.device),
         "batch_size": args.batch_size,
         "shard_bytes": shard_bytes,
+        "skip_faults": args.on_bad_line == "skip",
     }
     if args.worker is None:
         meta = write_store(args.out, *inputs, overwrite=args.overwrite, **options)
@@ -196,6 +246,7 @@ def main() -> None:
             )
             return
         meta = read_meta(args.out)
+    report_left_out(args.out)
     print(f"{args.out}: {meta.num_blocks} blocks of {meta.block_size} tokens written")
 
 

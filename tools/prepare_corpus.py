@@ -5,7 +5,8 @@
     python tools/prepare_corpus.py --corpus /data/books --tokenizer tokenizer.model --out data
 
 A .txt file is one document, or several if it is long; each line of a .jsonl or .json file is one,
-an object with the key "text". Running the command again does nothing if the output is intact.
+an object with the key "text", and so is each row of a table. Running the command again does nothing
+if the output is intact.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import logging
 
 from calm_dist.cli.console import at_least, run
-from calm_dist.data.formats import SUPPORTED
+from calm_dist.cli.corpus_options import CORPUS_HELP, add_reading, reading_from
 
 
 def main() -> None:
@@ -26,8 +27,7 @@ def main() -> None:
         nargs="+",
         default=[],
         metavar="PATH",
-        help=f"{SUPPORTED}, or directories or globs of them; "
-        "default: the source text of Python's standard library",
+        help=f"{CORPUS_HELP}; default: the source text of Python's standard library",
     )
     parser.add_argument(
         "--out", required=True, help="directory for corpus/{train,valid,test}.jsonl and tokenizer"
@@ -47,6 +47,7 @@ def main() -> None:
         "--vocab-size", type=int, default=512, help="entries of the trained BPE (default 512)"
     )
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the split (default 0)")
+    add_reading(parser)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
@@ -60,6 +61,8 @@ def main() -> None:
         end_token=args.end_token,
         vocab_size=args.vocab_size,
         seed=args.seed,
+        reading=reading_from(args),
+        skip_faults=args.on_bad_line == "skip",
     )
     state = "written" if written else "already there and intact"
     print(f"{args.out}: corpus/{{train,valid,test}}.jsonl and tokenizer {state}")

@@ -5,8 +5,8 @@
 #                            [--begin-token NAME] [--end-token NAME]
 #
 #   OUT          output directory (default: runs/quickstart)
-#   --corpus     .txt, .jsonl or .json files, plain or with .gz, .xz, .bz2 or .zst,
-#                directories, quoted globs; none may contain OUT or be inside it
+#   --corpus     .txt, .jsonl or .json files, plain or with .gz, .xz, .bz2 or .zst, and .parquet
+#                or .arrow files, directories, quoted globs; none may contain OUT or be inside it
 #                (default: the source text of Python's standard library)
 #   --tokenizer  tokenizer.json or tokenizer.model (default: a BPE is trained on the corpus)
 #   --begin-token, --end-token

@@ -12,7 +12,6 @@ import lzma
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from calm_dist.errors import DataError
@@ -20,6 +19,10 @@ from calm_dist.errors import DataError
 # The dictionary of an .xz file may demand any amount of memory; files of `xz -9` need 65 MiB. So
 # may the window of a .zst file, up to 2 GiB with `zstd --long=31`.
 _MEMORY_BYTES = 1 << 30
+
+
+class DamagedFileError(DataError):
+    """A file is damaged or cut off; reading it again will not help."""
 
 
 class Decoder(Protocol):
@@ -109,11 +112,12 @@ class Unpacked(io.RawIOBase):
     """The contents of a compressed file of one or more frames.
 
     Reading raises:
-        DataError: the file is empty, ends inside a frame, is damaged, or has other bytes after its
-            last frame. A file that was cut exactly between two frames looks like a complete one.
+        DamagedFileError: the file is empty, ends inside a frame, is damaged, or has other bytes
+            after its last frame. A file that was cut exactly between two frames looks like a
+            complete one.
     """
 
-    def __init__(self, path: Path, source: io.BufferedReader, suffix: str) -> None:
+    def __init__(self, path: str, source: io.BufferedReader, suffix: str) -> None:
         self._path, self._source, self._suffix = path, source, suffix
         self._codec = CODECS[suffix]
         self._decoder: Decoder | None = None
@@ -153,7 +157,7 @@ class Unpacked(io.RawIOBase):
                 data = self._take()
         if not data:
             if not self._frames:
-                raise DataError(
+                raise DamagedFileError(
                     f"corpus {self._path}: is empty, not a {self._suffix} file; write it again or "
                     "remove it"
                 )
@@ -168,7 +172,7 @@ class Unpacked(io.RawIOBase):
         if self._decoder.needs_input:
             data = self._take()
             if not data:
-                raise DataError(
+                raise DamagedFileError(
                     f"corpus {self._path}: is cut off: it ends after byte {self._position}, inside "
                     f"its compressed frame {self._frames + 1}; copy or write it again"
                 )
@@ -177,13 +181,13 @@ class Unpacked(io.RawIOBase):
             finished = self._decoder.eof
         except (zlib.error, lzma.LZMAError, OSError, EOFError, ValueError) as error:
             if "memory" in str(error).lower():
-                raise DataError(
+                raise DamagedFileError(
                     f"corpus {self._path}: unpacking needs more memory than the limit of "
                     f"{_MEMORY_BYTES >> 20} MiB ({error}); compress it again with a smaller window "
                     "or dictionary (zstd --long=27, xz -9)"
                 ) from error
             after = f", or other bytes follow its frame {self._frames}" if self._frames else ""
-            raise DataError(
+            raise DamagedFileError(
                 f"corpus {self._path}: damaged {self._suffix} file, near byte {start}{after} "
                 f"({error}); copy or write it again"
             ) from error

@@ -7,29 +7,41 @@ names the file and, for lines, the line.
 from __future__ import annotations
 
 import hashlib
-import io
 import sysconfig
 import tempfile
 import tokenize
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from calm_dist.data.corpus_files import CorpusFiles, CorpusPaths, find_files
+from calm_dist.data.dedup import Repetitions
 from calm_dist.data.formats import (
+    TABLES,
+    TEXT_AND_ID,
     CorpusFile,
     Document,
-    documents_in,
-    format_of,
-    open_file,
+    Reading,
+    format_of_file,
     quoted,
+)
+from calm_dist.data.reading import Tally, lines_before, shuffled_documents, unit_documents
+from calm_dist.data.remote_files import is_url, open_url
+from calm_dist.data.units import (
+    Share,
+    Span,
+    file_fingerprint,
+    in_threads,
+    shuffled_shares,
+    units_of,
 )
 from calm_dist.errors import DataError
 from calm_dist.files import file_sha256
-from calm_dist.progress import Meter
 from calm_dist.randomness import key_fraction
 
 if TYPE_CHECKING:
@@ -67,145 +79,120 @@ _NOT_LIBRARY = {
 
 _TOKENIZER_BATCH_CHARACTERS = 1 << 20
 
+TOKENIZED_CHARACTERS = 250_000
+"""A document of more than twice as many characters is tokenized in pieces."""
+
 
 def corpus_sha256(files: Iterable[CorpusFile]) -> str:
     """Fingerprint of the names and contents of corpus files."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.name}\0{file_sha256(file.path)}\n".encode())
+        digest.update(f"{file.name}\0{_content_sha256(file)}\n".encode())
     return digest.hexdigest()
 
 
-def iter_documents(paths: CorpusPaths) -> Iterator[Document]:
+def describe_corpus(files: CorpusFiles, reading: Reading) -> tuple[str, bool]:
+    """Fingerprint of a corpus, and whether it is a single unit.
+
+    That of a single unit covers all contents, that of a larger corpus a sample of each file.
+    """
+    units = units_of(files, reading)
+    if len(units) == 1:
+        return corpus_sha256(files), True
+    digest = hashlib.sha256()
+    for file, found in in_threads(file_fingerprint, files):
+        digest.update(f"{file.name}\0{found}\n".encode())
+    return digest.hexdigest(), False
+
+
+def _content_sha256(file: CorpusFile) -> str:
+    if not is_url(file.path):
+        return file_sha256(Path(file.path))
+    with open_url(file.path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def iter_documents(
+    paths: CorpusPaths,
+    reading: Reading = TEXT_AND_ID,
+    tally: Tally | None = None,
+    repeated: Callable[[int], np.ndarray] | None = None,
+) -> Iterator[Document]:
     """The documents of a corpus in the order of its files; blank texts are left out.
 
+    Args:
+        paths: the corpus.
+        reading: what becomes a document.
+        tally: counts what is left out; None: the first fault is an error.
+        repeated: from `repetitions`; None: repetitions are documents, too.
+
     Raises:
-        DataError: see `find_files`; a file is damaged or truncated; a line is not JSON, has no
-            text, or is not UTF-8; or no document of the corpus has content.
+        DataError: see `find_files`; a file is damaged or truncated; a line or row is no document;
+            or no document of the corpus has content.
     """
-    for _, _, document in _places_and_documents(find_files(paths)):
+    for _, _, document in _places_and_documents(find_files(paths), reading, tally, repeated):
         yield document
 
 
-def _places_and_documents(files: CorpusFiles) -> Iterator[tuple[CorpusFile, int, Document]]:
-    """File, byte offset and document of each document."""
+def _places_and_documents(
+    files: CorpusFiles,
+    reading: Reading = TEXT_AND_ID,
+    tally: Tally | None = None,
+    repeated: Callable[[int], np.ndarray] | None = None,
+) -> Iterator[tuple[CorpusFile, int, Document]]:
+    """File, place and document of each document."""
     empty = True
-    for file in files:
-        with open_file(file) as stream:
-            for offset, document in documents_in(file, stream):
-                empty = False
-                yield file, offset, document
+    for number, unit in enumerate(units_of(files, reading)):
+        for span, place, document in unit_documents(number, unit.spans, reading, tally, repeated):
+            empty = False
+            yield span.file, place, document
     if empty:
-        raise _no_text(files)
+        raise no_text(files)
+
+
+@contextmanager
+def repetitions(
+    files: CorpusFiles, reading: Reading, *, skip: bool
+) -> Iterator[Callable[[int], np.ndarray] | None]:
+    """The repeated documents of each unit, if ``reading`` leaves them out; else None.
+
+    Their hashes are kept in ``TMPDIR``, 24 bytes per document.
+    """
+    if not reading.dedup:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="calm_dist_dedup_") as directory:
+        found = Repetitions(Path(directory), 1)
+        units = enumerate(units_of(files, reading))
+        shares = [Share(number, unit.spans) for number, unit in units]
+        found.find(lambda _: shares, reading, skip=skip)
+        yield found.of_unit
 
 
 class ShuffledDocuments:
     """The documents of a corpus in an order that is a function of ``seed`` and the files.
 
-    Memory holds 16 bytes per document, not the text: the constructor records where each document
-    starts, and iteration reads the documents in the new order. For that, compressed files are
-    unpacked into a temporary directory (``TMPDIR`` chooses the disk).
+    Memory holds one chunk of text; see `calm_dist.data.units`.
 
     Raises:
-        DataError: as `iter_documents`; the disk is full; a file changes while it is used.
+        DataError: as `iter_documents`; a file changes while it is used.
     """
 
-    def __init__(self, paths: CorpusPaths, seed: int) -> None:
-        self._files = find_files(paths)
-        self._scratch = tempfile.TemporaryDirectory(prefix="calm_dist_corpus_")
-        self._plain = []
-        places = []
-        with Meter(None, label="read the corpus", unit="documents") as reading:
-            for i, file in enumerate(self._files):
-                plain, stream = self._open(i, file)
-                offsets = []
-                with stream:
-                    for offset, _ in documents_in(file, stream):
-                        offsets.append(offset)
-                        reading.advance()
-                self._plain.append(plain)
-                places.append(np.stack([np.full(len(offsets), i), np.array(offsets, np.int64)], 1))
-        in_order = np.concatenate(places)
-        if not len(in_order):
-            raise _no_text(self._files)
-        self._places = np.random.default_rng(seed).permutation(in_order)
-
-    def _open(self, number: int, file: CorpusFile) -> tuple[Path, io.BufferedReader]:
-        """The path of a file's unpacked contents, complete once the stream has been read to its
-        end, and the stream."""
-        stream = open_file(file)
-        if not format_of(file.path.name).compression:  # type: ignore[union-attr]
-            return file.path, stream
-        copy = Path(self._scratch.name, str(number))
-        return copy, io.BufferedReader(_Copying(stream, copy), 1 << 20)
-
-    def __len__(self) -> int:
-        return len(self._places)
+    def __init__(self, paths: CorpusPaths, seed: int, reading: Reading = TEXT_AND_ID) -> None:
+        self._files, self._seed, self._reading = find_files(paths), seed, reading
+        (self._shares,) = shuffled_shares(units_of(self._files, reading), seed, 1)
 
     def __iter__(self) -> Iterator[Document]:
-        return self.read(range(len(self)))
-
-    def part(self, number: int, parts: int) -> range:
-        """Positions, in the new order, of part ``number`` of ``parts`` parts of equal size."""
-        start, end = (len(self) * bound // parts for bound in (number, number + 1))
-        return range(start, end)
-
-    def read(self, positions: range) -> Iterator[Document]:
-        """The documents at ``positions`` of the new order; reads no others."""
-        for i, offset in self._places[positions.start : positions.stop]:
-            yield self._document(int(i), int(offset))
-
-    def _document(self, number: int, offset: int) -> Document:
-        file = self._files[number]
-        try:
-            with (
-                self._plain[number].open("rb") as stream,
-                closing(documents_in(file, stream, offset)) as documents,
-            ):
-                stream.seek(offset)
-                found, document = next(documents)
-            if found != offset:
-                raise DataError(f"a document starts at byte {found} instead of {offset}")
-        except (DataError, StopIteration, OSError) as error:
-            raise DataError(
-                f"corpus {file.path}: was changed while it was used (byte {offset}: "
-                f"{str(error) or 'no document'}); start again"
-            ) from error
-        return document
+        tally = Tally()
+        yield from shuffled_documents(self._shares, self._seed, self._reading, tally)
+        if not tally.documents:
+            raise no_text(self._files)
 
 
-class _Copying(io.RawIOBase):
-    """A stream that copies everything read from it into a file."""
-
-    def __init__(self, source: io.BufferedReader, target: Path) -> None:
-        self._source, self._target = source, target
-        self._sink: BinaryIO = target.open("wb")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        size = self._source.readinto1(buffer)
-        try:
-            self._sink.write(buffer[:size])
-            if not size:
-                self._sink.flush()
-        except OSError as error:
-            raise DataError(
-                f"{self._target.parent}: a compressed file of the corpus cannot be unpacked there "
-                f"({error.strerror}); set TMPDIR to a directory on a larger disk"
-            ) from error
-        return size
-
-    def close(self) -> None:
-        self._source.close()
-        self._sink.close()
-        super().close()
-
-
-def _no_text(files: Sequence[CorpusFile]) -> DataError:
+def no_text(files: Sequence[CorpusFile]) -> DataError:
+    """The error for a corpus without any document."""
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-    return DataError(f"corpus {files[0].path}{more}: holds no text")
+    return DataError(f"corpus {files[0].shown}{more}: holds no text")
 
 
 def standard_library_documents() -> list[Document]:
@@ -309,12 +296,20 @@ def split_documents(ids: Sequence[str], seed: int) -> dict[str, list[int]]:
     return {name: np.flatnonzero(splits == i).tolist() for i, name in enumerate(SPLITS)}
 
 
-def refuse_repeated_ids(known: DocumentIds, paths: CorpusPaths) -> None:
+def refuse_repeated_ids(
+    known: DocumentIds,
+    paths: CorpusPaths,
+    reading: Reading = TEXT_AND_ID,
+    repeated: Callable[[int], np.ndarray] | None = None,
+    *,
+    skip: bool = False,
+) -> None:
     """Refuse a corpus in which two documents have the same id and hence share a split.
 
     Args:
         known: the ids of the documents of ``paths``, in their order.
         paths: the corpus; it is read again to find file and line of both documents.
+        reading, repeated, skip: as when ``known`` was read.
 
     Raises:
         DataError: there are such documents; the message names the id and both places.
@@ -323,22 +318,21 @@ def refuse_repeated_ids(known: DocumentIds, paths: CorpusPaths) -> None:
     if pair is None:
         return
     places, document_id = [], ""
-    for position, (file, offset, document) in enumerate(_places_and_documents(find_files(paths))):
+    again = _places_and_documents(find_files(paths), reading, Tally(skip), repeated)
+    for position, (file, place, document) in enumerate(again):
         if position in pair:
-            places.append(_place(file, offset))
+            places.append(_place(file, place))
             document_id = document.id
         if position == pair[1]:
             break
     raise _repeated_id(document_id, *places)
 
 
-def _place(file: CorpusFile, offset: int) -> str:
-    """File and line of a byte offset in the unpacked contents."""
-    line = 1
-    with open_file(file) as stream:
-        while offset > 0 and (read := stream.read(min(offset, 1 << 20))):
-            line, offset = line + read.count(b"\n"), offset - len(read)
-    return f"{file.path}:{line}"
+def _place(file: CorpusFile, place: int) -> str:
+    """File and line, or row, of a document."""
+    if format_of_file(file).kind in TABLES:
+        return f"{file.shown}: row {place}"
+    return f"{file.shown}:{1 + lines_before(Span(file, place))}"
 
 
 def _repeated_id(document_id: str, *places: str) -> DataError:
@@ -354,6 +348,7 @@ def pack_blocks(
     block_size: int,
     patch_size: int,
     seed: int,
+    counts: Counter[str] | None = None,
 ) -> Iterator[np.ndarray]:
     """Cut documents, in the order given, into blocks of exactly ``block_size`` tokens.
 
@@ -362,35 +357,71 @@ def pack_blocks(
     begin tokens to whole patches therefore looks like the training text. If one token is both, the
     begin tokens of the next document also end this one: with an additional end token, a whole patch
     of begin tokens could be followed by another begin token, which would end a generated text at
-    once. Tokens after the last full block are dropped.
+    once. Tokens after the last full block are dropped. A document of more than twice
+    `TOKENIZED_CHARACTERS` is tokenized in pieces, whose tokens are joined. ``counts`` counts tokens
+    and lost text as `LostText.since` names them.
 
     Yields:
         uint32 arrays of shape [block_size].
     """
     waiting = np.empty(0, np.uint32)
-    for batch in _batches(documents):
-        pieces = [waiting]
-        for document, tokens in zip(
-            batch, tokenizer.encode_batch([document.text for document in batch]), strict=True
-        ):
-            num_begin = 1 + int(key_fraction(seed, "begin", document.id) * patch_size)
-            pieces.append(np.full(num_begin, tokenizer.begin_id, np.uint32))
-            pieces.append(np.array(tokens, np.uint32))
-            if tokenizer.end_id != tokenizer.begin_id:
-                pieces.append(np.array([tokenizer.end_id], np.uint32))
-        waiting = np.concatenate(pieces)
+    for batch in _batches(_pieces(documents)):
+        before = replace(tokenizer.lost)
+        tokens_of = tokenizer.encode_batch([piece.text for piece in batch])
+        if counts is not None:
+            counts.update(tokenizer.lost.since(before))
+        arrays = [waiting]
+        for piece, tokens in zip(batch, tokens_of, strict=True):
+            if piece.begins is not None:
+                num_begin = 1 + int(key_fraction(seed, "begin", piece.begins) * patch_size)
+                arrays.append(np.full(num_begin, tokenizer.begin_id, np.uint32))
+            arrays.append(np.array(tokens, np.uint32))
+            if piece.ends and tokenizer.end_id != tokenizer.begin_id:
+                arrays.append(np.array([tokenizer.end_id], np.uint32))
+        waiting = np.concatenate(arrays)
         num_blocks = len(waiting) // block_size
         yield from waiting[: num_blocks * block_size].reshape(num_blocks, block_size)
         waiting = waiting[num_blocks * block_size :]
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in groups of about a megabyte of text, for the tokenizer's threads."""
-    batch: list[Document] = []
-    size = 0
+class _Piece(NamedTuple):
+    """A text that is tokenized at once: a document, or a part of a long one."""
+
+    text: str
+    begins: str | None
+    """The id of the document that begins here."""
+    ends: bool
+
+
+def _pieces(documents: Iterable[Document]) -> Iterator[_Piece]:
+    """Documents, the long ones in pieces: a tokenizer needs 150 bytes per character of a text."""
     for document in documents:
-        batch.append(document)
-        size += len(document.text)
+        text, begins, start = document.text, document.id, 0
+        while len(text) - start > 2 * TOKENIZED_CHARACTERS:
+            end = _cut(text, start)
+            yield _Piece(text[start:end], begins if not start else None, False)
+            start = end
+        yield _Piece(text[start:], begins if not start else None, True)
+
+
+def _cut(text: str, start: int) -> int:
+    """Where to cut a text: after the first empty line past the limit, or else after a line or a
+    word before twice the limit, or there."""
+    first, last = start + TOKENIZED_CHARACTERS, start + 2 * TOKENIZED_CHARACTERS
+    for separator, find in (("\n\n", text.find), ("\n", text.rfind), (" ", text.rfind)):
+        if (at := find(separator, first, last)) >= 0:
+            # Tokens of most tokenizers begin with a space, and end with line breaks.
+            return at + (0 if separator == " " else len(separator))
+    return last
+
+
+def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """Texts in groups of about a megabyte, for the tokenizer's threads."""
+    batch: list[_Piece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text)
         if size >= _TOKENIZER_BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0

@@ -5,7 +5,11 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import shutil
 import stat
+import sys
+import tempfile
+from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,13 +19,15 @@ from typing import overload
 
 from calm_dist.data.compressed import CODECS
 from calm_dist.data.formats import (
-    NOT_YET,
     SUPPORTED,
+    TEXT_AND_ID,
     CorpusFile,
+    Reading,
     format_of,
     holds_documents,
     unknown_format,
 )
+from calm_dist.data.remote_files import find_urls, is_url
 from calm_dist.errors import DataError
 from calm_dist.log import NOTE
 
@@ -47,12 +53,16 @@ class CorpusFiles(Sequence[CorpusFile]):
         left_out: number of files in the directories that are not read, by kind.
         directories: real paths of the searched directories, without those below them.
         globs: the patterns given.
+        scratch: holds the copy of standard input, and removes it.
+        given: the paths, globs and URLs that were searched.
     """
 
     files: tuple[CorpusFile, ...]
     left_out: Counter[str]
     directories: frozenset[str]
     globs: tuple[str, ...]
+    scratch: tempfile.TemporaryDirectory[str] | None = None
+    given: tuple[str, ...] = ()
 
     @overload
     def __getitem__(self, index: int) -> CorpusFile: ...
@@ -66,7 +76,7 @@ class CorpusFiles(Sequence[CorpusFile]):
 
     def summary(self) -> str:
         """One line: the number of files read and left out, by kind."""
-        read = Counter(_kind(file.path.name) for file in self.files)
+        read = Counter(_kind(file.base_name) for file in self.files)
         text = f"corpus: {_counts(read)}"
         return f"{text}; left out: {_counts(self.left_out)}" if self.left_out else text
 
@@ -93,6 +103,8 @@ class CorpusFiles(Sequence[CorpusFile]):
                 raise _overlap(out, f"lies inside {directory}, a directory of the corpus")
         parents: dict[str, str] = {}
         for file in self.files:
+            if is_url(file.path):
+                continue
             folder = os.path.dirname(file.path)
             real = parents.get(folder)
             if real is None:
@@ -109,13 +121,21 @@ CorpusPaths = CorpusFiles | Sequence[str | Path]
 """A corpus as given by a user, or the result of `find_files`."""
 
 
-def find_files(paths: CorpusPaths) -> CorpusFiles:
-    """The corpus files that files, directories and globs stand for.
+STANDARD_INPUT = "-"
+"""A path that stands for lines of JSON on standard input."""
+
+
+def find_files(paths: CorpusPaths, reading: Reading = TEXT_AND_ID) -> CorpusFiles:
+    """The corpus files that files, directories, globs, URLs of them and ``-`` stand for.
 
     Directories are searched recursively, following links; hidden files are left out. Order: as
     given, and sorted within a directory or a glob. A file is named by its base name, or by its path
     relative to the directory given; if two files would have the same name, all files are named by
-    their paths relative to their common directory.
+    their paths relative to their common directory. Standard input is copied to a temporary file.
+
+    Args:
+        paths: the corpus; the result of an earlier call is returned as it is.
+        reading: decides which .json files in directories hold documents.
 
     Raises:
         DataError: a path does not exist or is neither a file nor a directory, a glob matches
@@ -124,33 +144,40 @@ def find_files(paths: CorpusPaths) -> CorpusFiles:
     """
     if isinstance(paths, CorpusFiles):
         return paths
-    search = _Search()
-    for given in [paths] if isinstance(paths, str | Path) else paths:
-        search.add(str(given))
-    return search.result()
+    given = tuple(map(str, [paths] if isinstance(paths, str | Path) else paths))
+    search = _Search(reading)
+    for path in given:
+        search.add(path)
+    return search.result(given)
 
 
 class _Search:
-    def __init__(self) -> None:
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
         self._paths: list[str] = []
         self._names: list[str] = []
+        self._sizes = array("q")
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._numbers: dict[object, int] = {}
         self._left_out: Counter[str] = Counter()
         self._directories: set[str] = set()
         self._globs: list[str] = []
 
-    def result(self) -> CorpusFiles:
+    def result(self, given: tuple[str, ...]) -> CorpusFiles:
         if not self._paths:
             raise DataError("corpus: no path was given; name at least one file or directory")
         self._refuse_compressed_twins()
         names = self._names
         if len(set(names)) < len(names):
             names = _names_from_common_directory(self._paths)
-        files = (
-            CorpusFile(Path(path), name) for path, name in zip(self._paths, names, strict=True)
-        )
+        files = map(CorpusFile, self._paths, names, self._sizes)
         return CorpusFiles(
-            tuple(files), self._left_out, frozenset(self._directories), tuple(self._globs)
+            tuple(files),
+            self._left_out,
+            frozenset(self._directories),
+            tuple(self._globs),
+            self._scratch,
+            given,
         )
 
     def _refuse_compressed_twins(self) -> None:
@@ -171,6 +198,12 @@ class _Search:
     def add(self, given: str) -> None:
         if not given:
             raise DataError("corpus: an empty path; is a variable on the command line unset?")
+        if given == STANDARD_INPUT:
+            self._add_standard_input()
+            return
+        if is_url(given):
+            self._add_url(given)
+            return
         path = str(Path(given))
         if os.path.lexists(path):
             self._add_path(path)
@@ -185,6 +218,54 @@ class _Search:
         for match in matches:
             self._add_path(str(match))
 
+    def _add_standard_input(self) -> None:
+        """A corpus is read more than once, and from the middle; hence the copy."""
+        if self._scratch is not None:
+            raise DataError(f"corpus {STANDARD_INPUT}: is given twice; give standard input once")
+        self._scratch = tempfile.TemporaryDirectory(prefix="calm_dist_stdin_")
+        path = os.path.join(self._scratch.name, "stdin.jsonl")
+        try:
+            with open(path, "wb") as copy:
+                shutil.copyfileobj(sys.stdin.buffer, copy, 1 << 20)
+        except OSError as error:
+            raise DataError(
+                f"corpus {STANDARD_INPUT}: standard input cannot be copied to {path} "
+                f"({error.strerror}); set TMPDIR to a directory on a larger disk"
+            ) from error
+        self._add_file(path, "stdin.jsonl", os.stat(path))
+
+    def _add_url(self, url: str) -> None:
+        before, added = Counter(self._left_out), 0
+        for place, name, size, is_given in find_urls(url):
+            found = format_of(CorpusFile(place, name).base_name)
+            if is_given and found is None:
+                raise unknown_format(CorpusFile(place, name).shown)
+            if found is None or (not is_given and self._is_left_out(place, name)):
+                if found is None:
+                    self._left_out["hidden" if "/." in f"/{name}" else _kind(name)] += 1
+                continue
+            self._add(place, place, name, size)
+            added += 1
+        if not added:
+            left = self._left_out - before
+            raise DataError(
+                f"corpus {CorpusFile(url, '').shown}: holds no {SUPPORTED}"
+                + (f" (left out: {_counts(left)})" if left else "")
+            )
+
+    def _is_left_out(self, path: str, name: str) -> bool:
+        """Whether a file of a known format in a directory is no part of the corpus; counts it."""
+        found = format_of(name)
+        if "/." in f"/{name}":
+            self._left_out["hidden"] += 1
+            return True
+        if found is not None and found.kind == ".json":
+            file = CorpusFile(path, name)
+            if not holds_documents(file, self._reading):
+                self._left_out[f"{found.suffix} (not lines of documents)"] += 1
+                return True
+        return False
+
     def _add_path(self, path: str) -> None:
         status = _status(path)
         if stat.S_ISDIR(status.st_mode):
@@ -194,14 +275,15 @@ class _Search:
             if is_kind(status.st_mode):
                 raise DataError(
                     f"corpus {path}: is {words}, but a corpus is read more than once; write its "
-                    "contents to a file and give that"
+                    f"contents to a file and give that, or give {STANDARD_INPUT} and send lines of "
+                    "JSON to standard input"
                 )
         if format_of(os.path.basename(path)) is None:
             raise unknown_format(path)
         self._add_file(path, os.path.basename(path), status)
 
     def _add_directory(self, root: str) -> None:
-        inside: list[tuple[list[str], str, os.stat_result]] = []
+        inside: list[tuple[str, tuple[object, int]]] = []
         before, start = Counter(self._left_out), len(os.path.join(root, ""))
         for directory, entries in _directories(root):
             if directory.is_root:
@@ -210,16 +292,16 @@ class _Search:
                 if entry.name.startswith("."):
                     self._left_out["hidden"] += 1
                 elif (status := self._status_if_read(entry)) is not None:
-                    inside.append((entry.path[start:].split(os.sep), entry.path, status))
+                    inside.append((entry.path, (_identity(entry.path, status), status.st_size)))
         if not inside:
             found = self._left_out - before
             raise DataError(
                 f"corpus {root}: this directory holds no {SUPPORTED}"
                 + (f" (left out: {_counts(found)})" if found else "")
             )
-        inside.sort(key=lambda found: found[0])
-        for parts, path, status in inside:
-            self._add_file(path.removeprefix("./"), "/".join(parts), status)
+        inside.sort(key=lambda found: found[0][start:].split(os.sep))
+        for path, (identity, size) in inside:
+            self._add(path.removeprefix("./"), identity, path[start:], size)
 
     def _status_if_read(self, entry: os.DirEntry[str]) -> os.stat_result | None:
         """The status of a file that is part of the corpus; counts others as left out."""
@@ -234,22 +316,27 @@ class _Search:
         if not stat.S_ISREG(status.st_mode):
             self._left_out[f"{found.suffix} (not a regular file)"] += 1
             return None
-        if found.kind == ".json" and not holds_documents(CorpusFile(Path(entry.path), entry.name)):
-            self._left_out[f"{found.suffix} (not lines of documents)"] += 1
-            return None
-        return status
+        return None if self._is_left_out(entry.path, entry.name) else status
 
     def _add_file(self, path: str, name: str, status: os.stat_result) -> None:
-        # Some network file systems have no inode numbers.
-        identity = (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
+        self._add(path, _identity(path, status), name, status.st_size)
+
+    def _add(self, path: str, identity: object, name: str, size: int) -> None:
         number = self._numbers.setdefault(identity, len(self._paths))
         if number < len(self._paths):
             other = self._paths[number]
             how = "" if other == path else f": {other} is the same file, by a link or another path"
             raise DataError(f"corpus {path}: is given twice{how}; give each file once")
         self._paths.append(path)
+        self._sizes.append(size)
         # A file name may hold bytes that are not text; a document id may not.
         self._names.append(name.encode("utf-8", "backslashreplace").decode())
+
+
+def _identity(path: str, status: os.stat_result) -> object:
+    """The same for all paths and links of one file."""
+    # Some network file systems have no inode numbers.
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
 
 
 @dataclass(frozen=True)
@@ -354,6 +441,8 @@ def _match_parts(names: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def _names_from_common_directory(paths: Sequence[str]) -> list[str]:
+    if any(map(is_url, paths)):
+        return list(paths)
     real = {folder: os.path.realpath(folder) for folder in set(map(os.path.dirname, paths))}
     common = os.path.commonpath(real.values())
     names = [
@@ -386,8 +475,7 @@ def _kind(name: str) -> str:
 
 
 def _counts(kinds: Counter[str]) -> str:
-    # Files that look like a corpus first, since their absence matters; then by number.
-    ordered = sorted(kinds.items(), key=lambda kind: (kind[0] not in NOT_YET, -kind[1], kind[0]))
+    ordered = sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0]))
     named = [f"{number} {kind}" for kind, number in ordered[:_NAMED_KINDS]]
     others = sum(number for _, number in ordered[_NAMED_KINDS:])
     return ", ".join([*named, *([f"{others} others"] if others else [])])

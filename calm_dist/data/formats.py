@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from calm_dist.data.compressed import CODECS, Unpacked
+from calm_dist.data.remote_files import is_url, open_url
 from calm_dist.errors import DataError
+from calm_dist.redact import redact
 
-# A longer .txt file is read as several documents, so that one large file can be split into train,
-# valid and test, and is never held in memory as a whole.
 TEXT_DOCUMENT_CHARACTERS = 100_000
+"""A longer text is cut into several documents, so that one large file can be split into train,
+valid and test, and is never held in memory as a whole."""
 
 JSON_LINE_BYTES = 256 << 20
 """Most bytes of a line of JSON; a line is held in memory as a whole."""
@@ -28,7 +31,7 @@ _READ_BYTES = 1 << 20
 _LONGEST_QUOTE = 80
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Document:
     """One document; its ``id`` decides its split and its number of begin tokens."""
 
@@ -37,15 +40,71 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a line, a row or a piece of text is not a document.
+
+    Attributes:
+        reason: what reports count it as.
+        message: a sentence about it, without its place.
+    """
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class CorpusFile:
-    """A file of a corpus, with the machine-independent name that document ids are made from."""
+    """A file of a corpus.
 
-    path: Path
+    Attributes:
+        path: its path or URL.
+        name: the machine-independent name that document ids are made from.
+        size: its bytes when it was found; -1 if it was not looked at.
+    """
+
+    path: str
     name: str
+    size: int = -1
+
+    @property
+    def base_name(self) -> str:
+        """The last part of the path; its suffixes give the format."""
+        path = self.path.partition("?")[0] if is_url(self.path) else self.path
+        return path.rpartition("/")[2]
+
+    @property
+    def shown(self) -> str:
+        """The path for messages, without the secrets of a URL."""
+        return redact(self.path) if is_url(self.path) else self.path
 
 
-# Takes file, stream and the stream's byte position; yields byte offset and document.
-Parser = Callable[[CorpusFile, io.BufferedReader, int], Iterator[tuple[int, Document]]]
+class Reading(BaseModel):
+    """What of a file becomes documents.
+
+    Attributes:
+        text_key: key or column of the text; dots separate the keys of nested objects.
+        id_key: key or column of the document's id, which may be missing.
+        min_chars: shorter documents are left out.
+        dedup: of documents with the same text, only the first of the corpus is kept.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    text_key: Annotated[str, Field(min_length=1)] = "text"
+    id_key: Annotated[str, Field(min_length=1)] = "id"
+    min_chars: Annotated[int, Field(ge=0)] = 0
+    dedup: bool = False
+
+
+TEXT_AND_ID = Reading()
+"""The default."""
+
+Found = Document | Problem | None
+"""A document, which may be blank; a fault; or None for an empty line."""
+
+# Takes file, stream and the stream's byte position; yields the byte offset of each line or
+# document, and what is there.
+Parser = Callable[[CorpusFile, io.BufferedReader, int, Reading], Iterator[tuple[int, Found]]]
 
 
 @dataclass(frozen=True)
@@ -60,116 +119,160 @@ class Format:
         """The suffix of a file name, in lower case."""
         return self.kind + self.compression
 
+    @property
+    def has_lines(self) -> bool:
+        """Whether each line is a document."""
+        return self.kind in LINES
+
+    @property
+    def can_start_anywhere(self) -> bool:
+        """Whether reading can start at any line or group of rows."""
+        return self.kind in TABLES or not self.compression
+
 
 def format_of(name: str) -> Format | None:
     """The format of a file of this name, or None if it is not supported."""
     name = name.lower()
     compression = next((suffix for suffix in CODECS if name.endswith(suffix)), "")
+    kinds = PARSERS if compression else [*PARSERS, *TABLES]
     name = name.removesuffix(compression)
-    kind = next((suffix for suffix in PARSERS if name.endswith(suffix)), None)
+    kind = next((suffix for suffix in kinds if name.endswith(suffix)), None)
     return None if kind is None else Format(kind, compression)
 
 
-def unknown_format(path: str | Path) -> DataError:
+def format_of_file(file: CorpusFile) -> Format:
+    """The format of a corpus file.
+
+    Raises:
+        DataError: it is not supported.
+    """
+    found = format_of(file.base_name)
+    if found is None:
+        raise unknown_format(file.shown)
+    return found
+
+
+def unknown_format(path: str) -> DataError:
     """The error for a given file in an unsupported format."""
-    path = Path(path)
-    if path.suffix.lower() in NOT_YET:
-        return DataError(
-            f"corpus {path}: {path.suffix.lower()} files cannot be read yet; convert it to lines "
-            'of JSON, {"text": "..."}, in a .jsonl file'
-        )
     return DataError(f"corpus {path}: unknown kind of file; give {SUPPORTED}")
 
 
-def open_file(file: CorpusFile) -> io.BufferedReader:
-    """The contents of a file, unpacked.
+def open_packed(file: CorpusFile) -> io.BufferedReader:
+    """The bytes of a file as they are stored."""
+    if is_url(file.path):
+        return open_url(file.path)
+    return open(file.path, "rb")
+
+
+def open_file(file: CorpusFile, start: int = 0) -> io.BufferedReader:
+    """The contents of a file, unpacked, from byte ``start`` on (0 for a compressed file).
 
     Raises:
         DataError: it cannot be opened. Reading may raise the errors of `Unpacked`.
     """
-    found = format_of(file.path.name)
-    if found is None:
-        raise unknown_format(file.path)
+    found = format_of_file(file)
     try:
-        stream = file.path.open("rb")
+        stream = open_packed(file)
+        if start:
+            stream.seek(start)
     except OSError as error:
-        raise DataError(f"corpus {file.path}: cannot be read ({error.strerror})") from error
+        raise cannot_be_read(file, error) from error
     if not found.compression:
         return stream
-    return io.BufferedReader(Unpacked(file.path, stream, found.compression), _READ_BYTES)
+    return io.BufferedReader(Unpacked(file.shown, stream, found.compression), _READ_BYTES)
 
 
-def documents_in(
-    file: CorpusFile, stream: io.BufferedReader, start: int = 0
-) -> Generator[tuple[int, Document], None, None]:
-    """Byte offset and document of each document; the stream is at byte ``start``.
-
-    Offsets are those of the unpacked contents. A document's id is given in the file, or is a
-    function of the file's name and the offset, so it is the same whether a file is read from its
-    start or from the document's offset. Blank texts are left out.
-
-    Raises:
-        DataError: the file cannot be read, or a document is invalid.
-    """
-    found = format_of(file.path.name)
-    if found is None:
-        raise unknown_format(file.path)
-    try:
-        yield from PARSERS[found.kind](file, stream, start)
-    except OSError as error:
-        raise DataError(f"corpus {file.path}: cannot be read ({error.strerror})") from error
+def cannot_be_read(file: CorpusFile, error: OSError) -> DataError:
+    """The error for a file that the system cannot read."""
+    return DataError(f"corpus {file.shown}: cannot be read ({error.strerror or error})")
 
 
-def _json_documents(
+def skip_line(stream: io.BufferedReader) -> int:
+    """Read to the end of a line, in pieces; the number of its bytes."""
+    size = 0
+    while part := stream.readline(_READ_BYTES):
+        size += len(part)
+        if part.endswith(b"\n"):
+            break
+    return size
+
+
+def _json_records(
     file: CorpusFile,
     stream: io.BufferedReader,
     start: int,
+    reading: Reading,
     *,
     check_first: Callable[[CorpusFile, bytes], None] | None = None,
-) -> Iterator[tuple[int, Document]]:
-    """One document per line; ``check_first`` gets the first line that is not blank."""
-    number = 0
+) -> Iterator[tuple[int, Found]]:
+    """One document per line; ``check_first`` gets the first line of a file that is not blank."""
+    if start:
+        check_first = None
     while line := stream.readline(JSON_LINE_BYTES + 1):
-        number += 1
         if len(line) > JSON_LINE_BYTES:
-            raise DataError(
-                f"corpus {file.path}:{number}: is longer than {JSON_LINE_BYTES >> 20} MiB, the "
-                "limit of a line; give each document its own line, and split longer ones"
-            )
-        if line.strip():
+            yield start, Problem("line too long", (
+                f"is longer than {JSON_LINE_BYTES >> 20} MiB, the limit of a line; give each "
+                "document its own line, and split longer ones"
+            ))  # fmt: skip
+            start += len(line) + (0 if line.endswith(b"\n") else skip_line(stream))
+            continue
+        if not line.strip():
+            yield start, None
+        else:
             if check_first is not None:
                 check_first(file, line)
                 check_first = None
-            document = _json_document(file, line, start, number)
-            if document is not None:
-                yield start, document
+            yield start, _json_record(file, line, start, reading)
         start += len(line)
 
 
-def _json_document(file: CorpusFile, line: bytes, offset: int, number: int) -> Document | None:
-    where = f"corpus {file.path}:{number}"
+def _json_record(file: CorpusFile, line: bytes, offset: int, reading: Reading) -> Found:
     try:
         record = json.loads(line)
     # Thousands of nested brackets exhaust the parser's stack.
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: is not a line of JSON in UTF-8 ({error})") from error
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        return Problem("not JSON", f"is not a line of JSON in UTF-8 ({error})")
+    text = _value(record, reading.text_key)
+    if not isinstance(text, str):
         found = _keys(record) if isinstance(record, dict) else type(record).__name__
-        raise DataError(
-            f'{where}: has no "text" string (found {found}); each line must be '
-            'an object like {"text": "..."}'
-        )
-    text = record["text"]
+        example = '{"text": "..."}'
+        return Problem("no text", (
+            f'has no "{reading.text_key}" string (found {found}); each line must be '
+            f"an object like {example}; --text-key names another key"
+        ))  # fmt: skip
+    return document(file, offset, text, _value(record, reading.id_key), reading)
+
+
+def document(
+    file: CorpusFile, place: int, text: str, given_id: Any, reading: Reading
+) -> Document | Problem:
+    """The document of a line or row; without an id of its own it gets one from its place."""
     if not _encodable(text):
-        raise DataError(f'{where}: "text" holds half of a surrogate pair (a \\ud8xx escape alone)')
-    if not text.strip():
-        return None
-    given = record.get("id")
-    if given is None:
-        return Document(f"{file.name}@{offset}", text)
-    if not _encodable(name := str(given)):
-        raise DataError(f'{where}: "id" holds half of a surrogate pair (a \\ud8xx escape alone)')
+        return Problem(
+            "half a surrogate pair",
+            f'"{reading.text_key}" holds half of a surrogate pair (a \\ud8xx escape alone)',
+        )
+    if given_id is None:
+        return Document(f"{file.name}@{place}", text)
+    if not _encodable(name := str(given_id)):
+        return Problem(
+            "half a surrogate pair",
+            f'"{reading.id_key}" holds half of a surrogate pair (a \\ud8xx escape alone)',
+        )
     return Document(name, text)
+
+
+def _value(record: Any, key: str) -> Any:
+    """The value of a key; of a dotted name that is no key itself, the value in nested objects."""
+    if not isinstance(record, dict):
+        return None
+    if key in record or "." not in key:
+        return record.get(key)
+    for part in key.split("."):
+        if not isinstance(record, dict):
+            return None
+        record = record.get(part)
+    return record
 
 
 def _keys(record: dict[str, Any]) -> str:
@@ -194,9 +297,9 @@ def _encodable(text: str) -> bool:
 def _refuse_single_value(file: CorpusFile, line: bytes) -> None:
     if (found := _single_value(line)) is not None:
         raise DataError(
-            f"corpus {file.path}: holds {found}, but must hold lines of JSON: one object like "
+            f"corpus {file.shown}: holds {found}, but must hold lines of JSON: one object like "
             f'{{"text": "..."}} per line; convert it, for example with '
-            f"jq -c '{'.[]' if 'array' in found else '.'}' {file.path.name} > documents.jsonl"
+            f"jq -c '{'.[]' if 'array' in found else '.'}' {file.base_name} > documents.jsonl"
         )
 
 
@@ -210,7 +313,7 @@ def _single_value(line: bytes) -> str | None:
     return "one JSON object over several lines" if several_lines else None
 
 
-def holds_documents(file: CorpusFile) -> bool:
+def holds_documents(file: CorpusFile, reading: Reading = TEXT_AND_ID) -> bool:
     """Whether a .json file in a directory is part of the corpus, judging by its first line.
 
     Directories of text may also hold settings and descriptions in .json files. A damaged file
@@ -222,15 +325,15 @@ def holds_documents(file: CorpusFile) -> bool:
                 pass
         if _single_value(line) is not None:
             return False
-        record = json.loads(line) if line else {"text": ""}
+        record = json.loads(line) if line else {reading.text_key: ""}
     except (DataError, OSError, ValueError, RecursionError):
         return True
-    return isinstance(record, dict) and "text" in record
+    return _value(record, reading.text_key) is not None
 
 
-def _text_documents(
-    file: CorpusFile, stream: io.BufferedReader, start: int
-) -> Iterator[tuple[int, Document]]:
+def _text_records(
+    file: CorpusFile, stream: io.BufferedReader, start: int, reading: Reading
+) -> Iterator[tuple[int, Found]]:
     """A text file as one document, or as several of about `TEXT_DOCUMENT_CHARACTERS`.
 
     It is cut after the first empty line past that length, or after any line past twice that length.
@@ -239,26 +342,29 @@ def _text_documents(
     lines: list[str] = []
     length = 0
 
-    def document() -> tuple[int, Document]:
+    def piece() -> tuple[int, Document]:
         return start, Document(file.name if not start else f"{file.name}@{start}", "".join(lines))
 
     while line := _read_line(stream, TEXT_DOCUMENT_CHARACTERS):
         try:
             lines.append(line.decode("utf-8-sig" if not offset else "utf-8"))
         except UnicodeDecodeError as error:
-            raise DataError(
-                f"corpus {file.path}: is not UTF-8 text (byte {offset + error.start}); "
-                "convert it first"
-            ) from error
+            yield (
+                offset,
+                Problem(
+                    "not UTF-8",
+                    f"is not UTF-8 text (byte {offset + error.start}); convert it first",
+                ),
+            )
+            lines.append("")
         offset += len(line)
         length += len(lines[-1])
         paragraph_ends = length >= TEXT_DOCUMENT_CHARACTERS and not line.strip()
         if paragraph_ends or length >= 2 * TEXT_DOCUMENT_CHARACTERS:
-            if any(part.strip() for part in lines):
-                yield document()
+            yield piece()
             start, lines, length = offset, [], 0
-    if any(part.strip() for part in lines):
-        yield document()
+    if lines:
+        yield piece()
 
 
 def _read_line(stream: io.BufferedReader, limit: int) -> bytes:
@@ -272,19 +378,25 @@ def _read_line(stream: io.BufferedReader, limit: int) -> bytes:
 
 
 PARSERS: dict[str, Parser] = {
-    ".txt": _text_documents,
-    ".jsonl": _json_documents,
-    ".json": partial(_json_documents, check_first=_refuse_single_value),
+    ".txt": _text_records,
+    ".jsonl": _json_records,
+    ".json": partial(_json_records, check_first=_refuse_single_value),
 }
 """The kinds of text by suffix."""
 
-NOT_YET = (".parquet", ".arrow")
-"""Formats that are recognized but cannot be read."""
+LINES = (".jsonl", ".json")
+"""Those of which each line is a document."""
+
+TABLES = (".parquet", ".arrow")
+"""The kinds of tables, which pyarrow reads; see `calm_dist.data.tables`."""
 
 
 def _either(suffixes: list[str]) -> str:
     return f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
 
 
-SUPPORTED = f"{_either(list(PARSERS))} files, plain or with {_either(list(CODECS))}"
+SUPPORTED = (
+    f"{_either(list(PARSERS))} files, plain or with {_either(list(CODECS))}, and "
+    f"{_either(list(TABLES))} files"
+)
 """The supported files, in words."""

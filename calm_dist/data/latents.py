@@ -1,7 +1,7 @@
 """Write data stores: pack a corpus into blocks and encode them with a frozen autoencoder.
 
-The shuffled documents are cut into parts, which any number of workers pack and encode, shard by
-shard; a worker that finds all of them complete merges them (``parts.py``). A run that was killed
+The corpus is cut into parts, which any number of workers read, pack and encode, shard by shard; a
+worker that finds all of them complete merges them (``parts.py``). A run that was killed
 continues after its last finished shard. No encoder batch spans two shards, so the result is
 identical to the byte without the kill, and regardless of which worker wrote which part.
 """
@@ -10,22 +10,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from calm_dist.data.corpus import (
-    ShuffledDocuments,
-    corpus_sha256,
-    find_files,
-    pack_blocks,
-)
-from calm_dist.data.corpus_files import CorpusPaths
+from calm_dist.data.corpus import corpus_sha256, describe_corpus, find_files, pack_blocks
+from calm_dist.data.corpus_files import CorpusFiles, CorpusPaths
+from calm_dist.data.dedup import Repetitions
+from calm_dist.data.formats import TEXT_AND_ID, Document, Reading
 from calm_dist.data.layout import INDEX, META, is_remote
+from calm_dist.data.manifest import BegunCorpus, moved_paths, read_shares
 from calm_dist.data.parts import (
+    PARTS,
     begin,
     blocks_in_shard,
     complete_part,
@@ -35,18 +36,24 @@ from calm_dist.data.parts import (
     merge,
     remove_parts,
     remove_store,
+    token_dtype_of,
     write_shard,
 )
+from calm_dist.data.reading import Tally, shuffled_documents
+from calm_dist.data.reports import REPORT
 from calm_dist.data.store import (
+    UINT16_ENTRIES,
     AutoencoderInfo,
     StoreMeta,
     StorePlan,
+    TokenDtype,
     TokenizerInfo,
     Variant,
     read_meta,
     read_shards,
 )
 from calm_dist.data.tokenizer import Tokenizer
+from calm_dist.data.units import Share, units_of
 from calm_dist.errors import DataError
 from calm_dist.files import file_sha256
 from calm_dist.progress import progress
@@ -70,7 +77,7 @@ Encoder = Callable[[np.ndarray], Iterator[dict[str, np.ndarray]]]
 
 
 def plan_store(
-    corpus: CorpusPaths,
+    corpus: CorpusPaths | BegunCorpus,
     tokenizer: Tokenizer,
     *,
     variant: Variant,
@@ -79,19 +86,28 @@ def plan_store(
     autoencoder: str | Path | None = None,
     seed: int = 0,
     parts: int = 1,
+    reading: Reading = TEXT_AND_ID,
+    token_dtype: TokenDtype | Literal["auto"] = "uint32",
+    out: str | Path | None = None,
 ) -> StorePlan:
     """Describe the store that these inputs make, without torch and without encoding anything.
 
     Args:
-        corpus: files, directories and globs, or the result of `find_files` for them.
+        corpus: files, directories and globs, or the result of `find_files` or `begun_corpus` for
+            them.
         tokenizer: from `load_tokenizer`.
         variant: ``fp16`` (tokens and latents) or ``tokens``.
         block_size: tokens per block.
         patch_size: tokens per patch, K; for ``fp16`` None or the autoencoder's.
         autoencoder: directory with ``config.json`` and a weights file; only for ``fp16``.
         seed: seed of the order of documents and of the numbers of begin tokens.
-        parts: number of parts, of equally many documents, that the corpus is cut into; each is
-            packed into blocks of its own.
+        parts: number of parts, of about the same size, that the corpus is cut into; each is packed
+            into blocks of its own.
+        reading: what of the corpus becomes documents.
+        token_dtype: type of the stored tokens; auto: that of the store in ``out``, if there is one,
+            or the smaller one that has room for the vocabulary.
+        out: where the store may be finished already. An earlier version, which hashed all contents
+            of a corpus, may have written it.
 
     Raises:
         DataError: an input is missing, or the inputs do not fit each other.
@@ -101,7 +117,7 @@ def plan_store(
         if autoencoder is None:
             raise DataError("variant fp16: needs an autoencoder; give --autoencoder CKPT, or use "
                             "--variant tokens")  # fmt: skip
-        config, info = _describe_autoencoder(Path(autoencoder))
+        config, info = describe_autoencoder(Path(autoencoder))
         latent_size = config["latent_size"]
         if patch_size not in (None, config["patch_size"]):
             raise DataError(
@@ -126,6 +142,17 @@ def plan_store(
         raise DataError(
             f"block size {block_size}: must be a positive multiple of the patch size {patch_size}"
         )
+    if token_dtype == "auto":
+        found = None if out is None else token_dtype_of(out)
+        token_dtype = found or ("uint16" if vocab_size <= UINT16_ENTRIES else "uint32")
+    if isinstance(corpus, BegunCorpus):
+        sha256, order = corpus.sha256, corpus.order
+    else:
+        files = find_files(corpus, reading)
+        sha256, is_one_unit = describe_corpus(files, reading)
+        order = None if is_one_unit else 2
+        if order is not None and out is not None and _finished_by_earlier_version(out):
+            sha256, order = corpus_sha256(files), None
     return StorePlan(
         variant=variant,
         block_size=block_size,
@@ -142,13 +169,23 @@ def plan_store(
             end_token=tokenizer.end_token,
         ),
         autoencoder=info,
-        corpus_sha256=corpus_sha256(find_files(corpus)),
+        corpus_sha256=sha256,
         seed=seed,
         parts=parts,
+        order=order,
+        reading=reading,
+        token_dtype=token_dtype,
     )
 
 
-def _describe_autoencoder(directory: Path) -> tuple[dict[str, int], AutoencoderInfo]:
+def _finished_by_earlier_version(out: str | Path) -> bool:
+    try:
+        return read_meta(out).order is None
+    except DataError:
+        return False
+
+
+def describe_autoencoder(directory: Path) -> tuple[dict[str, int], AutoencoderInfo]:
     """Sizes and identity of an autoencoder, read from its files without torch."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
@@ -191,7 +228,7 @@ def check_tokenizer(autoencoder: Path, tokenizer_sha256: str, source: str) -> No
 
 def write_store(
     out: str | Path,
-    corpus: CorpusPaths,
+    corpus: CorpusPaths | BegunCorpus,
     tokenizer: Tokenizer,
     plan: StorePlan,
     *,
@@ -199,6 +236,7 @@ def write_store(
     batch_size: int = 16,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
+    skip_faults: bool = False,
 ) -> StoreMeta:
     """Write the store of ``plan``, or the part of it that is still missing.
 
@@ -210,7 +248,9 @@ def write_store(
         autoencoder: in eval mode and fp32; encodes on the device of its weights.
         batch_size: blocks per call of the encoder.
         shard_bytes: size of a shard; use 512 MiB for large corpora.
-        overwrite: first remove another store in ``out``.
+        overwrite: first remove another store in ``out``; not with `begun_corpus`.
+        skip_faults: leave out damaged files and whatever is no document, and count it in
+            ``report.json``; otherwise the first such fault is an error.
 
     Raises:
         DataError: as `finished_store`, without ``overwrite``; the corpus is shorter than one
@@ -226,23 +266,39 @@ def write_store(
             batch_size=batch_size,
             shard_bytes=shard_bytes,
             overwrite=overwrite,
+            skip_faults=skip_faults,
         )
     out = Path(out)
-    options: dict[str, Any] = {"batch_size": batch_size, "shard_bytes": shard_bytes}
-    if overwrite:
+    if overwrite and not isinstance(corpus, BegunCorpus):
         # Check corpus and options before anything is removed.
         blocks_in_shard(plan, shard_bytes)
-        corpus = find_files(corpus)
+        corpus = find_files(corpus, plan.reading)
         refuse_corpus_in_store(out, corpus)
-        options["documents"] = _documents(corpus, plan)
+        _check_beginning(corpus, plan, skip_faults)
         remove_store(out)
-    write_parts(out, corpus, tokenizer, plan, autoencoder=autoencoder, **options)
+    write_parts(
+        out,
+        corpus,
+        tokenizer,
+        plan,
+        autoencoder=autoencoder,
+        batch_size=batch_size,
+        shard_bytes=shard_bytes,
+        skip_faults=skip_faults,
+    )
     return read_meta(out)
+
+
+def _check_beginning(corpus: CorpusFiles, plan: StorePlan, skip_faults: bool) -> None:
+    """Read the first unit, to find a fault that ends the writing at once."""
+    unit = units_of(corpus[:1], plan.reading)[0]
+    tally = Tally(skip_faults)
+    next(shuffled_documents([Share(0, unit.spans)], plan.seed, plan.reading, tally), None)
 
 
 def write_parts(
     out: Path,
-    corpus: CorpusPaths,
+    corpus: CorpusPaths | BegunCorpus,
     tokenizer: Tokenizer,
     plan: StorePlan,
     *,
@@ -250,7 +306,7 @@ def write_parts(
     autoencoder: Autoencoder | None = None,
     batch_size: int = 16,
     shard_bytes: int = SHARD_BYTES,
-    documents: ShuffledDocuments | None = None,
+    skip_faults: bool = False,
 ) -> list[int]:
     """Write a worker's parts of a store, then merge all parts if they are complete.
 
@@ -259,31 +315,37 @@ def write_parts(
 
     Args:
         out: directory of the store, visible to all workers.
-        corpus, tokenizer, plan, autoencoder, batch_size, shard_bytes: as for `write_store`, the
-            same for all workers.
+        corpus: as for `write_store`; or from `begun_corpus`, if the store has been begun.
+        tokenizer, plan, autoencoder, batch_size, shard_bytes, skip_faults: as for `write_store`,
+            the same for all workers.
         worker: (I, W): writes the parts I, I + W, I + 2 W, …
-        documents: those of ``corpus``, if they have been read already.
 
     Returns:
         The parts that other workers have not finished; empty if the store is finished.
 
     Raises:
-        DataError: as `write_store`; or there are more parts than documents.
+        DataError: as `write_store`.
     """
     if finished_store(out, plan) is not None:
         return []
     blocks_per_shard = blocks_in_shard(plan, shard_bytes)
-    mine = range(worker[0], plan.parts, worker[1])
-    if documents is None and not all(is_complete(out, part) for part in mine):
-        files = find_files(corpus)
-        refuse_corpus_in_store(out, files)
-        documents = _documents(files, plan)
     encode = _encoder(plan, autoencoder, batch_size)
+    if not isinstance(corpus, BegunCorpus):
+        corpus = find_files(corpus, plan.reading)
+        refuse_corpus_in_store(out, corpus)
     try:
-        begin(out, plan, blocks_per_shard)
-        for part in mine:
-            if documents is not None and not is_complete(out, part):
-                _write_part(out, documents, tokenizer, plan, part, blocks_per_shard, encode)
+        begin(out, plan, blocks_per_shard, corpus)
+        paths = None
+        if not isinstance(corpus, BegunCorpus):
+            paths = moved_paths(out / PARTS, corpus)
+        shares_of = partial(read_shares, out / PARTS, paths=paths)
+        documents_of = _reader(out, plan, worker, shares_of, skip_faults=skip_faults)
+        for part in range(worker[0], plan.parts, worker[1]):
+            if not is_complete(out, part):
+                tally, counts = Tally(skip_faults), Counter[str]()
+                blocks = _blocks(out, part, documents_of(part, tally), tokenizer, plan, counts)
+                shards = _write_shards(out, part, blocks, plan, blocks_per_shard, encode)
+                complete_part(out, part, shards, {**tally.to_dict(), **counts})
         missing = merge(out, tokenizer)
     except OSError as error:
         # Another process may have finished the store and removed the parts.
@@ -297,38 +359,60 @@ def write_parts(
     return missing
 
 
-def _documents(corpus: CorpusPaths, plan: StorePlan) -> ShuffledDocuments:
-    documents = ShuffledDocuments(corpus, plan.seed)
-    if plan.parts > len(documents):
-        raise DataError(
-            f"--parts {plan.parts}: the corpus has {len(documents)} documents; give at most "
-            "that many"
-        )
-    return documents
-
-
-def _write_part(
+def _reader(
     out: Path,
-    documents: ShuffledDocuments,
+    plan: StorePlan,
+    worker: tuple[int, int],
+    shares_of: Callable[[int], list[Share]],
+    *,
+    skip_faults: bool,
+) -> Callable[[int, Tally], Iterator[Document]]:
+    """A function that reads the documents of a part and counts them."""
+    found = Repetitions(out / PARTS / "dedup", plan.parts, worker) if plan.reading.dedup else None
+
+    def documents_of(part: int, tally: Tally) -> Iterator[Document]:
+        repeated = None
+        if found is not None:
+            # Once; the other parts find everything there.
+            found.find(shares_of, plan.reading, skip=skip_faults)
+            repeated = found.of_unit
+        return shuffled_documents(shares_of(part), plan.seed, plan.reading, tally, repeated)
+
+    return documents_of
+
+
+def _blocks(
+    out: Path,
+    part: int,
+    documents: Iterator[Document],
     tokenizer: Tokenizer,
     plan: StorePlan,
-    part: int,
-    blocks_per_shard: int,
-    encode: Encoder,
-) -> None:
+    counts: Counter[str],
+) -> Iterator[np.ndarray]:
+    """The blocks of a part; see `pack_blocks`."""
     label = f"encode {'/'.join(out.parts[-2:])}"
     if plan.parts > 1:
         label += f" part {part} of {plan.parts}"
-    positions = documents.part(part, plan.parts)
-    shown = progress(documents.read(positions), len(positions), label=label, unit="documents")
-    blocks = pack_blocks(shown, tokenizer, plan.block_size, plan.patch_size, plan.seed)
+    shown = progress(documents, None, label=label, unit="documents")
+    return pack_blocks(shown, tokenizer, plan.block_size, plan.patch_size, plan.seed, counts)
+
+
+def _write_shards(
+    out: Path,
+    part: int,
+    blocks: Iterator[np.ndarray],
+    plan: StorePlan,
+    blocks_per_shard: int,
+    encode: Encoder,
+) -> int:
+    """Write the shards of a part that are missing, and return the number of all."""
     shard = 0
     while of_shard := list(islice(blocks, blocks_per_shard)):
         # Blocks of shards that an earlier run finished are packed again but not encoded.
         if not has_shard(out, part, shard):
             write_shard(out, part, shard, plan, encode(np.stack(of_shard)))
         shard += 1
-    complete_part(out, part, shard)
+    return shard
 
 
 def refuse_corpus_in_store(out: str | Path, corpus: CorpusPaths) -> None:
@@ -339,7 +423,7 @@ def refuse_corpus_in_store(out: str | Path, corpus: CorpusPaths) -> None:
     """
     if not is_remote(out):
         find_files(corpus).refuse_output(
-            out, (META, INDEX, "shard.00000.mds", "tokenizer.json", "tokenizer.model")
+            out, (META, INDEX, REPORT, "shard.00000.mds", "tokenizer.json", "tokenizer.model")
         )
 
 
@@ -371,7 +455,7 @@ def check_worker(
 
 def _write_remote(
     url: str,
-    corpus: CorpusPaths,
+    corpus: CorpusPaths | BegunCorpus,
     tokenizer: Tokenizer,
     plan: StorePlan,
     *,
@@ -386,7 +470,8 @@ def _write_remote(
     staging = staging_directory(url)
     meta = write_store(staging, corpus, tokenizer, plan, overwrite=overwrite, **options)
     shards = [shard.path.name for shard in read_shards(staging, meta)]
-    upload_store(staging, [*shards, meta.tokenizer.file], url)
+    others = [meta.tokenizer.file, *([REPORT] if (staging / REPORT).is_file() else [])]
+    upload_store(staging, [*shards, *others], url)
     shutil.rmtree(staging)
     return meta
 
@@ -394,7 +479,7 @@ def _write_remote(
 def _encoder(plan: StorePlan, autoencoder: Autoencoder | None, batch_size: int) -> Encoder:
     """A function from blocks uint32[N, T] to the N samples of the store."""
     if plan.variant == "tokens":
-        return lambda blocks: ({"tokens": block} for block in blocks)
+        return lambda blocks: ({"tokens": block} for block in blocks.astype(plan.token_dtype))
     if autoencoder is None:
         raise DataError("variant fp16: needs an autoencoder")
     import torch
@@ -413,7 +498,7 @@ def _encoder(plan: StorePlan, autoencoder: Autoencoder | None, batch_size: int) 
                     "autoencoder: its latents are not finite in fp16; it is damaged or was not "
                     "trained long enough"
                 )
-            for i, tokens in enumerate(batch):
+            for i, tokens in enumerate(batch.astype(plan.token_dtype)):
                 yield {"tokens": tokens, "mean": mean[i], "log_std": log_std[i]}
 
     return encode

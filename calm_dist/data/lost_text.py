@@ -28,6 +28,15 @@ class LostText:
     special: int = 0
     """Begin and end tokens that the text itself produced."""
 
+    def since(self, before: LostText) -> dict[str, int]:
+        """What was counted after ``before``, a copy of the counts at that time."""
+        return {
+            "tokens": self.tokens - before.tokens,
+            "unknown_tokens": self.unknown - before.unknown,
+            "dropped_characters": self.dropped - before.dropped,
+            "special_words": self.special - before.special,
+        }
+
     def report(self) -> str | None:
         """A line on the lost text; None for a tokenizer that loses nothing."""
         parts = []

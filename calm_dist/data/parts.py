@@ -1,6 +1,8 @@
 """A store while it is written: shards under ``OUT/.parts``, which are merged into the store.
 
     .parts/plan.json        the plan of the store; appears together with the directory
+    .parts/manifest.json    what each part reads of the corpus; see `manifest`
+    .parts/report.00003.json  what part 3 read and left out
     .parts/00003/00017/     shard 17 of part 3 and its index; appears atomically
     .parts/00003.json       the index entries of all shards of part 3; marks it as complete
 
@@ -27,9 +29,27 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from calm_dist.data.corpus_files import CorpusFiles
 from calm_dist.data.download import MissingError
+from calm_dist.data.formats import TEXT_AND_ID
 from calm_dist.data.layout import INDEX, META, is_remote
-from calm_dist.data.store import HASH, StoreMeta, StorePlan, fingerprint, read_meta, read_shards
+from calm_dist.data.manifest import (
+    MANIFEST,
+    BegunCorpus,
+    can_continue_without,
+    write_manifest,
+)
+from calm_dist.data.reports import REPORT, merged_report
+from calm_dist.data.store import (
+    HASH,
+    LATER_FIELDS,
+    StoreMeta,
+    StorePlan,
+    TokenDtype,
+    fingerprint,
+    read_meta,
+    read_shards,
+)
 from calm_dist.data.tokenizer import Tokenizer
 from calm_dist.errors import DataError
 
@@ -44,6 +64,12 @@ _MDS_HEADER_BYTES = 1 << 16
 _MDS_OFFSET_BYTES = 4
 
 _TOKEN_NAMES = ("begin_token", "end_token")
+_DEFAULTS = {
+    "parts": 1,
+    "order": None,
+    "reading": TEXT_AND_ID.model_dump(mode="json"),
+    "token_dtype": "uint32",
+}
 
 
 def finished_store(out: str | Path, plan: StorePlan) -> StoreMeta | None:
@@ -89,6 +115,19 @@ def finished_store(out: str | Path, plan: StorePlan) -> StoreMeta | None:
     return None
 
 
+def token_dtype_of(out: str | Path) -> TokenDtype | None:
+    """The type of tokens of the store in ``out``, finished or begun; None if there is none."""
+    try:
+        return read_meta(out).token_dtype
+    except DataError:
+        if is_remote(out):
+            return None
+    with suppress(DataError):
+        begun = _begun_plan(Path(out))
+        return None if begun is None else begun.get("token_dtype", "uint32")
+    return None
+
+
 def _begun_plan(out: Path) -> dict[str, Any] | None:
     file = out / PARTS / _PLAN
     try:
@@ -129,7 +168,9 @@ def _damaged(out: Path, file: Path, error: Exception) -> DataError:
 
 def _refuse_other_plan(out: str | Path, present: dict[str, Any], plan: StorePlan) -> None:
     for key, wanted in plan.model_dump(mode="json").items():
-        found = present.get(key, 1 if key == "parts" else None)
+        found = present.get(key)
+        if found is None and key in LATER_FIELDS:
+            found = _DEFAULTS[key]
         if key == "autoencoder" and found and wanted:
             # The same weights at another path are the same autoencoder.
             found, wanted = found["sha256"], wanted["sha256"]
@@ -137,6 +178,9 @@ def _refuse_other_plan(out: str | Path, present: dict[str, Any], plan: StorePlan
             # Compare the ids of its tokens; earlier versions did not write their names.
             found = {name: found.get(name) for name in wanted if name not in _TOKEN_NAMES}
             wanted = {name: wanted[name] for name in found}
+        if found != wanted and key == "reading" and isinstance(found, dict):
+            key = next(name for name in wanted if found.get(name) != wanted[name])
+            found, wanted = found.get(key), wanted[key]
         if found != wanted:
             raise DataError(
                 f"--out {out}: holds a store with another {key} ({found} there, {wanted} now); "
@@ -167,17 +211,31 @@ def blocks_in_shard(plan: StorePlan, shard_bytes: int) -> int:
     return blocks
 
 
-def begin(out: Path, plan: StorePlan, blocks_per_shard: int) -> None:
+def begin(
+    out: Path,
+    plan: StorePlan,
+    blocks_per_shard: int,
+    corpus: CorpusFiles | BegunCorpus | None = None,
+) -> None:
     """Begin this store in ``out``, unless it has been begun there already.
 
+    Args:
+        out, plan: directory and description of the store.
+        blocks_per_shard: from `blocks_in_shard`.
+        corpus: its files; or from `begun_corpus`, if the store has been begun; None: blocks that
+            are made without a corpus, and need no manifest.
+
     Raises:
-        DataError: another store was begun there, or this one with another shard size, or the
-            unfinished store is damaged.
+        DataError: another store was begun there, or this one with another shard size or by an
+            earlier version, or the unfinished store is damaged.
     """
     out.mkdir(parents=True, exist_ok=True)
-    if _begun_plan(out) is None:
+    files = None if isinstance(corpus, BegunCorpus) else corpus
+    if not isinstance(corpus, BegunCorpus) and _begun_plan(out) is None:
         scratch = out / f"{PARTS}.{_random_name()}"
         scratch.mkdir()
+        if files is not None:
+            write_manifest(scratch, files, plan)
         described = {**plan.to_dict(), _BLOCKS: blocks_per_shard}
         (scratch / _PLAN).write_text(json.dumps(described, indent=2), encoding="utf-8")
         _put(scratch, out / PARTS)
@@ -189,6 +247,14 @@ def begin(out: Path, plan: StorePlan, blocks_per_shard: int) -> None:
             f"--out {out}: was begun with shards of another size ({found} blocks there, "
             f"{blocks_per_shard} now); give the same size, or --overwrite"
         )
+    if corpus is not None and not (out / PARTS / MANIFEST).is_file():
+        _plan_in(out)
+        if files is None or not can_continue_without(files, plan):
+            raise DataError(
+                f"--out {out}: was begun by an earlier version, which read the corpus in another "
+                "order; finish it with that version, or write it again with --overwrite"
+            )
+        write_manifest(out / PARTS, files, plan)
 
 
 def is_complete(out: Path, part: int) -> bool:
@@ -229,8 +295,13 @@ def write_shard(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def complete_part(out: Path, part: int, num_shards: int) -> None:
-    """Mark a part as complete: all its shards exist. A part may have none."""
+def complete_part(
+    out: Path, part: int, num_shards: int, report: dict[str, Any] | None = None
+) -> None:
+    """Mark a part as complete: all its shards exist. A part may have none.
+
+    ``report`` is what `calm_dist.data.reports` merges.
+    """
     entries = []
     for shard in range(num_shards):
         index = _shard_directory(out, part, shard) / INDEX
@@ -240,6 +311,8 @@ def complete_part(out: Path, part: int, num_shards: int) -> None:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise _damaged(out, index, error) from error
         entries.append(entry)
+    if report is not None:
+        _write(out, _report(out, part), json.dumps(report).encode())
     _write(out, _marker(out, part), json.dumps(entries).encode())
 
 
@@ -278,6 +351,8 @@ def merge(out: Path, tokenizer: Tokenizer) -> list[int]:
         name = f"shard.{number:05}.mds"
         _move(file, out / name)
         entries.append({**entry, "raw_data": {**entry["raw_data"], "basename": name}})
+    if (report := _merged_report(out, plan.parts)) is not None:
+        _write(out, out / REPORT, (json.dumps(report, indent=2) + "\n").encode())
     index = json.dumps({"version": 2, "shards": entries}, sort_keys=True).encode()
     _write(out, out / INDEX, index)
     _write(out, out / plan.tokenizer.file, tokenizer.path.read_bytes())
@@ -287,6 +362,25 @@ def merge(out: Path, tokenizer: Tokenizer) -> list[int]:
     meta = StoreMeta.model_validate(fields)
     _write(out, out / META, (json.dumps(meta.to_dict(), indent=2) + "\n").encode())
     return []
+
+
+def _merged_report(out: Path, parts: int) -> dict[str, Any] | None:
+    """The report of all parts; None if an earlier version wrote one of them."""
+    tallies = []
+    for part in range(parts):
+        file = _report(out, part)
+        try:
+            tallies.append(json.loads(file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            if (out / META).is_file():
+                raise
+            return None
+        except (ValueError, RecursionError) as error:
+            raise _damaged(out, file, error) from error
+    try:
+        return merged_report(tallies)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(out, out / PARTS, error) from error
 
 
 def _shards_of(out: Path, part: int) -> list[tuple[Path, dict[str, Any]]]:
@@ -340,13 +434,17 @@ def remove_store(out: Path) -> None:
         return
     (out / META).unlink(missing_ok=True)
     remove_parts(out)
-    for pattern in (INDEX, "shard.*.mds", "tokenizer.json", "tokenizer.model"):
+    for pattern in (INDEX, REPORT, "shard.*.mds", "tokenizer.json", "tokenizer.model"):
         for file in out.glob(pattern):
             file.unlink()
 
 
 def _marker(out: Path, part: int) -> Path:
     return out / PARTS / f"{part:05}.json"
+
+
+def _report(out: Path, part: int) -> Path:
+    return out / PARTS / f"report.{part:05}.json"
 
 
 def _shard_directory(out: Path, part: int, shard: int) -> Path:

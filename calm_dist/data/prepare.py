@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,13 @@ from calm_dist.data.corpus import (
     find_files,
     iter_documents,
     refuse_repeated_ids,
+    repetitions,
     standard_library_documents,
 )
 from calm_dist.data.corpus_files import CorpusPaths
+from calm_dist.data.formats import TEXT_AND_ID, Reading
+from calm_dist.data.reading import Tally
+from calm_dist.data.reports import REPORT, merged_report, summary
 from calm_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from calm_dist.errors import DataError
 from calm_dist.files import file_sha256, replace_text
@@ -46,6 +50,8 @@ def prepare_corpus(
     end_token: str | None = None,
     vocab_size: int = 512,
     seed: int = 0,
+    reading: Reading = TEXT_AND_ID,
+    skip_faults: bool = False,
 ) -> bool:
     """Write ``out/corpus/{train,valid,test}.jsonl``, their manifest, and ``out/tokenizer.json``.
 
@@ -58,6 +64,9 @@ def prepare_corpus(
             records them, and `encode_latents` must be given the same.
         vocab_size: entries of a trained BPE.
         seed: decides the split of each document.
+        reading: what of the corpus becomes documents.
+        skip_faults: leave out damaged files and whatever is no document, and count it in
+            ``corpus/report.json``; otherwise the first such fault is an error.
 
     Returns:
         True if files were written; False if all existed already and are intact.
@@ -74,11 +83,13 @@ def prepare_corpus(
             "has its own tokens"
         )
     manifest_path = out / "corpus" / MANIFEST
-    files = find_files(paths) if paths else None
+    files = find_files(paths, reading) if paths else None
     if files is not None:
         files.report()
         files.refuse_output(out, _written())
     made_from = {**_describe_input(files, tokenizer, names, vocab_size, seed), **names}
+    if reading != TEXT_AND_ID:
+        made_from["reading"] = reading.model_dump(mode="json")
     present = _read_manifest(manifest_path)
     if present is not None:
         _refuse_other_input(manifest_path, present["made_from"], made_from)
@@ -86,10 +97,7 @@ def prepare_corpus(
             return False
         _log.warning("%s: files are missing or changed; writing them again", out / "corpus")
 
-    documents = _document_source(files)
-    split_of = _split_documents(documents, files, seed)
-    manifest_path.parent.mkdir(parents=True, exist_ok=True)
-    splits = _write_splits(out / "corpus", documents, split_of)
+    splits = _read_and_split(out, files, seed, reading, skip_faults)
     source = None if tokenizer is None else load_tokenizer(tokenizer, **names).path
     tokenizer_file = _make_tokenizer(out, source, vocab_size, splits["train"]["documents"])
     manifest = {
@@ -106,6 +114,7 @@ def _written() -> list[str]:
     """Names of the files written into ``out``."""
     return [
         *(f"corpus/{split}.jsonl" for split in SPLITS),
+        f"corpus/{REPORT}",
         f"corpus/{MANIFEST}",
         *_TOKENIZER_FILES,
     ]
@@ -180,28 +189,40 @@ def _intact(out: Path, manifest: dict[str, Any]) -> bool:
     )
 
 
-def _document_source(files: CorpusFiles | None) -> Callable[[], Iterable[Document]]:
-    """A function that starts a pass over the documents; each pass reads the files again."""
-    if files is not None:
-        return lambda: iter_documents(files)
-    documents = standard_library_documents()
-    return lambda: documents
+def _read_and_split(
+    out: Path, files: CorpusFiles | None, seed: int, reading: Reading, skip: bool
+) -> dict[str, dict[str, Any]]:
+    """Write the splits and ``report.json``; the description of each split."""
+    tally = Tally(skip)
+    library = standard_library_documents() if files is None else []
+    with ExitStack() as open_until_done:
+        repeated = None
+        if files is not None:
+            repeated = open_until_done.enter_context(repetitions(files, reading, skip=skip))
 
+        def documents(tally: Tally) -> Iterable[Document]:
+            """A pass over the files."""
+            return library if files is None else iter_documents(files, reading, tally, repeated)
 
-def _split_documents(
-    documents: Callable[[], Iterable[Document]], files: CorpusFiles | None, seed: int
-) -> np.ndarray:
-    """For each document the position of its split in `SPLITS`."""
-    known = DocumentIds(seed)
-    for document in progress(documents(), None, label="read the corpus", unit="documents"):
-        known.add(document.id)
-    if files is not None:
-        refuse_repeated_ids(known, files)
-    return known.splits()
+        known = DocumentIds(seed)
+        for document in progress(documents(tally), None, label="read the corpus", unit="documents"):
+            known.add(document.id)
+            tally.documents += 1
+            tally.bytes += len(document.text.encode())
+        if files is not None:
+            refuse_repeated_ids(known, files, reading, repeated, skip=skip)
+        split_of = known.splits()
+        (out / "corpus").mkdir(parents=True, exist_ok=True)
+        splits = _write_splits(out / "corpus", documents(Tally(skip)), split_of)
+    report = merged_report([tally.to_dict()])
+    if (left_out := summary(report)) is not None:
+        _log.log(NOTE, left_out)
+    replace_text(out / "corpus" / REPORT, json.dumps(report, indent=2) + "\n")
+    return splits
 
 
 def _write_splits(
-    folder: Path, documents: Callable[[], Iterable[Document]], split_of: np.ndarray
+    folder: Path, documents: Iterable[Document], split_of: np.ndarray
 ) -> dict[str, dict[str, Any]]:
     counts = {split: {"documents": 0, "characters": 0} for split in SPLITS}
     done = 0
@@ -213,7 +234,7 @@ def _write_splits(
                 )
                 for split in SPLITS
             }
-            read = progress(documents(), len(split_of), label="split", unit="documents")
+            read = progress(documents, len(split_of), label="split", unit="documents")
             for document in read:
                 if done == len(split_of):
                     raise _changed(len(split_of))

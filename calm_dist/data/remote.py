@@ -27,11 +27,16 @@ def fetch_meta(path: str, downloads: Downloads) -> Iterator[Path]:
         DataError: the download failed; `UnreachableError` if it may succeed later.
     """
     with tempfile.TemporaryDirectory(prefix="calm_dist_meta_") as directory:
-        _download(path, META, Path(directory), downloads)
+        fetch_file(path, META, Path(directory), downloads)
         yield Path(directory)
 
 
-def _download(path: str, name: str, directory: Path, downloads: Downloads) -> None:
+def fetch_file(path: str, name: str, directory: Path, downloads: Downloads) -> None:
+    """Download a file of a store into a directory.
+
+    Raises:
+        DataError: the download failed; `UnreachableError` if it may succeed later.
+    """
     check_address(path)
 
     def attempt() -> None:
@@ -75,7 +80,7 @@ def fetch_description(
     incoming = Path(tempfile.mkdtemp(prefix="incoming_", dir=parent))
     try:
         for name in (META, INDEX):
-            _download(path, name, incoming, downloads)
+            fetch_file(path, name, incoming, downloads)
     except DataError:
         shutil.rmtree(incoming)
         raise

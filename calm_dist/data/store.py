@@ -1,9 +1,10 @@
 """The format of a data store: one MDS dataset, its ``meta.json`` and a copy of its tokenizer.
 
-A sample is one block: ``tokens`` uint32[T] and, in the variant ``fp16``, the posterior of every
-patch, ``mean`` and ``log_std`` float16[P, l] with P = T/K. Streaming trusts ``index.json``: it
-unpickles columns that the index calls pickles, writes to paths that the index names, and skips
-files that it cannot read. Therefore every field of the index is checked here first.
+A sample is one block: ``tokens`` uint32[T] or uint16[T] and, in the variant ``fp16``, the posterior
+of every patch, ``mean`` and ``log_std`` float16[P, l] with P = T/K. Streaming trusts
+``index.json``: it unpickles columns that the index calls pickles, writes to paths that the index
+names, and skips files that it cannot read. Therefore every field of the index is checked here
+first.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from calm_dist.data.formats import TEXT_AND_ID, Reading
 from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.errors import DataError, listed, shown
 from calm_dist.files import file_sha256, read_bounded
@@ -30,6 +33,9 @@ if TYPE_CHECKING:
 HASH = "sha256"
 
 Variant = Literal["fp16", "tokens"]
+TokenDtype = Literal["uint16", "uint32"]
+UINT16_ENTRIES = 1 << 16
+"""Largest vocabulary whose tokens fit uint16."""
 Positive = Annotated[int, Field(gt=0, lt=2**63)]
 NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -85,11 +91,21 @@ class StorePlan(_Strict):
     parts: Positive = 1
     """Number of parts that the shuffled documents were cut into; each drops the tokens after its
     last full block."""
+    order: Literal[2] | None = None
+    """2: the corpus has several units (`calm_dist.data.units`), each shuffled on its own, and
+    corpus_sha256 covers the files' sizes and samples of them. None: all documents were shuffled
+    together and all contents hashed, as of small corpora, and of any corpus in earlier versions."""
+    reading: Reading = TEXT_AND_ID
+    """What of the corpus became documents."""
+    token_dtype: TokenDtype = "uint32"
+    """Type of the stored tokens; uint16 has room for 65,536 entries."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.block_size % self.patch_size:
             raise ValueError(f"block_size is not a multiple of patch_size {self.patch_size}")
+        if self.token_dtype == "uint16" and self.vocab_size > UINT16_ENTRIES:
+            raise ValueError(f"token_dtype uint16 has no room for {self.vocab_size} entries")
         given = [value is not None for value in (self.latent_size, self.autoencoder)]
         if given != [self.variant == "fp16"] * 2:
             raise ValueError("latent_size and autoencoder are needed by the variant fp16 only")
@@ -103,7 +119,7 @@ class StorePlan(_Strict):
     @property
     def columns(self) -> dict[str, str]:
         """MDS encoding of each column."""
-        columns = {"tokens": f"ndarray:uint32:{self.block_size}"}
+        columns = {"tokens": f"ndarray:{self.token_dtype}:{self.block_size}"}
         if self.variant == "fp16":
             shape = f"{self.num_patches},{self.latent_size}"
             columns["mean"] = columns["log_std"] = f"ndarray:float16:{shape}"
@@ -112,7 +128,7 @@ class StorePlan(_Strict):
     @property
     def column_sizes(self) -> dict[str, int]:
         """Bytes of each column of one sample."""
-        sizes = {"tokens": 4 * self.block_size}
+        sizes = {"tokens": np.dtype(self.token_dtype).itemsize * self.block_size}
         if self.latent_size is not None:
             sizes["mean"] = sizes["log_std"] = 2 * self.num_patches * self.latent_size
         return sizes
@@ -125,14 +141,19 @@ class StorePlan(_Strict):
     def to_dict(self) -> dict[str, Any]:
         """As plain values, in the form of ``meta.json``."""
         values = self.model_dump(mode="json")
-        if self.parts == 1:
-            # Keep the fingerprint that such stores had before there were parts.
-            del values["parts"]
+        for name in LATER_FIELDS:
+            # Keep the fingerprint that such stores had before there was this field.
+            if getattr(self, name) == StorePlan.model_fields[name].default:
+                del values[name]
         for name in ("begin_token", "end_token"):
             # Absent in earlier versions, whose fingerprint covers the fields that they wrote.
             if values["tokenizer"][name] is None:
                 del values["tokenizer"][name]
         return values
+
+
+LATER_FIELDS = ("parts", "order", "reading", "token_dtype")
+"""Fields that the first version of stores did not have; absent where they have their default."""
 
 
 class StoreMeta(StorePlan):
@@ -251,8 +272,6 @@ class Shard:
 
         Streaming would read from whatever offsets the file holds.
         """
-        import numpy as np
-
         try:
             count, *places = np.fromfile(self.path, np.dtype("<u4"), self.samples + 2).tolist()
         except (OSError, ValueError) as error:

@@ -57,8 +57,8 @@ _COMMON: dict[str, Callable[[StoreMeta], Any]] = {
 class Store:
     """Random access to the blocks of a local store.
 
-    ``store[i]`` is ``{"index", "tokens" uint32[T]}`` and, in the variant ``fp16``, ``"mean"`` and
-    ``"log_std"`` float16[P, l], as numpy arrays.
+    ``store[i]`` is ``{"index", "tokens" uint32[T] or uint16[T]}`` and, in the variant ``fp16``,
+    ``"mean"`` and ``"log_std"`` float16[P, l], as numpy arrays.
 
     Raises:
         DataError: on opening or on access, if something is missing or damaged.

@@ -31,12 +31,14 @@ PROGRAMS = ("apptainer", "bash", "chmod", "deepspeed", "docker", "for", "pip", "
 RUN = [
     r"python tools/(prepare_corpus|runs|evaluate|generate|report|flops_report)\.py\b"
     r"(?!.* runs/ablation).*",
+    r"python tools/(verify|inspect)_data\.py .*",
     r"python tools/plan\.py (?!.*--gpu local).*",
     r"for split in (?!.* runs/ablation).*encode_latents.*done",
     r"torchrun --nproc_per_node 8 tools/train_autoencoder\.py recipes/autoencoder\.yaml",
     r"deepspeed --quiet tools/train\.py recipes/calm_m\.yaml",
     r"python tools/train\.py recipes/.* --dry-run",
     r"python tools/train\.py recipes/calm_m\.yaml run\.dir=\S+ run\.continue_from=.*",
+    r"python tools/encode_latents\.py .* --begin",
     r"bash slurm/study\.sh --dry-run",
     r"wandb sync runs/calm_m/wandb/offline-run-\*",
 ]
@@ -62,6 +64,7 @@ NOT_RUN = {
     "tests/distributed/test_planner_bytes.py compares the bytes of smaller trainings",
     r"python tools/rehearse\.py .*": "needs a CUDA build of torch: tests/rehearsal, with --full",
     r"python tools/study\.py .*": "an hour: tests/unit/test_study.py, a smaller plan",
+    r"srun --ntasks 64 .*": "64 tasks: tests/unit/test_units.py and test_latents_parts.py, fewer",
     r"tensorboard .*": "a server; tests/unit/test_schedule_metrics.py reads the event files",
 }
 SMALLER = [

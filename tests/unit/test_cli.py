@@ -147,12 +147,14 @@ WITH_JSON = {
     "evaluate.py": ["--checkpoint", "gone", "--data", "gone"],
     "flops_report.py": [],
     "generate.py": ["--checkpoint", "gone", "--prompt", ""],
+    "inspect_data.py": ["gone", "--block", "0"],
     "plan.py": ["gone.yaml"],
     "rehearse.py": ["gone.yaml"],
     "report.py": ["--run", "gone", "--out", "report"],
     "runs.py": [],
     "train.py": ["gone.yaml", "--dry-run"],
     "train_autoencoder.py": ["gone.yaml", "--dry-run"],
+    "verify_data.py": ["gone"],
 }
 
 

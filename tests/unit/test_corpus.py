@@ -198,7 +198,7 @@ def test_prepare_corpus_writes_skips_and_refuses(tmp_path: Path) -> None:
     assert set.union(*read.values()) == {document.text for document in iter_documents([source])}
     assert sum(map(len, read.values())) == 50 and all(read.values())
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    assert len(before) == 5
+    assert len(before) == 6
 
     assert not prepare_corpus(out, [source], vocab_size=280)
     (out / "corpus" / "valid.jsonl").write_text("")

@@ -111,7 +111,14 @@ def test_splits_and_stores_are_those_of_the_first_version(old: Path, tmp_path: P
     tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer.json")
     assert tokenizer.fingerprint[:16] == "3077c2cdfd977bf3"
     plan = plan_store(
-        ["."], tokenizer, variant="tokens", block_size=64, patch_size=4, seed=5, parts=2
+        ["."],
+        tokenizer,
+        variant="tokens",
+        block_size=64,
+        patch_size=4,
+        seed=5,
+        parts=2,
+        token_dtype="uint32",
     )
     meta = write_store(tmp_path / "store", ["."], tokenizer, plan, shard_bytes=1 << 16)
     # Of the fields that the first version wrote; meta.json names the begin and end token, too.

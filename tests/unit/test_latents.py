@@ -62,6 +62,7 @@ def plan_for(inputs: Path, **changes: object) -> latents.StorePlan:
         "block_size": BLOCK,
         "autoencoder": inputs / "autoencoder",
         "seed": 5,
+        "token_dtype": "uint32",
         **changes,
     }
     return plan_store([inputs / "corpus.jsonl"], tokenizer_of(inputs), **options)
@@ -410,3 +411,26 @@ def test_command_writes_then_skips_without_torch(inputs: Path, tmp_path: Path) -
         runs.append((done.stdout, torch, time.monotonic() - start))
     assert "blocks of 32 tokens written" in runs[0][0] and runs[0][1]
     assert "already there and complete" in runs[1][0] and not runs[1][1]
+
+
+def test_small_vocabulary_is_stored_in_half_the_bytes(inputs: Path, tmp_path: Path) -> None:
+    """And a store that is there keeps its type."""
+    options = {"variant": "tokens", "autoencoder": None, "patch_size": 4}
+    wide = write(inputs, tmp_path / "wide", **options)
+    auto = write(inputs, tmp_path / "auto", token_dtype="auto", **options)
+    assert (wide.token_dtype, auto.token_dtype) == ("uint32", "uint16")
+    assert "token_dtype" not in json.loads((tmp_path / "wide" / "meta.json").read_text())
+    stores = [open_store(tmp_path / name) for name in ("wide", "auto")]
+    first, second = ([store[i]["tokens"] for i in range(len(store))] for store in stores)
+    assert np.array_equal(first, second) and second[0].dtype == np.uint16
+    sizes = [sum(file.stat().st_size for file in (tmp_path / name).glob("shard.*"))
+             for name in ("wide", "auto")]  # fmt: skip
+    assert sizes[1] < 0.6 * sizes[0]
+    batch = next(iter(open_training_stream([tmp_path / "auto"], batch_size=2)))
+    assert batch["tokens"].dtype == torch.int64
+    assert np.array_equal(batch["tokens"], [first[i] for i in batch["index"].tolist()])
+    for name in ("wide", "auto"):
+        plan = plan_for(inputs, token_dtype="auto", out=tmp_path / name, **options)
+        assert finished_store(tmp_path / name, plan) is not None
+    with pytest.raises(DataError, match=r"token_dtype .*uint32 there, uint16 now"):
+        finished_store(tmp_path / "wide", plan_for(inputs, token_dtype="uint16", **options))

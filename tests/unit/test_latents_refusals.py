@@ -146,7 +146,7 @@ def test_nothing_is_overwritten_where_the_input_is_refused(job: Job, tmp_path: P
     ("tool", "corpus", "message"),
     [
         ("encode_latents", "corpus.jsonl", r"error: .*out: File too large"),
-        ("encode_latents", "packed.jsonl.gz", r"error: .*tmp.*: a compressed file .* set TMPDIR"),
+        ("encode_latents", "packed.jsonl.gz", r"error: .*out: File too large"),
         ("prepare_corpus", "corpus.jsonl", r"error: --out .*out: cannot be written \(File too"),
     ],
 )

@@ -11,6 +11,7 @@ from typing import Any
 import boto3
 import pytest
 
+from calm_dist.data.inspection import check_store, read_block
 from calm_dist.data.latents import StorePlan, plan_store, write_store
 from calm_dist.data.store import read_meta
 from calm_dist.data.stream import open_store, open_training_stream
@@ -82,6 +83,11 @@ def test_store_in_s3_is_written_read_and_checked(
     assert received == [batch["index"].tolist() for batch in same]
     with pytest.raises(DataError, match="needs a local copy"):
         open_store(bucket)
+    # Shard by shard, without a copy of the whole store.
+    check = check_store(bucket)
+    assert not check.problems and check.blocks == meta.num_blocks
+    block = read_block(bucket, meta.num_blocks - 1)["tokens"]
+    assert block.tolist() == open_store(local)[meta.num_blocks - 1]["tokens"].tolist()
 
     # A damaged copy in the cache is found, and fetched anew by the next run.
     shard = next(cache.rglob("shard.00001.mds"))

@@ -1,0 +1,169 @@
+"""The manifest of a store while it is written: which part reads what of the corpus.
+
+    .parts/manifest.json     what was given as the corpus, and where each part's lines begin in
+    .parts/manifest.jsonl    one line per share of a unit, part after part
+
+It is made once, by the first worker, and appears together with the plan. So a worker that joins
+neither searches the corpus nor reads more of the manifest than the lines of its own parts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calm_dist.data.corpus_files import STANDARD_INPUT, CorpusFiles
+from calm_dist.data.formats import CorpusFile, format_of_file
+from calm_dist.data.remote_files import is_url
+from calm_dist.data.store import StorePlan
+from calm_dist.data.units import Share, Span, shuffled_shares, units_of
+from calm_dist.errors import DataError
+from calm_dist.log import NOTE
+
+_log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_SHARES = "manifest.jsonl"
+
+
+@dataclass(frozen=True)
+class BegunCorpus:
+    """The corpus of a store that has been begun, which need not be searched again.
+
+    Attributes:
+        sha256: its fingerprint, as in the plan.
+        order: as in the plan.
+    """
+
+    sha256: str
+    order: Any
+
+
+def write_manifest(directory: Path, files: CorpusFiles, plan: StorePlan) -> None:
+    """Write the manifest of a store into its directory of parts; ``manifest.json`` comes last."""
+    shares = shuffled_shares(units_of(files, plan.reading), plan.seed, plan.parts)
+    offsets, divided = [0], Counter[str]()
+    # Several workers may do this at once.
+    scratch = directory / f"{MANIFEST}.{secrets.token_hex(4)}.tmp"
+    with scratch.open("wb") as stream:
+        for of_part in shares:
+            for share in of_part:
+                stream.write(json.dumps(_to_list(share)).encode() + b"\n")
+                file = share.spans[0].file
+                if not share.is_whole and format_of_file(file).compression:
+                    divided[file.name] += 1
+            offsets.append(stream.tell())
+    scratch.replace(directory / _SHARES)
+    described = {"given": _from_anywhere(files.given), "offsets": offsets}
+    scratch.write_text(json.dumps(described), encoding="utf-8")
+    scratch.replace(directory / MANIFEST)
+    if divided:
+        ((name, number),) = divided.most_common(1)
+        others = f", and {len(divided) - 1} other files likewise" if len(divided) > 1 else ""
+        _log.log(
+            NOTE,
+            f"corpus: {name} is compressed and can only be read from its start: {number} parts "
+            f"read all of it{others}; smaller files share the work better",
+        )
+
+
+def begun_corpus(directory: Path, given: Sequence[str]) -> BegunCorpus | None:
+    """The corpus of the store with this directory of parts, if it was begun from these paths.
+
+    None if there is none, if it was made from other paths, or from standard input.
+    """
+    if STANDARD_INPUT in given:
+        return None
+    try:
+        described = _read(directory / MANIFEST)
+        plan = json.loads((directory / "plan.json").read_text(encoding="utf-8"))
+        if described["given"] != _from_anywhere(given):
+            return None
+        return BegunCorpus(plan["corpus_sha256"], plan.get("order"))
+    except (OSError, ValueError, KeyError, TypeError, DataError):
+        # Whoever continues it reports what is wrong.
+        return None
+
+
+def read_shares(directory: Path, part: int, paths: Mapping[str, str] | None = None) -> list[Share]:
+    """The shares of a part.
+
+    Args:
+        directory: the store's directory of parts.
+        part: its number.
+        paths: where the files are now, by name; None: where they were.
+
+    Raises:
+        FileNotFoundError: there is no manifest.
+        DataError: it is damaged.
+    """
+    described = _read(directory / MANIFEST)
+    try:
+        start, end = described["offsets"][part : part + 2]
+        with (directory / _SHARES).open("rb") as stream:
+            stream.seek(start)
+            lines = stream.read(end - start).splitlines()
+        return [_from_list(json.loads(line), paths) for line in lines]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise _damaged(directory / _SHARES, error) from error
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        described = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(described["given"], list) or not isinstance(described["offsets"], list):
+            raise ValueError("fields of other types")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(file, error) from error
+    return dict(described)
+
+
+def _damaged(file: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{file}: is damaged ({str(error)[:200]}); the store in {file.parent.parent} is not "
+        "finished: write it again with --overwrite"
+    )
+
+
+def moved_paths(directory: Path, files: CorpusFiles) -> dict[str, str] | None:
+    """Where the files of a begun store are now, by name, if they were found at other paths."""
+    if files.scratch is None and _read(directory / MANIFEST)["given"] == _from_anywhere(
+        files.given
+    ):
+        return None
+    return {file.name: file.path for file in files}
+
+
+def can_continue_without(files: Iterable[CorpusFile], plan: StorePlan) -> bool:
+    """Whether a store that an earlier version began, without a manifest, can be continued: that
+    version shuffled all documents of a corpus together."""
+    return plan.order is None and not any(format_of_file(file).compression for file in files)
+
+
+def _from_anywhere(paths: Iterable[str]) -> list[str]:
+    """Paths that mean the same in any working directory."""
+    return [path if is_url(path) else os.path.abspath(path) for path in paths]
+
+
+def _to_list(share: Share) -> list[Any]:
+    spans = [
+        [span.file.name, *_from_anywhere([span.file.path]), span.file.size, span.start, span.end]
+        for span in share.spans
+    ]
+    return [share.unit, share.first, share.last, share.of, spans]
+
+
+def _from_list(values: list[Any], paths: Mapping[str, str] | None) -> Share:
+    unit, first, last, of, spans = values
+    found = []
+    for name, path, size, start, end in spans:
+        now = path if paths is None else paths.get(name, path)
+        found.append(Span(CorpusFile(now, name, size), start, end))
+    return Share(unit, tuple(found), first, last, of)

@@ -1,0 +1,205 @@
+"""Stores checked byte by byte, and their blocks shown: what is right, and every kind of damage."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import sys
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_latents import BLOCK, inputs, plan_for, tokenizer_of, write
+
+from calm_dist.data.inspection import check_store, read_block
+from calm_dist.data.stream import open_store
+from calm_dist.errors import DataError
+from calm_dist.interop.huggingface import load_autoencoder, save_autoencoder
+
+ROOT = Path(__file__).parents[2]
+# A fixture.
+__all__ = ["inputs"]
+
+
+@pytest.fixture(scope="module")
+def store(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("stores") / "fp16"
+    write(inputs, out, parts=2)
+    return out
+
+
+@pytest.fixture
+def copy(store: Path, tmp_path: Path) -> Path:
+    shutil.copytree(store, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def run_tool(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, *arguments: Any
+) -> tuple[int, str, str]:
+    """Exit code and what a tool said."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
+    said = capsys.readouterr()
+    assert isinstance(caught.value.code, int)
+    return caught.value.code, said.out, said.err
+
+
+def test_intact_store_and_its_counts(store: Path, inputs: Path) -> None:
+    check = check_store(str(store))
+    meta = open_store(store).meta
+    shards = list(store.glob("shard.*"))
+    assert not check.problems
+    assert (check.shards, check.blocks, check.tokens) == (
+        len(shards), meta.num_blocks, meta.num_blocks * BLOCK,
+    )  # fmt: skip
+    assert check.bytes == sum(file.stat().st_size for file in shards)
+    report = json.loads((store / "report.json").read_text())
+    # Each part drops the tokens after its last full block.
+    assert check.documents is not None and 0 <= report["documents"] - check.documents < 10
+
+
+def test_blocks_are_those_of_the_reader(store: Path) -> None:
+    reader = open_store(store)
+    for number in (0, 7, len(reader) - 1):
+        block = read_block(str(store), number)
+        assert block.keys() == {"tokens", "mean", "log_std"}
+        for name, value in block.items():
+            assert np.array_equal(value, reader[number][name]) and value.shape
+    with pytest.raises(DataError, match=f"has the blocks 0 to {len(reader) - 1}"):
+        read_block(str(store), len(reader))
+
+
+def test_every_damage_is_named(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = sorted(copy.glob("shard.*"))
+    flipped, cut, gone = shards[0], shards[2], shards[3]
+    data = bytearray(flipped.read_bytes())
+    data[len(data) // 2] ^= 1
+    flipped.write_bytes(data)
+    cut.write_bytes(cut.read_bytes()[:-1])
+    gone.unlink()
+    (copy / "tokenizer.json").write_text("{}")
+    json_file = copy.parent / "check.json"
+    code, _, error = run_tool(monkeypatch, capsys, "verify_data", copy, "--json", json_file)
+    assert code == 2 and "4 problem(s)" in error
+    for name, message in (
+        (flipped.name, "is damaged"),
+        (cut.name, "bytes instead of"),
+        (gone.name, "is missing"),
+        ("tokenizer.json", "is not the tokenizer"),
+    ):
+        assert any(name in line and message in line for line in error.splitlines()), name
+    result = json.loads(json_file.read_text())
+    assert len(result["problems"]) == 4 and result["shards"] == len(shards) - 3
+    index = json.loads((copy / "index.json").read_text())
+    index["shards"][0]["samples"] += 1
+    (copy / "index.json").write_text(json.dumps(index))
+    code, _, error = run_tool(monkeypatch, capsys, "verify_data", copy)
+    assert code == 2 and "index.json: does not belong to" in error
+
+
+def test_contents_that_hashes_do_not_show(inputs: Path, tmp_path: Path) -> None:
+    """Written so: tokens outside the vocabulary, latents of no trained autoencoder."""
+    from calm_dist.data import parts
+
+    plan = plan_for(inputs)
+    assert plan.latent_size is not None
+    shape = (plan.num_patches, plan.latent_size)
+    good: dict[str, np.ndarray] = {
+        "tokens": np.zeros(BLOCK, np.uint32),
+        "mean": np.zeros(shape, np.float16),
+        "log_std": np.zeros(shape, np.float16),
+    }
+    cases: list[tuple[str, float, str]] = [
+        ("tokens", plan.vocab_size, "block 1 of it has the token 280"),
+        ("mean", np.nan, "its mean has values"),
+        ("log_std", 13, "its log_std has values"),
+    ]
+    for i, (name, value, message) in enumerate(cases):
+        bad = {key: column.copy() for key, column in good.items()}
+        bad[name].flat[3] = value
+        out = tmp_path / str(i)
+        parts.begin(out, plan, 2)
+        parts.write_shard(out, 0, 0, plan, [good, bad])
+        parts.complete_part(out, 0, 1)
+        parts.merge(out, tokenizer_of(inputs))
+        (problem,) = check_store(str(out)).problems
+        assert message in problem and "encode the corpus again" in problem
+
+
+def test_block_is_shown_beside_what_the_decoder_makes_of_it(
+    store: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run_tool(monkeypatch, capsys, "inspect_data", store, "--block", 5, "--json", "-")
+    assert code == 0
+    block = json.loads(out)
+    stored = open_store(store)[5]
+    tokenizer = tokenizer_of(inputs)
+    assert block["tokens"] == stored["tokens"].tolist()
+    plain = [i for i in block["tokens"] if i not in (tokenizer.begin_id, tokenizer.end_id)]
+    text = block["text"].replace("<|begin|>", "").replace("<|end|>", "")
+    assert text == tokenizer.decode(plain)
+    model = load_autoencoder(inputs / "autoencoder")
+    with torch.no_grad():
+        decoded = model.decode(torch.from_numpy(stored["mean"].astype(np.float32))[None]).argmax(-1)
+    accuracy = float((decoded[0].numpy() == stored["tokens"]).mean())
+    assert block["token_accuracy"] == pytest.approx(accuracy)
+    patches = [patch["decoded"] for patch in block["patches"]]
+    assert list(chain.from_iterable(patches)) == decoded[0].tolist()
+    std = np.exp(stored["log_std"].astype(float))
+    assert block["mean_std"] == pytest.approx(std.mean())
+    assert block["patches"][3]["std_max"] == pytest.approx(std[3].max())
+
+    code, out, _ = run_tool(monkeypatch, capsys, "verify_data", store, "--block", 5)
+    assert code == 0 and "all intact" in out and f"{accuracy:.2%} of the tokens" in out
+    code, out, _ = run_tool(monkeypatch, capsys, "inspect_data", store, "--block", 5)
+    assert code == 0 and len(out.splitlines()) > 8 + BLOCK // 4 and "decoded: [" in out
+
+
+def test_autoencoder_that_moved_or_is_another_one(
+    copy: Path,
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(inputs / "autoencoder", tmp_path / "other")
+    model = load_autoencoder(tmp_path / "other")
+    next(model.parameters()).mul_(2)
+    save_autoencoder(model, tmp_path / "other")
+    arguments = ("inspect_data", copy, "--block", 0)
+    code, _, error = run_tool(monkeypatch, capsys, *arguments, "--autoencoder", tmp_path / "other")
+    assert code == 2 and "the store was encoded by" in error
+    away = inputs / "autoencoder"
+    away.rename(inputs / "moved")
+    try:
+        code, out, _ = run_tool(monkeypatch, capsys, *arguments)
+        assert code == 0 and "not decoded: the autoencoder is no longer at" in out
+        code, out, _ = run_tool(monkeypatch, capsys, *arguments, "--autoencoder", inputs / "moved")
+        assert code == 0 and "decoded from the means" in out
+    finally:
+        (inputs / "moved").rename(away)
+
+
+def test_store_of_tokens(
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write(inputs, tmp_path / "out", variant="tokens", autoencoder=None, patch_size=4)
+    code, out, _ = run_tool(monkeypatch, capsys, "verify_data", tmp_path / "out")
+    assert code == 0 and "all intact" in out and "decoded" not in out
+    code, out, error = run_tool(
+        monkeypatch, capsys, "inspect_data", tmp_path / "out", "--block", 1, "--patches", 2
+    )
+    assert code == 0 and "6 more; --patches shows them" in out and "std" not in out
+    code, _, error = run_tool(monkeypatch, capsys, "inspect_data", tmp_path / "gone", "--block", 1)
+    assert code == 2 and "no such directory" in error

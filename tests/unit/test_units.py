@@ -1,0 +1,279 @@
+"""The division of a corpus among parts and workers: exact shares, ids that do not depend on it,
+kills, joining workers that search nothing, and memory that does not grow."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from calm_dist.data import latents, parts, units
+from calm_dist.data.corpus import Document, corpus_sha256, find_files, iter_documents, pack_blocks
+from calm_dist.data.formats import TEXT_AND_ID, CorpusFile, Reading
+from calm_dist.data.latents import finished_store, plan_store, write_parts, write_store
+from calm_dist.data.manifest import begun_corpus
+from calm_dist.data.reading import shuffled_documents
+from calm_dist.data.store import StoreMeta, fingerprint
+from calm_dist.data.tokenizer import Tokenizer, train_tokenizer
+from calm_dist.data.units import Span, Unit, shuffled_shares, units_of
+from calm_dist.errors import DataError
+
+ROOT = Path(__file__).parents[2]
+
+
+class KilledError(BaseException):
+    """Ends a run where it stands."""
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Lines, text and a compressed file, in many units."""
+    monkeypatch.setattr(units, "CHUNK_BYTES", 2000)
+    monkeypatch.setattr(units, "_FILE_BYTES", 10)
+    root = tmp_path / "corpus"
+    root.mkdir()
+    lines = [json.dumps({"text": f"line {i} " * (1 + i % 9)}) + "\n" for i in range(300)]
+    (root / "a.jsonl").write_text("".join(lines[:200]))
+    (root / "b.jsonl.gz").write_bytes(gzip.compress("".join(lines[200:]).encode()))
+    (root / "c.txt").write_text("".join(f"{i} is a line of text, ü\n" for i in range(400)))
+    for i in range(20):
+        (root / f"d{i:02}.txt").write_text(f"small file {i}")
+    return root
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    return train_tokenizer(["line of a file"], 280, tmp_path / "tokenizer.json")
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_parts_have_every_document_once(corpus: Path) -> None:
+    found = units_of(find_files([corpus]), TEXT_AND_ID)
+    assert len(found) > 10
+    documents = Counter(iter_documents([corpus]))
+    assert sum(documents.values()) == len(documents) > 320
+    ids = {document.id for document in documents}
+    assert len(ids) == len(documents) and "a.jsonl@0" in ids and "d07.txt" in ids
+    for number in (1, 2, 3, 7, 16, 100, 1000):
+        shares = list(shuffled_shares(found, 3, number))
+        assert len(shares) == number
+        read = [list(shuffled_documents(of_part, 3, TEXT_AND_ID)) for of_part in shares]
+        assert Counter(document for part in read for document in part) == documents
+        if number <= 16:
+            sizes = [sum(len(document.text) for document in part) for part in read]
+            assert max(sizes) < 2 * sum(sizes) / number + 2000
+    # All units are read by few parts where there are many units to a part.
+    owners = Counter(share.unit for of_part in shuffled_shares(found, 3, 1) for share in of_part)
+    assert set(owners.values()) == {1}
+    small = [Unit((Span(CorpusFile(str(i), str(i))),), 1 + i % 3) for i in range(1000)]
+    shares = list(shuffled_shares(small, 3, 10))
+    assert all(share.is_whole for of_part in shares for share in of_part)
+
+
+def test_documents_are_those_of_the_file_however_it_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Units begin at any byte: at the first of a line, within, at its end, in a character."""
+    path = tmp_path / "a.jsonl"
+    texts = ["é" * (i % 5) + "x" * (i % 3) + "." for i in range(60)]
+    path.write_text(
+        "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    )
+    whole = list(iter_documents([path]))
+    assert [document.text for document in whole] == texts
+    for size in range(1, 120):
+        monkeypatch.setattr(units, "CHUNK_BYTES", size)
+        assert list(iter_documents([path])) == whole
+    path = tmp_path / "b.txt"
+    path.write_text("\n".join(texts))
+    for size in range(1, 60):
+        monkeypatch.setattr(units, "CHUNK_BYTES", size)
+        assert "".join(document.text for document in iter_documents([path])) == path.read_text()
+
+
+def plan_of(corpus: Any, tokenizer: Tokenizer, number: int, **more: Any) -> latents.StorePlan:
+    return plan_store(
+        corpus, tokenizer, variant="tokens", block_size=8, patch_size=4, parts=number, **more
+    )
+
+
+def test_killed_workers_go_on_as_another_number_of_workers(
+    corpus: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of([corpus], tokenizer, 5)
+    assert plan.order == 2
+    write_store(tmp_path / "unbroken", [corpus], tokenizer, plan, shard_bytes=512)
+    unbroken = contents(tmp_path / "unbroken")
+    out = tmp_path / "out"
+    for kill, (owner, name) in enumerate(
+        [(parts, "write_manifest"), (parts, "_put"), (latents, "read_shares"),
+         (latents, "write_shard"), (parts, "_put"), (latents, "complete_part"), (parts, "_write"),
+         (parts, "_write"), (latents, "merge")]
+    ):  # fmt: skip
+        original = getattr(owner, name)
+        calls = iter(range(kill % 4))
+
+        def dying(*args: Any, call: Any = original, left: Any = calls, **named: Any) -> Any:
+            if next(left, None) is None:
+                raise KilledError
+            return call(*args, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, dying)
+            try:
+                write_parts(out, [corpus], tokenizer, plan, worker=(kill % 3, 3), shard_bytes=512)
+            except KilledError:
+                assert not (out / "meta.json").exists()
+    for worker in (1, 0):
+        write_parts(out, [corpus], tokenizer, plan, worker=(worker, 2), shard_bytes=512)
+    assert contents(out) == unbroken
+
+
+def test_worker_that_joins_searches_nothing(
+    corpus: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And finds the files at another place, if it is given that."""
+    out, given = tmp_path / "out", [str(corpus)]
+    files = find_files(given)
+    assert begun_corpus(out / ".parts", given) is None
+    plan = plan_of(files, tokenizer, 5)
+    parts.begin(out, plan, parts.blocks_in_shard(plan, 512), files)
+    begun = begun_corpus(out / ".parts", given)
+    assert begun is not None and begun_corpus(out / ".parts", ["elsewhere"]) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", lambda _: pytest.fail("searched"))
+        joined = plan_of(begun, tokenizer, 5)
+        assert joined == plan
+        assert write_parts(out, begun, tokenizer, joined, worker=(1, 3), shard_bytes=512) == [
+            0,
+            2,
+            3,
+        ]
+    moved = corpus.rename(tmp_path / "moved")
+    for worker in (0, 2):
+        write_parts(out, [moved], tokenizer, plan, worker=(worker, 3), shard_bytes=512)
+    write_store(tmp_path / "one", [moved], tokenizer, plan, shard_bytes=512)
+    assert contents(out) == contents(tmp_path / "one")
+
+
+def test_manifest_of_relative_paths_is_read_from_anywhere(
+    corpus: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files, out = find_files(["corpus"]), tmp_path / "out"
+    plan = plan_of(files, tokenizer, 5)
+    parts.begin(out, plan, parts.blocks_in_shard(plan, 512), files)
+    monkeypatch.chdir("/")
+    # The same word means another directory here.
+    assert begun_corpus(out / ".parts", ["corpus"]) is None
+    begun = begun_corpus(out / ".parts", [str(corpus)])
+    assert begun is not None
+    assert write_parts(out, begun, tokenizer, plan, shard_bytes=512) == []
+
+
+def test_file_that_changed_since_the_manifest_was_made_is_named(
+    corpus: Path, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    files = find_files([corpus])
+    plan = plan_of(files, tokenizer, 5)
+    parts.begin(tmp_path / "out", plan, 4, files)
+    with (corpus / "a.jsonl").open("a") as stream:
+        stream.write('{"text": "more"}\n')
+    with pytest.raises(DataError, match=r"a.jsonl: was changed while it was used"):
+        write_parts(tmp_path / "out", files, tokenizer, plan, shard_bytes=4 * plan.sample_bytes)
+    with pytest.raises(DataError, match="another corpus_sha256"):
+        write_parts(tmp_path / "out", [corpus], tokenizer, plan_of([corpus], tokenizer, 5))
+
+
+def test_compressed_file_that_parts_share_is_named(
+    corpus: Path, tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = find_files([corpus])
+    plan = plan_of(files, tokenizer, 20)
+    with caplog.at_level("INFO"):
+        parts.begin(tmp_path / "out", plan, 4, files)
+    assert re.search(r"b.jsonl.gz is compressed .* from its start: \d parts read all", caplog.text)
+
+
+def test_finished_store_of_an_earlier_version_is_known(
+    corpus: Path, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """That version hashed all contents of a corpus of any size, and had no order of units."""
+    out = tmp_path / "out"
+    meta = write_store(out, [corpus], tokenizer, plan_of([corpus], tokenizer, 1))
+    fields = meta.to_dict() | {"corpus_sha256": corpus_sha256(find_files([corpus]))}
+    del fields["order"]
+    fields["fingerprint"] = fingerprint(fields, (out / "index.json").read_bytes())
+    (out / "meta.json").write_text(json.dumps(StoreMeta.model_validate(fields).to_dict()))
+    with pytest.raises(DataError, match="another corpus_sha256"):
+        finished_store(out, plan_of([corpus], tokenizer, 1))
+    plan = plan_of([corpus], tokenizer, 1, out=out)
+    assert finished_store(out, plan) is not None
+    # One that it only began had its documents in another order.
+    begun = tmp_path / "begun"
+    (begun / ".parts").mkdir(parents=True)
+    described = {**plan.to_dict(), "blocks_per_shard": 2048}
+    (begun / ".parts" / "plan.json").write_text(json.dumps(described))
+    with pytest.raises(DataError, match="was begun by an earlier version"):
+        write_parts(begun, [corpus], tokenizer, plan, shard_bytes=2048 * plan.sample_bytes)
+
+
+def test_long_document_is_tokenized_in_pieces_and_stays_one(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from calm_dist.data import corpus as corpus_module
+
+    monkeypatch.setattr(corpus_module, "TOKENIZED_CHARACTERS", 100)
+    text = "a paragraph of it\n\n" * 30 + "one line and " * 30 + "x" * 950
+    longest: list[int] = []
+    original = type(tokenizer).encode_batch
+
+    def watched(self: Tokenizer, texts: Any) -> Any:
+        longest.extend(map(len, texts))
+        return original(self, texts)
+
+    monkeypatch.setattr(type(tokenizer), "encode_batch", watched)
+    documents = [Document("a", text), Document("b", "short")]
+    stream = np.concatenate(list(pack_blocks(documents, tokenizer, 1, 4, seed=0))).tolist()
+    assert max(longest) <= 200
+    assert stream.count(tokenizer.end_id) == 2
+    first = stream[: stream.index(tokenizer.end_id)]
+    assert tokenizer.decode([i for i in first if i != tokenizer.begin_id]) == text
+
+
+@pytest.mark.full
+def test_memory_does_not_grow_with_lines_or_files(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A document of 20 MB, 40,000 files, and 300 MB of lines."""
+    root = tmp_path / "corpus"
+    for i in range(40):
+        (root / f"{i:03}").mkdir(parents=True)
+        for j in range(1000):
+            (root / f"{i:03}" / f"{j:04}.txt").write_text(f"{i} {j} small")
+    line = json.dumps({"text": "some words of a text " * 100}) + "\n"
+    (root / "many.jsonl").write_text(line * (300_000_000 // len(line)))
+    (root / "long.jsonl").write_text(json.dumps({"text": "word " * 4_000_000}) + "\n")
+    code = (
+        "import resource, runpy, sys; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "tools" / "encode_latents.py"), "--variant",
+         "tokens", "--patch-size", "4", "--tokenizer", str(tokenizer.path), "--corpus", str(root),
+         "--out", str(tmp_path / "out"), "--parts", "20", "--worker", "0/4", "--dedup", "exact"],
+        capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert int(done.stdout.splitlines()[-1]) < 1000
+    assert Reading().dedup is False
