@@ -127,8 +127,9 @@ ask_to_end() {
   if grep -qzxs "SLURM_JOB_ID=$SLURM_JOB_ID" "/proc/${rank:-none}/environ"; then
     kill -USR1 "$rank"
   else
-    # No rank holds it yet: nothing is lost.
+    # No rank holds it yet: nothing is lost. srun may miss a signal while it launches the step.
     kill -TERM "$STEP"
+    (while sleep 10 && kill -TERM "$STEP"; do :; done) 2>/dev/null &
   fi
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,8 @@ _REMEDY = (
     "enlarge it (docker run --shm-size=…, or mount -o remount,size=… /dev/shm), use fewer "
     "data.num_workers, or data.num_workers=0, which reads in the training process"
 )
+# A socket's path has at most 107 bytes; multiprocessing appends pymp-12345678/listener-12345678.
+_LONGEST_TEMPORARY = 107 - len("/pymp-12345678/listener-12345678")
 _POLL_SECONDS = 2.0
 _TIMED_OUT = "timed out after"
 
@@ -64,6 +67,20 @@ def check_room(
         f"node and the order of an epoch need {needed / 1e6:,.1f} MB in {SHARED_MEMORY}, which "
         f"has {free / 1e6:,.1f} MB free; {_REMEDY}"
     )
+
+
+def check_socket_path() -> None:
+    """Check that torch can make its socket for batches of reader processes, which lies in TMPDIR.
+
+    Raises:
+        DataError: the path of TMPDIR is too long for it; readers would fail while training waits.
+    """
+    directory = tempfile.gettempdir()
+    if (length := len(os.fsencode(directory))) > _LONGEST_TEMPORARY:
+        raise DataError(
+            f"TMPDIR={directory}: has {length} characters; sockets of reader processes allow "
+            f"{_LONGEST_TEMPORARY}; set a shorter TMPDIR, or data.num_workers=0"
+        )
 
 
 def _free_bytes() -> int | None:

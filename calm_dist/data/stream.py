@@ -26,7 +26,14 @@ from calm_dist.compat.streaming import LocalDataset, World, patient_attaching
 from calm_dist.data.download import DEFAULT, Downloads
 from calm_dist.data.guard import GuardedDataset, Source, open_source
 from calm_dist.data.layout import is_remote
-from calm_dist.data.readers import PREFETCHED, batches_of, check_room, hand_over, poll_seconds
+from calm_dist.data.readers import (
+    PREFETCHED,
+    batches_of,
+    check_room,
+    check_socket_path,
+    hand_over,
+    poll_seconds,
+)
 from calm_dist.data.remote import fetch_description
 from calm_dist.data.shared_names import RunNumber
 from calm_dist.data.store import StoreMeta
@@ -238,6 +245,8 @@ def open_training_stream(
 
     def check_node(metas: list[StoreMeta]) -> None:
         check_room(metas, batch_size, num_workers, world.ranks_per_node)
+        if num_workers:
+            check_socket_path()
 
     sources = _open_on_all_ranks(given, world, cache_dir, downloads, check_node)
     _on_all_ranks(lambda: _check_together(sources, weights, global_batch_size))

@@ -3,6 +3,7 @@ numbers, or end with a code that says whether another start may help."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,8 @@ def train(
     """Exit codes and outputs of two ranks."""
     fields = {"training__steps": STEPS, "data__path": path, **more}
     overrides = data_parallel(tiny, run_dir, **fields)
-    scratch = run_dir.parent / "tmp"
-    scratch.mkdir(exist_ok=True)
+    # Short enough for the sockets of reader processes.
+    scratch = Path(tempfile.mkdtemp(dir=run_dir.parents[1]))
     port = free_port()
     more_environment: dict[str, Any] = {
         "TMPDIR": str(scratch),

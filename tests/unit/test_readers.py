@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from filelock import FileLock
+from warm import warm_python
 
 from calm_dist.data.latents import plan_store, write_store
 from calm_dist.data.stream import open_training_stream
@@ -81,6 +84,23 @@ def test_too_little_shared_memory_is_refused_before_reading(big_blocks: Path) ->
     assert "2.1 MB in /dev/shm, which has 1.0 MB free" in said
     assert in_small_memory("1m", str(big_blocks), "0", "-") == "read\n"
     assert in_small_memory("16m", str(big_blocks), "2", "-") == "read\n"
+
+
+def test_a_path_too_long_for_readers_is_refused_before_reading(big_blocks: Path) -> None:
+    """One that just fits reads, one longer by a character does not; without readers any does."""
+    base = tempfile.mkdtemp(dir="/tmp")
+    fits = f"{base}/".ljust(75, "x")
+    for directory, num_workers in ((fits, 1), (f"{fits}x", 1), (f"{fits}x", 0)):
+        Path(directory).mkdir(exist_ok=True)
+        done = subprocess.run(
+            [warm_python(), "-c", READ, str(big_blocks), str(num_workers), "-"],
+            env={**os.environ, "TMPDIR": directory},
+            capture_output=True, text=True, timeout=300, check=True,
+        )  # fmt: skip
+        refused = "ended TMPDIR=" in done.stdout and "has 76 characters" in done.stdout
+        assert refused == (len(directory) > 75 and num_workers > 0)
+        assert refused or done.stdout == "read\n"
+    shutil.rmtree(base)
 
 
 @pytest.mark.parametrize(
