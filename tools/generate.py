@@ -77,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
         "--seed",
         type=at_least(0),
         action="append",
-        help="give one seed, or one per prompt; the same prompt and seed give the same text "
+        help="give one seed, or one per prompt; the same prompts and seeds give the same texts "
         "(default: 0)",
     )
     parser.add_argument(
@@ -96,6 +96,12 @@ def parse_arguments() -> argparse.Namespace:
         type=at_least(1),
         default=100_000,
         help="limit of the exact method for one patch (default: 100000)",
+    )
+    parser.add_argument(
+        "--reproducible",
+        action="store_true",
+        help="give a prompt the same text in any batch, bit for bit; slower (by default rounding "
+        "depends on the batch, and can tip a draw between two tokens)",
     )
     parser.add_argument("--tokenizer", metavar="F", help="tokenizer file (default: the recipe's)")
     for role in ("begin", "end"):
@@ -243,6 +249,7 @@ def main() -> None:
             pool_size=args.pool_size,
             max_draws=args.max_draws,
             stop=args.stop or (),
+            reproducible=args.reproducible,
             show_progress=True,
         )
     seconds = time.monotonic() - started

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -163,39 +165,74 @@ class LazyPatches:
     """Draws of a patch whose tokens are computed on demand.
 
     Args:
-        latents: [n, l], one for each draw.
+        latents: [n, l], one for each draw; more can be added.
     """
 
-    def __init__(self, decoder: GreedyDecoder, latents: torch.Tensor) -> None:
-        self.patch_size = decoder.patch_size
-        self._decoder, self._patches = decoder, decoder.patch_hidden(latents)
-        self._known = np.full((len(latents), self.patch_size), -1)
+    def __init__(self, decoder: GreedyDecoder, latents: torch.Tensor | None = None) -> None:
+        self.patch_size, self.decoder = decoder.patch_size, decoder
+        self.patches: torch.Tensor | None = None
+        self.known = np.full((0, self.patch_size), -1)
+        if latents is not None:
+            self.add(decoder.patch_hidden(latents))
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self.known)
+
+    def add(self, patches: torch.Tensor) -> None:
+        """Add draws, whose hidden states are those of `GreedyDecoder.patch_hidden`."""
+        self.patches = patches if self.patches is None else torch.cat([self.patches, patches])
+        unknown = np.full((len(patches), self.patch_size), -1)
+        self.known = np.concatenate([self.known, unknown])
+
+    def hidden(self, rows: np.ndarray) -> torch.Tensor:
+        """Hidden states of some of the draws."""
+        assert self.patches is not None
+        return self.patches[torch.from_numpy(rows).to(self.patches.device)]
 
     def tokens(self, rows: list[int], position: int) -> list[int]:
         """The tokens at one position of some of the draws."""
-        unknown = [row for row in rows if self._known[row, position] < 0]
-        if 0 < len(unknown) <= _DECODED_WHOLE and position > 0:
-            # They agree on the first token, so the other tokens will be needed as well.
-            self._work_out(unknown)
-        elif unknown:
-            hidden = self._decoder.token_hidden(self._patches[unknown], position)
-            self._known[unknown, position] = self._decoder.tokens(hidden).cpu().numpy()
-        return self._known[rows, position].tolist()
+        work_out([(self, rows, position)])
+        return self.known[rows, position].tolist()
 
     def patch(self, row: int) -> tuple[int, ...]:
         """All tokens of a draw."""
-        if (self._known[row] < 0).any():
-            self._work_out([row])
-        return tuple(self._known[row].tolist())
+        work_out([(self, [row], None)])
+        return tuple(self.known[row].tolist())
 
-    def _work_out(self, rows: list[int]) -> None:
-        """Compute all unknown tokens of a few draws at once, since reading the vocabulary's weights
-        takes most of the time."""
-        hidden = self._decoder.token_hidden(self._patches[rows])
-        unknown = torch.from_numpy(self._known[rows] < 0)
-        known = torch.from_numpy(self._known[rows])
-        known[unknown] = self._decoder.tokens(hidden[unknown.to(hidden.device)]).cpu()
-        self._known[rows] = known.numpy()
+
+def work_out(wanted: Sequence[tuple[LazyPatches, list[int], int | None]]) -> None:
+    """Compute the unknown ones of the wanted tokens of several texts' draws, all with one arg-max,
+    since reading the vocabulary's weights takes most of the time.
+
+    Args:
+        wanted: draws, rows of them, and a position, None for all; the decoder is the same.
+    """
+    groups: dict[int | None, list[tuple[LazyPatches, np.ndarray]]] = {}
+    for draws, asked, position in wanted:
+        columns = slice(None) if position is None else slice(position, position + 1)
+        unknown = np.unique([row for row in asked if (draws.known[row, columns] < 0).any()])
+        if position is not None and position > 0 and len(unknown) <= _DECODED_WHOLE:
+            # They agree on the first token, so the other tokens will be needed as well.
+            position = None
+        if len(unknown):
+            groups.setdefault(position, []).append((draws, unknown.astype(np.int64)))
+    hidden: list[torch.Tensor] = []
+    places: list[tuple[LazyPatches, Any, Any]] = []
+    for position, group in groups.items():
+        decoder = group[0][0].decoder
+        patches = torch.cat([draws.hidden(rows) for draws, rows in group])
+        states = decoder.token_hidden(patches, position)
+        for draws, rows in group:
+            of_rows, states = states[: len(rows)], states[len(rows) :]
+            if position is None:
+                at, column = (draws.known[rows] < 0).nonzero()
+                of_rows = of_rows[torch.from_numpy(at), torch.from_numpy(column)]
+            else:
+                at, column = np.arange(len(rows)), np.full(len(rows), position)
+            hidden.append(of_rows)
+            places.append((draws, rows[at], column))
+    if not hidden:
+        return
+    found = decoder.tokens(torch.cat(hidden)).cpu().numpy()
+    for draws, rows, columns_of in places:
+        draws.known[rows, columns_of], found = found[: len(rows)], found[len(rows) :]

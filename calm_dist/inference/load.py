@@ -80,9 +80,13 @@ class LoadedModel:
         assert self.autoencoder is not None
         return GreedyDecoder(self.autoencoder)
 
-    def new_cache(self, rows: int, steps: int) -> KeyValueCache:
-        """An empty cache for ``rows`` texts of at most ``steps`` steps (patches or tokens) each."""
-        return self.backbone.new_cache(rows, steps)
+    def new_cache(self, rows: int, steps: int, *, together: bool = False) -> KeyValueCache:
+        """An empty cache for ``rows`` texts of at most ``steps`` steps (patches or tokens) each.
+
+        ``together``: the rows go through the model in one batch, so that their rounding depends on
+        each other. Otherwise a text has the same bits alone and in a batch.
+        """
+        return self.backbone.new_cache(rows, steps, together=together)
 
     def hidden(
         self,
@@ -160,7 +164,7 @@ class LoadedModel:
         cache: KeyValueCache | None,
     ) -> torch.Tensor:
         tokens = tokens.to(self.device)
-        if cache is None or steps > 1 or positions is not None:
+        if cache is None or cache.together or steps > 1 or positions is not None:
             return self.backbone(tokens, steps, positions, mask, cache).transpose(0, 1)
         # One step for each text. Matrix products round differently for different numbers of rows;
         # a fixed number gives a text the same bits alone and in a batch.
