@@ -24,7 +24,7 @@ from calm_dist.inference.generate import calm_recipe, decode_latents
 from calm_dist.losses.energy import energy_score
 
 if TYPE_CHECKING:
-    from calm_dist.inference.load import LoadedModel
+    from calm_dist.inference.loading import LoadedModel
 
 Block = Mapping[str, np.ndarray]
 """A sample of a data store."""

@@ -30,7 +30,7 @@ from calm_dist.scores import (
 if TYPE_CHECKING:
     from calm_dist.data.store import StoreMeta
     from calm_dist.data.stream import Store
-    from calm_dist.inference.load import LoadedModel
+    from calm_dist.inference.loading import LoadedModel
     from calm_dist.recipe import Recipe
 
 FURTHER = ("cross_entropy", "perplexity", "energy_loss", "reconstruction_accuracy")

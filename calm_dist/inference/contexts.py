@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from calm_dist.inference.load import LoadedModel
+from calm_dist.inference.loading import LoadedModel
 
 _FILLED_AT_ONCE = 1 << 14
 """Tokens of prompts that go through the model at once."""

@@ -14,7 +14,8 @@ import torch
 from calm_dist.data.store import read_meta
 from calm_dist.errors import CheckpointError, DataError, UserError, shown
 from calm_dist.inference.contexts import Contexts, window_steps
-from calm_dist.inference.load import LoadedModel, tokenizer_file
+from calm_dist.inference.growing import GrowingString, GrowingText
+from calm_dist.inference.loading import LoadedModel, tokenizer_file
 from calm_dist.inference.methods import Method, Sampler
 from calm_dist.inference.patches import patch_sampler
 from calm_dist.inference.sampling import DEFAULT_MAX_DRAWS, DEFAULT_POOL_SIZE
@@ -57,6 +58,7 @@ def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str], too
     max_draws: int = ...,
     stop: Sequence[str] = ...,
     reproducible: bool = ...,
+    on_text: Callable[[int, str], None] | None = ...,
     show_progress: bool = ...,
 ) -> Generation: ...
 
@@ -75,6 +77,7 @@ def generate(
     max_draws: int = ...,
     stop: Sequence[str] = ...,
     reproducible: bool = ...,
+    on_text: Callable[[int, str], None] | None = ...,
     show_progress: bool = ...,
 ) -> list[Generation]: ...
 
@@ -93,6 +96,7 @@ def generate(
     max_draws: int = DEFAULT_MAX_DRAWS,
     stop: Sequence[str] = (),
     reproducible: bool = False,
+    on_text: Callable[[int, str], None] | None = None,
     show_progress: bool = False,
 ) -> Generation | list[Generation]:
     """Continue prompts until the end token or exactly ``max_new_tokens`` new tokens.
@@ -122,6 +126,8 @@ def generate(
         max_draws: limit of the exact method for one patch.
         stop: strings that end a text where they appear in its continuation.
         reproducible: give a prompt the same text alone and in a batch, bit for bit; slower.
+        on_text: called with the number of a prompt and the next piece of its text, as soon as later
+            tokens cannot change it; joined, the pieces of a prompt are its `Generation.text`.
         show_progress: report the number of finished steps on stderr.
 
     Returns:
@@ -142,10 +148,13 @@ def generate(
         if model.has_probabilities
         else patch_sampler(model, temperature, method, pool_size, max_draws)
     )
-    rows = [
-        GrowingText(tokenizer.encode(text), seed, partial(_contains, stop, tokenizer, text))
-        for text, seed in zip(texts, seeds, strict=True)
-    ]
+    rows = []
+    for number, (text, of_text) in enumerate(zip(texts, seeds, strict=True)):
+        row = GrowingText(tokenizer.encode(text), of_text)
+        if stop or on_text:
+            show = partial(on_text, number) if on_text else None
+            row.string = GrowingString(tokenizer, text, row.prompt, stop, show)
+        rows.append(row)
     if rows:
         continue_texts(
             model, rows, sampler, tokenizer, max_new_tokens,
@@ -153,7 +162,7 @@ def generate(
         )  # fmt: skip
     generations = [
         Generation(
-            _before(stop, tokenizer.decode_continuation(text, row.new)),
+            _before(stop, tokenizer.decode_continuation(text, row.new, row.prompt)),
             row.new,
             row.stopped_by,
             # The end token counts as well.
@@ -161,15 +170,10 @@ def generate(
         )
         for text, row in zip(texts, rows, strict=True)
     ]
+    for row, made in zip(rows, generations, strict=True):
+        if row.string is not None:
+            row.string.finish(made.text)
     return generations[0] if isinstance(prompts, str) else generations
-
-
-def _contains(stop: Sequence[str], tokenizer: Tokenizer, prompt: str, new: list[int]) -> bool:
-    """Whether the continuation of a prompt contains a stop string."""
-    if not stop:
-        return False
-    text = tokenizer.decode_continuation(prompt, new)
-    return any(string in text for string in stop)
 
 
 def _before(stop: Sequence[str], text: str) -> str:
@@ -212,32 +216,6 @@ def _check(prompts: list[str], seeds: list[int], max_new_tokens: int) -> None:
             raise UserError(
                 f"prompt {prompt!r}: character {error.start} is not valid Unicode; give UTF-8 text"
             ) from error
-
-
-@dataclass
-class GrowingText:
-    """A prompt and its continuation so far."""
-
-    prompt: list[int]
-    seed: int
-    stops: Callable[[list[int]], bool] = lambda new: False
-    """Whether the text ends with the last of its new tokens."""
-    new: list[int] = field(default_factory=list)
-    stopped_by: Literal["end", "length", "stop"] = "length"
-
-    def take(self, step: list[int], end_id: int, max_new_tokens: int) -> bool:
-        """Add the tokens of a step; returns whether the text continues."""
-        for token in step:
-            if token == end_id:
-                self.stopped_by = "end"
-                return False
-            self.new.append(token)
-            if self.stops(self.new):
-                self.stopped_by = "stop"
-                return False
-            if len(self.new) == max_new_tokens:
-                return False
-        return True
 
 
 def continue_texts(

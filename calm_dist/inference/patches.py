@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from calm_dist.inference.decoding import LazyPatches, work_out
-from calm_dist.inference.load import LoadedModel
+from calm_dist.inference.loading import LoadedModel
 from calm_dist.inference.methods import Method, Sampler
 from calm_dist.inference.sampling import (
     Asking,

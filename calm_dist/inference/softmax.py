@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from calm_dist.errors import UserError
-from calm_dist.inference.load import LoadedModel
+from calm_dist.inference.loading import LoadedModel
 from calm_dist.inference.methods import Method, Sampler
 from calm_dist.inference.sampling import exponent_parts
 

@@ -21,7 +21,7 @@ from torch import nn
 from calm_dist.data.tokenizer import Tokenizer, load_tokenizer
 from calm_dist.errors import CheckpointError, DataError, UserError
 from calm_dist.files import file_sha256
-from calm_dist.inference.load import LoadedModel, load_model, load_released, tokenizer_file
+from calm_dist.inference.loading import LoadedModel, load_model, load_released, tokenizer_file
 from calm_dist.models.autoencoder import Autoencoder
 from calm_dist.recipe import CalmModel, Recipe, load_recipe
 from calm_dist.released.autoencoder import load_autoencoder, save_autoencoder

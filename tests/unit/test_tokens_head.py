@@ -14,7 +14,8 @@ from torch import Tensor
 from calm_dist.errors import RecipeError, UserError
 from calm_dist.evaluation.block_scores import BlockScores, score_softmax_block
 from calm_dist.evaluation.brier import NGRAM, ngram_starts
-from calm_dist.inference.generate import GrowingText, continue_texts
+from calm_dist.inference.generate import continue_texts
+from calm_dist.inference.growing import GrowingText
 from calm_dist.inference.load import LoadedModel
 from calm_dist.inference.softmax import draw_sharpened, draw_tokens, softmax_sampler
 from calm_dist.models.heads.tokens import TokensHead
