@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calm_dist.cli.console import (
+    add_device,
     add_json,
     announce,
     at_least,
@@ -37,7 +38,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", required=True, help="run directory or checkpoint")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="run directory, checkpoint, or directory in the released layout",
+    )
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument(
         "--prompt",
@@ -119,6 +124,13 @@ def parse_arguments() -> argparse.Namespace:
             help=f"the tokenizer's token that {role}s documents (default: the recipe's)",
         )
     parser.add_argument("--autoencoder", help="autoencoder checkpoint (default: the recipe's)")
+    add_device(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of backbone and head (default: fp32); the autoencoder stays in fp32",
+    )
     add_json(
         parser,
         "write the result (a list for several texts, lines if F ends in .jsonl) to F, or stdout "
@@ -251,6 +263,7 @@ def main() -> None:
     announce(f"loading {args.checkpoint} ...")
 
     from calm_dist.inference.load import load_text_model
+    from calm_dist.parallel.launch import own_device
 
     loaded = load_text_model(
         args.checkpoint,
@@ -258,6 +271,8 @@ def main() -> None:
         begin_token=args.begin_token,
         end_token=args.end_token,
         autoencoder=args.autoencoder,
+        device=str(own_device(args.device)),
+        dtype=args.dtype,
     )
     stream = streamer(args, wanted)
     size = 1 if stream else args.batch_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from calm_dist.log import NOTE
 from calm_dist.models.autoencoder import Autoencoder
+
+_log = logging.getLogger(__name__)
 
 _INT8_LARGEST = 127
 _INT32_LOWEST = -(2**31)
@@ -62,6 +66,13 @@ class GreedyDecoder:
 
     def __init__(self, autoencoder: Autoencoder) -> None:
         self._autoencoder = autoencoder
+        self._coarsely = torch.cpu._is_vnni_supported()
+        if autoencoder.output_weight.device.type == "cpu" and not self._coarsely:
+            _log.log(
+                NOTE,
+                "this CPU has no int8 products (AVX-512 VNNI): tokens are decoded from all logits "
+                "in fp32, which gives the same tokens and takes several times as long",
+            )
 
     @property
     def patch_size(self) -> int:
@@ -83,13 +94,13 @@ class GreedyDecoder:
     def tokens(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [rows, d] -> the tokens of the largest logits [rows].
 
-        On CPUs with fast int8 products, logits are first computed in int8 with an error bound, then
-        in fp32 for the words that may still be the largest. The result is that of fp32, up to its
-        own rounding.
+        On CPUs with fast int8 products (instruction set AVX-512 VNNI), logits are first computed in
+        int8 with an error bound, then in fp32 for the words that may still be the largest. The
+        result is that of fp32, up to its own rounding. On other CPUs and on GPUs all logits are
+        computed in fp32.
         """
-        on_cpu = hidden.device.type == "cpu" and torch.cpu._is_vnni_supported()
         # torch's int8 product of a single column is wrong (2.13).
-        if on_cpu and hidden.shape[-1] > 1:
+        if self._coarsely and hidden.device.type == "cpu" and hidden.shape[-1] > 1:
             rows = max(1, _COARSE_ELEMENTS // len(self._weight))
             return torch.cat([self._coarse_to_fine(piece) for piece in hidden.split(rows)])
         return self._all_logits(hidden)

@@ -68,12 +68,13 @@ def load_text_model(
     """Load a checkpoint with its tokenizer.
 
     Args:
-        directory: run directory (its newest valid checkpoint) or checkpoint.
+        directory: run directory (its newest valid checkpoint), checkpoint, or directory in the
+            released layout.
         tokenizer: tokenizer file; default: the one that the model was trained with.
         begin_token, end_token: names of the tokens around documents, where the model does not
             record them.
         autoencoder: overrides the recipe's ``model.autoencoder`` (CALM).
-        options: as in `load_model`.
+        options: ``device`` and ``dtype`` of `load_model`.
 
     Raises:
         CheckpointError: the checkpoint or the autoencoder is missing, damaged or does not fit.

@@ -6,6 +6,7 @@ import os
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from calm_dist.parallel.topology import Topology, build_topology, destroy_topolo
 from calm_dist.recipe import CalmModel, LanguageModelRecipe, load_recipe
 from calm_dist.released.autoencoder import load_autoencoder
 from calm_dist.released.calm import read_calm, released_recipe
-from calm_dist.released.files import weight_files
+from calm_dist.released.files import CONFIG_FILE, weight_files
 from calm_dist.runs import checkpoints
 from calm_dist.runs.checkpoints.run_state import RunState
 from calm_dist.training.build import build_backbone, build_head
@@ -37,13 +38,17 @@ from calm_dist.training.resolve import autoencoder_directory
 _ROWS_AT_ONCE = {"cpu": 8, "cuda": 64}
 """Number of texts that take a step together: as many as cost little more than one."""
 
+Dtype = Literal["fp32", "bf16"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 _alone: Topology | None = None
 """The groups of this process, once they exist."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A CALM or a discrete Transformer in eval mode, fp32, on ``device``."""
+    """A CALM or a discrete Transformer in eval mode on ``device``: backbone and head in ``dtype``,
+    the autoencoder in fp32."""
 
     recipe: LanguageModelRecipe
     checkpoint: Path
@@ -179,17 +184,26 @@ class LoadedModel:
 
 
 def load_model(
-    path: str | Path, autoencoder: str | Path | None = None, device: str = "cpu"
+    path: str | Path,
+    autoencoder: str | Path | None = None,
+    device: str = "cpu",
+    dtype: Dtype = "fp32",
 ) -> LoadedModel:
     """Load a checkpoint of any layout into this process.
 
     Args:
-        path: a run directory (its newest valid checkpoint) or a checkpoint.
+        path: a run directory (its newest valid checkpoint), a checkpoint, or a directory in the
+            released layout.
         autoencoder: overrides the recipe's ``model.autoencoder`` (CALM).
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: ``fp32``, or ``bf16`` for backbone and head; the autoencoder, whose arg-max decides
+            tokens, stays in fp32.
 
     Raises:
         CheckpointError: the checkpoint or the autoencoder is missing, damaged or does not fit.
     """
+    if is_released(path):
+        return load_released(path, autoencoder, device, dtype)
     directory = checkpoints.find_checkpoint(path)
     trained = load_recipe(directory / checkpoints.RECIPE_FILE)
     if not isinstance(trained, LanguageModelRecipe):
@@ -206,6 +220,7 @@ def load_model(
         decoder, decoder_sha256 = _load_autoencoder(given, topology.device)
     backbone, head = _build_model(recipe, topology)
     model_state.load_weights(directory, backbone, head)
+    _convert(dtype, backbone, head)
     return LoadedModel(
         recipe,
         directory,
@@ -220,8 +235,25 @@ def load_model(
     )
 
 
+def is_released(path: str | Path) -> bool:
+    """Whether a directory is in the authors' layout, and no checkpoint of ours."""
+    path = Path(path)
+    ours = (checkpoints.MANIFEST, checkpoints.CHECKPOINTS)
+    return (path / CONFIG_FILE).is_file() and not any((path / name).exists() for name in ours)
+
+
+def _convert(dtype: Dtype, *modules: torch.nn.Module | None) -> None:
+    """Convert modules, whose weights were read in fp32."""
+    for module in modules:
+        if module is not None:
+            module.to(_DTYPES[dtype])
+
+
 def load_released(
-    directory: str | Path, autoencoder: str | Path | None = None, device: str = "cpu"
+    directory: str | Path,
+    autoencoder: str | Path | None = None,
+    device: str = "cpu",
+    dtype: Dtype = "fp32",
 ) -> LoadedModel:
     """Load a CALM in the authors' layout; see `interop.huggingface.load_calm`."""
     directory = Path(directory)
@@ -250,6 +282,7 @@ def load_released(
     backbone, head = _build_model(recipe, topology)
     assert isinstance(recipe.model, CalmModel) and head is not None
     released.copy_into(recipe.model, backbone, head)
+    _convert(dtype, backbone, head)
     return LoadedModel(
         recipe, directory, 0, 0, None, topology.device, backbone, head, decoder, decoder_sha256
     )
