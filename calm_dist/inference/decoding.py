@@ -27,6 +27,9 @@ _EXACT_ELEMENTS = 1 << 26
 # Elements of gathered weights in memory at a time, so that they fit the cache.
 _FINE_ELEMENTS = 1 << 18
 _GROUP = 128
+# For so few rows the product with the weights on the left is faster by 1.5 to 2 times: the one with
+# them on the right reorders all weights first.
+_FEW_ROWS = 16
 # Checking more words of a row is slower than computing all of its logits.
 _MOST_CANDIDATES = 256
 # For few draws, all tokens cost hardly more than one.
@@ -127,7 +130,11 @@ class GreedyDecoder:
         # h w - h' w' = (h - h') w + h' (w - w'), bounded with the Cauchy-Schwarz inequality.
         lost = (hidden - rounded * step).norm(dim=-1).double() * coarse.largest_norm
         error = lost + (rounded * step).norm(dim=-1).double() * coarse.largest_error
-        logits = torch._int_mm(rounded.to(torch.int8), coarse.words.T)
+        few = rounded.to(torch.int8)
+        if 1 < len(few) <= _FEW_ROWS:
+            logits = torch._int_mm(coarse.words, few.T).T.contiguous()
+        else:
+            logits = torch._int_mm(few, coarse.words.T)
         logits[:, len(self._weight) :] = _INT32_LOWEST
         return logits, step[:, 0].double() * coarse.step, _BOUND_ROUNDING * error
 
