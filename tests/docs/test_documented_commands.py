@@ -28,7 +28,7 @@ PROGRAMS = ("apptainer", "bash", "chmod", "deepspeed", "docker", "for", "pip", "
 
 # The first that matches the whole command decides.
 RUN = [
-    r"python tools/(prepare_corpus|runs|evaluate|generate|report|flops_report)\.py\b"
+    r"python tools/(prepare_corpus|runs|evaluate|generate|encode_text|report|flops_report)\.py\b"
     r"(?!.* (runs/ablation|--checkpoint CALM-M)).*",
     r"python tools/plan\.py (?!.*--gpu local).*",
     r"for split in (?!.* runs/ablation).*encode_latents.*done",
