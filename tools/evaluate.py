@@ -120,8 +120,9 @@ def main() -> None:
     from calm_dist.data.corpus_files import find_files
     from calm_dist.data.stream import open_store
     from calm_dist.evaluation import evaluate
-    from calm_dist.inference.loading import is_released, load_model
+    from calm_dist.inference.loading import load_model
     from calm_dist.parallel.launch import own_device
+    from calm_dist.released.files import is_released
     from calm_dist.runs.checkpoints import all_checkpoints, find_checkpoint
     from calm_dist.runs.evaluation_records import RecordLog
 

@@ -28,7 +28,7 @@ from calm_dist.parallel.topology import Topology, build_topology, destroy_topolo
 from calm_dist.recipe import CalmModel, LanguageModelRecipe, load_recipe
 from calm_dist.released.autoencoder import load_autoencoder
 from calm_dist.released.calm import read_calm, released_recipe
-from calm_dist.released.files import CONFIG_FILE, weight_files
+from calm_dist.released.files import is_released, weight_files
 from calm_dist.runs import checkpoints
 from calm_dist.runs.checkpoints.run_state import RunState
 from calm_dist.training.build import build_backbone, build_head
@@ -233,13 +233,6 @@ def load_model(
         decoder,
         decoder_sha256,
     )
-
-
-def is_released(path: str | Path) -> bool:
-    """Whether a directory is in the authors' layout, and no checkpoint of ours."""
-    path = Path(path)
-    ours = (checkpoints.MANIFEST, checkpoints.CHECKPOINTS)
-    return (path / CONFIG_FILE).is_file() and not any((path / name).exists() for name in ours)
 
 
 def _convert(dtype: Dtype, *modules: torch.nn.Module | None) -> None:
