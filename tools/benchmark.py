@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = parser.add_subparsers(dest="part", required=True)
+    parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
     for name, text in PAIRS.items():
         pair = parts.add_parser(name, help=text)
         pair.add_argument(
