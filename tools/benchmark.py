@@ -8,6 +8,7 @@ python tools/benchmark.py heads --recipe recipes/calm_xl.yaml
 python tools/benchmark.py model --device cuda --recipe recipes/calm_m.yaml precision=bf16
 python tools/benchmark.py growth --plot growth.svg
 python tools/benchmark.py ranks
+python tools/benchmark.py inference runs/calm_m runs/transformer_s --batches 1 8 --plot speed.svg
 
 The plain form is the paper's formula as its released code executes it: every tensor materialised, a
 loop over all positions. Peak memory is the memory that a call adds to what was in use before it.
@@ -39,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = parser.add_subparsers(dest="part", required=True)
+    parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
     for name, text in PAIRS.items():
         pair = parts.add_parser(name, help=text)
         pair.add_argument(
@@ -78,6 +79,45 @@ def parse_arguments() -> argparse.Namespace:
         help="peak TFLOP/s of the device, for MFU",
     )
     _add_common(model)
+    inference = parts.add_parser(
+        "inference", help="generation with two or more models in turns: speed, memory, FLOPs"
+    )
+    inference.add_argument(
+        "models",
+        nargs="+",
+        metavar="RUN",
+        help="run directory, checkpoint, released directory, or a recipe (random weights)",
+    )
+    inference.add_argument(
+        "--batches",
+        type=at_least(1),
+        nargs="+",
+        default=[1, 2, 4, 8, 16, 32, 64],
+        help="numbers of texts; default: 1 to 64",
+    )
+    inference.add_argument(
+        "--contexts",
+        type=at_least(1),
+        nargs="+",
+        metavar="T",
+        help="tokens of a prompt; default: half of the shortest block",
+    )
+    inference.add_argument(
+        "--temperature",
+        type=between(1e-3, 1),
+        default=1.0,
+        help="1 (default) or 1/n, for which a CALM draws pools",
+    )
+    inference.add_argument(
+        "--new-tokens", type=at_least(1), default=16, help="timed tokens of a text; default: 16"
+    )
+    inference.add_argument(
+        "--threads", type=at_least(1), default=2, help="threads of torch, on CPUs; default: 2"
+    )
+    inference.add_argument(
+        "--plot", type=image_file, metavar="F", help="draw tokens/s against batch size to F"
+    )
+    _add_common(inference)
     return parser.parse_args()
 
 
@@ -95,9 +135,12 @@ def main() -> None:
     if args.json:
         write_json(result, args.json)
     if getattr(args, "plot", None):
-        from calm_dist.benchmark.growth import plot
+        from calm_dist.benchmark import growth, inference
 
-        plot(result["series"], args.plot)
+        if args.part == "growth":
+            growth.plot(result["series"], args.plot)
+        else:
+            inference.plot(result, args.plot)
 
 
 def _ranks(args: argparse.Namespace) -> tuple[Any, str]:
@@ -115,7 +158,7 @@ def _in_process(args: argparse.Namespace) -> tuple[Any, str]:
     device = torch.device(args.device)
     if device.type == "cpu" and args.part not in ("heads", "model"):
         torch.set_num_threads(args.threads)
-    parts = {"heads": _heads, "growth": _growth, "model": _model}
+    parts = {"heads": _heads, "growth": _growth, "model": _model, "inference": _inference}
     return parts.get(args.part, _pairs)(args, device)
 
 
@@ -130,6 +173,20 @@ def _model(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, An
         )
     recipe = one_device(given, args.micro_batches)
     result = measure_model(recipe, device, args.repeats, args.peak_tflops)
+    return result, table(result)
+
+
+def _inference(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], str]:
+    from calm_dist.benchmark.inference import measure_inference, open_model, table
+
+    result = measure_inference(
+        [open_model(path, device) for path in args.models],
+        batches=args.batches,
+        contexts=args.contexts,
+        temperature=args.temperature,
+        tokens=args.new_tokens,
+        repeats=args.repeats,
+    )
     return result, table(result)
 
 

@@ -3,6 +3,12 @@
     python tools/evaluate.py --checkpoint runs/calm_m --data data/latents/test
     python tools/evaluate.py --checkpoint runs/calm_m --data data/latents/test --all-checkpoints \\
         --blocks 200 --json scores.json
+    python tools/evaluate.py --checkpoint CALM-M --text wikitext_document_level-test.json \\
+        --protocol published
+
+--checkpoint may be a directory in the released layout. --protocol published scores as the authors'
+script does: documents in the order of the file, each with one begin token and no end token, blocks
+of 8,192 tokens, and its estimator and formula beside ours.
 
 The scores are also added to the run's metrics.jsonl, from which reports are made. If that file is
 not writable, a warning says so at the start, and the scores are only shown (exit code 0). If
@@ -12,8 +18,15 @@ writing fails later, the scores are shown first, and the exit code is 2.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from calm_dist.cli.console import add_device, add_json, announce, at_least, run, write_json
+from calm_dist.data.formats import SUPPORTED
+
+if TYPE_CHECKING:
+    from calm_dist.evaluation.text import Blocks
+    from calm_dist.inference.loading import LoadedModel
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -21,9 +34,31 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--checkpoint", required=True, help="run directory (its newest checkpoint) or checkpoint"
+        "--checkpoint",
+        required=True,
+        help="run directory (its newest checkpoint), checkpoint, or directory in the released "
+        "layout",
     )
-    parser.add_argument("--data", required=True, help="held-out store, made by encode_latents.py")
+    scored = parser.add_mutually_exclusive_group(required=True)
+    scored.add_argument("--data", help="held-out store, made by encode_latents.py")
+    scored.add_argument(
+        "--text", nargs="+", metavar="PATH", help=f"held-out text: {SUPPORTED}, directories, globs"
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=("own", "published"),
+        default="own",
+        help="how --text is cut into blocks: as stores are (default), or as published",
+    )
+    parser.add_argument(
+        "--block-size",
+        type=at_least(1),
+        metavar="T",
+        help="tokens per block of --text (default: the model's; published: 8192)",
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="F", help="tokenizer file for --text (default: the recipe's)"
+    )
     parser.add_argument("--autoencoder", help="autoencoder checkpoint (default: the recipe's)")
     parser.add_argument("--blocks", type=int, help="blocks to score (default: the recipe's)")
     parser.add_argument("--samples", type=int, help="draws per position (default: the recipe's)")
@@ -46,7 +81,34 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_device(parser)
     add_json(parser, "write the results to F, or stdout for -")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name in ("block_size", "tokenizer"):
+        if args.data and getattr(args, name) is not None:
+            parser.error(f"argument --{name.replace('_', '-')}: is for --text, not for --data")
+    if args.data and args.protocol != "own":
+        parser.error("argument --protocol: is for --text; a store is cut into blocks already")
+    return args
+
+
+def held_out(args: argparse.Namespace, model: LoadedModel) -> Blocks:
+    """The blocks of --text, made with the model's tokenizer."""
+    from calm_dist.data.tokenizer import load_tokenizer
+    from calm_dist.evaluation.text import PUBLISHED_BLOCK_SIZE, TextBlocks
+    from calm_dist.inference.generate import check_tokenizer, find_tokenizer, token_names
+
+    tokenizer = load_tokenizer(args.tokenizer or find_tokenizer(model), *token_names(model))
+    check_tokenizer(model, tokenizer)
+    published = PUBLISHED_BLOCK_SIZE if args.protocol == "published" else model.recipe.block_size
+    patch_size = model.recipe.model.patch_size
+    if model.kind == "transformer":
+        patch_size = args.alignment_stride or 1
+    return TextBlocks(
+        args.text,
+        tokenizer,
+        block_size=args.block_size or published,
+        patch_size=patch_size,
+        protocol=args.protocol,
+    )
 
 
 def main() -> None:
@@ -55,23 +117,31 @@ def main() -> None:
 
     import sys
 
+    from calm_dist.data.corpus_files import find_files
     from calm_dist.data.stream import open_store
     from calm_dist.evaluation import evaluate
-    from calm_dist.inference.load import load_model
+    from calm_dist.inference.loading import load_model
     from calm_dist.parallel.launch import own_device
+    from calm_dist.released.files import is_released
     from calm_dist.runs.checkpoints import all_checkpoints, find_checkpoint
     from calm_dist.runs.evaluation_records import RecordLog
 
     paths = all_checkpoints(args.checkpoint) if args.all_checkpoints else []
+    if is_released(args.checkpoint):
+        paths = [Path(args.checkpoint)]
     # If there is no checkpoint at all, find_checkpoint raises.
     paths = paths or [find_checkpoint(args.checkpoint)]
-    store = open_store(args.data)
+    # A mistake in the paths is found before a model is loaded.
+    store: Blocks | None = open_store(args.data) if args.data else None
+    if args.text:
+        find_files(args.text)
     device = own_device(args.device)
     log = RecordLog(paths)
     results = []
     try:
         for path in paths:
             model = load_model(path, autoencoder=args.autoencoder, device=str(device))
+            store = held_out(args, model) if store is None else store
             settings = evaluate.settings_of(
                 model.recipe,
                 blocks=args.blocks,
@@ -79,6 +149,7 @@ def main() -> None:
                 seed=args.seed,
                 alignment=args.alignment,
                 alignment_stride=args.alignment_stride,
+                released_estimator=args.protocol == "published",
             )
             results.append(evaluate.evaluate(model, store, settings, show_progress=True))
             log.add(model.checkpoint, results[-1])

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calm_dist.cli.console import (
+    add_device,
     add_json,
     announce,
     at_least,
@@ -28,6 +29,8 @@ from calm_dist.cli.console import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from calm_dist.inference.generate import Generation
 
 
@@ -35,7 +38,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", required=True, help="run directory or checkpoint")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="run directory, checkpoint, or directory in the released layout",
+    )
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument(
         "--prompt",
@@ -77,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
         "--seed",
         type=at_least(0),
         action="append",
-        help="give one seed, or one per prompt; the same prompt and seed give the same text "
+        help="give one seed, or one per prompt; the same prompts and seeds give the same texts "
         "(default: 0)",
     )
     parser.add_argument(
@@ -97,6 +104,18 @@ def parse_arguments() -> argparse.Namespace:
         default=100_000,
         help="limit of the exact method for one patch (default: 100000)",
     )
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="print text as it is generated, several texts one after the other (default for one "
+        "text on a terminal)",
+    )
+    parser.add_argument(
+        "--reproducible",
+        action="store_true",
+        help="give a prompt the same text in any batch, bit for bit; slower (by default rounding "
+        "depends on the batch, and can tip a draw between two tokens)",
+    )
     parser.add_argument("--tokenizer", metavar="F", help="tokenizer file (default: the recipe's)")
     for role in ("begin", "end"):
         parser.add_argument(
@@ -105,6 +124,13 @@ def parse_arguments() -> argparse.Namespace:
             help=f"the tokenizer's token that {role}s documents (default: the recipe's)",
         )
     parser.add_argument("--autoencoder", help="autoencoder checkpoint (default: the recipe's)")
+    add_device(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of backbone and head (default: fp32); the autoencoder stays in fp32",
+    )
     add_json(
         parser,
         "write the result (a list for several texts, lines if F ends in .jsonl) to F, or stdout "
@@ -166,14 +192,30 @@ def texts_to_make(args: argparse.Namespace) -> list[tuple[str, int]]:
     return [(text, seed + n) for text, seed in prompts for n in range(args.num_samples)]
 
 
+def streamer(
+    args: argparse.Namespace, wanted: list[tuple[str, int]]
+) -> Callable[[int, str], None] | None:
+    """What prints the text as it is generated, if it is to be printed so; prints the prompt."""
+    on_terminal = len(wanted) == 1 and sys.stdout.isatty()
+    if args.json == "-" or not (args.stream or on_terminal):
+        return None
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+    def show_piece(number: int, piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    return show_piece
+
+
 def show(
     args: argparse.Namespace,
     wanted: list[tuple[str, int]],
     results: list[Generation],
     seconds: float,
+    streamed: bool,
 ) -> None:
     """Print the texts, what was left out of them, and how fast several were made."""
-    if args.json != "-":
+    if args.json != "-" and not streamed:
         # Characters that the terminal cannot show are printed as escapes.
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         texts = [text + new.text for (text, _), new in zip(wanted, results, strict=True)]
@@ -220,21 +262,26 @@ def main() -> None:
     wanted = texts_to_make(args)
     announce(f"loading {args.checkpoint} ...")
 
-    from calm_dist.data.tokenizer import load_tokenizer
-    from calm_dist.inference.generate import find_tokenizer, generate, token_names
-    from calm_dist.inference.load import load_model
+    from calm_dist.inference.load import load_text_model
+    from calm_dist.parallel.launch import own_device
 
-    model = load_model(args.checkpoint, autoencoder=args.autoencoder)
-    tokenizer = load_tokenizer(
-        args.tokenizer or find_tokenizer(model),
-        *token_names(model, args.begin_token, args.end_token),
+    loaded = load_text_model(
+        args.checkpoint,
+        tokenizer=args.tokenizer,
+        begin_token=args.begin_token,
+        end_token=args.end_token,
+        autoencoder=args.autoencoder,
+        device=str(own_device(args.device)),
+        dtype=args.dtype,
     )
+    stream = streamer(args, wanted)
+    size = 1 if stream else args.batch_size
     started, results = time.monotonic(), []
-    for first in range(0, len(wanted), args.batch_size):
-        batch = wanted[first : first + args.batch_size]
-        results += generate(
-            model,
-            tokenizer,
+    for first in range(0, len(wanted), size):
+        batch = wanted[first : first + size]
+        if stream:
+            print(("\n" if first else "") + batch[0][0], end="", flush=True)
+        results += loaded.generate(
             [text for text, _ in batch],
             temperature=args.temperature,
             max_new_tokens=args.max_new_tokens,
@@ -243,12 +290,16 @@ def main() -> None:
             pool_size=args.pool_size,
             max_draws=args.max_draws,
             stop=args.stop or (),
-            show_progress=True,
+            reproducible=args.reproducible,
+            on_text=stream,
+            show_progress=stream is None,
         )
+        if stream:
+            print()
     seconds = time.monotonic() - started
-    show(args, wanted, results, seconds)
+    show(args, wanted, results, seconds, stream is not None)
     if args.json:
-        write(args, model.step, str(model.checkpoint), wanted, results)
+        write(args, loaded.model.step, str(loaded.model.checkpoint), wanted, results)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from calm_dist.benchmark.random_steps import RandomSteps
 from calm_dist.benchmark.reading import write_random_store
 from calm_dist.benchmark.step import calm_recipe
 from calm_dist.data.stream import open_training_stream
-from calm_dist.inference.load import single_process_topology
+from calm_dist.inference.loading import single_process_topology
 
 POSITIONS, SAMPLES, DRAWS = (512, 1024, 2048, 4096), (2, 4, 8, 16), (25, 50, 100, 200)
 VOCABULARIES = (8_000, 16_000, 32_000, 64_000, 128_000)

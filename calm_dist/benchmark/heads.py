@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from calm_dist.benchmark.timing import environment, median_seconds
 from calm_dist.costs import flops
 from calm_dist.errors import RecipeError
-from calm_dist.inference.load import single_process_recipe, single_process_topology
+from calm_dist.inference.loading import single_process_recipe, single_process_topology
 from calm_dist.models.backbone import transformer_config
 from calm_dist.models.heads import latent_head
 from calm_dist.models.heads.tokens import TokensHead

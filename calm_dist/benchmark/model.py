@@ -15,7 +15,7 @@ from calm_dist.benchmark.compare import peak_mib
 from calm_dist.benchmark.random_steps import RandomSteps
 from calm_dist.benchmark.timing import environment, seconds
 from calm_dist.costs import flops
-from calm_dist.inference.load import single_process_topology
+from calm_dist.inference.loading import single_process_topology
 from calm_dist.models.heads import Head
 from calm_dist.recipe import LanguageModelRecipe
 

@@ -15,8 +15,10 @@ from calm_dist.benchmark.compare import Pair, Values
 from calm_dist.evaluation.block_scores import draw_latents
 from calm_dist.evaluation.brier import ngram_starts
 from calm_dist.evaluation.brier_tree import cache_size, scores_from_patches, scores_from_softmax
-from calm_dist.inference.generate import GrowingText, continue_texts, decode_latents, patch_sampler
-from calm_dist.inference.load import LoadedModel, single_process_topology
+from calm_dist.inference.generate import continue_texts, decode_latents
+from calm_dist.inference.growing import GrowingText
+from calm_dist.inference.loading import LoadedModel, single_process_topology
+from calm_dist.inference.patches import patch_sampler
 from calm_dist.losses.autoencoder import autoencoder_loss, draw_training_noise
 from calm_dist.losses.energy import energy_score
 from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig

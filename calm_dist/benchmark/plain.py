@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calm_dist.evaluation.brier import NGRAM
+from calm_dist.inference.methods import Sampler
 from calm_dist.inference.sampling import pool_candidates
 from calm_dist.losses.autoencoder import TrainingNoise, kl_per_dimension
 from calm_dist.models.autoencoder import Autoencoder
@@ -150,12 +151,16 @@ def decode(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
     return tokens.view(*latents.shape[:2], -1)
 
 
-def patch_sampler(draw: Draw, pool_size: int) -> Callable[[Tensor, np.random.Generator], list[int]]:
-    """Hidden state [d] -> the next patch at temperature 1/2, from all draws of the pool."""
+def patch_sampler(draw: Draw, pool_size: int) -> Sampler:
+    """Hidden states [n, d] -> the next patches at temperature 1/2, from all draws of the pools."""
 
-    def sample(hidden: Tensor, rng: np.random.Generator) -> list[int]:
-        found = pool_candidates(draw(hidden[None], pool_size)[:, 0].cpu().numpy(), 2)
-        chances = np.array(found.weights, dtype=float)
-        return list(found.patches[int(rng.choice(len(chances), p=chances / chances.sum()))])
+    def sample(hidden: Tensor, rngs: list[np.random.Generator]) -> list[list[int]]:
+        patches = []
+        for state, rng in zip(hidden, rngs, strict=True):
+            found = pool_candidates(draw(state[None], pool_size)[:, 0].cpu().numpy(), 2)
+            chances = np.array(found.weights, dtype=float)
+            chosen = int(rng.choice(len(chances), p=chances / chances.sum()))
+            patches.append(list(found.patches[chosen]))
+        return patches
 
     return sample

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from calm_dist.benchmark import plain
 from calm_dist.benchmark.compare import Pair
 from calm_dist.benchmark.random_steps import RandomSteps
-from calm_dist.inference.load import single_process_topology
+from calm_dist.inference.loading import single_process_topology
 from calm_dist.models.heads.energy import EnergyHead
 from calm_dist.recipe import CalmModel, LanguageModelRecipe
 from calm_dist.training.build import build_head

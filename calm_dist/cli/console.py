@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -144,10 +145,18 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     """Add the option ``--device`` of a tool that computes in one process."""
     parser.add_argument(
         "--device",
-        choices=("auto", "cuda", "cpu"),
+        type=device,
         default="auto",
-        help="auto: a GPU if there is one (default)",
+        metavar="auto|cpu|cuda[:N]",
+        help="auto: a GPU if there is one (default); cuda:N: the GPU of that number",
     )
+
+
+def device(text: str) -> str:
+    """A type for argparse: auto, cpu, cuda or cuda:N."""
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"{text}: give auto, cpu, cuda, or cuda:N for GPU N")
+    return text
 
 
 def writable_file(text: str) -> str:

@@ -123,14 +123,29 @@ class Tokenizer(ABC):
         """Token ids of one text, without begin and end tokens."""
         return self.encode_batch([text])[0]
 
-    def decode_continuation(self, prompt: str, ids: Sequence[int]) -> str:
+    def decode_continuation(
+        self, prompt: str, ids: Sequence[int], known: Sequence[int] | None = None
+    ) -> str:
         """Text of the tokens that follow those of ``prompt``: ``prompt + text`` reads as one text.
+
+        Args:
+            known: the tokens of ``prompt``, if they are known.
+        """
+        known = self.encode(prompt) if known is None else known
+        text = self.decode_after(known, ids)
+        # A blank at the end of the prompt may have no token and would appear twice.
+        if prompt[-1:].isspace() and known and not self.decode(known)[-1:].isspace():
+            text = text.removeprefix(" ")
+        return text
+
+    def decode_after(self, known: Sequence[int], ids: Sequence[int]) -> str:
+        """Text of the tokens ``ids`` that follow the tokens ``known``.
 
         The new tokens cannot be decoded alone, because a decoder may treat the beginning of a text
         specially (Llama 2 and other SentencePiece-like decoders strip its blank, WordPiece writes
         none).
         """
-        known, new = self.encode(prompt), list(ids)
+        known, new = list(known), list(ids)
         text = self.decode(new)
         # A decoder of byte groups may decode the prompt's last bytes differently if more bytes
         # follow; then try shorter pieces of the prompt, of at most one character.
@@ -140,9 +155,6 @@ class Tokenizer(ABC):
             if before and whole.startswith(before):
                 text = whole.removeprefix(before)
                 break
-        # A blank at the end of the prompt may have no token and would appear twice.
-        if prompt[-1:].isspace() and known and not self.decode(known)[-1:].isspace():
-            text = text.removeprefix(" ")
         return text
 
     def describe_filling(self, patch_size: int) -> str | None:

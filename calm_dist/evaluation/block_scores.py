@@ -24,7 +24,7 @@ from calm_dist.inference.generate import calm_recipe, decode_latents
 from calm_dist.losses.energy import energy_score
 
 if TYPE_CHECKING:
-    from calm_dist.inference.load import LoadedModel
+    from calm_dist.inference.loading import LoadedModel
 
 Block = Mapping[str, np.ndarray]
 """A sample of a data store."""
@@ -43,6 +43,9 @@ class BlockScores:
     """Other measures, averaged over the block's tokens or patches."""
     brier_of_samples: Tensor | None = None
     """The same scores from draws alone, for a CALM with known probabilities."""
+    released: Tensor | None = None
+    """Brier-1..4 as the released code estimates them, from two draws of each patch: of each of its
+    n-gram starts, float64 ``[S', 4]``."""
 
 
 def score_softmax_block(
@@ -80,7 +83,13 @@ def score_softmax_block(
 
 
 def score_latent_block(
-    model: LoadedModel, block: Block, starts: Tensor, samples: int, seed: int
+    model: LoadedModel,
+    block: Block,
+    starts: Tensor,
+    samples: int,
+    seed: int,
+    *,
+    released: bool = False,
 ) -> BlockScores:
     """Brier scores at ``starts`` [S] from ``samples`` draws of each patch, and held-out losses.
 
@@ -89,6 +98,7 @@ def score_latent_block(
 
     Args:
         starts: first tokens of the n-grams, ascending; at least one is a multiple of K.
+        released: also estimate as the released code does, from the first two draws.
     """
     patch_size = calm_recipe(model).patch_size
     tokens = _tokens(block)
@@ -97,15 +107,24 @@ def score_latent_block(
     def draw(hidden: Tensor, starts: Tensor, depth: int) -> Tensor:
         return _decode(model, draw_latents(model, hidden, samples, generator))
 
+    def draw_two(hidden: Tensor, starts: Tensor, depth: int) -> Tensor:
+        return _decode(model, draw_latents(model, hidden, 2, generator))
+
     brier = torch.empty(len(starts), NGRAM, dtype=torch.float64)
-    means = {}
+    means, of_two = {}, None
     for offset, at_offset in _cuts(starts, patch_size):
         context = _Context(model, tokens[offset:], starts[at_offset] // patch_size)
         latents = draw_latents(model, context.hidden, samples, generator)
+        draws = _decode(model, latents)
         if offset == 0:
             means = _held_out_losses(model, block, latents, generator, seed)
-        brier[at_offset] = context.scores(draw, _decode(model, latents))
-    return BlockScores(brier, means)
+        if offset == 0 and released:
+            of_two = context.scores(draw_two, draws[:2])
+            if patch_size < NGRAM:
+                # The released code leaves out the last start, though its four tokens are known.
+                of_two = of_two[:-1]
+        brier[at_offset] = context.scores(draw, draws)
+    return BlockScores(brier, means, released=of_two)
 
 
 def _cuts(starts: Tensor, patch_size: int) -> Iterator[tuple[int, Tensor]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -29,8 +30,8 @@ from calm_dist.scores import (
 
 if TYPE_CHECKING:
     from calm_dist.data.store import StoreMeta
-    from calm_dist.data.stream import Store
-    from calm_dist.inference.load import LoadedModel
+    from calm_dist.evaluation.text import Blocks
+    from calm_dist.inference.loading import LoadedModel
     from calm_dist.recipe import Recipe
 
 FURTHER = ("cross_entropy", "perplexity", "energy_loss", "reconstruction_accuracy")
@@ -52,6 +53,9 @@ class EvaluationSettings:
     into patches."""
     alignment_stride: int | None = None
     """Transformer: the patch size of the CALM to compare with; None: the store's."""
+    released_estimator: bool = False
+    """CALM that draws latents: also estimate as the released code does, from two draws, with its
+    product before the clamp."""
 
     def __post_init__(self) -> None:
         if self.blocks is not None and self.blocks < 1:
@@ -72,6 +76,7 @@ def settings_of(
     seed: int | None = None,
     alignment: Alignment | None = None,
     alignment_stride: int | None = None,
+    released_estimator: bool = False,
 ) -> EvaluationSettings:
     """The recipe's settings, overridden by the given arguments."""
     wanted = recipe.evaluation
@@ -81,13 +86,14 @@ def settings_of(
         seed=wanted.seed if seed is None else seed,
         alignment=wanted.alignment if alignment is None else alignment,
         alignment_stride=alignment_stride,
+        released_estimator=released_estimator,
     )
 
 
 @torch.no_grad()
 def evaluate(
     model: LoadedModel,
-    store: Store,
+    store: Blocks,
     settings: EvaluationSettings,
     *,
     show_progress: bool = False,
@@ -96,18 +102,18 @@ def evaluate(
 
     Args:
         model: from `inference.load.load_model`.
-        store: from `data.stream.open_store`.
+        store: from `data.stream.open_store`, or `evaluation.text.TextBlocks`.
         settings: what is measured; repeated in the result's ``protocol``.
         show_progress: report the number of finished blocks on stderr.
 
     Returns:
         A JSON-able dict: kind, checkpoint, step, tokens_seen, brier [4], brier_stderr, brierlm,
         brierlm_stderr (None with the reason in stderr_undefined), noisy_brier (see
-        `scores.noisy_brier`), block_size_note (see `scores.block_size_note`; absent if there is
-        nothing to note), protocol, data_fingerprint, seed. The protocol is {block_size,
-        trained_block_size (None for an imported model), patch_size, samples, alignment, blocks,
-        positions, starts {first, last, stride, per_block}, estimator}, and for CALM the kind of
-        its head.
+        `scores.noisy_brier`), released_estimator (if the settings ask for it: {brier [4], brierlm,
+        samples}), block_size_note (see `scores.block_size_note`; absent if there is nothing to
+        note), protocol, data_fingerprint, seed. The protocol is {block_size, trained_block_size
+        (None for an imported model), patch_size, samples, alignment, blocks, positions, starts
+        {first, last, stride, per_block}, estimator}, and for CALM the kind of its head.
         Transformer, and CALM with the tokens head: cross_entropy (nats per token, over all tokens
         of a block except those of the first step) and perplexity; the CALM also brierlm_of_samples,
         brier_of_samples and their standard errors, from draws as for any other CALM. Other CALM:
@@ -122,7 +128,9 @@ def evaluate(
     patch_size = settings.alignment_stride or store.meta.patch_size
     if model.kind == "calm":
         patch_size = calm_recipe(model).patch_size
-    score_block = score_softmax_block if model.has_probabilities else score_latent_block
+    score_block: Callable[..., BlockScores] = score_softmax_block
+    if not model.has_probabilities:
+        score_block = partial(score_latent_block, released=settings.released_estimator)
     starts = ngram_starts(store.meta.block_size, patch_size, settings.alignment)
     if len(starts) == 0:
         raise UserError(
@@ -207,11 +215,23 @@ def _summary(
         **({"stderr_undefined": undefined} if undefined else {}),
         **means,
         **of_samples,
+        **_as_released(results),
         **({"block_size_note": note} if note else {}),
         "protocol": protocol,
         "data_fingerprint": meta.fingerprint,
         "seed": settings.seed,
     }
+
+
+def _as_released(results: list[BlockScores]) -> dict[str, Any]:
+    """The scores of the released script: Brier-n from two draws, and their product before it is
+    clamped, so that two negative ones give a positive BrierLM."""
+    rows = [result.released.mean(0).numpy() for result in results if result.released is not None]
+    if not rows:
+        return {}
+    brier = np.stack(rows).mean(0)
+    score = 100 * max(float(brier.prod()), 0.0) ** (1 / NGRAM)
+    return {"released_estimator": {"brier": brier.tolist(), "brierlm": score, "samples": 2}}
 
 
 def check_store(model: LoadedModel, meta: StoreMeta) -> None:
@@ -260,6 +280,12 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
             if result.get(name) is not None
         )
         lines.append(f"{result['step']:>8}  {brierlm_text(result):>13}{brier}  {further}")
+        if released := result.get("released_estimator"):
+            four = ", ".join(f"{100 * value:.3f}" for value in released["brier"])
+            lines.append(
+                f"          released script: BrierLM {released['brierlm']:.3f} of Brier-n x100 "
+                f"{four} (two draws, product before the clamp)"
+            )
         if "stderr_undefined" in result:
             lines.append(f"          no standard error: {result['stderr_undefined']}")
     notes = (result.get("block_size_note") for result in results)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from calm_dist.inference.load import LoadedModel
+from calm_dist.inference.loading import LoadedModel
+
+_FILLED_AT_ONCE = 1 << 14
+"""Tokens of prompts that go through the model at once."""
 
 
 def window_steps(model: LoadedModel) -> int:
@@ -21,24 +26,50 @@ class Contexts:
     training. A text that outgrows the window continues from its newest half, as if it began there.
     The cache holds rotated keys, so it is filled again then, once every half window.
 
-    The results for a text depend only on its own tokens, bit for bit: it is filled in alone, each
-    later step has the same shape for any number of texts, and attends only to its own text. (This
-    holds on CPU with MKL 2024.2 for hidden sizes that are multiples of 4; for others, the rounding
-    of a row of a matrix product may depend on its index.)
+    All texts take a step in one batch. With ``reproducible`` the results for a text depend only on
+    its own tokens, bit for bit: it is filled in alone, each later step has the same shape for any
+    number of texts, and attends only to its own text. (This holds on CPU with MKL 2024.2 for hidden
+    sizes that are multiples of 4; for others, the rounding of a row of a matrix product may depend
+    on its index.)
     """
 
-    def __init__(self, model: LoadedModel, texts: list[list[int]], max_new_steps: int) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        texts: list[list[int]],
+        max_new_steps: int,
+        *,
+        reproducible: bool = False,
+    ) -> None:
         """``texts``: at least one text; the tokens of each are whole steps, at least one."""
         self._model = model
         self._step_size: int = model.recipe.model.patch_size
         self._window = window_steps(model)
         self._texts = [text[-self._window * self._step_size :] for text in texts]
         longest = max(map(len, self._texts)) // self._step_size + max_new_steps
-        self._cache = model.new_cache(len(texts), min(longest, self._window))
+        self._cache = model.new_cache(
+            len(texts), min(longest, self._window), together=not reproducible
+        )
 
     def start(self) -> Tensor:
         """The outputs after each text: hidden states (CALM) or logits [texts, d or V]."""
-        return torch.cat([self._fill(row) for row in range(len(self._texts))])
+        if not self._cache.together:
+            return torch.cat([self._fill(row) for row in range(len(self._texts))])
+        outputs: dict[int, Tensor] = {}
+        for rows in self._equally_long():
+            # A slice is a view into the cache, and these rows are adjacent.
+            tokens = torch.tensor(self._texts[rows])
+            outputs |= zip(range(rows.start, rows.stop), self._predict(tokens, rows), strict=True)
+        return torch.stack([outputs[row] for row in range(len(self._texts))])
+
+    def _equally_long(self) -> Iterator[slice]:
+        """Adjacent texts of equal length, few enough to fit into memory."""
+        start = 0
+        for row in range(1, len(self._texts) + 1):
+            end = row == len(self._texts) or len(self._texts[row]) != len(self._texts[start])
+            if end or (row - start) * len(self._texts[start]) >= _FILLED_AT_ONCE:
+                yield slice(start, row)
+                start = row
 
     def extend(self, rows: list[int], steps: list[list[int]]) -> Tensor:
         """Keep only the texts ``rows``, add one step to each, and return the outputs after them."""

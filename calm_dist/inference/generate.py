@@ -14,16 +14,11 @@ import torch
 from calm_dist.data.store import read_meta
 from calm_dist.errors import CheckpointError, DataError, UserError, shown
 from calm_dist.inference.contexts import Contexts, window_steps
-from calm_dist.inference.decoding import LazyPatches
-from calm_dist.inference.load import LoadedModel, tokenizer_file
+from calm_dist.inference.growing import GrowingString, GrowingText
+from calm_dist.inference.loading import LoadedModel, tokenizer_file
 from calm_dist.inference.methods import Method, Sampler
-from calm_dist.inference.sampling import (
-    DEFAULT_MAX_DRAWS,
-    DEFAULT_POOL_SIZE,
-    exponent_parts,
-    sample_exact,
-    sample_from_pool,
-)
+from calm_dist.inference.patches import patch_sampler
+from calm_dist.inference.sampling import DEFAULT_MAX_DRAWS, DEFAULT_POOL_SIZE
 from calm_dist.inference.softmax import softmax_sampler
 from calm_dist.progress import progress
 from calm_dist.recipe import CalmModel
@@ -62,6 +57,8 @@ def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str], too
     pool_size: int = ...,
     max_draws: int = ...,
     stop: Sequence[str] = ...,
+    reproducible: bool = ...,
+    on_text: Callable[[int, str], None] | None = ...,
     show_progress: bool = ...,
 ) -> Generation: ...
 
@@ -79,6 +76,8 @@ def generate(
     pool_size: int = ...,
     max_draws: int = ...,
     stop: Sequence[str] = ...,
+    reproducible: bool = ...,
+    on_text: Callable[[int, str], None] | None = ...,
     show_progress: bool = ...,
 ) -> list[Generation]: ...
 
@@ -96,6 +95,8 @@ def generate(
     pool_size: int = DEFAULT_POOL_SIZE,
     max_draws: int = DEFAULT_MAX_DRAWS,
     stop: Sequence[str] = (),
+    reproducible: bool = False,
+    on_text: Callable[[int, str], None] | None = None,
     show_progress: bool = False,
 ) -> Generation | list[Generation]:
     """Continue prompts until the end token or exactly ``max_new_tokens`` new tokens.
@@ -105,8 +106,9 @@ def generate(
     block less one step), only its newest part is read; a text that grows beyond the window
     continues from its newest half (see `Contexts`).
 
-    The randomness of a text's n-th step depends only on its seed and n: a prompt gives the same
-    text alone and in a batch.
+    The randomness of a text's n-th step depends only on its seed and n. A prompt gives the same
+    text alone and in a batch up to rounding: a batch goes through the model together, and rounding
+    can tip a draw between two tokens. The distribution is the same.
 
     Args:
         model: from `inference.load.load_model`.
@@ -123,6 +125,9 @@ def generate(
         pool_size: number of draws in a pool.
         max_draws: limit of the exact method for one patch.
         stop: strings that end a text where they appear in its continuation.
+        reproducible: give a prompt the same text alone and in a batch, bit for bit; slower.
+        on_text: called with the number of a prompt and the next piece of its text, as soon as later
+            tokens cannot change it; joined, the pieces of a prompt are its `Generation.text`.
         show_progress: report the number of finished steps on stderr.
 
     Returns:
@@ -143,15 +148,21 @@ def generate(
         if model.has_probabilities
         else patch_sampler(model, temperature, method, pool_size, max_draws)
     )
-    rows = [
-        GrowingText(tokenizer.encode(text), seed, partial(_contains, stop, tokenizer, text))
-        for text, seed in zip(texts, seeds, strict=True)
-    ]
+    rows = []
+    for number, (text, of_text) in enumerate(zip(texts, seeds, strict=True)):
+        row = GrowingText(tokenizer.encode(text), of_text)
+        if stop or on_text:
+            show = partial(on_text, number) if on_text else None
+            row.string = GrowingString(tokenizer, text, row.prompt, stop, show)
+        rows.append(row)
     if rows:
-        continue_texts(model, rows, sampler, tokenizer, max_new_tokens, show_progress=show_progress)
+        continue_texts(
+            model, rows, sampler, tokenizer, max_new_tokens,
+            reproducible=reproducible, show_progress=show_progress,
+        )  # fmt: skip
     generations = [
         Generation(
-            _before(stop, tokenizer.decode_continuation(text, row.new)),
+            _before(stop, tokenizer.decode_continuation(text, row.new, row.prompt)),
             row.new,
             row.stopped_by,
             # The end token counts as well.
@@ -159,15 +170,10 @@ def generate(
         )
         for text, row in zip(texts, rows, strict=True)
     ]
+    for row, made in zip(rows, generations, strict=True):
+        if row.string is not None:
+            row.string.finish(made.text)
     return generations[0] if isinstance(prompts, str) else generations
-
-
-def _contains(stop: Sequence[str], tokenizer: Tokenizer, prompt: str, new: list[int]) -> bool:
-    """Whether the continuation of a prompt contains a stop string."""
-    if not stop:
-        return False
-    text = tokenizer.decode_continuation(prompt, new)
-    return any(string in text for string in stop)
 
 
 def _before(stop: Sequence[str], text: str) -> str:
@@ -212,32 +218,6 @@ def _check(prompts: list[str], seeds: list[int], max_new_tokens: int) -> None:
             ) from error
 
 
-@dataclass
-class GrowingText:
-    """A prompt and its continuation so far."""
-
-    prompt: list[int]
-    seed: int
-    stops: Callable[[list[int]], bool] = lambda new: False
-    """Whether the text ends with the last of its new tokens."""
-    new: list[int] = field(default_factory=list)
-    stopped_by: Literal["end", "length", "stop"] = "length"
-
-    def take(self, step: list[int], end_id: int, max_new_tokens: int) -> bool:
-        """Add the tokens of a step; returns whether the text continues."""
-        for token in step:
-            if token == end_id:
-                self.stopped_by = "end"
-                return False
-            self.new.append(token)
-            if self.stops(self.new):
-                self.stopped_by = "stop"
-                return False
-            if len(self.new) == max_new_tokens:
-                return False
-        return True
-
-
 def continue_texts(
     model: LoadedModel,
     rows: list[GrowingText],
@@ -245,23 +225,27 @@ def continue_texts(
     tokenizer: Tokenizer,
     max_new_tokens: int,
     *,
+    reproducible: bool = False,
     show_progress: bool = False,
 ) -> None:
     """Extend all rows until each has stopped; stopped rows cost nothing more."""
     size = model.recipe.model.patch_size
     texts = [[tokenizer.begin_id] * (size - len(row.prompt) % size) + row.prompt for row in rows]
     most_steps = -(-max_new_tokens // size)
-    contexts = Contexts(model, texts, most_steps)
+    contexts = Contexts(model, texts, most_steps, reproducible=reproducible)
     outputs = contexts.start()
     numbers: Iterable[int] = range(most_steps)
     if show_progress:
         unit = "patches" if model.kind == "calm" else "tokens"
         numbers = progress(numbers, most_steps, label="generate", unit=unit)
     for number in numbers:
-        steps = []
-        for row, output in zip(rows, outputs, strict=True):
-            stream = np.random.SeedSequence(row.seed, spawn_key=(number,))
-            steps.append(sampler(output, np.random.default_rng(stream)))
+        streams = [np.random.SeedSequence(row.seed, spawn_key=(number,)) for row in rows]
+        rngs = list(map(np.random.default_rng, streams))
+        if reproducible:
+            # The rounding of a sampler may depend on the number of texts.
+            steps = [sampler(outputs[[n]], [rng])[0] for n, rng in enumerate(rngs)]
+        else:
+            steps = sampler(outputs, rngs)
         going = [
             index
             for index, (row, step) in enumerate(zip(rows, steps, strict=True))
@@ -271,32 +255,6 @@ def continue_texts(
             return
         rows = [rows[index] for index in going]
         outputs = contexts.extend(going, [steps[index] for index in going])
-
-
-def patch_sampler(
-    model: LoadedModel, temperature: float, method: Method, pool_size: int, max_draws: int
-) -> Sampler:
-    """A function from the hidden state [d] to the next patch.
-
-    The draws of one text go through head and decoder together, but separately from those of other
-    texts: they are enough to keep both busy, and if the number of draws depended on the batch, so
-    would their rounding.
-    """
-    _, fraction = exponent_parts(temperature)
-    exact = method == "exact" or (method == "auto" and fraction != 0)
-
-    def sample(hidden: torch.Tensor, rng: np.random.Generator) -> list[int]:
-        generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
-
-        def draw(count: int) -> LazyPatches:
-            noise = model.head.draw_noise(generator, count, 1).to(hidden)
-            return LazyPatches(model.decoder, model.head.sample(hidden[None], noise)[:, 0])
-
-        if exact:
-            return list(sample_exact(draw, temperature, rng, max_draws=max_draws))
-        return list(sample_from_pool(draw, temperature, rng, pool_size=pool_size))
-
-    return sample
 
 
 def calm_recipe(model: LoadedModel) -> CalmModel:

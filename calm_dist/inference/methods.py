@@ -1,4 +1,4 @@
-"""Types shared by the methods that draw the next step of a text."""
+"""Types shared by the methods that draw the next step of texts."""
 
 from __future__ import annotations
 
@@ -9,5 +9,6 @@ import numpy as np
 import torch
 
 Method = Literal["auto", "exact", "pool"]
-Sampler = Callable[[torch.Tensor, np.random.Generator], list[int]]
-"""Hidden state or logits of a text, and the randomness of this step -> the next tokens."""
+Sampler = Callable[[torch.Tensor, list[np.random.Generator]], list[list[int]]]
+"""Hidden states or logits of texts [n, ...], and the randomness of this step for each -> the next
+tokens of each."""

@@ -7,18 +7,20 @@ probability P(x)^n (arXiv 2510.27688, section 5). There are two methods:
 * `sample_from_pool`: a pool of N draws, for T = 1/n. Cheap, and biased at a finite N. Only the
   decisive draws of the pool are made.
 
-Both take a function ``draw(count)`` that returns independent samples of P: an array of tokens
-[count, K], or `Patches`, whose tokens are computed on demand. They make their own random choices
-with a numpy generator.
+Both are written as coroutines, `exact_steps` and `pool_steps`, that ask for draws and for tokens of
+draws (`Draw`, `Look`), so that the requests of several texts can be answered together.
+`sample_exact` and `sample_from_pool` run one alone, with a function ``draw(count)`` that returns
+independent samples of P: an array of tokens [count, K], or `Patches`, whose tokens are computed on
+demand. Random choices come from a numpy generator.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from math import comb, floor, isinf
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -66,6 +68,29 @@ class KnownPatches:
 
 DrawFunction = Callable[[int], "np.ndarray | Patches"]
 
+
+@dataclass(frozen=True)
+class Draw:
+    """A request for ``count`` more draws; the reply is K."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Look:
+    """A request for tokens of draws, which are numbered 0, 1, ... in the order they were made.
+
+    The reply has for each of ``rows`` its token at a position; without a position, its patch.
+    """
+
+    rows: list[int]
+    position: int | None = None
+
+
+_T = TypeVar("_T")
+Asking = Generator["Draw | Look", Any, _T]
+"""A coroutine that yields requests and returns a result."""
+
 DEFAULT_MAX_DRAWS = 100_000
 DEFAULT_POOL_SIZE = 200
 _DRAWS_AT_ONCE = 64
@@ -81,11 +106,7 @@ def sample_exact(
     *,
     max_draws: int = DEFAULT_MAX_DRAWS,
 ) -> Patch:
-    """One exact sample of P(x)^(1/T) / Z by rejection.
-
-    With 1/T = n + a: n draws must agree on x, which happens with probability P(x)^n, and a coin of
-    probability P(x)^a, tossed using only further draws (Bernoulli factory), must show heads.
-    Otherwise the procedure starts again. T = 1 takes one draw.
+    """One exact sample of P(x)^(1/T) / Z by rejection; see `exact_steps`.
 
     Args:
         draw: independent samples of P.
@@ -96,45 +117,78 @@ def sample_exact(
     Raises:
         UserError: the temperature is outside (0, 1], or ``max_draws`` draws gave no sample.
     """
+    return _answered(exact_steps(temperature, rng, max_draws=max_draws), draw)
+
+
+def exact_steps(
+    temperature: float, rng: np.random.Generator, *, max_draws: int = DEFAULT_MAX_DRAWS
+) -> Asking[Patch]:
+    """With 1/T = n + a: n draws must agree on x, which happens with probability P(x)^n, and a coin
+    of probability P(x)^a, tossed using only further draws (Bernoulli factory), must show heads.
+    Otherwise the procedure starts again. T = 1 takes one draw.
+
+    Raises:
+        UserError: as `sample_exact`.
+    """
     if max_draws < 1:
         raise UserError(f"max_draws {max_draws}: must be at least 1")
     whole, fraction = exponent_parts(temperature)
-    draws = _one_by_one(draw, temperature, max_draws)
+    draws = _OneByOne(temperature, max_draws)
     while True:
-        candidate = next(draws)
-        # `all` stops at the first draw that disagrees: further draws could not change the result.
-        agree = all(next(draws) == candidate for _ in range(whole - 1))
-        if agree and (fraction == 0 or _coin(candidate, fraction, draws, rng)):
+        candidate = yield from draws.next()
+        agreeing = 1
+        # The first draw that disagrees ends it: further draws could not change the result.
+        while agreeing < whole and (yield from draws.next()) == candidate:
+            agreeing += 1
+        if agreeing < whole:
+            continue
+        if fraction == 0 or (yield from _coin(candidate, fraction, draws, rng)):
             return candidate
 
 
-def _coin(candidate: Patch, power: float, draws: Iterator[Patch], rng: np.random.Generator) -> bool:
+def _coin(
+    candidate: Patch, power: float, draws: _OneByOne, rng: np.random.Generator
+) -> Asking[bool]:
     """True with probability P(candidate)^power, 0 < power < 1.
 
     With q = 1 - P(candidate): P · Σ_i q^i Π_{j<=i} (1 - power/j) = P · (1 - q)^(power - 1), the
     binomial series.
     """
     step = 1
-    while next(draws) != candidate:
+    while (yield from draws.next()) != candidate:
         if rng.random() < power / step:
             return False
         step += 1
     return True
 
 
-def _one_by_one(draw: DrawFunction, temperature: float, max_draws: int) -> Iterator[Patch]:
-    """Yield single draws, made in batches; raise a `UserError` after ``max_draws``."""
-    made = 0
-    while made < max_draws:
-        count = min(1 if temperature == 1 else _DRAWS_AT_ONCE, max_draws - made)
-        made += count
-        patches = _as_patches(draw(count))
-        columns = [patches.tokens(list(range(count)), k) for k in range(patches.patch_size)]
-        yield from zip(*columns, strict=True)
-    raise UserError(
-        f"temperature {temperature:g}: no patch was accepted in {max_draws} draws (max_draws); "
-        "raise the limit, the temperature, or sample from a pool"
-    )
+class _OneByOne:
+    """Single draws, made in batches."""
+
+    def __init__(self, temperature: float, max_draws: int) -> None:
+        self._temperature, self._max_draws = temperature, max_draws
+        self._made = 0
+        self._waiting: Iterator[Patch] = iter(())
+
+    def next(self) -> Asking[Patch]:
+        """The next draw.
+
+        Raises:
+            UserError: ``max_draws`` were made.
+        """
+        for patch in self._waiting:
+            return patch
+        at_once = 1 if self._temperature == 1 else _DRAWS_AT_ONCE
+        count = min(at_once, self._max_draws - self._made)
+        if count == 0:
+            raise UserError(
+                f"temperature {self._temperature:g}: no patch was accepted in {self._max_draws} "
+                "draws (max_draws); raise the limit, the temperature, or sample from a pool"
+            )
+        yield Draw(count)
+        self._waiting = iter((yield Look(list(range(self._made, self._made + count)))))
+        self._made += count
+        return next(self._waiting)
 
 
 @dataclass(frozen=True)
@@ -154,58 +208,64 @@ def pool_candidates(pool: np.ndarray, n: int) -> PoolCandidates:
     C(count, n) is the number of ways to pick n draws of the pool that agree on the patch. If no
     patch was seen n times, n - 1 is tried, and so on; at 1 every draw counts.
     """
-    everything = _Pool(lambda count: pool)
-    everything.add(list(range(len(pool))))
-    classes, level = everything.candidates(n)
-    patches = [everything.patch(members[0]) for members in classes]
-    return PoolCandidates(patches, [comb(len(members), level) for members in classes], level)
+    everything = _Pool()
+
+    def count_all() -> Asking[PoolCandidates]:
+        yield from everything.add(list(range(len(pool))))
+        classes, level = yield from everything.candidates(n)
+        patches = [tuple(pool[members[0]].tolist()) for members in classes]
+        return PoolCandidates(patches, [comb(len(members), level) for members in classes], level)
+
+    return _answered(count_all(), lambda count: pool)
 
 
 class _Pool:
     """Numbered draws of a pool, made on demand. They are compared token by token, so that only the
     first token of most draws is computed."""
 
-    def __init__(self, draw: DrawFunction) -> None:
-        self._draw = draw
-        self._places: dict[int, tuple[Patches, int]] = {}
+    def __init__(self) -> None:
+        self._rows: dict[int, int] = {}
+        self._patch_size = 0
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._rows)
 
     def missing(self, members: set[int]) -> list[int]:
-        return sorted(members - self._places.keys())
+        return sorted(members - self._rows.keys())
 
-    def add(self, members: list[int]) -> None:
+    def add(self, members: list[int]) -> Asking[None]:
         """Make these draws."""
         if members:
-            patches = _as_patches(self._draw(len(members)))
-            self._places.update((m, (patches, row)) for row, m in enumerate(members))
+            self._patch_size = yield Draw(len(members))
+            made = len(self)
+            self._rows.update((member, made + n) for n, member in enumerate(members))
 
-    def patch(self, member: int) -> Patch:
+    def patch(self, member: int) -> Asking[Patch]:
         """All tokens of a draw."""
-        patches, row = self._places[member]
-        return patches.patch(row)
+        [patch] = yield Look([self._rows[member]])
+        return patch
 
-    def first_agreeing(self, groups: list[tuple[int, ...]]) -> tuple[int, ...] | None:
+    def first_agreeing(self, groups: list[tuple[int, ...]]) -> Asking[tuple[int, ...] | None]:
         """The first of these groups of draws whose members are all equal."""
         for position in range(self._patch_size):
-            tokens = self._tokens({member for group in groups for member in group}, position)
+            tokens = yield from self._tokens({m for group in groups for m in group}, position)
             groups = [group for group in groups if len({tokens[m] for m in group}) == 1]
             if not groups:
                 return None
         return groups[0]
 
-    def begin_differently(self) -> bool:
+    def begin_differently(self) -> Asking[bool]:
         """Whether no two draws have the same first token."""
-        return len(set(self._tokens(set(self._places), 0).values())) == len(self)
+        tokens = yield from self._tokens(set(self._rows), 0)
+        return len(set(tokens.values())) == len(self)
 
-    def candidates(self, n: int) -> tuple[list[list[int]], int]:
+    def candidates(self, n: int) -> Asking[tuple[list[list[int]], int]]:
         """Classes of equal draws with at least ``level`` members, ordered by their first member,
         and ``level``: n, or the size of the largest class if that is less."""
-        classes = [sorted(self._places)]
+        classes = [sorted(self._rows)]
         singles: list[list[int]] = []
         for position in range(self._patch_size):
-            tokens = self._tokens({m for members in classes for m in members}, position)
+            tokens = yield from self._tokens({m for members in classes for m in members}, position)
             split: dict[tuple[int, int], list[int]] = {}
             for number, members in enumerate(classes):
                 for member in members:
@@ -215,29 +275,48 @@ class _Pool:
         level = min(n, max(map(len, classes), default=1))
         return sorted(m for m in classes + singles if len(m) >= level), level
 
-    @property
-    def _patch_size(self) -> int:
-        return next(iter(self._places.values()))[0].patch_size
-
-    def _tokens(self, members: set[int], position: int) -> dict[int, int]:
+    def _tokens(self, members: set[int], position: int) -> Asking[dict[int, int]]:
         """The tokens of these draws at one position."""
-        rows: dict[int, list[tuple[int, int]]] = {}
-        made: dict[int, Patches] = {}
-        for member in sorted(members):
-            patches, row = self._places[member]
-            made[id(patches)] = patches
-            rows.setdefault(id(patches), []).append((member, row))
-        return {
-            member: token
-            for key, pairs in rows.items()
-            for (member, _), token in zip(
-                pairs, made[key].tokens([row for _, row in pairs], position), strict=True
-            )
-        }
+        if not members:
+            return {}
+        ordered = sorted(members)
+        found = yield Look([self._rows[member] for member in ordered], position)
+        return dict(zip(ordered, found, strict=True))
 
 
-def _as_patches(drawn: np.ndarray | Patches) -> Patches:
-    return KnownPatches(drawn) if isinstance(drawn, np.ndarray) else drawn
+def _answered(asking: Asking[_T], draw: DrawFunction) -> _T:
+    """The result of a coroutine, which gets draws from a function."""
+    places: list[tuple[Patches, int]] = []
+    reply: Any = None
+    while True:
+        try:
+            request = asking.send(reply)
+        except StopIteration as done:
+            return done.value
+        if isinstance(request, Draw):
+            drawn = draw(request.count)
+            patches = KnownPatches(drawn) if isinstance(drawn, np.ndarray) else drawn
+            places += [(patches, row) for row in range(request.count)]
+            reply = patches.patch_size
+        else:
+            reply = _looked_at([places[row] for row in request.rows], request.position)
+
+
+def _looked_at(places: list[tuple[Patches, int]], position: int | None) -> list[Any]:
+    """The reply to a `Look`, from patches that were drawn in several pieces."""
+    pieces: dict[int, tuple[Patches, list[int]]] = {}
+    for patches, row in places:
+        pieces.setdefault(id(patches), (patches, []))[1].append(row)
+    found = {
+        (key, row): value
+        for key, (patches, rows) in pieces.items()
+        for row, value in zip(
+            rows,
+            map(patches.patch, rows) if position is None else patches.tokens(rows, position),
+            strict=True,
+        )
+    }
+    return [found[id(patches), row] for patches, row in places]
 
 
 def sample_from_pool(
@@ -247,6 +326,17 @@ def sample_from_pool(
     *,
     pool_size: int = DEFAULT_POOL_SIZE,
 ) -> Patch:
+    """One sample of P(x)^(1/T) / Z, approximated with a pool of N draws; see `pool_steps`.
+
+    Raises:
+        UserError: the temperature is not 1/n, or the pool is smaller than n.
+    """
+    return _answered(pool_steps(temperature, rng, pool_size=pool_size), draw)
+
+
+def pool_steps(
+    temperature: float, rng: np.random.Generator, *, pool_size: int = DEFAULT_POOL_SIZE
+) -> Asking[Patch]:
     """One sample of P(x)^(1/T) / Z, approximated with a pool of N draws, for T = 1/n.
 
     The distribution tends to the exact one for large N; at a finite N it is biased, and uniform
@@ -261,7 +351,7 @@ def sample_from_pool(
     of the others is still random.
 
     Raises:
-        UserError: the temperature is not 1/n, or the pool is smaller than n.
+        UserError: as `sample_from_pool`.
     """
     n, fraction = exponent_parts(temperature)
     if fraction != 0:
@@ -273,28 +363,28 @@ def sample_from_pool(
         raise UserError(
             f"pool_size {pool_size}: temperature {temperature:g} needs at least {n} draws"
         )
-    pool = _Pool(draw)
+    pool = _Pool()
     if n == 1:
-        pool.add([0])
-        return pool.patch(0)
+        yield from pool.add([0])
+        return (yield from pool.patch(0))
     groups, count = _random_groups(pool_size, n, rng), _FIRST_GROUPS
     while True:
         looked_at = list(itertools.islice(groups, count))
         missing = pool.missing({member for group in looked_at for member in group})
         if 2 * (len(pool) + len(missing)) > pool_size:
             break
-        pool.add(missing)
-        if looked_at and (found := pool.first_agreeing(looked_at)) is not None:
-            return pool.patch(found[0])
-        if pool.begin_differently():
+        yield from pool.add(missing)
+        if looked_at and (found := (yield from pool.first_agreeing(looked_at))) is not None:
+            return (yield from pool.patch(found[0]))
+        if (yield from pool.begin_differently()):
             break
         count *= _GROUPS_GROW
-    pool.add(pool.missing(set(range(pool_size))))
-    classes, level = pool.candidates(n)
+    yield from pool.add(pool.missing(set(range(pool_size))))
+    classes, level = yield from pool.candidates(n)
     weights = [comb(len(members), level) for members in classes]
     total = sum(weights)  # an exact integer: C(count, n) may not fit a float
     chosen = int(rng.choice(len(classes), p=[weight / total for weight in weights]))
-    return pool.patch(classes[chosen][0])
+    return (yield from pool.patch(classes[chosen][0]))
 
 
 def _random_groups(size: int, n: int, rng: np.random.Generator) -> Iterator[tuple[int, ...]]:

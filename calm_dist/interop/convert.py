@@ -21,7 +21,7 @@ from torch import nn
 from calm_dist.data.tokenizer import Tokenizer, load_tokenizer
 from calm_dist.errors import CheckpointError, DataError, UserError
 from calm_dist.files import file_sha256
-from calm_dist.inference.load import LoadedModel, load_model, load_released, tokenizer_file
+from calm_dist.inference.loading import LoadedModel, load_model, load_released, tokenizer_file
 from calm_dist.models.autoencoder import Autoencoder
 from calm_dist.recipe import CalmModel, Recipe, load_recipe
 from calm_dist.released.autoencoder import load_autoencoder, save_autoencoder
@@ -43,6 +43,15 @@ from calm_dist.training.resolve import autoencoder_directory
 AUTOENCODER_DIRECTORY = "autoencoder"
 RELEASED_CONFIG_FILE = "released_config.json"
 """The ``config.json`` from which a run was imported, kept next to its recipe."""
+
+AUTO_FILE = Path(__file__).parent / "auto" / "modeling_calm_dist.py"
+"""The code that an exported directory carries for transformers' Auto classes."""
+AUTO_HEAD = "energy"
+"""The kind of head that it has."""
+AUTO_MAP = {
+    "AutoConfig": f"{AUTO_FILE.stem}.CalmConfig",
+    "AutoModelForCausalLM": f"{AUTO_FILE.stem}.CalmForCausalLM",
+}
 
 TokenIds = Mapping[str, int | None]
 
@@ -89,7 +98,8 @@ def export_checkpoint(
 ) -> dict[str, Any]:
     """Write one of our CALMs or autoencoders in the layout that the authors' classes read.
 
-    A CALM is written with its autoencoder in a subdirectory, which ``ae_path`` names.
+    A CALM is written with its autoencoder in a subdirectory, which ``ae_path`` names, and, if it
+    has an energy head, with the code that transformers' Auto classes need (``auto_map``).
 
     Args:
         source: run directory or checkpoint, of any layout.
@@ -196,6 +206,9 @@ def _export_calm(directory: Path, target: Path, autoencoder: str | Path | None) 
         model.autoencoder,
     )
     with _written_aside(target) as partial:
+        if model.recipe.model.head.kind == AUTO_HEAD:
+            config["auto_map"] = AUTO_MAP
+            shutil.copyfile(AUTO_FILE, partial / AUTO_FILE.name)
         text = json.dumps(config, indent=2) + "\n"
         (partial / CONFIG_FILE).write_text(text, encoding="utf-8")
         write_weights(weights, partial)

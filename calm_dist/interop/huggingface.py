@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from calm_dist.released.autoencoder import load_autoencoder, save_autoencoder
 
 if TYPE_CHECKING:
-    from calm_dist.inference.load import LoadedModel
+    from calm_dist.inference.loading import LoadedModel
 
 __all__ = ["load_autoencoder", "load_calm", "save_autoencoder"]
 
@@ -36,6 +36,6 @@ def load_calm(
             support.
     """
     # Imported here because loading is in a higher layer.
-    from calm_dist.inference.load import load_released
+    from calm_dist.inference.loading import load_released
 
     return load_released(directory, autoencoder, device)

@@ -53,19 +53,24 @@ class CachedSelfAttention(SelfAttention):
             )
         of_query, of_key = rotary_pos_emb
         key = apply_rotary_pos_emb(key, of_key, self.config, cp_group=self.pg_collection.cp)
-        keys, values = inference_context.append(self.layer_number, key, value)
+        if inference_context.together:
+            memory: tuple[Any, Any] = inference_context.append_together(
+                self.layer_number, key, value
+            )
+        else:
+            memory = inference_context.append(self.layer_number, key, value)
         # The keys need no further rotation; there is no block table.
-        return query, keys, values, (of_query, None), self.attn_mask_type, None
+        return query, *memory, (of_query, None), self.attn_mask_type, None
 
 
 class CoreAttention(MegatronModule):
     """Softmax attention on [steps, B, heads, head_dim]: by SDPA or flash-attn.
 
-    Causal by default. A boolean mask [steps, steps] (True: may attend) replaces the causal one and
-    always runs on SDPA. Under context parallelism the steps are this rank's piece of the sequence;
-    keys and values of the earlier pieces are gathered. Keys and values of a cache are lists, see
-    `KeyValueCache.append`: the steps are the last ones of each row, and rows beyond the lists get
-    zeros.
+    Causal by default. A boolean mask [steps, slots] (True: may attend), or one for each row [B, 1,
+    steps, slots], replaces the causal one and always runs on SDPA. Under context parallelism the
+    steps are this rank's piece of the sequence; keys and values of the earlier pieces are gathered.
+    Keys and values of a cache whose rows are not together are lists, see `KeyValueCache.append`:
+    the steps are the last ones of each row, and rows beyond the lists get zeros.
     """
 
     def __init__(

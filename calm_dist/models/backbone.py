@@ -241,6 +241,7 @@ class Backbone(MegatronModule):
                 rotary = rotary[positions.to(rotary.device)]
         else:
             following = cache.begin(num_steps)
+            mask = cache.seen if mask is None else mask
             if positions is None:
                 positions = F.pad(following, (0, tokens.shape[0] - cache.num_rows))
             else:
@@ -258,16 +259,19 @@ class Backbone(MegatronModule):
             cache.advance()
         return hidden
 
-    def new_cache(self, rows: int, steps: int) -> KeyValueCache:
-        """An empty cache for the whole backbone: ``rows`` texts of at most ``steps`` steps each."""
+    def new_cache(self, rows: int, steps: int, *, together: bool = False) -> KeyValueCache:
+        """An empty cache for the whole backbone: ``rows`` texts of at most ``steps`` steps each,
+        which attend ``together`` or each on its own."""
         slots = -(-steps // SLOT_MULTIPLE) * SLOT_MULTIPLE
         memory = {}
         for layer in self.decoder.layers:
             attention = layer.self_attention
             shape = (rows, slots, attention.num_query_groups_per_partition)
             weight = attention.linear_qkv.weight
+            # Slots that a mask hides are multiplied by zero, and must not hold NaN.
+            made = weight.new_zeros if together else weight.new_empty
             memory[attention.layer_number] = (
-                weight.new_empty(*shape, attention.key_hidden_size),
-                weight.new_empty(*shape, attention.val_hidden_size),
+                made(*shape, attention.key_hidden_size),
+                made(*shape, attention.val_hidden_size),
             )
-        return KeyValueCache(memory, torch.zeros(rows, dtype=torch.long))
+        return KeyValueCache(memory, torch.zeros(rows, dtype=torch.long), together=together)

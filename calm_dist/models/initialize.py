@@ -18,7 +18,7 @@ def initialize_backbone(
     backbone: Backbone, groups: ProcessGroupCollection, std: InitStd, seed: int, vocab_size: int
 ) -> None:
     """Initialise one stage of a tensor-parallel backbone. Rows that pad the vocabulary are zero."""
-    world, rank = groups.tp.size(), groups.tp.rank()
+    world = groups.tp.size()
     for name, parameter in backbone.named_parameters():
         shape = list(parameter.shape)
         is_sharded = getattr(parameter, "tensor_model_parallel", False)
@@ -29,23 +29,30 @@ def initialize_backbone(
         if vocab_rows is not None:
             shape[0] = vocab_size
 
-        def local_part(
+        def part_of(
             full: torch.Tensor,
             parameter: nn.Parameter = parameter,
             vocab_rows: int | None = vocab_rows,
-            is_sharded: bool = is_sharded,
-            dim: int = dim,
         ) -> torch.Tensor:
             if vocab_rows is not None:
                 full = nn.functional.pad(full, (0, 0, 0, vocab_rows - full.shape[0]))
-            if not is_sharded:
-                return full
-            # A gated projection (stride 2) keeps this rank's parts of gate and up, in that order.
-            stride = getattr(parameter, "partition_stride", 1)
-            return torch.cat(full.chunk(world * stride, dim=dim)[rank::world], dim=dim)
+            return local_part(parameter, full, groups)
 
         full_name = global_name(name, backbone)
-        fill_parameter(parameter, full_name, torch.Size(shape), std, seed, local_part)
+        fill_parameter(parameter, full_name, torch.Size(shape), std, seed, part_of)
+
+
+def local_part(
+    parameter: nn.Parameter, full: torch.Tensor, groups: ProcessGroupCollection
+) -> torch.Tensor:
+    """This tensor-parallel rank's part of the full tensor of a backbone's parameter."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return full
+    world, rank = groups.tp.size(), groups.tp.rank()
+    dim: int = getattr(parameter, "partition_dim", 0)
+    # A gated projection (stride 2) keeps this rank's parts of gate and up, in that order.
+    stride = getattr(parameter, "partition_stride", 1)
+    return torch.cat(full.chunk(world * stride, dim=dim)[rank::world], dim=dim)
 
 
 def global_name(name: str, backbone: Backbone) -> str:

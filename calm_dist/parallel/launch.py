@@ -198,11 +198,23 @@ def cuda_environment(tensor_parallel_size: int) -> dict[str, str]:
 
 def own_device(device: str) -> torch.device:
     """The device of a tool's process, which is alone or one of several independent ones, for its
-    option ``--device`` (auto, cuda or cpu).
+    option ``--device`` (auto, cuda, cuda:N or cpu).
 
     Raises:
-        LaunchError: as `select_device`.
+        LaunchError: as `select_device`, or there is no GPU of that number.
     """
+    import torch
+
+    kind, _, number = device.partition(":")
+    if number:
+        visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(number) >= visible:
+            raise LaunchError(
+                f"--device={device}, but torch finds {visible} CUDA devices; "
+                + (f"give a number below {visible}" if visible else "use auto or cpu")
+            )
+        torch.cuda.set_device(int(number))
+        return torch.device(kind, int(number))
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
     world = World(0, 1, local_rank, local_rank + 1, DEFAULT_ADDRESS, DEFAULT_PORT, "")
     return select_device(world, device, "--device")

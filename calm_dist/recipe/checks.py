@@ -141,6 +141,11 @@ def _text_problems(recipe: RecipeFields) -> list[str]:
         for name, value in _texts(recipe.to_dict())
         if "\0" in value
     ]
+    if recipe.run.continue_from is not None and recipe.run.init_from is not None:
+        problems.append(
+            "run.continue_from and run.init_from: a run starts from one of them; the former takes "
+            "weights and optimizer state, the latter weights alone"
+        )
     name = recipe.run.name
     if name is not None and not name.isprintable():
         problems.append(

@@ -45,6 +45,11 @@ class Run(Section):
     state, for example to train on other data; see checkpoints.md. Ignored once ``dir`` has a
     checkpoint of its own."""
 
+    init_from: Text | None = None
+    """Run directory, checkpoint, or directory in the released layout; this run starts with its
+    weights alone, and a head that does not fit starts anew; see checkpoints.md. Ignored once
+    ``dir`` has a checkpoint of its own."""
+
     @property
     def display_name(self) -> str:
         """``name``, or the last part of ``dir``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from calm_dist.costs import flops
-from calm_dist.errors import CheckpointError, RecipeError
+from calm_dist.errors import CheckpointError, RecipeError, listed
 from calm_dist.models.autoencoder import Autoencoder
 from calm_dist.recipe import CalmModel, LanguageModelRecipe, Recipe
 from calm_dist.released.autoencoder import (
@@ -23,6 +23,7 @@ from calm_dist.released.config import calm_values, released_head
 from calm_dist.released.files import CONFIG_FILE, read_config
 from calm_dist.released.names import (
     AUTOENCODER,
+    backbone_rules,
     released_shapes,
     rules_for,
     to_released,
@@ -65,6 +66,35 @@ class ReleasedCalm:
             of_backbone[rule.ours].copy_(rule.join(released))
         for name, parameter in of_head.items():
             parameter.copy_(tensors.values[prefixes[0] + name])
+
+    def backbone(self, model: CalmModel) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and whole tensor of each of our backbone's parameters, one at a time.
+
+        Raises:
+            CheckpointError: tensors are missing or of another shape; the message lists them.
+        """
+        self._refuse_misfits(self.misfits(released_shapes(model)))
+        for rule in backbone_rules(model):
+            yield rule.ours, rule.join([self.tensors.values[name] for name in rule.released])
+
+    def head(self, prefix: str, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The head's tensors of these names, without the prefix of the released ones."""
+        return {name: self.tensors.values[prefix + name] for name in names}
+
+    def misfits(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """Of the released tensors of these names, those that are missing or of another shape."""
+        held = self.tensors.values
+        return [
+            f"{name} {list(shape)} is not there"
+            if name not in held
+            else f"{name} {list(held[name].shape)} there, {list(shape)} here"
+            for name, shape in shapes.items()
+            if name not in held or tuple(held[name].shape) != shape
+        ]
+
+    def _refuse_misfits(self, misfits: list[str]) -> None:
+        if misfits:
+            raise CheckpointError(f"its backbone does not fit the recipe's: {listed(misfits, 5)}")
 
     def check_size(self, recipe: Recipe) -> None:
         """Check the number of parameters before memory is allocated for them.

@@ -8,11 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from calm_dist.errors import CheckpointError
+from calm_dist.runs.checkpoints import CHECKPOINTS, MANIFEST
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 PICKLED_WEIGHTS_FILE = "pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"
+
+
+def is_released(path: str | Path) -> bool:
+    """Whether a directory is in the authors' layout, and neither a run nor a checkpoint of ours."""
+    path = Path(path)
+    ours = (MANIFEST, CHECKPOINTS)
+    return (path / CONFIG_FILE).is_file() and not any((path / name).exists() for name in ours)
 
 
 def weights_file(directory: str | Path) -> Path:

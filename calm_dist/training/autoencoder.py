@@ -27,6 +27,7 @@ from calm_dist.errors import (
     CheckpointError,
     DataError,
     RecipeError,
+    listed,
 )
 from calm_dist.log import NOTE
 from calm_dist.losses.autoencoder import (
@@ -44,6 +45,7 @@ from calm_dist.progress import progress
 from calm_dist.randomness import key_seed
 from calm_dist.recipe import AutoencoderRecipe, Recipe
 from calm_dist.released.autoencoder import load_autoencoder, save_autoencoder
+from calm_dist.released.files import CONFIG_FILE
 from calm_dist.runs import checkpoints
 from calm_dist.runs.checkpoints.run_state import RunState
 from calm_dist.training.checkpoint.attempts import Attempts
@@ -314,6 +316,21 @@ class AutoencoderTrainer(TrainingRun):
         self.model.load_state_dict(load_autoencoder(directory).state_dict())
         if not state.weights_only:
             load_moments(self.optimizer, self.model, directory, self._moments, state.adam_steps)
+
+    def take_weights(self, directory: Path) -> list[str]:
+        if not (directory / CONFIG_FILE).is_file():
+            raise CheckpointError("is not an autoencoder")
+        theirs, ours = load_autoencoder(directory).state_dict(), self.model.state_dict()
+        misfits = [
+            f"{name} {list(theirs[name].shape) if name in theirs else 'is not'} there, "
+            f"{list(ours[name].shape) if name in ours else 'is not'} here"
+            for name in sorted(theirs.keys() | ours.keys())
+            if name not in theirs or name not in ours or theirs[name].shape != ours[name].shape
+        ]
+        if misfits:
+            raise CheckpointError(f"does not fit the recipe's model: {listed(misfits, 5)}")
+        self.model.load_state_dict(theirs)
+        return []
 
     def _write(self) -> None:
         """Write and commit a checkpoint, on one rank."""

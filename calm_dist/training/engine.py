@@ -11,10 +11,12 @@ from pathlib import Path
 
 from calm_dist.data.download import Downloads
 from calm_dist.data.stream import Batch, TrainingStream, open_training_stream
-from calm_dist.errors import StoppedError, TrainingDivergedError
+from calm_dist.errors import CheckpointError, StoppedError, TrainingDivergedError, listed
+from calm_dist.log import NOTE
 from calm_dist.parallel.launch import patience
 from calm_dist.parallel.rank_zero import on_rank_zero
 from calm_dist.recipe import Recipe
+from calm_dist.released.files import is_released
 from calm_dist.runs import checkpoints
 from calm_dist.runs.checkpoints.run_state import RunState
 from calm_dist.runs.metrics import MetricsLog
@@ -121,6 +123,17 @@ class TrainingRun(ABC):
         """Wait until the checkpoint being written is committed or has failed."""
 
     @abstractmethod
+    def take_weights(self, directory: Path) -> list[str]:
+        """Load the weights alone of a checkpoint or a released directory.
+
+        Returns:
+            what did not fit of a head, which then keeps its initial weights.
+
+        Raises:
+            CheckpointError: other weights do not fit.
+        """
+
+    @abstractmethod
     def finish_saving(self) -> None:
         """`wait_for_save` at the end of the run.
 
@@ -152,12 +165,14 @@ class TrainingRun(ABC):
 
     def resume(self) -> None:
         """Continue from the newest valid checkpoint of the run directory, if it has one; otherwise
-        start from ``run.continue_from``, if it is set."""
+        start from ``run.continue_from`` or ``run.init_from``, if one is set."""
         directory = newest_valid_for_all(self.run_dir)
         if directory is not None:
             self._resume_from(directory)
         elif self.recipe.run.continue_from is not None:
             self._continue_from(source_for_all(self.recipe.run.continue_from))
+        elif self.recipe.run.init_from is not None:
+            self._init_from(self.recipe.run.init_from)
         self._resumed_from = directory
         check_room(self.recipe)
 
@@ -272,6 +287,34 @@ class TrainingRun(ABC):
             return
         self.load(directory, state)
         self.say(taken_over(directory, state))
+
+    def _init_from(self, path: str) -> None:
+        """Begin with the weights of another run or of a released model, and nothing else."""
+        name = "run.init_from"
+        released = is_released(path)
+        directory = Path(path) if released else source_for_all(path, name)
+        if not released and self.rank == 0:
+            self._warn_of_other_tokens(directory, name)
+        try:
+            left_out = self.take_weights(directory)
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {directory}: {error}") from error
+        self.say(f"starting from the weights in {directory}")
+        if left_out and self.rank == 0:
+            _log.log(
+                NOTE,
+                f"note: {name}: the head of {directory} does not fit this recipe's, which starts "
+                f"with new weights: {listed(left_out, 5)}",
+            )
+
+    def _warn_of_other_tokens(self, directory: Path, name: str) -> None:
+        trained = RunState.read(directory).tokenizer_sha256
+        given = self._stream.metas[0].tokenizer.sha256
+        if trained not in (None, given):
+            _log.warning(
+                f"{name}: {directory} was trained with the tokenizer of sha256 {trained[:12]}…, "
+                f"the data was made with {given[:12]}…: its embeddings are of other tokens"
+            )
 
     def _start_from_weights(self, directory: Path, state: RunState) -> None:
         """Begin with imported weights, without a state of optimizer or data."""

@@ -15,10 +15,12 @@ from calm_dist.parallel.pipeline import micro_batches
 from calm_dist.parallel.rank_zero import on_rank_zero
 from calm_dist.parallel.topology import Topology
 from calm_dist.recipe import LanguageModelRecipe
+from calm_dist.released.files import is_released
 from calm_dist.runs.checkpoints.run_state import STATE_FILE, RunState
 from calm_dist.training.build import build_parts
 from calm_dist.training.changes import latents_sha256
 from calm_dist.training.checkpoint import model_state
+from calm_dist.training.checkpoint.released_weights import take_released_weights
 from calm_dist.training.checkpoint.writer import CheckpointWriter
 from calm_dist.training.engine import StepResult, TrainingRun
 from calm_dist.training.optimizer import JointOptimizer
@@ -139,6 +141,13 @@ class Trainer(TrainingRun):
             moments,
             state.adam_steps,
         )
+
+    def take_weights(self, directory: Path) -> list[str]:
+        parts, topology = self.parts, self.topology
+        inputs = (parts.chunks, parts.optimizer, parts.head, topology)
+        if is_released(directory):
+            return take_released_weights(directory, self.recipe, *inputs)
+        return model_state.take_weights(directory, *inputs)
 
 
 def _freeze_long_lived_objects() -> None:

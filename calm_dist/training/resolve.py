@@ -8,12 +8,12 @@ from typing import TypeVar
 from calm_dist.data.download import Downloads
 from calm_dist.data.latents import check_tokenizer
 from calm_dist.data.store import StoreMeta, read_meta
-from calm_dist.data.tokenizer import load_tokenizer
-from calm_dist.errors import CheckpointError, RecipeError, shown
+from calm_dist.data.tokenizer import Tokenizer, load_tokenizer
+from calm_dist.errors import CheckpointError, DataError, RecipeError, shown
 from calm_dist.files import file_sha256
-from calm_dist.recipe import AutoencoderSize, Recipe
+from calm_dist.recipe import AutoencoderSize, Recipe, load_recipe
 from calm_dist.released.files import CONFIG_FILE, read_config, weights_file
-from calm_dist.runs.checkpoints import find_checkpoint
+from calm_dist.runs.checkpoints import RECIPE_FILE, find_checkpoint, run_directory
 
 KindOfRecipe = TypeVar("KindOfRecipe", bound=Recipe)
 
@@ -76,6 +76,32 @@ def autoencoder_directory(path: str | Path) -> Path:
     """
     path = Path(path)
     return path if (path / CONFIG_FILE).is_file() else find_checkpoint(path)
+
+
+def autoencoder_tokenizer(directory: str | Path) -> Tokenizer:
+    """The tokenizer that an autoencoder was trained with: the file that its recipe names, or a copy
+    beside it or in its run directory.
+
+    Args:
+        directory: from `autoencoder_directory`.
+
+    Raises:
+        DataError: there is none.
+    """
+    directory = Path(directory)
+    recipe, run = directory / RECIPE_FILE, run_directory(directory)
+    data = load_recipe(recipe).data if recipe.is_file() else None
+    names: tuple[str | None, str | None] = (None, None)
+    candidates = []
+    if data is not None:
+        names = (data.begin_token, data.end_token)
+        candidates += [Path(data.tokenizer)] if data.tokenizer else []
+    places = [directory, run] if run else [directory]
+    candidates += [place / n for place in places for n in ("tokenizer.json", "tokenizer.model")]
+    for candidate in candidates:
+        if candidate.is_file():
+            return load_tokenizer(candidate, *names)
+    raise DataError(f"{directory}: its tokenizer is not known; give the file with --tokenizer")
 
 
 def encoder_sha256(recipe: Recipe) -> str | None:

@@ -29,8 +29,8 @@ PROGRAMS = ("apptainer", "bash", "chmod", "deepspeed", "docker", "for", "pip", "
 
 # The first that matches the whole command decides.
 RUN = [
-    r"python tools/(prepare_corpus|runs|evaluate|generate|report|flops_report)\.py\b"
-    r"(?!.* runs/ablation).*",
+    r"python tools/(prepare_corpus|runs|evaluate|generate|encode_text|report|flops_report)\.py\b"
+    r"(?!.* (runs/ablation|--checkpoint CALM-M)).*",
     r"python tools/(verify|inspect)_data\.py .*",
     r"python tools/plan\.py (?!.*--gpu local).*",
     r"for split in (?!.* runs/ablation).*encode_latents.*done",
@@ -50,6 +50,7 @@ FULL = [
     r"for split in .* runs/ablation.*done",
     r"python tools/train_autoencoder\.py recipes/autoencoder_tiny\.yaml .* SWITCHES",
     r"python tools/convert_checkpoint\.py (import|export)-hf .*",
+    r"python tools/(evaluate|generate)\.py --checkpoint CALM-M .*",
     r"deepspeed --quiet tools/train\.py runs/calm_m/recipe\.yaml .*",
 ]
 NOT_RUN = {
@@ -90,6 +91,7 @@ SMALLER = [
         r"(train\.py runs/imported/recipe\.yaml)",
         r"\1 training.steps=2 training.global_batch_size=8 training.micro_batch_size=4",
     ),
+    (r"wikitext_document_level-test\.json (.*)", r"text \1 --block-size 64"),
     (r"--autoencoder CALM-Autoencoder", "--autoencoder runs/autoencoder"),
 ]
 

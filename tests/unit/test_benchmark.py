@@ -11,11 +11,12 @@ import torch
 from launches import language_recipe
 from tiny_models import VOCAB, tiny_model
 
-from calm_dist.benchmark import growth, model, plain, ranks, reading
+from calm_dist.benchmark import growth, inference, model, plain, ranks, reading
 from calm_dist.benchmark.compare import Pair, compare, table
 from calm_dist.benchmark.pairs import zipf_tokens
 from calm_dist.costs import flops
 from calm_dist.data.stream import open_training_stream
+from calm_dist.errors import UserError
 from calm_dist.evaluation.block_scores import draw_latents
 from calm_dist.evaluation.brier_tree import cache_size, scores_from_patches, scores_from_softmax
 from calm_dist.inference.generate import decode_latents
@@ -209,3 +210,37 @@ def test_time_belongs_to_the_part_that_spends_it() -> None:
         backward = taken(f"{engine}MmBackward0", f"{engine}TanhBackward0")
         assert parts["MLP"]["backward"] == pytest.approx(backward) and backward > 0
         assert parts["output layer"]["backward"] == pytest.approx(taken(f"{engine}SumBackward0"))
+
+
+def test_models_generate_in_turns(tmp_path: Path) -> None:
+    """Rows for each model, context and batch; the cache of a CALM has K times fewer steps."""
+    calm = tiny_model(patch_size=4, block_steps=9)
+    transformer = tiny_model("transformer", block_steps=36)
+    result = inference.measure_inference(
+        [calm, transformer], batches=[1, 3], contexts=[8, 16], tokens=8, repeats=1
+    )
+    rows = result["rows"]
+    keys = [(row["kind"], row["context"], row["batch"]) for row in rows]
+    assert sorted(keys) == sorted(itertools.product(("calm", "transformer"), (8, 16), (1, 3)))
+    for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
+        assert min(ours["tokens_per_second"], ours["first_token_seconds"]) > 0
+        # Two layers of keys and values of 16 numbers in fp32.
+        assert ours["cache_bytes_per_text"] == (ours["context"] + 8) / 4 * 2 * 2 * 16 * 4
+        assert theirs["cache_bytes_per_text"] == 4 * ours["cache_bytes_per_text"]
+        data = theirs["context"]
+        given = transformer.recipe.to_dict()
+        given["data"]["block_size"] = data
+        expected = flops.count(type(transformer.recipe).from_dict(given), tokens=0)
+        assert theirs["flops_per_token"] == expected.inference_flops_per_token
+    assert inference.table(result).count("\n") == 1 + len(rows)
+    inference.plot(result, str(tmp_path / "speed.svg"))
+    assert "<svg" in (tmp_path / "speed.svg").read_text()
+    with pytest.raises(UserError, match="--contexts 30: with 8 new tokens more than the 32"):
+        inference.measure_inference([calm, transformer], batches=[1], contexts=[30], tokens=8)
+
+
+def test_a_recipe_stands_for_random_weights() -> None:
+    model = inference.open_model(str(RECIPES / "transformer_tiny.yaml"), CPU)
+    assert (model.kind, model.step) == ("transformer", 0)
+    with pytest.raises(UserError, match="give the recipe of a language model"):
+        inference.open_model(str(RECIPES / "autoencoder_tiny.yaml"), CPU)

@@ -144,6 +144,7 @@ def test_a_place_without_room_is_refused(tmp_path: Path) -> None:
 WITH_JSON = {
     "benchmark.py": ["energy"],
     "convert_checkpoint.py": ["import-hf", "from", "to"],
+    "encode_text.py": ["--autoencoder", "gone", "--text", ""],
     "evaluate.py": ["--checkpoint", "gone", "--data", "gone"],
     "flops_report.py": [],
     "generate.py": ["--checkpoint", "gone", "--prompt", ""],

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chisquare
+from scipy.stats import chi2_contingency, chisquare
 from tiny_models import VOCAB, tiny_model
 from tokenizer_kinds import llama2_like, metaspace, wordpiece
 
@@ -133,10 +133,52 @@ def test_a_prompt_in_a_batch_is_continued_as_alone(tokenizer: Tokenizer) -> None
     for model in every_kind():
         for method in ("pool", "exact"):
             options: dict[str, Any] = {"method": method, "max_new_tokens": 19}
+            options["reproducible"] = True
             options["temperature"] = 0.5 if method == "pool" else 1.0
             together = generate(model, tokenizer, PROMPTS, seed=SEEDS, **options)
             for prompt, seed, found in zip(PROMPTS, SEEDS, together, strict=True):
                 assert generate(model, tokenizer, prompt, seed=seed, **options) == found
+
+
+@pytest.mark.parametrize("method", ["pool", "exact"])
+def test_texts_of_a_batch_keep_their_own_randomness(method: Any, tokenizer: Tokenizer) -> None:
+    """Without ``reproducible`` only rounding differs, which rarely tips a draw: of 40 texts at
+    least 38 are those that each gives alone, whatever else is in the batch."""
+    for model in (tiny_model(noise=0.5), tiny_model("transformer")):
+        options: dict[str, Any] = {"method": method, "max_new_tokens": 12, "temperature": 0.5}
+        prompts, seeds = PROMPTS * 10, list(range(40))
+        together = generate(model, tokenizer, prompts, seed=seeds, **options)
+        alone = [
+            generate(model, tokenizer, prompt, seed=seed, **options)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        assert sum(one == other for one, other in zip(together, alone, strict=True)) >= 38
+        assert len({new.text for new in together}) > 20
+
+
+@pytest.mark.parametrize(("method", "temperature"), [("pool", 1.0), ("pool", 0.5), ("exact", 0.7)])
+def test_batched_samples_have_the_distribution_of_single_ones(
+    method: Any, temperature: float, tokenizer: Tokenizer
+) -> None:
+    """Chi-square of the first tokens of 400 texts in one batch and of 400 others, one after the
+    other; a right sampler fails with probability 1e-4."""
+    model = tiny_model(patch_size=2, noise=1.0)
+    tokenizer.end_id = -1
+    options: dict[str, Any] = {"method": method, "temperature": temperature, "max_new_tokens": 2}
+    batch = generate(model, tokenizer, ["ab"] * 400, seed=list(range(400)), **options)
+    single = [generate(model, tokenizer, "ab", seed=1000 + n, **options) for n in range(400)]
+    counts = np.stack(
+        [
+            np.bincount([new.tokens[0] for new in found], minlength=VOCAB)
+            for found in (batch, single)
+        ]
+    )
+    # The tokens that are drawn often, each on its own, and the others in one group.
+    often = counts.sum(0) >= 20
+    table = np.concatenate([counts[:, often], counts[:, ~often].sum(1, keepdims=True)], axis=1)
+    table = table[:, table.sum(0) > 0]
+    assert table.shape[1] > 3
+    assert chi2_contingency(table).pvalue > 1e-4
 
 
 def test_one_seed_serves_every_prompt(tokenizer: Tokenizer) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_generate import run_tool, saved
 from tiny_models import tiny_model
+from tokenizer_kinds import llama2_like, metaspace, wordpiece
 
 from calm_dist.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from calm_dist.errors import UserError
@@ -45,6 +47,71 @@ def test_a_stop_string_ends_a_text_before_it(kind: str, tokenizer: Tokenizer) ->
         generate(model, tokenizer, "the s", stop=[""])
 
 
+@pytest.mark.parametrize("kind", ["calm", "transformer"])
+def test_texts_are_shown_while_they_grow(kind: str, tmp_path: Path) -> None:
+    """Random bytes, which are parts of characters, and decoders that treat the beginning of a text
+    in their own way: the pieces are the texts, and come before the end."""
+    makers = (llama2_like, metaspace, wordpiece)
+    kinds = [make(tmp_path / f"{number}.json") for number, make in enumerate(makers)]
+    kinds.append(train_tokenizer(["the sea and the sky"], 259, tmp_path / "bytes.json"))
+    for tokenizer in kinds:
+        model = tiny_model(kind, vocab_size=tokenizer.vocab_size, block_steps=20)
+        prompts = ["the sea", "", "the ", "s"] * 3
+        options: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 24, "seed": range(12)}
+        whole = generate(model, tokenizer, prompts, **options)
+        # Two characters that one of the texts has.
+        stop = next(iter(re.findall("[!-~]{2}", whole[1].text + whole[2].text)), "sea")
+        for stops in ((), (stop, "e")):
+            pieces: dict[int, list[str]] = {number: [] for number in range(12)}
+            found = generate(
+                model, tokenizer, prompts, stop=stops,
+                on_text=lambda number, piece: pieces[number].append(piece),  # noqa: B023
+                **options,
+            )  # fmt: skip
+            if not stops:
+                assert found == whole
+            for number, made in enumerate(found):
+                # The decoders of the first two make replacement characters of valid bytes beside
+                # wrong ones.
+                if tokenizer is kinds[-1] or "\ufffd" not in made.text:
+                    assert "".join(pieces[number]) == made.text
+            if not stops:
+                assert max(map(len, pieces.values())) >= 3
+
+
+def test_each_token_is_decoded_with_a_tail_only(tmp_path: Path) -> None:
+    """Decoding takes as long for the last token as for the first; the prompt is encoded once."""
+    tokenizer = train_tokenizer(["the sea and the sky"], 259, tmp_path / "bytes.json")
+    tokenizer.end_id = -1
+    model = tiny_model("transformer", block_steps=300)
+    decoded, encoded = [], []
+    decode, encode = tokenizer.decode, tokenizer.encode_batch
+    tokenizer.decode = lambda ids: decoded.append(len(ids)) or decode(ids)  # type: ignore[method-assign,func-returns-value]
+    tokenizer.encode_batch = lambda texts: encoded.append(texts) or encode(texts)  # type: ignore[method-assign,func-returns-value]
+    prompt = "sea " * 20
+    generate(model, tokenizer, prompt, temperature=1.0, max_new_tokens=150, stop=["never said"])
+    assert len(encoded) == 1
+    # But for the first tokens, and the whole text at the end.
+    assert max(decoded[60:-6]) < 40
+
+
+def test_a_directory_loads_into_a_model_that_generates(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import calm_dist.inference
+    from calm_dist.inference.load import load_model
+
+    run = saved(tiny_model("transformer"), tokenizer, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    loaded = calm_dist.inference.load(run, tokenizer=tokenizer.path)  # type: ignore[operator]
+    options: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 8, "seed": 3}
+    one, *others = loaded.generate(["the s", "a"], **options)
+    assert len(others) == 1
+    assert one.tokens == generate(load_model(run), tokenizer, "the s", **options).tokens
+    assert loaded.generate("the s", **options).text == one.text
+    assert loaded.model.step == 3
+
+
 def test_prompts_of_a_file_sampled_several_times(
     tokenizer: Tokenizer,
     tmp_path: Path,
@@ -65,6 +132,11 @@ def test_prompts_of_a_file_sampled_several_times(
     assert [(line["prompt"], line["seed"]) for line in lines] == expected
     alone = generate(model, tokenizer, "the s", seed=5, max_new_tokens=9)
     assert lines[1]["tokens"] == alone.tokens and lines[1]["text"] == alone.text
+    # Printed as they grow, the texts are those that are printed at the end, in another form.
+    assert run_tool(monkeypatch, *given, "--stream") == 0
+    printed_at_once = capsys.readouterr().out
+    assert printed_at_once == "\n".join(line["prompt"] + line["text"] + "\n" for line in lines)
+    assert printed_at_once == printed.out
     total = sum(len(line["tokens"]) for line in lines)
     assert f"6 texts, {total} tokens in " in printed.err and " tokens/s" in printed.err
 

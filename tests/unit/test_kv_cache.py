@@ -104,7 +104,7 @@ def test_a_text_has_the_same_bits_alone_and_in_a_batch(kind: str, patch_size: in
     new = [random_tokens(model, len(texts), 1, 100 + step).tolist() for step in range(10)]
 
     def outputs(rows: list[int]) -> torch.Tensor:
-        contexts = Contexts(model, [texts[row] for row in rows], len(new))
+        contexts = Contexts(model, [texts[row] for row in rows], len(new), reproducible=True)
         found = [contexts.start()]
         for step in new:
             found.append(contexts.extend(list(range(len(rows))), [step[row] for row in rows]))
@@ -113,3 +113,20 @@ def test_a_text_has_the_same_bits_alone_and_in_a_batch(kind: str, patch_size: in
     together = outputs(list(range(len(texts))))
     for row in range(len(texts)):
         assert torch.equal(outputs([row])[0], together[row])
+
+
+@pytest.mark.parametrize(("kind", "groups"), [("calm", None), ("transformer", 2)])
+def test_texts_that_step_together_equal_those_alone(kind: str, groups: int | None) -> None:
+    """Of unequal lengths, through windows that fill up at different steps, some of which end."""
+    model = tiny_model(kind, block_steps=70, hidden_size=32, num_key_value_heads=groups)
+    lengths = [66, 66, 1, 90, 5, 67, 5, 5]
+    texts = [random_tokens(model, 1, n, n)[0].tolist() for n in lengths]
+    rows = list(range(len(texts)))
+    contexts = [Contexts(model, texts, 8, reproducible=alone) for alone in (False, True)]
+    assert_close(*(c.start() for c in contexts))
+    for number in range(8):
+        # A text ends: its row leaves the cache.
+        going = [at for at in range(len(rows)) if not (number == 4 and at == 3)]
+        rows = [rows[at] for at in going]
+        steps = random_tokens(model, len(rows), 1, 100 + number).tolist()
+        assert_close(*(c.extend(going, steps) for c in contexts))

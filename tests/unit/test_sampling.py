@@ -49,8 +49,15 @@ def test_exact_samples_follow_the_power(temperature: float, seed: int) -> None:
 def test_the_coin_shows_a_power_of_the_probability(power: float, expected: float) -> None:
     """Thrown 20,000 times with draws alone; within 4.4 standard deviations (1e-5 by chance)."""
     draw, rng = sampler(11), np.random.default_rng(12)
-    draws = (tuple(patch) for _ in itertools.count() for patch in draw(64).tolist())
-    heads = sum(sampling._coin((7, 2), power, draws, rng) for _ in range(20_000))
+    draws = sampling._OneByOne(power, 10**9)
+
+    def heads_of(throws: int) -> sampling.Asking[int]:
+        heads = 0
+        for _ in range(throws):
+            heads += yield from sampling._coin((7, 2), power, draws, rng)
+        return heads
+
+    heads = sampling._answered(heads_of(20_000), draw)
     assert abs(heads / 20_000 - expected) < 4.4 * (expected * (1 - expected) / 20_000) ** 0.5
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from calm_dist.errors import RecipeError, UserError
 from calm_dist.evaluation.block_scores import BlockScores, score_softmax_block
 from calm_dist.evaluation.brier import NGRAM, ngram_starts
-from calm_dist.inference.generate import GrowingText, continue_texts
+from calm_dist.inference.generate import continue_texts
+from calm_dist.inference.growing import GrowingText
 from calm_dist.inference.load import LoadedModel
 from calm_dist.inference.softmax import draw_sharpened, draw_tokens, softmax_sampler
 from calm_dist.models.heads.tokens import TokensHead
@@ -193,10 +194,11 @@ def token_temperature(made: LoadedModel, hidden: Tensor, temperature: float) -> 
 def test_tokens_of_a_temperature_are_those_of_the_softmax() -> None:
     made = model(3)
     hidden = hidden_after(made, random_block(3)[:6])
-    draws = draw_tokens(made, hidden[None].expand(4000, -1), 0.5, np.random.default_rng(0))
+    uniform = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    draws = draw_tokens(made, hidden[None].expand(4000, -1), 0.5, uniform)
     counts = np.bincount((draws.numpy() * VOCAB ** np.arange(2, -1, -1)).sum(-1), minlength=27)
     assert chi_square(counts, 4000 * token_temperature(made, hidden, 0.5)) < SIGMAS
-    likeliest = draw_tokens(made, hidden[None], 0.0, np.random.default_rng(0))[0]
+    likeliest = draw_tokens(made, hidden[None], 0.0, uniform[:1])[0]
     for k in range(3):
         logits = made.token_logits(hidden[None], likeliest[None, :k])[0]
         assert int(logits.argmax()) == int(likeliest[k])
@@ -214,7 +216,7 @@ def test_texts_grow_alike_alone_and_together(method: Any) -> None:
 
     def grow(chosen: list[int]) -> list[list[int]]:
         rows = [GrowingText(prompts[i], seed=i) for i in chosen]
-        continue_texts(made, rows, sampler, _Tokenizer(), 7)  # type: ignore[arg-type]
+        continue_texts(made, rows, sampler, _Tokenizer(), 7, reproducible=True)  # type: ignore[arg-type]
         assert all(len(row.new) == 7 for row in rows)
         return [row.new for row in rows]
 

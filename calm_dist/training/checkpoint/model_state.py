@@ -5,15 +5,17 @@ Tensors are stored by global name and position, so a checkpoint loads on any TP/
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
+from calm_dist.errors import CheckpointError, listed
 from calm_dist.parallel.topology import Topology
 from calm_dist.parallel.zero_head import ZeroHead
 from calm_dist.runs.checkpoints import TENSORS
@@ -146,6 +148,56 @@ def start_from_weights(
     )
     if head is not None:
         head.import_state(fresh | _strip(loaded), 0)
+
+
+@torch.no_grad()
+def take_weights(
+    directory: Path,
+    chunks: list[Any],
+    optimizer: MegatronOptimizer,
+    head: ZeroHead | None,
+    topology: Topology,
+) -> list[str]:
+    """Load the weights alone of any checkpoint, on any layout; a collective of the world.
+
+    The backbone must fit. A head that does not fit, in all of its weights, keeps its initial ones.
+    The optimizers stay fresh.
+
+    Returns:
+        what did not fit of the head, on every rank; empty if it was loaded.
+
+    Raises:
+        CheckpointError: the backbone does not fit; the message lists its weights that do not.
+    """
+    held = tensor_files.shapes(directory / TENSORS)
+    problems: tuple[list[str], list[str]] = (_misfits(_backbone_state(chunks), held), [])
+    if head is not None:
+        weights = {n: t for n, t in head.export_state().items() if n.startswith(_FP32)}
+        state = _head_state(weights, 0)
+        others = {n for n in held if n.startswith(_HEAD + _FP32)} - state.keys()
+        problems = (problems[0], _misfits(state, held) + [f"{n} is not here" for n in others])
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, problems)
+    of_backbone, of_head = (sorted({text for one in found for text in one[n]}) for n in (0, 1))
+    if of_backbone:
+        raise CheckpointError(f"its backbone does not fit the recipe's: {listed(of_backbone, 5)}")
+    start_from_weights(directory, chunks, optimizer, None if of_head else head, topology)
+    return of_head
+
+
+def _misfits(state: dict[str, Any], held: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The tensors of a sharded state that a checkpoint has not, or has in another shape."""
+    found = []
+    for entry in state.values():
+        parts = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
+        for part in parts if isinstance(parts, list) else [parts]:
+            if isinstance(part, ShardedTensor):
+                here, there = tuple(part.global_shape), held.get(part.key)
+                if there is None:
+                    found.append(f"{part.key} {list(here)} is not there")
+                elif here != there:
+                    found.append(f"{part.key} {list(there)} there, {list(here)} here")
+    return found
 
 
 def _weight_state(backbone: nn.Module, head: nn.Module | None) -> dict[str, Any]:

@@ -37,14 +37,13 @@ def newest_valid_for_all(run_dir: Path) -> Path | None:
     return directory
 
 
-def source_for_all(path: str) -> Path:
-    """The checkpoint that ``run.continue_from`` stands for: itself, or the newest intact one of a
+def source_for_all(path: str, name: str = "run.continue_from") -> Path:
+    """The checkpoint that a field of the recipe stands for: itself, or the newest intact one of a
     run; nothing is changed there. A collective of the world.
 
     Raises:
         CheckpointError: there is none; on every rank.
     """
-    name = "run.continue_from"
     found = on_rank_zero(lambda: checkpoints.candidates(path, name))
     directory, passed_over = _first_whole(found)
     if directory is None:

@@ -309,6 +309,17 @@ def write_now(state: State, directory: Path) -> None:
     writer.ended(wait=True)
 
 
+def shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """The names and whole shapes of the tensors in a directory.
+
+    Raises:
+        CheckpointError: it holds more than tensors, or is damaged.
+    """
+    read_description(directory / DESCRIPTION)
+    found = dist_checkpointing.load_tensors_metadata(str(directory))
+    return {name: tuple(tensor.global_shape) for name, tensor in found.items()}
+
+
 def read(state: State, directory: Path) -> State:
     """Fill a sharded state from a directory; a collective of the world.
 

@@ -1,0 +1,1 @@
+"""What an exported directory carries for transformers' Auto classes; nothing here is imported."""
