@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from functools import partial
 from typing import Any
 
@@ -11,12 +10,10 @@ import torch
 
 from calm_dist.benchmark.timing import median_seconds
 from calm_dist.gpu_check.facts import max_clock
+from calm_dist.gpu_check.parts import ENERGY_INSTRUCTIONS
 from calm_dist.gpu_check.worker import Check, NotRunError
 from calm_dist.losses.energy import energy_score, energy_score_reference
 
-# Warp instructions of a position of CALM-M (N = 8, l = 128, 100 draws, bf16, with gradient) by
-# compute capability: compiled ahead of time, tests/gpu/test_compiled_kernel.py.
-INSTRUCTIONS = {8: 37_900, 9: 37_300, 10: 36_700}
 # Each multiprocessor has four schedulers, each of which issues one instruction a clock at most;
 # the fraction of the clocks in which they do is an assumption.
 SCHEDULERS, ISSUED = 4, 0.6
@@ -34,9 +31,6 @@ def measure(check: Check) -> None:
     """Compare with the formula, with whole shards of positions cut in two, then time."""
     if importlib.util.find_spec("triton") is None:
         raise NotRunError("triton is not installed; it comes with torch's CUDA builds")
-    if check.device.type == "cpu":
-        # Before its first import.
-        os.environ["TRITON_INTERPRET"] = "1"
     for case in CASES[:5] if check.small else CASES:
         for beta in (1.0,) if check.small else (0.5, 1.0, 1.5):
             difference = formula_difference(*case, beta, check.device)
@@ -140,7 +134,7 @@ def predicted_seconds(positions: int, device: torch.device) -> float | None:
     if device.type != "cuda" or clock is None:
         return None
     properties = torch.cuda.get_device_properties(device)
-    if properties.major not in INSTRUCTIONS:
+    if properties.major not in ENERGY_INSTRUCTIONS:
         return None
     rate = properties.multi_processor_count * SCHEDULERS * ISSUED * clock
-    return positions * INSTRUCTIONS[properties.major] / rate
+    return positions * ENERGY_INSTRUCTIONS[properties.major] / rate

@@ -92,11 +92,13 @@ def _start(part: Part, place: Path, device: str, end: float) -> _Running:
     package = str(Path(calm_dist.__file__).parents[1])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH", ""))))
     small = ["--small"] if device == "cpu" else []
+    # Torch's CUDA builds import Triton, which decides then whether to interpret its kernels.
+    interpret = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
     command = [sys.executable, "-P", "-m", "calm_dist.gpu_check.worker", part.name]
     with (place / f"{part.name}.log").open("wb") as log:
         process = subprocess.Popen(
             [*command, str(_file(place, part)), "--device", device, *small],
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, **interpret, "PYTHONPATH": path},
             stdout=log,
             stderr=subprocess.STDOUT,
             # A part that is late is ended with all that it started.

@@ -23,6 +23,7 @@ OTHER = "other"
 _PARTS = (
     ("calm_dist/parallel/noise.py", "noise"),
     ("calm_dist/losses/energy", "energy score"),
+    ("calm_dist/models/heads/noise", "noise"),
     ("calm_dist/models/heads/", "head"),
     ("calm_dist/models/autoencoder.py", "autoencoder"),
     ("calm_dist/losses/autoencoder.py", "autoencoder"),
