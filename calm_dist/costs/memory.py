@@ -199,8 +199,9 @@ def _backbone_activations(
     # Input and output; the composite form also keeps the normalised input, both in fp32.
     per_element = 2 * FP32_BYTES + width if on_cpu else 2 * width
     norm = per_element * d
-    # q, k and v in one tensor (the values are a view of it); rotated q and k; the output.
-    attention = 3 * d + 3 * kv
+    # q, k and v in one tensor (the values are a view of it); rotated q and k; the output. Of keys
+    # and values that are gathered, only the gathered ones are kept.
+    attention = 3 * d + 3 * kv if pieces == 1 else 2 * d
     if not on_cpu and recipe.training.micro_batch_size > 1:
         # The output is copied from batch-first to sequence-first order.
         attention += d
@@ -217,7 +218,8 @@ def _backbone_activations(
     total = in_flight * layers / parallel.chunks_per_stage * kept
     if stage == 0 and model.kind == "calm":
         # Concatenated embeddings, both sides of SiLU, the LayerNorm's input.
-        total += in_flight * positions * (model.patch_size * d + 4 * d / tensor + d) * width
+        embedded = positions * (model.patch_size * d + 4 * d / tensor + d) * width
+        total += _embedded_in_flight(recipe, in_flight) * embedded
     last = 0.0
     if stage == parallel.pipeline_parallel_size - 1:
         last = positions * norm / along_sequence
@@ -226,12 +228,24 @@ def _backbone_activations(
             copies = FP32_BYTES + (width if width < FP32_BYTES else 0)
             tokens = positions * model.patch_size
             last += tokens * (table_parameters(recipe) // d) * copies
+            if width == FP32_BYTES:
+                # The gradients of the table and of the states. In bf16 the logits have been freed.
+                last += (table_parameters(recipe) + tokens * d) * width
             if model.kind == "calm":
                 # States of all positions, gathered for the output layer.
                 last += tokens * d * width
-    # Gradients of the MLP's input and output, of the product, of SiLU, and of gate and up.
-    gradients = positions * width * (2 * d + 4 * model.intermediate_size / tensor)
+    # Gradients of the MLP's input and output, of SiLU, and of gate and up, which are there twice
+    # while they are joined; the product and its gradient have been freed.
+    gradients = positions * width * (2 * d + 3 * model.intermediate_size / tensor)
     return int(total), int(last), int(layer), int(gradients)
+
+
+def _embedded_in_flight(recipe: Recipe, in_flight: int) -> int:
+    """Micro-batches in the first chunk among the chunks' ``in_flight`` forward passes of the first
+    stage. The interleaved schedule takes as many micro-batches as there are stages through one
+    chunk, then through the next."""
+    stages, chunks = recipe.parallel.pipeline_parallel_size, recipe.parallel.chunks_per_stage
+    return sum(number // stages % chunks == 0 for number in range(in_flight))
 
 
 def _gathered_sequence(recipe: Recipe, model: CalmModel | TransformerModel) -> int:
@@ -263,6 +277,8 @@ def _head(recipe: LanguageModelRecipe, model: CalmModel) -> Memory:
     gradients = parameters * FP32_BYTES // (ranks if stage >= 2 else 1)
     if sums_head_gradients(recipe):
         gradients += parameters * FP32_BYTES
+    activations = model.head_spec.activation_elements(head, hidden, latent) * width
+    activations += model.head_spec.loss_elements(head, hidden, latent) * FP32_BYTES
     score = 0
     if head.spec.scores_energy:
         chunk = min(SCORE_CHUNK, positions)
@@ -271,9 +287,10 @@ def _head(recipe: LanguageModelRecipe, model: CalmModel) -> Memory:
         weights=parameters * width // (ranks if stage == 3 else 1),
         gradients=gradients,
         optimizer=parameters * (recipe.training.optimizer_spec.state_bytes + master) // ranks,
-        head_samples=positions * model.head_spec.activation_elements(head, hidden, latent) * width,
+        head_samples=positions * activations,
         energy_score=score,
-        buffers=min(parameters, ZERO_BUCKET) * width,
+        # ZeRO-3 also has gathered weights, of this layer and the next ones, and their gradients.
+        buffers=min(parameters, ZERO_BUCKET) * width * (3 if stage == 3 else 1),
     )
 
 

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from calm_dist.benchmark.timing import median_seconds
+from calm_dist.costs.clusters import Rates
 from calm_dist.gpu_check.facts import max_clock
 from calm_dist.gpu_check.parts import ENERGY_INSTRUCTIONS
 from calm_dist.gpu_check.worker import Check, NotRunError
 from calm_dist.losses.energy import energy_score, energy_score_reference
 
-# Each multiprocessor has four schedulers, each of which issues one instruction a clock at most;
-# the fraction of the clocks in which they do is an assumption.
-SCHEDULERS, ISSUED = 4, 0.6
 # Of the largest number of a tensor; the draws' products are of three tf32 parts.
 TOLERANCE = 1e-5
+# Of a multiprocessor; each issues one instruction a clock at most.
+SCHEDULERS = 4
 CASES = [  # N, M, positions, l
     (8, 100, 1, 128), (8, 100, 2, 128), (8, 100, 67, 128), (2, 1, 1, 7), (17, 33, 5, 40),
     (64, 20, 3, 256),
@@ -136,5 +136,5 @@ def predicted_seconds(positions: int, device: torch.device) -> float | None:
     properties = torch.cuda.get_device_properties(device)
     if properties.major not in ENERGY_INSTRUCTIONS:
         return None
-    rate = properties.multi_processor_count * SCHEDULERS * ISSUED * clock
+    rate = properties.multi_processor_count * SCHEDULERS * Rates().issue_fraction * clock
     return positions * ENERGY_INSTRUCTIONS[properties.major] / rate

@@ -161,8 +161,8 @@ def test_draws_or_their_keys_are_given() -> None:
 
 def test_the_head_trains_with_the_kernel() -> None:
     """The same loss as with torch's score, but for noise and draws: the mean over positions agrees
-    within 5 standard errors, the gradient points the same way; and a rank's part of the positions has the
-    losses of the whole."""
+    within 5 standard errors, the gradient points the same way; and a rank's part of the positions
+    has the losses of the whole."""
     recipe = HeadRecipe(num_mlp_layers=1, num_samples=4, posterior_samples=50, noise_size=8)
     torch.manual_seed(0)
     head = EnergyHead(recipe, 32, 16).to(DEVICE)
