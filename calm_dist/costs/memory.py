@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from calm_dist.costs import flops
+from calm_dist.costs.chunks import LOGITS, SCORE_POSITIONS, ZERO_BUCKET_ELEMENTS
 from calm_dist.costs.stages import chunk_sizes
 from calm_dist.recipe import (
     AutoencoderRecipe,
@@ -22,12 +23,6 @@ from calm_dist.recipe import (
 from calm_dist.recipe.checks import padded_vocab_size
 
 FP32_BYTES = 4
-# Positions scored at a time (`losses.energy`), and the largest bucket in which DeepSpeed gathers
-# gradients (`parallel.zero_head`).
-SCORE_CHUNK = 64
-ZERO_BUCKET = 500_000_000
-# Logits in memory at a time in an autoencoder's loss (`losses.linear_cross_entropy`).
-LOGITS_CHUNK = 44_000_000
 # Tensors of a chunk's draws that exist together: the draws, their noise, a product of both.
 SCORE_COPIES = 3
 
@@ -281,7 +276,7 @@ def _head(recipe: LanguageModelRecipe, model: CalmModel) -> Memory:
     activations += model.head_spec.loss_elements(head, hidden, latent) * FP32_BYTES
     score = 0
     if head.spec.scores_energy:
-        chunk = min(SCORE_CHUNK, positions)
+        chunk = min(SCORE_POSITIONS, positions)
         score = SCORE_COPIES * chunk * head.posterior_samples * latent * FP32_BYTES
     return Memory(
         weights=parameters * width // (ranks if stage == 3 else 1),
@@ -290,7 +285,7 @@ def _head(recipe: LanguageModelRecipe, model: CalmModel) -> Memory:
         head_samples=positions * activations,
         energy_score=score,
         # ZeRO-3 also has gathered weights, of this layer and the next ones, and their gradients.
-        buffers=min(parameters, ZERO_BUCKET) * width * (3 if stage == 3 else 1),
+        buffers=min(parameters, ZERO_BUCKET_ELEMENTS) * width * (3 if stage == 3 else 1),
     )
 
 
@@ -307,7 +302,7 @@ def _autoencoder(recipe: AutoencoderRecipe) -> Memory:
     words = flops.known_size(model, "vocab_size")
     tokens, table = patches * patch_size, words * model.hidden_size
     # Equal chunks, of whole rows.
-    chunk = -(-tokens // -(-tokens // max(1, LOGITS_CHUNK // words))) * words
+    chunk = -(-tokens // -(-tokens // max(1, LOGITS // words))) * words
     activations = int(patches * elements * width) + table * FP32_BYTES
     if width == FP32_BYTES:
         # The last chunk may be smaller, and then exists beside the one before it.

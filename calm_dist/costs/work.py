@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from calm_dist.costs import flops
+from calm_dist.costs.chunks import SCORE_POSITIONS
 from calm_dist.costs.clusters import Cluster
 from calm_dist.costs.memory import (
     FP32_BYTES,
-    SCORE_CHUNK,
     backbone_parameters,
     element_bytes,
     head_shards,
@@ -202,7 +202,7 @@ def _score(recipe: LanguageModelRecipe, model: CalmModel, cluster: Cluster) -> W
     others = head.posterior_samples + head.num_samples
     products = 4 * head.num_samples * others * latent * rows
     blocks = recipe.training.micro_batch_size
-    chunks = blocks * -(-rows // (blocks * SCORE_CHUNK))
+    chunks = blocks * -(-rows // (blocks * SCORE_POSITIONS))
     return Work(
         products,
         traffic=DRAW_ACCESSES * draws * FP32_BYTES,
