@@ -18,6 +18,7 @@ import calm_dist
 from calm_dist.cli.console import write_json
 from calm_dist.errors import UserError
 from calm_dist.gpu_check.parts import PARTS, Part
+from calm_dist.parallel.launch import cuda_environment
 
 RUNNING, FAILED, NOT_RUN, TIMED_OUT = "running", "failed", "not run", "timed out"
 # Less is not enough to import torch, Megatron-core and DeepSpeed.
@@ -93,12 +94,15 @@ def _start(part: Part, place: Path, device: str, end: float) -> _Running:
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH", ""))))
     small = ["--small"] if device == "cpu" else []
     # Torch's CUDA builds import Triton, which decides then whether to interpret its kernels.
-    interpret = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
+    settings = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
+    if device == "cuda" and not part.in_background:
+        # As a training has them; a rehearsal makes its own.
+        settings = cuda_environment(tensor_parallel_size=1)
     command = [sys.executable, "-P", "-m", "calm_dist.gpu_check.worker", part.name]
     with (place / f"{part.name}.log").open("wb") as log:
         process = subprocess.Popen(
             [*command, str(_file(place, part)), "--device", device, *small],
-            env={**os.environ, **interpret, "PYTHONPATH": path},
+            env={**os.environ, **settings, "PYTHONPATH": path},
             stdout=log,
             stderr=subprocess.STDOUT,
             # A part that is late is ended with all that it started.
