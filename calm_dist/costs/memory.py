@@ -96,11 +96,14 @@ def stage_memory(
             # The frozen autoencoder, whole and in fp32.
             encoder = flops.count_autoencoder(model, 0).parameters
             head += Memory(weights=encoder * FP32_BYTES)
+    embedding = _embedding_gradient(recipe, backbone) if stage == 0 else 0
     again = layer if recipe.parallel.recompute else 0
     after = last + head.head_samples
     # When the backward pass of the last layer begins, the activations after the layers are freed.
     backbone += max(last, again - head.head_samples)
     buffers = _gathered_sequence(recipe, model) + max(0, again + gradients - max(after, again))
+    # The backward pass of the embedding comes last, when little else is there.
+    buffers = max(buffers, embedding - backbone - head.head_samples - head.energy_score)
     return memory + head + Memory(activations=backbone, buffers=buffers)
 
 
@@ -233,6 +236,21 @@ def _backbone_activations(
     # while they are joined; the product and its gradient have been freed.
     gradients = positions * width * (2 * d + 3 * model.intermediate_size / tensor)
     return int(total), int(last), int(layer), int(gradients)
+
+
+def _embedding_gradient(recipe: LanguageModelRecipe, kept: int) -> int:
+    """Bytes on the first stage during the embedding's backward pass, beside what is kept between
+    steps: the gradient of its table and of its output, and the other micro-batches in flight.
+
+    Args:
+        kept: activations of all micro-batches in flight.
+    """
+    model, width = recipe.model, element_bytes(recipe)
+    rows = recipe.training.micro_batch_size * recipe.padded_length
+    rows //= recipe.parallel.context_parallel_size
+    output = rows * model.patch_size * model.hidden_size * width
+    others = kept * (1 - 1 / chunks_in_flight(recipe, 0))
+    return int(others) + table_parameters(recipe) * width + output
 
 
 def _embedded_in_flight(recipe: Recipe, in_flight: int) -> int:
