@@ -23,7 +23,11 @@ def read_version() -> str:
 setup(
     version=read_version(),
     packages=find_packages(include=["calm_dist", "calm_dist.*"]),
-    package_data={"calm_dist": ["py.typed"], "calm_dist.rehearsal": ["*.c"]},
+    package_data={
+        "calm_dist": ["py.typed"],
+        "calm_dist.rehearsal": ["*.c"],
+        "calm_dist.gpu_check": ["*.json"],
+    },
     install_requires=[
         "torch>=2.6",
         "megatron-core==0.16.1",

@@ -20,6 +20,7 @@ from calm_dist.models.heads import Head
 from calm_dist.recipe import LanguageModelRecipe
 
 OTHER, ENERGY_SCORE = "other", "energy score"
+STEP_RANGE = "training step"
 _RANGE = "part: "
 _MODULES = {
     "PatchEmbedding": "embedding",
@@ -76,7 +77,7 @@ def measure_model(
     step()
     peak, _ = peak_mib(step, device)
     times = [seconds(step, device) for _ in range(repeats)]
-    parts = _parts(steps, device)
+    parts = by_part(profile_step(steps, device), device.type == "cuda")
     steps.close()
     around = environment(device)
     rate = recipe.tokens_per_step / median(times)
@@ -105,8 +106,9 @@ def measure_model(
     }
 
 
-def _parts(steps: RandomSteps, device: torch.device) -> dict[str, dict[str, float]]:
-    """Forward and backward seconds of each part in one step."""
+def profile_step(steps: RandomSteps, device: torch.device) -> list[FunctionEvent]:
+    """Events of one step, with ranges around the forward passes of the model's parts, in a range
+    `STEP_RANGE`."""
     modules = [chunk.module for chunk in steps.parts.chunks]
     if steps.parts.head is not None:
         modules.append(steps.parts.head.module)
@@ -115,13 +117,14 @@ def _parts(steps: RandomSteps, device: torch.device) -> dict[str, dict[str, floa
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     try:
         with profile(activities=activities) as profiler:
-            steps.step()
+            with record_function(STEP_RANGE):
+                steps.step()
             if on_gpu:
                 torch.cuda.synchronize(device)
     finally:
         for handle in handles:
             handle.remove()
-    return _by_part(profiler.events() or [], on_gpu)
+    return list(profiler.events() or [])
 
 
 def _annotate(module: nn.Module) -> list[Any]:
@@ -144,9 +147,9 @@ def _annotate(module: nn.Module) -> list[Any]:
     return [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
 
 
-def _by_part(events: list[FunctionEvent], on_gpu: bool) -> dict[str, dict[str, float]]:
-    """Sums over a profile of the ops inside each part's range and of their backward passes, which
-    have the same sequence numbers."""
+def by_part(events: list[FunctionEvent], on_gpu: bool) -> dict[str, dict[str, float]]:
+    """Forward and backward seconds of each part in a profile: sums of the ops inside its range and
+    of their backward passes, which have the same sequence numbers."""
     # Kernels are also separate events; they count with the op that launched them.
     top = [
         event

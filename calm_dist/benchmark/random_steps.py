@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch.profiler import record_function
 from calm_dist.parallel.pipeline import micro_batches
 from calm_dist.parallel.topology import Topology
 from calm_dist.recipe import LanguageModelRecipe
-from calm_dist.training.build import build_parts
+from calm_dist.training.build import build_parts, make_forward_step
+from calm_dist.training.engine import StepResult
 from calm_dist.training.optimizer import JointOptimizer
 
 OPTIMIZER_RANGE = "part: optimizer"
@@ -44,18 +45,24 @@ class RandomSteps:
         os.environ.setdefault("LOCAL_RANK", "0")
         self.recipe = recipe
         self.batch = random_batch(recipe, topology)
+        if topology.device.type == "cuda":
+            # As the trainer's batches are: other copies to the device wait for it.
+            self.batch = {name: tensor.pin_memory() for name, tensor in self.batch.items()}
         self.parts = build_parts(recipe, topology)
+        self._topology = topology
         self._joint = JointOptimizer(recipe, self.parts.optimizer, self.parts.head, topology)
         self._schedule = get_forward_backward_func()
+        self.result: StepResult | None = None
+        """The result of the last step."""
 
-    def step(self) -> StepTimes:
-        """One step; on a GPU the times are those of launching its kernels."""
+    def step(self, number: int = 0) -> StepTimes:
+        """Training step ``number``; on a GPU the times are those of launching its kernels."""
         recipe, parts = self.recipe, self.parts
         started, busy = time.perf_counter(), time.process_time()
         for chunk in parts.chunks:
             chunk.zero_grad_buffer()
         parts.optimizer.zero_grad()
-        parts.forward_step.begin(0)
+        parts.forward_step.begin(number)
         size = recipe.training.micro_batch_size
         outputs = self._schedule(
             forward_step_func=parts.forward_step,
@@ -67,10 +74,21 @@ class RandomSteps:
             forward_only=False,
         )
         scheduled, busy = time.perf_counter(), time.process_time() - busy
-        zero = torch.zeros(())
+        zero = torch.zeros((), device=self._topology.device)
         with record_function(OPTIMIZER_RANGE):
-            self._joint.step(0, sum((output["loss"] for output in outputs), zero))
+            loss = sum((output["loss"] for output in outputs), zero)
+            self.result = self._joint.step(number, loss)
         return StepTimes(scheduled - started, busy, time.perf_counter() - scheduled)
+
+    def resize(self, micro_batches: int) -> None:
+        """Take smaller steps, on the first ``micro_batches`` micro-batches of the batch."""
+        rows = micro_batches * self.recipe.training.micro_batch_size
+        self.recipe = self.recipe.with_global_batch(rows * self.recipe.data_parallel_size)
+        self.batch = {name: tensor[:rows] for name, tensor in self.batch.items()}
+        forward_step = make_forward_step(
+            self.recipe, self._topology, self.parts.chunks, self.parts.head
+        )
+        self.parts = replace(self.parts, forward_step=forward_step)
 
     def close(self) -> None:
         """Close the head's engine; must be called before the process groups are destroyed."""
@@ -78,12 +96,12 @@ class RandomSteps:
             self.parts.head.close()
 
 
-def random_batch(recipe: LanguageModelRecipe, topology: Topology) -> dict[str, Any]:
+def random_batch(recipe: LanguageModelRecipe, topology: Topology, seed: int = 0) -> dict[str, Any]:
     """Blocks of one replica for one step; for a CALM with a plausible posterior."""
     model = recipe.model
     assert model.vocab_size
     rows = recipe.training.global_batch_size // topology.dp_size
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(
         model.vocab_size, (rows, recipe.num_patches * model.patch_size), generator=generator
     )

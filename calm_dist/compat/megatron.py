@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import (
     FileSystemWriterAsync as AsyncFileWriter,
 )
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
@@ -34,6 +35,22 @@ def process_groups() -> list[dist.ProcessGroup]:
 def single_optimizers(optimizer: MegatronOptimizer) -> list[Any]:
     """The parts of a chained optimizer, or the optimizer itself."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def use_rotation(fused: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    """Rotate queries and keys on GPUs by ``fused``, where ``apply_rope_fusion`` calls Transformer
+    Engine; to be called before a configuration is made.
+
+    Args:
+        fused: (states [steps, B, heads, size], angles [steps, 1 or B, 1, size]) -> rotated states.
+    """
+
+    def rotate(states: torch.Tensor, angles: torch.Tensor, interleaved: bool) -> torch.Tensor:
+        if states.device.type == "cuda" and not interleaved:
+            return fused(states, angles)
+        return rope_utils._apply_rotary_pos_emb_bshd(states, angles, rotary_interleaved=interleaved)
+
+    rope_utils.fused_apply_rotary_pos_emb = rotate
 
 
 def replace_inner_optimizer(

@@ -26,8 +26,12 @@ class Rates:
     """Fraction of memory bandwidth in element-wise kernels on large tensors."""
     link_fraction: float = 0.80
     """Fraction of a link's bandwidth in collectives of large messages."""
-    dispatch_seconds: float = 5e-6
-    """Time between two kernel launches by PyTorch in eager mode."""
+    issue_fraction: float = 0.60
+    """Fraction of the clocks in which a multiprocessor's four schedulers issue an instruction, in
+    kernels that neither matrix products nor memory limit."""
+    dispatch_seconds: float = 9e-6
+    """Time of the host for one kernel launch, with what PyTorch, Megatron-core and this package do
+    in between."""
     draws_per_second: float = float("inf")
     """Normal numbers a second; infinite: limited only by writing them."""
     synchronous: bool = False
@@ -61,6 +65,11 @@ class Cluster:
     price: float | None = None
     """Price of a GPU-hour; prices differ too much between sites for a default."""
     rates: Rates = Rates()
+
+    @property
+    def instructions_per_second(self) -> float:
+        """Warp instructions: one is 32 multiply-adds of the fp32 peak."""
+        return self.fp32_flops / 64 * self.rates.issue_fraction
 
     @property
     def usable_memory(self) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from calm_dist.costs import flops
+from calm_dist.costs.chunks import LOGITS, SCORE_POSITIONS, ZERO_BUCKET_ELEMENTS
 from calm_dist.costs.stages import chunk_sizes
 from calm_dist.recipe import (
     AutoencoderRecipe,
@@ -22,12 +23,6 @@ from calm_dist.recipe import (
 from calm_dist.recipe.checks import padded_vocab_size
 
 FP32_BYTES = 4
-# Positions scored at a time (`losses.energy`), and the largest bucket in which DeepSpeed gathers
-# gradients (`parallel.zero_head`).
-SCORE_CHUNK = 64
-ZERO_BUCKET = 500_000_000
-# Logits in memory at a time in an autoencoder's loss (`losses.linear_cross_entropy`).
-LOGITS_CHUNK = 44_000_000
 # Tensors of a chunk's draws that exist together: the draws, their noise, a product of both.
 SCORE_COPIES = 3
 
@@ -101,11 +96,14 @@ def stage_memory(
             # The frozen autoencoder, whole and in fp32.
             encoder = flops.count_autoencoder(model, 0).parameters
             head += Memory(weights=encoder * FP32_BYTES)
+    embedding = _embedding_gradient(recipe, backbone) if stage == 0 else 0
     again = layer if recipe.parallel.recompute else 0
     after = last + head.head_samples
     # When the backward pass of the last layer begins, the activations after the layers are freed.
     backbone += max(last, again - head.head_samples)
     buffers = _gathered_sequence(recipe, model) + max(0, again + gradients - max(after, again))
+    # The backward pass of the embedding comes last, when little else is there.
+    buffers = max(buffers, embedding - backbone - head.head_samples - head.energy_score)
     return memory + head + Memory(activations=backbone, buffers=buffers)
 
 
@@ -199,8 +197,9 @@ def _backbone_activations(
     # Input and output; the composite form also keeps the normalised input, both in fp32.
     per_element = 2 * FP32_BYTES + width if on_cpu else 2 * width
     norm = per_element * d
-    # q, k and v in one tensor (the values are a view of it); rotated q and k; the output.
-    attention = 3 * d + 3 * kv
+    # q, k and v in one tensor (the values are a view of it); rotated q and k; the output. Of keys
+    # and values that are gathered, only the gathered ones are kept.
+    attention = 3 * d + 3 * kv if pieces == 1 else 2 * d
     if not on_cpu and recipe.training.micro_batch_size > 1:
         # The output is copied from batch-first to sequence-first order.
         attention += d
@@ -217,7 +216,8 @@ def _backbone_activations(
     total = in_flight * layers / parallel.chunks_per_stage * kept
     if stage == 0 and model.kind == "calm":
         # Concatenated embeddings, both sides of SiLU, the LayerNorm's input.
-        total += in_flight * positions * (model.patch_size * d + 4 * d / tensor + d) * width
+        embedded = positions * (model.patch_size * d + 4 * d / tensor + d) * width
+        total += _embedded_in_flight(recipe, in_flight) * embedded
     last = 0.0
     if stage == parallel.pipeline_parallel_size - 1:
         last = positions * norm / along_sequence
@@ -226,12 +226,39 @@ def _backbone_activations(
             copies = FP32_BYTES + (width if width < FP32_BYTES else 0)
             tokens = positions * model.patch_size
             last += tokens * (table_parameters(recipe) // d) * copies
+            if width == FP32_BYTES:
+                # The gradients of the table and of the states. In bf16 the logits have been freed.
+                last += (table_parameters(recipe) + tokens * d) * width
             if model.kind == "calm":
                 # States of all positions, gathered for the output layer.
                 last += tokens * d * width
-    # Gradients of the MLP's input and output, of the product, of SiLU, and of gate and up.
-    gradients = positions * width * (2 * d + 4 * model.intermediate_size / tensor)
+    # Gradients of the MLP's input and output, of SiLU, and of gate and up, which are there twice
+    # while they are joined; the product and its gradient have been freed.
+    gradients = positions * width * (2 * d + 3 * model.intermediate_size / tensor)
     return int(total), int(last), int(layer), int(gradients)
+
+
+def _embedding_gradient(recipe: LanguageModelRecipe, kept: int) -> int:
+    """Bytes on the first stage during the embedding's backward pass, beside what is kept between
+    steps: the gradient of its table and of its output, and the other micro-batches in flight.
+
+    Args:
+        kept: activations of all micro-batches in flight.
+    """
+    model, width = recipe.model, element_bytes(recipe)
+    rows = recipe.training.micro_batch_size * recipe.padded_length
+    rows //= recipe.parallel.context_parallel_size
+    output = rows * model.patch_size * model.hidden_size * width
+    others = kept * (1 - 1 / chunks_in_flight(recipe, 0))
+    return int(others) + table_parameters(recipe) * width + output
+
+
+def _embedded_in_flight(recipe: Recipe, in_flight: int) -> int:
+    """Micro-batches in the first chunk among the chunks' ``in_flight`` forward passes of the first
+    stage. The interleaved schedule takes as many micro-batches as there are stages through one
+    chunk, then through the next."""
+    stages, chunks = recipe.parallel.pipeline_parallel_size, recipe.parallel.chunks_per_stage
+    return sum(number // stages % chunks == 0 for number in range(in_flight))
 
 
 def _gathered_sequence(recipe: Recipe, model: CalmModel | TransformerModel) -> int:
@@ -263,17 +290,20 @@ def _head(recipe: LanguageModelRecipe, model: CalmModel) -> Memory:
     gradients = parameters * FP32_BYTES // (ranks if stage >= 2 else 1)
     if sums_head_gradients(recipe):
         gradients += parameters * FP32_BYTES
+    activations = model.head_spec.activation_elements(head, hidden, latent) * width
+    activations += model.head_spec.loss_elements(head, hidden, latent) * FP32_BYTES
     score = 0
     if head.spec.scores_energy:
-        chunk = min(SCORE_CHUNK, positions)
+        chunk = min(SCORE_POSITIONS, positions)
         score = SCORE_COPIES * chunk * head.posterior_samples * latent * FP32_BYTES
     return Memory(
         weights=parameters * width // (ranks if stage == 3 else 1),
         gradients=gradients,
         optimizer=parameters * (recipe.training.optimizer_spec.state_bytes + master) // ranks,
-        head_samples=positions * model.head_spec.activation_elements(head, hidden, latent) * width,
+        head_samples=positions * activations,
         energy_score=score,
-        buffers=min(parameters, ZERO_BUCKET) * width,
+        # ZeRO-3 also has gathered weights, of this layer and the next ones, and their gradients.
+        buffers=min(parameters, ZERO_BUCKET_ELEMENTS) * width * (3 if stage == 3 else 1),
     )
 
 
@@ -290,7 +320,7 @@ def _autoencoder(recipe: AutoencoderRecipe) -> Memory:
     words = flops.known_size(model, "vocab_size")
     tokens, table = patches * patch_size, words * model.hidden_size
     # Equal chunks, of whole rows.
-    chunk = -(-tokens // -(-tokens // max(1, LOGITS_CHUNK // words))) * words
+    chunk = -(-tokens // -(-tokens // max(1, LOGITS // words))) * words
     activations = int(patches * elements * width) + table * FP32_BYTES
     if width == FP32_BYTES:
         # The last chunk may be smaller, and then exists beside the one before it.

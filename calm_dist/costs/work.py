@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from calm_dist.costs import flops
+from calm_dist.costs.chunks import SCORE_POSITIONS
 from calm_dist.costs.clusters import Cluster
 from calm_dist.costs.memory import (
     FP32_BYTES,
-    SCORE_CHUNK,
     backbone_parameters,
     element_bytes,
     head_shards,
@@ -32,10 +32,17 @@ NORM_FUSED, NORM_COMPOSITE = 5, 31
 # and v, residuals; per element of the MLP's width: SiLU, the product, Megatron's copy of up.
 LAYER_HIDDEN, LAYER_INTERMEDIATE = 61, 16
 LAYER_KERNELS = 80
+# The same on GPUs, where one kernel rotates queries and one keys (`models.rotary_kernel`): 4
+# accesses instead of 27. The kernels are those of a rehearsal of CALM-M.
+ROTATED_HIDDEN, ROTATED_KERNELS = 15, 34
 # Embeddings of all tokens, SiLU and LayerNorm of the compressor, per element of the hidden state.
 COMPRESSOR_HIDDEN, COMPRESSOR_KERNELS = 40, 40
 # Energy score: accesses per element of a draw, in fp32; kernels per chunk of positions.
 DRAW_ACCESSES, SCORE_KERNELS = 7, 35
+# The same in one kernel on GPUs: warp instructions per component of a draw, for up to eight samples
+# (37,300 for 100 draws of 128; tests/gpu compiles it), and kernels of a micro-batch, those of the
+# noise included.
+FUSED_INSTRUCTIONS, FUSED_KERNELS = 2.9, 6
 # Cross entropy: accesses per logit, in fp32.
 LOGIT_ACCESSES, LOGIT_KERNELS = 10, 40
 # DeepSpeed's copies of the head's gradient when it reduces it, per parameter; and adding the
@@ -59,6 +66,8 @@ class Work:
     """Number of normal numbers drawn."""
     kernels: float = 0.0
     """Number of kernel launches."""
+    instructions: float = 0.0
+    """Warp instructions of kernels that neither matrix products nor memory limit."""
 
     def seconds(self, cluster: Cluster, peak: float) -> float:
         """Roofline: each kind of work at its rate, but not faster than its kernel launches."""
@@ -68,6 +77,7 @@ class Work:
             + self.attention / (peak * rates.attention_fraction)
             + self.traffic / (cluster.memory_bandwidth * rates.bandwidth_fraction)
             + self.draws / rates.draws_per_second
+            + self.instructions / cluster.instructions_per_second
         )
         launching = self.kernels * rates.dispatch_seconds
         return busy + launching if rates.synchronous else max(busy, launching)
@@ -92,7 +102,7 @@ def micro_batch_work(
         if model.kind == "calm":
             parts["head"] = _head(recipe, model)
             if model.head.spec.scores_energy:
-                parts["energy score"] = _score(recipe, model)
+                parts["energy score"] = _score(recipe, model, cluster)
         if last_stage_tables(model):
             parts["output layer"] = _output_layer(recipe, model)
     return parts
@@ -136,16 +146,18 @@ def _layer(
     attention = seen * 4 * d * recipe.padded_length * rows / tensor
     norm = NORM_COMPOSITE if cluster.on_cpu else NORM_FUSED
     elements = 2 * norm * d / along_sequence
-    elements += (LAYER_HIDDEN * d + LAYER_INTERMEDIATE * f) / tensor
+    of_hidden = LAYER_HIDDEN if cluster.on_cpu else ROTATED_HIDDEN
+    elements += (of_hidden * d + LAYER_INTERMEDIATE * f) / tensor
     if model.qk_norm:
         elements += norm * (d + kv) / tensor
     traffic = elements * rows * element_bytes(recipe)
-    forward = Work(products, attention, traffic / 3, kernels=LAYER_KERNELS / 3)
+    kernels = LAYER_KERNELS if cluster.on_cpu else ROTATED_KERNELS
+    forward = Work(products, attention, traffic / 3, kernels=kernels / 3)
     both = Work(
         flops.BACKWARD_AND_FORWARD * products,
         (1 + ATTENTION_BACKWARD) * attention,
         traffic,
-        kernels=LAYER_KERNELS,
+        kernels=kernels,
     )
     return forward, both
 
@@ -178,16 +190,19 @@ def _head(recipe: LanguageModelRecipe, model: CalmModel) -> Work:
     )
 
 
-def _score(recipe: LanguageModelRecipe, model: CalmModel) -> Work:
-    """The energy score of all samples against M draws, chunk by chunk."""
+def _score(recipe: LanguageModelRecipe, model: CalmModel, cluster: Cluster) -> Work:
+    """The energy score of all samples against M draws: in one kernel, or chunk by chunk."""
     head, latent = model.head, flops.known_size(model, "latent_size")
     rows = positions(recipe) / recipe.parallel.tensor_parallel_size
     draws = rows * head.posterior_samples * latent
+    if not cluster.on_cpu and recipe.training.energy_kernel != "torch":
+        per_draw = FUSED_INSTRUCTIONS * max(1.0, head.num_samples / 8)
+        return Work(instructions=per_draw * draws, kernels=FUSED_KERNELS)
     # Distances to the draws and between samples, and their gradients.
     others = head.posterior_samples + head.num_samples
     products = 4 * head.num_samples * others * latent * rows
     blocks = recipe.training.micro_batch_size
-    chunks = blocks * -(-rows // (blocks * SCORE_CHUNK))
+    chunks = blocks * -(-rows // (blocks * SCORE_POSITIONS))
     return Work(
         products,
         traffic=DRAW_ACCESSES * draws * FP32_BYTES,
@@ -227,4 +242,5 @@ def _times(work: Work, number: float) -> Work:
         work.traffic * number,
         work.draws * number,
         work.kernels * number,
+        work.instructions * number,
     )

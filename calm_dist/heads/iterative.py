@@ -60,9 +60,13 @@ class IterativeSpec(HeadSpec):
 
     def activation_elements(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
         # A block keeps its norm's input, the modulation's 3d and its input, the modulated tensor
-        # and the MLP's rows; then come the embeddings, the final layer and the loss's terms.
-        per_sample = (11 * head.num_mlp_layers + 8) * hidden_size + TIME_FEATURES
-        return head.num_samples * (per_sample + self.latent_elements * latent_size)
+        # and the MLP's rows; then come the embeddings and the final layer; in the backward pass the
+        # gradient of a modulation, 3d.
+        per_sample = (11 * head.num_mlp_layers + 8 + 3) * hidden_size + TIME_FEATURES
+        return head.num_samples * per_sample
+
+    def loss_elements(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
+        return head.num_samples * self.latent_elements * latent_size
 
     def traffic_elements(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
         rows = (BLOCK_ACCESSES * head.num_mlp_layers + OTHER_ACCESSES) * hidden_size

@@ -170,7 +170,11 @@ class HeadSpec(ABC):
 
     @abstractmethod
     def activation_elements(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
-        """Elements that autograd keeps per position, for all N samples."""
+        """Elements that autograd keeps per position, for all N samples, in the run's precision."""
+
+    def loss_elements(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
+        """Elements that the loss keeps per position, for all N samples, always in fp32."""
+        return 0
 
     @abstractmethod
     def traffic_elements(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:

@@ -298,6 +298,9 @@ def single_process_topology(recipe: LanguageModelRecipe, device: torch.device) -
     """
     global _alone
     megatron_cpu.install()
+    if device.type == "cuda" and device.index is None:
+        # NCCL takes no device without a number.
+        device = torch.device("cuda", torch.cuda.current_device())
     if not dist.is_initialized():
         join_world(World(0, 1, 0, 1, "", 0, "single process"), device, timeout_seconds=60.0)
     if parallel_state.is_initialized():

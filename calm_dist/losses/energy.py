@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
+from calm_dist.costs.chunks import SCORE_POSITIONS
 from calm_dist.randomness import key_seed
 
-CHUNK_POSITIONS = 64
 # A squared distance below this fraction of ‖x‖² + ‖z‖² has lost too many digits to cancellation in
 # the matrix product, and is computed again from the difference.
 CANCELLATION = 1e-3
@@ -144,8 +144,8 @@ class _DrawnNoise:
 
 
 def _chunks(positions: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, positions, CHUNK_POSITIONS):
-        yield start, min(start + CHUNK_POSITIONS, positions)
+    for start in range(0, positions, SCORE_POSITIONS):
+        yield start, min(start + SCORE_POSITIONS, positions)
 
 
 def _for_each(

@@ -158,11 +158,14 @@ def _squared_norms(a):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _normal_pair(of_radius, of_angle):  # type: ignore[no-untyped-def]
-    """Two independent standard normal numbers of two random int32, by Box and Muller.
+    """Two independent standard normal numbers of 32 random bits each, by Box and Muller.
 
     The angle is a number of turns: a polynomial on a quarter turn to both sides (error 2e-7) needs
     no reduction of large arguments, on which sin and cos spend most of their instructions.
     """
+    # The generator's numbers are unsigned: angles beyond three quarters of a turn would leave the
+    # range of the polynomials.
+    of_angle = of_angle.to(tl.int32, bitcast=True)
     # In (0, 1], without the sign bit.
     uniform = ((of_radius & 0x7FFFFFFF).to(tl.float32) + 0.5) * 4.656612873077393e-10
     radius = tl.sqrt(tl.maximum(-1.3862943611198906 * tl.log2(uniform), 0.0))
@@ -282,7 +285,7 @@ def _energy_kernel(  # type: ignore[no-untyped-def]
         sizes = _squared_norms(z)[:, None] + norms[None, :]
         squared = sizes - 2 * product
         is_pair = (draws < num_draws)[:, None] & (rows < num_samples)[None, :]
-        squared = tl.where(is_pair & (squared > _COINCIDING * sizes), squared, 0.0)
+        squared = tl.where(is_pair & (squared > sizes * _COINCIDING), squared, 0.0)
         power, weight = _power_and_weight(squared, BETA)
         to_draws += tl.sum(power)
         if NEEDS_GRADIENT:

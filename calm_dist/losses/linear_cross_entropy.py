@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 
-# Logits in memory at a time (168 MiB in fp32). Fewer rows make the matrix products slower: with
-# 128k words, 256 rows cost 10% more than 512, and 512 cost no more than 1,024.
-CHUNK_LOGITS = 44_000_000
+from calm_dist.costs.chunks import LOGITS
 
 
 def linear_cross_entropy(
@@ -48,7 +46,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         compute = hidden.dtype
         cast = weight.detach().to(compute)
-        parts = -(-len(hidden) // max(1, CHUNK_LOGITS // len(weight)))
+        parts = -(-len(hidden) // max(1, LOGITS // len(weight)))
         rows = -(-len(hidden) // parts)
         loss = torch.zeros((), device=hidden.device)
         if needs_gradient:

@@ -6,6 +6,7 @@ patch for CALM and a token for the baseline.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
+from calm_dist.compat.megatron import use_rotation
 from calm_dist.costs.stages import chunk_sizes
 from calm_dist.models.attention import CachedSelfAttention, CoreAttention, RMSNorm
 from calm_dist.models.kv_cache import SLOT_MULTIPLE, KeyValueCache
@@ -76,13 +78,13 @@ def transformer_config(recipe: LanguageModelRecipe, dtype: torch.dtype) -> Trans
         # `models.initialize` sets every weight again, but this also tags weights as
         # tensor-parallel.
         perform_initialization=True,
-        # These fusions are CUDA or Transformer Engine kernels.
+        # These fusions are CUDA or Transformer Engine kernels, but for the last one, which is ours.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
-        apply_rope_fusion=False,
         persist_layer_norm=False,
+        apply_rope_fusion=_fuses_rotation(),
         # Batched and overlapped p2p gave a silently wrong loss on gloo. NCCL needs batching unless
         # it overlaps.
         batch_p2p_comm=not on_cpu and not parallel.overlap_p2p,
@@ -91,6 +93,16 @@ def transformer_config(recipe: LanguageModelRecipe, dtype: torch.dtype) -> Trans
         overlap_p2p_comm=parallel.overlap_p2p,
         **recompute,
     )
+
+
+def _fuses_rotation() -> bool:
+    """Whether rotary positions are one launch of our kernel: on GPUs with Triton."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return False
+    from calm_dist.models.rotary_kernel import rotate
+
+    use_rotation(rotate)
+    return True
 
 
 def _pipeline_layout(recipe: LanguageModelRecipe) -> list[list[str]] | None:

@@ -1,7 +1,8 @@
 """Random numbers that do not depend on the layout.
 
 Noise is keyed by (seed, step, sample index, block of 64 positions, kind). A rank draws only the
-blocks that contain its positions, so every layout trains the same model, per device type.
+blocks that contain its positions, so every layout trains the same model, per device type. Kernels
+that draw their own numbers get a key for each position instead.
 """
 
 from __future__ import annotations
@@ -45,12 +46,11 @@ class KeyedNoise:
             yield first, end, partial(_part_of, draw, generator, part)
 
     def keys(self, kind: str) -> torch.Tensor:
-        """For each flattened position a key for a counter-based generator, int64."""
-        keys = [
-            self._seed_of(sample, block, kind) + torch.arange(part.start, part.stop)
-            for _, part, sample, block in self._blocks()
-        ]
-        joined = torch.cat(keys)
+        """For each flattened position a key for a counter-based generator, int64: one of its
+        sample, plus its place in the block."""
+        seeds = [key_seed(self._seed, self._step, sample, kind, "keys") for sample in self._index]
+        joined = torch.tensor(seeds)[:, None] + torch.arange(self._start, self._stop)
+        joined = joined.flatten()
         if self._device.type == "cuda":
             # From pageable memory the copy would wait for the device.
             joined = joined.pin_memory()

@@ -23,14 +23,12 @@ from calm_dist.compat.deepspeed import (
     partition_parameters,
 )
 from calm_dist.compat.zero_groups import Copy, ParameterGroup, parameter_groups
+from calm_dist.costs.chunks import ZERO_BUCKET_ELEMENTS
 from calm_dist.models.heads.base import NoiseSource
 from calm_dist.optimizers.make import decay_groups, make_optimizer
 from calm_dist.parallel.local_gradients import LocalGradients
 from calm_dist.parallel.topology import Topology
 from calm_dist.recipe import LanguageModelRecipe
-
-# DeepSpeed's own default.
-MAX_BUCKET_ELEMENTS = 500_000_000
 
 
 class HeadGroups:
@@ -280,7 +278,7 @@ def _engine_config(recipe: LanguageModelRecipe, head: nn.Module) -> dict[str, An
             "stage": recipe.parallel.zero_stage,
             "overlap_comm": False,
             # A buffer of this size is allocated, however small the head is.
-            "reduce_bucket_size": min(sum(sizes), MAX_BUCKET_ELEMENTS),
+            "reduce_bucket_size": min(sum(sizes), ZERO_BUCKET_ELEMENTS),
             # ZeRO-3: norms and biases stay unpartitioned; fetching them would cost more than it
             # saves.
             "stage3_param_persistence_threshold": max(vectors),

@@ -23,6 +23,7 @@ OTHER = "other"
 _PARTS = (
     ("calm_dist/parallel/noise.py", "noise"),
     ("calm_dist/losses/energy", "energy score"),
+    ("calm_dist/models/heads/noise", "noise"),
     ("calm_dist/models/heads/", "head"),
     ("calm_dist/models/autoencoder.py", "autoencoder"),
     ("calm_dist/losses/autoencoder.py", "autoencoder"),
@@ -86,13 +87,17 @@ def is_inside(function: str) -> bool:
     return any(frame.f_code.co_name == function for frame in _frames())
 
 
-def line_here() -> str:
+def line_here(besides: str = "") -> str:
     """``file:line`` of the innermost frame of this package or of the libraries under it, and of
-    this package if that is another one."""
+    this package if that is another one.
+
+    Args:
+        besides: start of paths, from their package on, whose frames do not count.
+    """
     lines: list[str] = []
     for frame in _frames():
         file = relative(frame.f_code.co_filename)
-        if file is None or file.startswith(_PASSED_ON):
+        if file is None or file.startswith(_PASSED_ON) or (besides and file.startswith(besides)):
             continue
         lines.append(f"{file}:{frame.f_lineno}")
         if file.startswith("calm_dist/"):

@@ -25,7 +25,7 @@ def step_sizes(recipe: Recipe) -> tuple[int, int]:
     more could need more memory than its steps do."""
     stages = recipe.parallel.pipeline_parallel_size
     first = min(recipe.num_micro_batches, 2 * stages)
-    return first, stages if first != stages else 2 * stages
+    return first, first + stages
 
 
 def rehearse_steps(recipe: Recipe, trainer: RehearsedRun, observer: Observer) -> dict[str, Any]:

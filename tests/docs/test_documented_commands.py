@@ -64,6 +64,8 @@ NOT_RUN = {
     r"PYTHONPATH=\. python tests/distributed/planner_validation\.py .*": "half an hour: "
     "tests/distributed/test_planner_bytes.py compares the bytes of smaller trainings",
     r"python tools/rehearse\.py .*": "needs a CUDA build of torch: tests/rehearsal, with --full",
+    r"python tools/gpu_check\.py .*": "needs a GPU: tests/unit/test_gpu_check.py, on a CPU",
+    r"python -m calm_dist\.gpu_check\.parity": "replaces a file that tests compare with",
     r"python tools/study\.py .*": "an hour: tests/unit/test_study.py, a smaller plan",
     r"srun --ntasks 64 .*": "64 tasks: tests/unit/test_units.py and test_latents_parts.py, fewer",
     r"tensorboard .*": "a server; tests/unit/test_schedule_metrics.py reads the event files",

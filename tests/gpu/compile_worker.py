@@ -19,6 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from calm_dist.losses import energy_kernel
+from calm_dist.models import rotary_kernel
+from calm_dist.models.heads import noise_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ALIGNED = ("samples", "mean", "log_std", "noise", "score", "gradient", "keys")
@@ -68,6 +70,37 @@ def compile_kernel(
     }
 
 
+def compile_small(arch: int, kernel: str, integers: dict[str, int]) -> dict[str, Any]:
+    """Compile the kernel ``noise`` or ``rotation``; an integer of 1 becomes a constant, as Triton
+    makes it when the kernel is launched."""
+    kernels: dict[str, tuple[Any, dict[str, str], dict[str, float]]] = {
+        "noise": (
+            noise_kernel._uniform_kernel,
+            {"noise": "*bf16", "keys": "*i64"},
+            {"ROWS": 8, "GROUP": 16},
+        ),
+        "rotation": (
+            rotary_kernel._rotation_kernel,
+            {"states": "*bf16", "angles": "*fp32", "rotated": "*bf16"},
+            {"SIGN": -1.0, "ROWS": 16, "HALF": 32},
+        ),
+    }
+    function, pointers, fixed = kernels[kernel]
+    constants = fixed | {name: value for name, value in integers.items() if value == 1}
+    names = [parameter.name for parameter in function.params]
+    types = dict.fromkeys(integers, "i32") | pointers | dict.fromkeys(constants, "constexpr")
+    compiled = triton.compile(
+        ASTSource(
+            fn=function,
+            signature={name: types[name] for name in names},
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+        ),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": 4},
+    )
+    return {"bytes": len(compiled.asm["cubin"])}
+
+
 def executed(listing: str, samples: int) -> tuple[int, Counter[str]]:
     """Instructions that one warp executes for a position: those of the loop over samples N times,
     those of the loop over draws once for each tile of draws."""
@@ -105,4 +138,5 @@ def _output(*command: str | Path) -> str:
 
 if __name__ == "__main__":
     for variant in json.loads(sys.argv[1]):
-        print(json.dumps(variant | compile_kernel(**variant)), flush=True)
+        compile_one = compile_small if "kernel" in variant else compile_kernel
+        print(json.dumps(variant | compile_one(**variant)), flush=True)

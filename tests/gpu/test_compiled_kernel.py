@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from launches import ROOT
 
+from calm_dist.gpu_check.parts import ENERGY_INSTRUCTIONS as INSTRUCTIONS_OF
+
 # Not imported here: the other tests choose its interpreter before.
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton, as bash tools/run_tests.sh installs it", allow_module_level=True)
@@ -44,10 +46,25 @@ def compiled(variants: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return results
 
 
+def small(arch: int, size: int) -> list[dict[str, Any]]:
+    """The kernels of noise and of rotary positions with sizes and strides of ``size``."""
+    strides = ("per_step", "per_text", "per_head", "angles_per_step", "angles_per_text")
+    integers = {
+        "noise": dict.fromkeys(("num_samples", "size"), size),
+        "rotation": dict.fromkeys((*strides, "heads", "half"), size),
+    }
+    return [{"arch": arch, "kernel": name, "integers": of} for name, of in integers.items()]
+
+
 def test_instructions_and_registers() -> None:
-    results = compiled([{"arch": arch, "dtype": dtype} for arch, dtype in TARGETS])
-    assert len(results) == len(TARGETS)
-    for result in results:
+    variants = [{"arch": arch, "dtype": dtype} for arch, dtype in TARGETS]
+    others = [*small(80, 0), *small(90, 1), *small(100, 3)]
+    results = compiled([*variants, *others])
+    assert len(results) == len(variants) + len(others)
+    for result in results[: len(variants)]:
+        # What the check on a GPU predicts its time from.
+        predicted = INSTRUCTIONS_OF[result["arch"] // 10]
+        assert abs(result["instructions"] / predicted - 1) < 0.15, result
         assert result["instructions"] <= INSTRUCTIONS, result
         assert result["stack"] <= STACK, result
         # Registers let no more than four blocks of 64 threads onto a multiprocessor.

@@ -112,7 +112,7 @@ def test_a_device_mismatch_is_an_error(observer: Observer) -> None:
         torch.empty(4, device="cuda") + torch.empty(4)
 
 
-def test_no_other_room_imports_the_rehearsal() -> None:
+def test_no_room_for_normal_runs_imports_the_rehearsal() -> None:
     """A normal run has nothing of it."""
     package = Path(__file__).parents[2] / "calm_dist"
     users = {
@@ -120,4 +120,4 @@ def test_no_other_room_imports_the_rehearsal() -> None:
         for file in package.rglob("*.py")
         if "calm_dist.rehearsal" in file.read_text(encoding="utf-8")
     }
-    assert users == {"rehearsal"}
+    assert users == {"rehearsal", "gpu_check"}

@@ -16,6 +16,10 @@ from typing import Any
 
 import pytest
 from launches import ROOT
+from random_layouts import random_layout
+
+from calm_dist.costs.clusters import PRESETS
+from calm_dist.rehearsal.stand_in import environment
 
 pytestmark = pytest.mark.full
 
@@ -51,6 +55,9 @@ LAYOUTS = {
     "fp32_zero1": ("calm_m", *SMALL, *cut(zero_stage=1), "precision=fp32",
                    "model.num_key_value_heads=4"),
     "flow": ("calm_m", *SMALL, "model.head={kind: flow, num_mlp_layers: 4}"),
+    "diffusion": ("calm_m", *SMALL, "model.head={kind: diffusion, num_mlp_layers: 4}"),
+    "chain": ("calm_m", *SMALL, "model.head={kind: chain}"),
+    "tokens": ("calm_m", *SMALL, "model.head={kind: tokens}"),
     "transformer": ("transformer_m", "model.num_hidden_layers=8", *TP2, *OVERLAPS,
                     *cut(pipeline_parallel_size=2)),
     "on_the_fly": ("calm_m", *SMALL, "data.latents=on_the_fly",
@@ -117,6 +124,42 @@ def test_a_layout_runs_and_needs_what_the_planner_says(
         assert all(row["count"] >= 0 for row in rank["each"]["waits"])
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_layout_drawn_at_random_needs_what_the_planner_says(
+    seed: int, cuda_python: str, tmp_path: Path
+) -> None:
+    values = rehearse(cuda_python, tmp_path, *random_layout(seed))
+    for rank in values["ranks"]:
+        assert abs(rank["difference"]) < TOLERANCE, (seed, rank["rank"], rank["difference"])
+
+
+def test_the_check_of_a_gpu_runs_on_fake_tensors(cuda_python: str, tmp_path: Path) -> None:
+    """Its code for GPUs at its own sizes, but for what depends on data: no tensor is on the wrong
+    device."""
+    parts = ("facts", "kernel", "attention", "calm_m", "transformer_m", "parity", "autoencoder")
+    gpu = PRESETS["h200-sxm"]
+    compile_code = "from calm_dist.rehearsal.stand_in import *; print(compile_libraries())"
+    shared = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    libraries = subprocess.run([cuda_python, "-c", compile_code], env=shared, check=True,
+                               capture_output=True, text=True).stdout.strip()  # fmt: skip
+    faked = environment(Path(libraries), gpu) | {"TORCHDYNAMO_DISABLE": "1"}
+    worker = Path(__file__).with_name("fake_gpu_check.py")
+    done = subprocess.run(
+        [cuda_python, str(worker), str(tmp_path), *parts],
+        env={**shared, **faked, "CUDA_VISIBLE_DEVICES": "0"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = {part: json.loads((tmp_path / f"{part}.json").read_text()) for part in parts}
+    assert {part: values["status"] for part, values in found.items()} == dict.fromkeys(
+        parts, "done"
+    ), found
+    assert found["facts"]["gpu"]["name"] == "NVIDIA H200"
+    assert found["calm_m"]["planned"]["peak_bytes"] > 3e10
+    # cuDNN's attention takes heads of 64 and 128.
+    rows = found["attention"]["kernels"]
+    assert all("seconds" in row for row in rows if row["head_dim"] < 160 and row["name"] == "cuDNN")
+
+
 def test_what_a_step_of_calm_m_costs(cuda_python: str, tmp_path: Path) -> None:
     """The host never waits within a step, and the head's gradient is reduced once."""
     (rank,) = rehearse(cuda_python, tmp_path, "calm_m")["ranks"]
@@ -129,7 +172,8 @@ def test_what_a_step_of_calm_m_costs(cuda_python: str, tmp_path: Path) -> None:
     moved = {(row["operation"], row["group"]): row["bytes"] for row in step["collectives"]}
     gathered = moved["all-gather", "head (8)"]
     assert moved["all-reduce", "head (8)"] == pytest.approx(gathered, rel=0.01)
-    assert launches(each) <= 2_100
+    # Those of a micro-batch beyond the first two.
+    assert launches(each) <= 900
 
 
 def test_a_device_mismatch_is_named(cuda_python: str, tmp_path: Path) -> None:

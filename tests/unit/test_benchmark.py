@@ -149,7 +149,7 @@ def test_a_random_store_is_read_in_training_order(tmp_path: Path) -> None:
         ("transformer", [], {"embedding", "output layer"}),
     ],
 )
-def test_a_recipe_is_timed_by_part(kind: str, overrides: list[str], parts: set[str]) -> None:
+def test_a_recipe_is_timedby_part(kind: str, overrides: list[str], parts: set[str]) -> None:
     """Structure and arithmetic; times are those of any machine."""
     sizes = ["model.vocab_size=512", "data.block_size=64", "training.micro_batch_size=2"]
     recipe = language_recipe(RECIPES / f"{kind}_tiny.yaml", [*sizes, *overrides])
@@ -198,7 +198,7 @@ def test_time_belongs_to_the_part_that_spends_it() -> None:
             handle.remove()
         events = profiler.events()
         assert events is not None
-        parts = model._by_part(list(events), on_gpu=False)
+        parts = model.by_part(list(events), on_gpu=False)
         whole = sum(e.cpu_time_total for e in events if e.cpu_parent is None) / 1e6
         assert sum(map(sum, (part.values() for part in parts.values()))) == pytest.approx(whole)
 

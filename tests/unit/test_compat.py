@@ -80,6 +80,35 @@ def attributes_of(kind: type) -> set[str]:
     return found
 
 
+def test_a_fused_rotation_takes_the_place_of_transformer_engines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Megatron calls it where ``apply_rope_fusion`` is set; on CPUs it stays Megatron's own."""
+    import torch
+    from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.transformer import TransformerConfig
+
+    from calm_dist.compat.megatron import use_rotation
+
+    def config(fused: bool) -> TransformerConfig:
+        return TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2,
+                                 apply_rope_fusion=fused)  # fmt: skip
+
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", None)
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb_thd", None)
+    with pytest.raises(ValueError, match="apply_rope_fusion is not available"):
+        config(True)
+    use_rotation(lambda states, angles: states + 1)
+    group = object()
+    states = torch.randn(3, 1, 2, 4)
+    angles = torch.rand(3, 1, 1, 2).repeat(1, 1, 1, 2)
+    rotated = [
+        rope_utils.apply_rotary_pos_emb(states, angles, config(fused), cp_group=group)
+        for fused in (True, False)
+    ]
+    assert torch.equal(*rotated)
+
+
 def test_names_of_megatron() -> None:
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.strategies import filesystem_async

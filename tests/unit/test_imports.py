@@ -31,7 +31,7 @@ ROOMS = (
         "evaluation",
         "reports",
     ),
-    *("benchmark", "rehearsal", "study", "cli"),
+    *("benchmark", "rehearsal", "study", "cli", "gpu_check"),
 )
 # Plans and reports are made of recipes and metrics, where no training library need be.
 PLAIN = {*BASE, "heads", "optimizers", "recipe", "costs", "planner"}
@@ -49,6 +49,9 @@ WITHOUT_TORCH = (
     "calm_dist.planner.full_plan",
     "calm_dist.planner.scaling",
     "calm_dist.planner.dry_run",
+    "calm_dist.gpu_check.goals",
+    "calm_dist.gpu_check.page",
+    "calm_dist.gpu_check.runner",
     "calm_dist.rehearsal.rehearse",
     "calm_dist.rehearsal.report",
     "calm_dist.reports.report",

@@ -29,7 +29,7 @@ def with_gradients(loss: torch.Tensor, hidden: torch.Tensor, weight: torch.Tenso
 def test_equals_the_plain_form(
     rows: int, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CHUNK_LOGITS", 37 * rows_at_once)
+    monkeypatch.setattr(module, "LOGITS", 37 * rows_at_once)
     hidden, weight, targets = inputs(rows)
     ours = with_gradients(linear_cross_entropy(hidden, weight, targets), hidden, weight)
     plain = with_gradients(F.cross_entropy(hidden @ weight.T, targets), hidden, weight)

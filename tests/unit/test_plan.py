@@ -99,10 +99,10 @@ def test_distributed_optimizer_shards_its_state_over_all_replicas(
 
 
 def test_context_parallelism_cuts_activations() -> None:
-    """The backbone's but for the gathered keys and values, and the head's."""
+    """The backbone's and the head's. Keys and values are gathered, but then only those are kept."""
     whole = memory(*ONE_RANK)["activations"]
     halves = memory(*ONE_RANK, "parallel.context_parallel_size=2")["activations"]
-    assert whole / 2 < halves < 0.6 * whole
+    assert whole / 2 <= halves < 0.6 * whole
 
 
 def test_earlier_stages_keep_more_micro_batches() -> None:

@@ -34,13 +34,13 @@ def name(path: Path) -> str:
 
 @pytest.mark.parametrize("path", PAPER_SIZES, ids=name)
 def test_no_layout_of_the_search_is_much_faster_than_the_recipe(path: Path) -> None:
-    """Within 2% of the best, but for the sibling that keeps pipeline stages."""
+    """Within 3% of the best, but for the sibling that keeps pipeline stages."""
     recipe = language_recipe(path)
     found = search(recipe, H100, recipe.world_size)
     best, own = found.fitting[0], predict(recipe, H100)
     assert own.fits
     slower = own.time.seconds / best.time.seconds
-    assert slower < (2.2 if path.stem == "calm_xl_tp2pp2" else 1.02)
+    assert slower < (2.2 if path.stem == "calm_xl_tp2pp2" else 1.03)
     # A few seconds of a login node.
     assert found.tried < 2000
 

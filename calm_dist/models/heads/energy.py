@@ -118,17 +118,35 @@ class EnergyHead(GenerativeHead):
     ) -> torch.Tensor:
         """The negative energy score of N samples against M posterior draws, fp32 [S]."""
 
+        if self.kernel == "triton":
+            return self._position_loss_by_kernels(hidden, mean, log_std, noise)
+
         def head_noise(generator: torch.Generator, positions: int) -> torch.Tensor:
             return self.draw_noise(generator, self.num_samples, positions)
 
         samples = self.sample(hidden, noise.whole("head", head_noise))
-        if self.kernel == "triton":
-            # Imported on demand: triton comes only with torch for GPUs.
-            from calm_dist.losses.energy_kernel import fused_energy_score
-
-            keys = noise.keys("posterior")
-            return -fused_energy_score(
-                samples, mean, log_std, keys, num_draws=self.num_draws, beta=self.beta
-            )
         chunks = noise.chunks("posterior", normal_noise(self.num_draws, mean.shape[-1]))
         return -energy_score_chunked(samples, mean, log_std, chunks, self.beta)
+
+    def _position_loss_by_kernels(
+        self,
+        hidden: torch.Tensor,
+        mean: torch.Tensor,
+        log_std: torch.Tensor,
+        noise: NoiseSource,
+    ) -> torch.Tensor:
+        """`position_loss` with two kernels that draw their own numbers."""
+        # Imported on demand: triton comes only with torch for GPUs.
+        from calm_dist.losses.energy_kernel import fused_energy_score
+        from calm_dist.models.heads.noise_kernel import uniform_noise
+
+        keys = noise.keys("head")
+        drawn = uniform_noise(keys, self.num_samples, self.noise_size, hidden.dtype)
+        return -fused_energy_score(
+            self.sample(hidden, drawn),
+            mean,
+            log_std,
+            noise.keys("posterior"),
+            num_draws=self.num_draws,
+            beta=self.beta,
+        )
