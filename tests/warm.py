@@ -41,6 +41,7 @@ _WHOLE_STACK = (
     "torch.distributed.launcher.api",
 )
 
+_OPTIONS = ("-u", "-m", "-c", "-")
 _ROOT = Path(__file__).parents[1]
 _FORWARDED = [int(getattr(signal, f"SIG{name}")) for name in ("HUP", "INT", "TERM", "USR1", "USR2")]
 # Without site-packages it starts in 15 ms.
@@ -156,7 +157,8 @@ def _become(
         warnings.simplefilter(option)  # type: ignore[arg-type]
     os.chdir(directory)
     paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
-    if any((Path(path) / "calm_dist").is_dir() and not _is_ours(path) for path in paths):
+    changed = any((Path(path) / "calm_dist").is_dir() and not _is_ours(path) for path in paths)
+    if changed or (arguments[0].startswith("-") and arguments[0] not in _OPTIONS):
         os.execv(sys.executable, [sys.executable, *arguments])
     sys.path[1:1] = [path for path in paths if path not in sys.path]
     # What it starts itself is a fork, too.

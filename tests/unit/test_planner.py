@@ -87,18 +87,17 @@ def test_groups_lie_in_nodes_as_ranks_are_ordered() -> None:
 
 def test_ideal_kernels_give_the_flops_over_the_peak() -> None:
     """Without a pipeline, a step at full speed is the counted FLOPs, but for attention, of which a
-    causal mask leaves half and FlashAttention's backward pass makes 2.5 of 2, and for the score."""
-    recipe = language_recipe(
-        XL, ["parallel.pipeline_parallel_size=1", "parallel.tensor_parallel_size=1"]
-    )
+    causal mask leaves half and FlashAttention's backward pass makes 2.5 of 2. The energy score is no
+    part of it: its kernel is limited by instructions, which cost nothing here."""
+    recipe = language_recipe(XL)
     counts = flops.count(recipe, tokens=0)
     model = recipe.model
     assert model.kind == "calm"
     core = 16 * 4 * model.hidden_size * recipe.num_patches / model.patch_size
-    score = 4 * 8 * 108 * 128 / 4
-    executed = counts.train_flops_per_token_ours - 3 * core + 3.5 / 2 * core + score
+    executed = counts.train_flops_per_token_ours - 3 * core + 3.5 / 2 * core
     seconds = executed * recipe.tokens_per_step / recipe.world_size / H100.peak_flops
-    assert step_time(recipe, IDEAL).seconds == pytest.approx(seconds, rel=1e-6)
+    without_score = replace(IDEAL, fp32_flops=1e30)
+    assert step_time(recipe, without_score).seconds == pytest.approx(seconds, rel=1e-6)
 
 
 def test_terms_add_up_and_bubble_has_its_closed_form() -> None:
