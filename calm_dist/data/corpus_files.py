@@ -222,6 +222,8 @@ class _Search:
         """A corpus is read more than once, and from the middle; hence the copy."""
         if self._scratch is not None:
             raise DataError(f"corpus {STANDARD_INPUT}: is given twice; give standard input once")
+        if sys.stdin is None:
+            raise DataError(f"corpus {STANDARD_INPUT}: standard input is closed; send text to it")
         self._scratch = tempfile.TemporaryDirectory(prefix="calm_dist_stdin_")
         path = os.path.join(self._scratch.name, "stdin.jsonl")
         try:

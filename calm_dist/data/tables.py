@@ -148,10 +148,17 @@ def _check_schema(file: CorpusFile, schema: pyarrow.Schema, reading: Reading) ->
     """The columns to read.
 
     Raises:
-        DataError: there is no column of strings for the text.
+        DataError: there is no column of strings for the text, or several of the same name.
     """
     import pyarrow
 
+    for key in (reading.text_key, reading.id_key):
+        name = key if key in schema.names else key.partition(".")[0]
+        if schema.names.count(name) > 1:
+            raise DataError(
+                f'corpus {file.shown}: has several columns "{quoted(name)}"; rename or drop all '
+                "but one"
+            )
     found = _field_type(schema, reading.text_key)
     types = pyarrow.types
     kind = found.value_type if found is not None and types.is_dictionary(found) else found

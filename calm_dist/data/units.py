@@ -141,6 +141,9 @@ def in_threads(function: Any, files: Iterable[CorpusFile]) -> Iterator[tuple[Cor
         return
     with ThreadPoolExecutor(_THREADS) as threads:
         while some := list(islice(waiting, _FILES_AT_ONCE)):
+            if any(is_url(file.path) or format_of_file(file).kind in TABLES for file in some):
+                # pyarrow 25 crashes if the thread that imported it ends (apache/arrow#50471).
+                import pyarrow  # noqa: F401
             yield from zip(some, threads.map(function, some), strict=True)
 
 

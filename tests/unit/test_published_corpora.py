@@ -279,6 +279,26 @@ def test_standard_input_is_a_corpus(
     assert sorted(found) == sorted(TEXTS)
     with pytest.raises(DataError, match="is given twice"):
         find_files(["-", "-"])
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(DataError, match="standard input is closed"):
+        find_files(["-"])
+
+
+@pytest.mark.parametrize("name", ["text", "id"])
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_table_with_two_columns_of_one_name_is_refused(
+    tmp_path: Path, name: str, suffix: str
+) -> None:
+    names = [*dict.fromkeys(["text", name]), name]
+    table = pa.table([pa.array(["a"])] * len(names), names=names)
+    path = tmp_path / f"twice{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table)
+    with pytest.raises(DataError, match=f'has several columns "{name}"'):
+        list(iter_documents([path]))
 
 
 def damaged(root: Path, name: str, change: Any) -> Path:

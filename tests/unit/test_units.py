@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from calm_dist.data import latents, parts, units
@@ -277,3 +279,25 @@ def test_memory_does_not_grow_with_lines_or_files(tmp_path: Path, tokenizer: Tok
     )  # fmt: skip
     assert int(done.stdout.splitlines()[-1]) < 1000
     assert Reading().dedup is False
+
+
+def test_pyarrow_is_not_imported_by_a_thread_that_ends(tmp_path: Path) -> None:
+    for name in "ab":
+        pq.write_table(pa.table({"text": ["some text"] * 9}), tmp_path / f"{name}.parquet")
+    # It crashes in the first allocation of another thread.
+    script = (
+        "import sys, threading\n"
+        "from calm_dist.data.corpus import find_files\n"
+        "from calm_dist.data.formats import TEXT_AND_ID\n"
+        "from calm_dist.data.units import units_of\n"
+        "files = find_files([sys.argv[1]])\n"
+        "assert 'pyarrow' not in sys.modules\n"
+        "units_of(files, TEXT_AND_ID)\n"
+        "import pyarrow\n"
+        "later = [threading.Thread(target=pyarrow.array, args=(['x'] * 999,)) for _ in range(9)]\n"
+        "[thread.start() for thread in later]\n"
+        "[thread.join() for thread in later]\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
