@@ -11,12 +11,12 @@ ensure_venv
 # The multi-process tests start more processes than there are cores.
 export OMP_NUM_THREADS=1
 
-# One more than cores, since tests of several processes often wait; each takes up to a gigabyte.
+# One worker per core; each takes up to a gigabyte.
 workers() {
   local cores
   # nproc obeys OMP_NUM_THREADS.
   cores=$(env -u OMP_NUM_THREADS nproc)
-  echo $((cores < 8 ? cores + 1 : 8))
+  echo $((cores < 8 ? cores : 8))
 }
 
 status=0
@@ -38,15 +38,11 @@ ensure_triton() {
 tests=(python -m pytest -rs --durations=10)
 case "$*" in
 "" | --full)
-  # Slurm's jobs mostly wait: beside the other tests, and shown after them.
-  slurm_log=$(mktemp)
-  "${tests[@]}" "$@" tests/slurm >"$slurm_log" 2>&1 &
-  slurm=$!
-  # Each worker takes one file after another, the tests of several processes first.
+  # Each worker takes one file after another, the tests of several processes first. What is done to
+  # Slurm's jobs has to happen while they run: its tests have the cores to themselves.
   step "${tests[@]}" "$@" -n "$(workers)" --dist loadfile --no-loadscope-reorder \
     --ignore=tests/slurm --ignore=tests/gpu
-  wait "$slurm" || status=1
-  echo "== ${tests[*]} $* tests/slurm" && cat "$slurm_log" && rm "$slurm_log"
+  step "${tests[@]}" "$@" tests/slurm
   ;;
 *) step "${tests[@]}" "$@" ;;
 esac
