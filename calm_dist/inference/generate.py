@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, get_args, overload
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str], too
     method: Method = ...,
     pool_size: int = ...,
     max_draws: int = ...,
-    stop: Sequence[str] = ...,
+    stop: str | Sequence[str] = ...,
     reproducible: bool = ...,
     on_text: Callable[[int, str], None] | None = ...,
     show_progress: bool = ...,
@@ -75,7 +75,7 @@ def generate(
     method: Method = ...,
     pool_size: int = ...,
     max_draws: int = ...,
-    stop: Sequence[str] = ...,
+    stop: str | Sequence[str] = ...,
     reproducible: bool = ...,
     on_text: Callable[[int, str], None] | None = ...,
     show_progress: bool = ...,
@@ -94,7 +94,7 @@ def generate(
     method: Method = "auto",
     pool_size: int = DEFAULT_POOL_SIZE,
     max_draws: int = DEFAULT_MAX_DRAWS,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     reproducible: bool = False,
     on_text: Callable[[int, str], None] | None = None,
     show_progress: bool = False,
@@ -124,7 +124,7 @@ def generate(
             refused.
         pool_size: number of draws in a pool.
         max_draws: limit of the exact method for one patch.
-        stop: strings that end a text where they appear in its continuation.
+        stop: a string that ends a text where it appears in its continuation, or several.
         reproducible: give a prompt the same text alone and in a batch, bit for bit; slower.
         on_text: called with the number of a prompt and the next piece of its text, as soon as later
             tokens cannot change it; joined, the pieces of a prompt are its `Generation.text`.
@@ -140,6 +140,9 @@ def generate(
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(texts)
     _check(texts, seeds, max_new_tokens)
+    stop = [stop] if isinstance(stop, str) else list(stop)
+    if method not in get_args(Method):
+        raise UserError(f"method {method!r}: must be one of {', '.join(get_args(Method))}")
     if "" in stop:
         raise UserError("stop: an empty string; give the text that ends a continuation")
     check_tokenizer(model, tokenizer)

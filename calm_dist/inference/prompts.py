@@ -27,7 +27,9 @@ def read_prompts(file: Path) -> list[Prompt]:
         UserError: the file cannot be read, or a line is not such an object.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Lines end at a new line only: strings in JSON may hold U+2028 as it is.
+        # Windows' editors begin a file with a byte order mark.
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {file}: cannot be read as UTF-8 text ({error})") from error
     prompts = [
@@ -43,7 +45,7 @@ def read_prompts(file: Path) -> list[Prompt]:
 def _prompt(line: str, where: str) -> Prompt:
     try:
         value: Any = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also too many digits, or brackets
         raise UserError(f'{where}: not JSON ({error}); write {{"prompt": "..."}}') from error
     text, seed = (value.get("prompt"), value.get("seed")) if isinstance(value, dict) else (None, 0)
     if not isinstance(text, str):

@@ -71,9 +71,17 @@ class ReleasedCalm:
         """Name and whole tensor of each of our backbone's parameters, one at a time.
 
         Raises:
-            CheckpointError: tensors are missing or of another shape; the message lists them.
+            CheckpointError: tensors are missing, of another shape or left over (more layers); the
+                message lists them.
         """
-        self._refuse_misfits(self.misfits(released_shapes(model)))
+        shapes = released_shapes(model)
+        parts = {name.split(".")[0] for name in shapes}
+        left_over = [
+            f"{name} is not here"
+            for name in self.tensors.values
+            if name.split(".")[0] in parts and name not in shapes
+        ]
+        self._refuse_misfits(self.misfits(shapes) + left_over)
         for rule in backbone_rules(model):
             yield rule.ours, rule.join([self.tensors.values[name] for name in rule.released])
 

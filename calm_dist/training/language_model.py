@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -14,8 +15,10 @@ from calm_dist.errors import CheckpointError
 from calm_dist.parallel.pipeline import micro_batches
 from calm_dist.parallel.rank_zero import on_rank_zero
 from calm_dist.parallel.topology import Topology
-from calm_dist.recipe import LanguageModelRecipe
+from calm_dist.recipe import LanguageModelRecipe, load_recipe
+from calm_dist.released.config import calm_values
 from calm_dist.released.files import is_released
+from calm_dist.runs.checkpoints import RECIPE_FILE
 from calm_dist.runs.checkpoints.run_state import STATE_FILE, RunState
 from calm_dist.training.build import build_parts
 from calm_dist.training.changes import latents_sha256
@@ -145,9 +148,36 @@ class Trainer(TrainingRun):
     def take_weights(self, directory: Path) -> list[str]:
         parts, topology = self.parts, self.topology
         inputs = (parts.chunks, parts.optimizer, parts.head, topology)
+        check_attention_heads(directory, self.recipe)
         if is_released(directory):
             return take_released_weights(directory, self.recipe, *inputs)
         return model_state.take_weights(directory, *inputs)
+
+
+def check_attention_heads(directory: Path, recipe: LanguageModelRecipe) -> None:
+    """Refuse weights of other attention heads, which may have the same shapes.
+
+    Raises:
+        CheckpointError: their numbers differ, or ``directory`` is no language model.
+    """
+    if is_released(directory):
+        model = SimpleNamespace(**calm_values(directory)["model"])
+        there = model.num_attention_heads, getattr(model, "num_key_value_heads", None)
+    elif (directory / RECIPE_FILE).is_file():
+        source = load_recipe(directory / RECIPE_FILE)
+        if not isinstance(source, LanguageModelRecipe):
+            raise CheckpointError("is an autoencoder; give a run of a language model")
+        there = source.model.num_attention_heads, source.model.num_key_value_heads
+    else:
+        return
+    here = recipe.model.num_attention_heads, recipe.model.num_key_value_heads
+    for number, name in enumerate(("num_attention_heads", "num_key_value_heads")):
+        # Without groups, each head has keys and values of its own.
+        one, other = there[number] or there[0], here[number] or here[0]
+        if one != other:
+            raise CheckpointError(
+                f"its backbone does not fit the recipe's: {name} is {one} there, {other} here"
+            )
 
 
 def _freeze_long_lived_objects() -> None:

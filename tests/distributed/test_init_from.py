@@ -148,6 +148,11 @@ def test_a_backbone_that_does_not_fit_is_refused(
     )
     with pytest.raises(CheckpointError, match="does not fit"):
         trainer(tiny, tmp_path / "deep", "calm", model__num_hidden_layers=6, **given)
+    # Weights that would be left over, and heads of the same shapes in all.
+    with pytest.raises(CheckpointError, match="does not fit"):
+        trainer(tiny, tmp_path / "flat", "calm", model__num_hidden_layers=1, **given)
+    with pytest.raises(CheckpointError, match=r"does not fit .*: num_attention_heads is \d there"):
+        trainer(tiny, tmp_path / "heads", "calm", model__num_attention_heads=1, **given)
     with pytest.raises(CheckpointError, match=r"run.init_from"):
         trainer(tiny, tmp_path / "other", "transformer", **given)
 

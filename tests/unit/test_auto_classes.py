@@ -97,8 +97,15 @@ def test_it_generates_what_the_package_does(tmp_path: Path) -> None:
     for end in set(whole):
         found = model.generate(prompts[:1], max_new_tokens=8, eos_token_id=end, pad_token_id=1)
         assert found[0, 6:].tolist() == whole[: whole.index(end) + 1]
+    several = model.generate(prompts[:1], max_new_tokens=8, eos_token_id=[-1, whole[3]])
+    assert several[0, 6:].tolist() == whole[: whole.index(whole[3]) + 1]
+    # The weights of a cold pool are larger than any float.
+    found = model.generate(prompts[:1], max_new_tokens=8, temperature=0.01, eos_token_id=-1)
+    assert found[0, 6:].tolist() == whole
     with pytest.raises(ValueError, match=r"temperature 0.7: must be 1/n"):
         model.generate(prompts, temperature=0.7)
+    with pytest.raises(ValueError, match=r"num_samples 3: temperature 0.2 needs 5"):
+        model.generate(prompts, temperature=0.2, num_samples=3)
 
 
 def test_another_precision_and_saved_again(tmp_path: Path) -> None:

@@ -47,6 +47,17 @@ def test_a_stop_string_ends_a_text_before_it(kind: str, tokenizer: Tokenizer) ->
         generate(model, tokenizer, "the s", stop=[""])
 
 
+def test_one_stop_string_and_a_method_that_is_none(tokenizer: Tokenizer) -> None:
+    model = tiny_model("transformer", vocab_size=tokenizer.vocab_size)
+    options: dict[str, Any] = {"max_new_tokens": 20, "temperature": 1.0}
+    whole = generate(model, tokenizer, "the", **options).text
+    found = generate(model, tokenizer, "the", stop=whole[3:5], **options)
+    assert found == generate(model, tokenizer, "the", stop=[whole[3:5]], **options)
+    assert found.stopped_by == "stop"
+    with pytest.raises(UserError, match=r"method 'exakt': must be one of auto, exact, pool"):
+        generate(model, tokenizer, "the", method="exakt")  # type: ignore[call-overload]
+
+
 @pytest.mark.parametrize("kind", ["calm", "transformer"])
 def test_texts_are_shown_while_they_grow(kind: str, tmp_path: Path) -> None:
     """Random bytes, which are parts of characters, and decoders that treat the beginning of a text
@@ -150,6 +161,8 @@ def test_prompts_of_a_file_sampled_several_times(
         ("a\n", r"p\.jsonl, line 1: not JSON"),
         ('{"prompt": "a", "seed": -1}\n', r"line 1: seed: -1 must be a whole number"),
         ('{"prompt": "a", "seed": true}\n', r"line 1: seed: "),
+        (f'{{"prompt": "a", "seed": {"1" * 5000}}}\n', r"line 1: not JSON"),
+        ("[" * 100_000, r"line 1: not JSON"),
     ],
 )
 def test_bad_files_of_prompts(text: str, message: str, tmp_path: Path) -> None:
@@ -161,6 +174,11 @@ def test_bad_files_of_prompts(text: str, message: str, tmp_path: Path) -> None:
 def test_files_of_prompts(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "é\\n", "seed": 0, "id": 5}\n')
     assert read_prompts(tmp_path / "p.jsonl") == [Prompt("é\n", 0)]
+    # JSON's strings may hold what str.splitlines takes for the end of a line.
+    lines = b'{"prompt": "a\xe2\x80\xa8b\xc2\x85"}\r\n{"prompt": "c"}\r\n'
+    for mark in (b"", b"\xef\xbb\xbf"):
+        (tmp_path / "p.jsonl").write_bytes(mark + lines)
+        assert read_prompts(tmp_path / "p.jsonl") == [Prompt("a\u2028b\x85"), Prompt("c")]
     with pytest.raises(UserError, match=r"absent: cannot be read"):
         read_prompts(tmp_path / "absent")
     (tmp_path / "latin").write_bytes('{"prompt": "é"}'.encode("latin-1"))

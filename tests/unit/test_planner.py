@@ -87,8 +87,8 @@ def test_groups_lie_in_nodes_as_ranks_are_ordered() -> None:
 
 def test_ideal_kernels_give_the_flops_over_the_peak() -> None:
     """Without a pipeline, a step at full speed is the counted FLOPs, but for attention, of which a
-    causal mask leaves half and FlashAttention's backward pass makes 2.5 of 2. The energy score is no
-    part of it: its kernel is limited by instructions, which cost nothing here."""
+    causal mask leaves half and FlashAttention's backward pass makes 2.5 of 2. The energy score is
+    left out: its kernel is limited by instructions, which cost nothing here."""
     recipe = language_recipe(
         XL, ["parallel.pipeline_parallel_size=1", "parallel.tensor_parallel_size=1"]
     )

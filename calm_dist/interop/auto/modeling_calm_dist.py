@@ -243,7 +243,7 @@ class CalmForCausalLM(PreTrainedModel):
             input_ids: prompts [B, T]; begin tokens are added up to whole patches.
             attention_mask: [B, T], 0 where a prompt is padded.
             temperature: 1, or 1/n for a whole n, by a pool of ``num_samples`` draws.
-            eos_token_id, pad_token_id: override the configuration's.
+            eos_token_id, pad_token_id: override the configuration's; several end tokens as a list.
             generator: random numbers, on the model's device.
 
         Returns:
@@ -253,10 +253,15 @@ class CalmForCausalLM(PreTrainedModel):
         exponent = round(1 / temperature) if 0 < temperature <= 1 else 0
         if exponent < 1 or abs(exponent * temperature - 1) > 1e-6:
             raise ValueError(f"temperature {temperature}: must be 1/n for a whole n")
+        if exponent > 1 and num_samples < exponent:
+            raise ValueError(
+                f"num_samples {num_samples}: temperature {temperature} needs {exponent}"
+            )
         if eos_token_id is None:
             eos_token_id = self.config.eos_token_id
         pad = self.config.pad_token_id if pad_token_id is None else pad_token_id
-        pad = (eos_token_id or 0) if pad is None else pad
+        ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+        pad = (ends or [0])[0] if pad is None else pad
         whole = attention_mask is None or bool(attention_mask.all())
         rows = [input_ids] if whole else input_ids.split(1)
         masks = [None] if whole else attention_mask.bool().split(1)
@@ -264,14 +269,14 @@ class CalmForCausalLM(PreTrainedModel):
         for prompts, mask in zip(rows, masks, strict=True):
             known = prompts if mask is None else prompts[mask][None]
             made = self._continue(
-                known, max_new_tokens, exponent, num_samples, eos_token_id, pad, generator
+                known, max_new_tokens, exponent, num_samples, ends, pad, generator
             )
             new.append(made)
         length = max(made.shape[1] for made in new)
         padded = [F.pad(made, (0, length - made.shape[1]), value=pad) for made in new]
         return torch.cat([input_ids, torch.cat(padded)], dim=1)
 
-    def _continue(self, prompts, most, exponent, num_samples, eos, pad, generator):
+    def _continue(self, prompts, most, exponent, num_samples, ends, pad, generator):
         """New tokens [B, at most ``most``] of prompts of equal length."""
         size = self.config.patch_size
         if self.config.bos_token_id is None:
@@ -288,12 +293,12 @@ class CalmForCausalLM(PreTrainedModel):
             pools = self.sample_patches(outputs.last_hidden_state[:, -1], draws, generator)
             current = torch.stack([_choose(pool, exponent, generator) for pool in pools])
             written, width = current, size
-            if eos is not None:
-                is_end = (current == eos).cumsum(-1) > 0
+            if ends:
+                is_end = torch.isin(current, current.new_tensor(ends)).cumsum(-1) > 0
                 written = torch.where(is_end | ~going[:, None], pad, current)
                 # The end token itself is written, as by other models.
                 first = is_end & (is_end.cumsum(-1) == 1) & going[:, None]
-                written = torch.where(first, eos, written)
+                written = torch.where(first, current, written)
                 # Columns that a text still wrote to.
                 width = int(((first.cumsum(-1) - first.long() == 0) & going[:, None]).any(0).sum())
                 going = going & ~is_end.any(-1)
@@ -309,7 +314,9 @@ def _choose(pool, exponent, generator):
     counts = Counter(map(tuple, pool.tolist()))
     level = min(exponent, max(counts.values()))
     patches = [patch for patch, count in counts.items() if count >= level]
-    weights = torch.tensor([float(comb(counts[patch], level)) for patch in patches])
+    weights = [comb(counts[patch], level) for patch in patches]
+    # Exact integers: they may not fit a float.
+    shares = torch.tensor([weight / sum(weights) for weight in weights])
     on_cpu = generator if generator is None or generator.device.type == "cpu" else None
-    chosen = int(torch.multinomial(weights, 1, generator=on_cpu))
+    chosen = int(torch.multinomial(shares, 1, generator=on_cpu))
     return torch.tensor(patches[chosen], device=pool.device)
