@@ -84,8 +84,8 @@ def parse_arguments() -> argparse.Namespace:
         "--seed",
         type=at_least(0),
         action="append",
-        help="give one seed, or one per prompt; the same prompts and seeds give the same texts "
-        "(default: 0)",
+        help="one seed S: texts get S, S+1, ... in the order of the output; or one per prompt. The "
+        "same prompt and seed give the same text (default: 0)",
     )
     parser.add_argument(
         "--method",
@@ -180,16 +180,18 @@ def temperature(text: str) -> float:
 def texts_to_make(args: argparse.Namespace) -> list[tuple[str, int]]:
     """Prompt and seed of every text, the samples of a prompt one after the other."""
     if args.prompt:
-        seeds = args.seed if len(args.seed) > 1 else args.seed * len(args.prompt)
-        prompts = list(zip(args.prompt, seeds, strict=True))
+        own = args.seed if len(args.seed) > 1 else [None] * len(args.prompt)
+        given = list(zip(args.prompt, own, strict=True))
     else:
         from calm_dist.inference.prompts import read_prompts
 
-        prompts = [
-            (given.text, args.seed[0] if given.seed is None else given.seed)
-            for given in read_prompts(args.prompts)
-        ]
-    return [(text, seed + n) for text, seed in prompts for n in range(args.num_samples)]
+        given = [(prompt.text, prompt.seed) for prompt in read_prompts(args.prompts)]
+    # Texts with equal seeds would share their random numbers.
+    return [
+        (text, (args.seed[0] + number * args.num_samples if seed is None else seed) + sample)
+        for number, (text, seed) in enumerate(given)
+        for sample in range(args.num_samples)
+    ]
 
 
 def streamer(

@@ -117,7 +117,8 @@ def generate(
         temperature: for a model that draws latents in (0, 1], see `inference.sampling`; for a
             Transformer and a CALM with the tokens head, the temperature of each token's softmax, 0
             or more, where 0 takes the most likely token (ties: the lowest id).
-        seed: at least 0: one for every prompt, or a sequence with one for each.
+        seed: at least 0: one for every prompt, or a sequence with one for each. Texts with equal
+            seeds share their random numbers; for independent texts give each its own.
         method: CALM only. ``pool`` (T = 1/n), ``exact`` (any T), ``auto``: pool if T = 1/n, else
             exact. With the tokens head ``exact`` draws patches from P(patch)^(1/T) / Z, T in
             (0, 1], as CALM does; ``auto`` draws each token at T, like a Transformer; ``pool`` is

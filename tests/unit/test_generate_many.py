@@ -132,14 +132,16 @@ def test_prompts_of_a_file_sampled_several_times(
     model = tiny_model("transformer", vocab_size=tokenizer.vocab_size)
     run = saved(model, tokenizer, tmp_path / "run")
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
-    prompts.write_text('{"prompt": "the s"}\n\n{"prompt": "", "seed": 7}\n')
+    prompts.write_text('{"prompt": "the s"}\n\n{"prompt": "", "seed": 7}\n{"prompt": "a"}\n')
     given = ["--checkpoint", str(run), "--tokenizer", str(tokenizer.path), "--max-new-tokens", "9"]
     given += ["--prompts", str(prompts), "--num-samples", "3", "--seed", "4", "--json", str(out)]
     # A batch that holds samples of both prompts.
     assert run_tool(monkeypatch, *given, "--batch-size", "4") == 0
     printed = capsys.readouterr()
     lines = [json.loads(line) for line in out.read_text().splitlines()]
+    # Prompts without a seed of their own do not share one.
     expected = [("the s", 4), ("the s", 5), ("the s", 6), ("", 7), ("", 8), ("", 9)]
+    expected += [("a", 10), ("a", 11), ("a", 12)]
     assert [(line["prompt"], line["seed"]) for line in lines] == expected
     alone = generate(model, tokenizer, "the s", seed=5, max_new_tokens=9)
     assert lines[1]["tokens"] == alone.tokens and lines[1]["text"] == alone.text
@@ -149,7 +151,7 @@ def test_prompts_of_a_file_sampled_several_times(
     assert printed_at_once == "\n".join(line["prompt"] + line["text"] + "\n" for line in lines)
     assert printed_at_once == printed.out
     total = sum(len(line["tokens"]) for line in lines)
-    assert f"6 texts, {total} tokens in " in printed.err and " tokens/s" in printed.err
+    assert f"9 texts, {total} tokens in " in printed.err and " tokens/s" in printed.err
 
 
 @pytest.mark.parametrize(
