@@ -89,7 +89,9 @@ def update_page(directory: Path, page: Path) -> None:
     except OSError as error:
         raise UserError(f"--page {page}: {error.strerror}; give a page with comments") from error
     for path, plot in page_plots(filled, directory).items():
-        (page.parent / path).write_bytes(plot.png())
+        target = page.parent / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(plot.png())
     replace_text(page, filled)
     print(page)
 

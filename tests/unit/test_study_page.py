@@ -118,9 +118,9 @@ def test_the_tool_fills_a_page(tmp_path: Path) -> None:
     write(tmp_path, result("a", 2.0))
     page = tmp_path / "page.md"
     page.write_text(
-        "<!-- plot a.json: a -->\n![a](a.png)\n<!-- results a.json: a -->\n<!-- end -->"
+        "<!-- plot a.json: a -->\n![a](images/a.png)\n<!-- results a.json: a -->\n<!-- end -->"
     )
     tool = [sys.executable, str(ROOT / "tools" / "flops_report.py")]
     call([*tool, "--study", str(tmp_path), "--page", str(page)])
-    assert "2.00 ± 0.20" in page.read_text() and (tmp_path / "a.png").stat().st_size > 1000
+    assert "2.00 ± 0.20" in page.read_text() and (tmp_path / "images" / "a.png").stat().st_size > 1000
     assert "must be given together" in call([*tool, "--study", str(tmp_path)], code=2).stderr
