@@ -122,5 +122,6 @@ def test_the_tool_fills_a_page(tmp_path: Path) -> None:
     )
     tool = [sys.executable, str(ROOT / "tools" / "flops_report.py")]
     call([*tool, "--study", str(tmp_path), "--page", str(page)])
-    assert "2.00 ± 0.20" in page.read_text() and (tmp_path / "images" / "a.png").stat().st_size > 1000
+    assert "2.00 ± 0.20" in page.read_text()
+    assert (tmp_path / "images" / "a.png").stat().st_size > 1000
     assert "must be given together" in call([*tool, "--study", str(tmp_path)], code=2).stderr
