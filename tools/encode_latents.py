@@ -198,7 +198,7 @@ def main() -> None:
         if not (directory / "config.json").is_file():
             directory = find_checkpoint(directory)
     tokenizer = load_tokenizer(args.tokenizer, args.begin_token, args.end_token)
-    reading = reading_from(args)
+    reading, skip_faults = reading_from(args), args.on_bad_line == "skip"
     corpus = find_corpus(args, reading)
     plan = plan_store(
         corpus,
@@ -212,6 +212,7 @@ def main() -> None:
         reading=reading,
         token_dtype=args.token_dtype,
         out=None if args.overwrite else args.out,
+        skip_faults=skip_faults,
     )
     shard_bytes = args.shard_mib << 20
     blocks_per_shard = blocks_in_shard(plan, shard_bytes)
@@ -221,7 +222,7 @@ def main() -> None:
         return
 
     if args.begin:
-        begin(Path(args.out), plan, blocks_per_shard, corpus)
+        begin(Path(args.out), plan, blocks_per_shard, corpus, skip_faults=skip_faults)
         print(f"{args.out}: begun, {plan.parts} part{'s' if plan.parts > 1 else ''}")
         return
     if filling := tokenizer.describe_filling(plan.patch_size):
@@ -231,7 +232,7 @@ def main() -> None:
         "autoencoder": None if directory is None else load_encoder(directory, args.device),
         "batch_size": args.batch_size,
         "shard_bytes": shard_bytes,
-        "skip_faults": args.on_bad_line == "skip",
+        "skip_faults": skip_faults,
     }
     if args.worker is None:
         meta = write_store(args.out, *inputs, overwrite=args.overwrite, **options)
