@@ -112,6 +112,7 @@ def prepare_corpus(
         "made_from": made_from,
         "splits": splits,
         "tokenizer": {"file": tokenizer_file.name, "sha256": file_sha256(tokenizer_file)},
+        "report": {"sha256": file_sha256(out / "corpus" / REPORT)},
     }
     # The manifest comes last: if it exists, everything else is complete.
     replace_text(manifest_path, json.dumps(manifest, indent=2) + "\n")
@@ -180,6 +181,10 @@ def _check_manifest(manifest: Any) -> None:
         raise ValueError("no name of a tokenizer")
     if not isinstance(manifest["tokenizer"].get("sha256"), str):
         raise ValueError("no sha256 of the tokenizer")
+    if "report" in manifest:
+        report = manifest["report"]
+        if not (isinstance(report, dict) and isinstance(report.get("sha256"), str)):
+            raise ValueError("no sha256 of the report")
 
 
 def _refuse_other_input(path: Path, present: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -218,6 +223,9 @@ def _tokenizer_target(out: Path, source: Path | None) -> Path:
 def _intact(out: Path, manifest: dict[str, Any]) -> bool:
     files = {out / "corpus" / f"{split}.jsonl": manifest["splits"][split] for split in SPLITS}
     files[out / manifest["tokenizer"]["file"]] = manifest["tokenizer"]
+    # Earlier versions did not record their report, and the first ones wrote none.
+    if "report" in manifest:
+        files[out / "corpus" / REPORT] = manifest["report"]
     return all(
         path.is_file() and file_sha256(path) == entry["sha256"] for path, entry in files.items()
     )

@@ -203,9 +203,20 @@ def test_prepare_corpus_writes_skips_and_refuses(tmp_path: Path) -> None:
     assert len(before) == 6
 
     assert not prepare_corpus(out, [source], vocab_size=280)
-    (out / "corpus" / "valid.jsonl").write_text("")
-    assert prepare_corpus(out, [source], vocab_size=280)
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    for name, damage in (
+        ("valid.jsonl", lambda file: file.write_text("")),
+        ("report.json", lambda file: file.write_text("{}")),
+        ("report.json", Path.unlink),
+    ):
+        damage(out / "corpus" / name)
+        assert prepare_corpus(out, [source], vocab_size=280)
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    # A corpus of an earlier version has a report that its manifest does not name, or none.
+    manifest = json.loads((out / "corpus" / "manifest.json").read_text())
+    del manifest["report"]
+    (out / "corpus" / "manifest.json").write_text(json.dumps(manifest))
+    (out / "corpus" / "report.json").unlink()
+    assert not prepare_corpus(out, [source], vocab_size=280)
 
     with pytest.raises(DataError, match="tokenizer: BPE with 280 entries there, BPE with 300"):
         prepare_corpus(out, [source], vocab_size=300)
