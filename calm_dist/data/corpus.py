@@ -335,7 +335,7 @@ def _place(file: CorpusFile, place: int) -> str:
     """File and line, or row, of a document."""
     if format_of_file(file).kind in TABLES:
         return f"{file.shown}: row {place}"
-    return f"{file.shown}:{1 + lines_before(Span(file, place))}"
+    return file.shown_line(1 + lines_before(Span(file, place)))
 
 
 def _repeated_id(document_id: str, *places: str) -> DataError:

@@ -27,6 +27,12 @@ valid and test, and is never held in memory as a whole."""
 JSON_LINE_BYTES = 256 << 20
 """Most bytes of a line of JSON; a line is held in memory as a whole."""
 
+STANDARD_INPUT_DIRECTORY = "calm_dist_stdin_"
+"""How the name of a directory begins that holds a copy of standard input."""
+
+STANDARD_INPUT_FILE = "stdin.jsonl"
+"""The name of that copy."""
+
 _READ_BYTES = 1 << 20
 _LONGEST_QUOTE = 80
 
@@ -75,7 +81,19 @@ class CorpusFile:
     @property
     def shown(self) -> str:
         """The path for messages, without the secrets of a URL."""
+        if self._is_standard_input:
+            return "standard input"
         return redact(self.path) if is_url(self.path) else self.path
+
+    def shown_line(self, line: int) -> str:
+        """The path and the number of a line, counted from 1, for messages."""
+        return f"{self.shown}{', line ' if self._is_standard_input else ':'}{line}"
+
+    @property
+    def _is_standard_input(self) -> bool:
+        # By its path, which is all that the manifest of a store keeps of it.
+        *_, directory, name = ("", *self.path.rsplit("/", 2))
+        return name == STANDARD_INPUT_FILE and directory.startswith(STANDARD_INPUT_DIRECTORY)
 
 
 class Reading(BaseModel):

@@ -134,14 +134,12 @@ def _handle(
         fault |= {"reason": problem.reason, "message": problem.message}
         tally.add_fault((*order, number), fault)
         return
-    where = ""
+    where = span.file.shown
     if found.has_lines:
-        where = f":{number + lines_before(span)}"
+        where = span.file.shown_line(number + lines_before(span))
     elif found.kind in TABLES:
-        where = f": row {place}"
-    raise DataError(
-        f"corpus {span.file.shown}{where}: {problem.message}; --on-bad-line skip leaves it out"
-    )
+        where += f": row {place}"
+    raise DataError(f"corpus {where}: {problem.message}; --on-bad-line skip leaves it out")
 
 
 def lines_before(span: Span) -> int:
