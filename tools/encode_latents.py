@@ -159,13 +159,17 @@ def find_corpus(args: argparse.Namespace, reading: Reading) -> CorpusFiles | Beg
     return corpus
 
 
-def report_left_out(out: str) -> None:
+def report_left_out(out: str, reading: Reading) -> None:
     """Say what was left out of a finished local store."""
-    from calm_dist.data.reports import REPORT, summary
+    from calm_dist.data.reports import REPORT, missing_id_key, summary
 
     file = Path(out) / REPORT
-    if file.is_file() and (left_out := summary(json.loads(file.read_text(encoding="utf-8")))):
-        print(f"{file}: {left_out}")
+    if not file.is_file():
+        return
+    report = json.loads(file.read_text(encoding="utf-8"))
+    for note in (summary(report), missing_id_key(report, reading)):
+        if note is not None:
+            print(f"{file}: {note}")
 
 
 def report_lost(out: str, tokenizer: Tokenizer) -> None:
@@ -247,7 +251,7 @@ def main() -> None:
             )
             return
         meta = read_meta(args.out)
-    report_left_out(args.out)
+    report_left_out(args.out, reading)
     print(f"{args.out}: {meta.num_blocks} blocks of {meta.block_size} tokens written")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any
 
@@ -39,10 +39,17 @@ _LONGEST_QUOTE = 80
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document; its ``id`` decides its split and its number of begin tokens."""
+    """One document; its ``id`` decides its split and its number of begin tokens.
+
+    Attributes:
+        id: given in the file, or made from the file's name and the place in it.
+        text: what is read.
+        without_id: whether the id was made, as far as that is known.
+    """
 
     id: str
     text: str
+    without_id: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +278,7 @@ def document(
             f'"{reading.text_key}" holds half of a surrogate pair (a \\ud8xx escape alone)',
         )
     if given_id is None:
-        return Document(f"{file.name}@{place}", text)
+        return Document(f"{file.name}@{place}", text, without_id=True)
     if not _encodable(name := str(given_id)):
         return Problem(
             "half a surrogate pair",
@@ -361,7 +368,8 @@ def _text_records(
     length = 0
 
     def piece() -> tuple[int, Document]:
-        return start, Document(file.name if not start else f"{file.name}@{start}", "".join(lines))
+        name = file.name if not start else f"{file.name}@{start}"
+        return start, Document(name, "".join(lines), without_id=True)
 
     while line := _read_line(stream, TEXT_DOCUMENT_CHARACTERS):
         try:

@@ -30,7 +30,7 @@ from calm_dist.data.corpus import (
 from calm_dist.data.corpus_files import CorpusPaths
 from calm_dist.data.formats import TEXT_AND_ID, Reading
 from calm_dist.data.reading import Tally
-from calm_dist.data.reports import REPORT, merged_report, summary
+from calm_dist.data.reports import REPORT, merged_report, missing_id_key, summary
 from calm_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from calm_dist.errors import DataError
 from calm_dist.files import file_sha256, replace_text
@@ -258,8 +258,9 @@ def _read_and_split(
         (out / "corpus" / _UNFINISHED).touch()
         splits = _write_splits(out / "corpus", documents(Tally(skip)), split_of)
     report = merged_report([tally.to_dict()])
-    if (left_out := summary(report)) is not None:
-        _log.log(NOTE, left_out)
+    for note in (summary(report), missing_id_key(report, reading)):
+        if note is not None:
+            _log.log(NOTE, note)
     replace_text(out / "corpus" / REPORT, json.dumps(report, indent=2) + "\n")
     return splits
 

@@ -248,6 +248,35 @@ def test_options_of_the_tools(
         assert message in capsys.readouterr().err
 
 
+def test_id_key_that_no_document_has_is_noted_once(
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    records = [{"text": f"line {i}", **({"key": i} if i == 7 else {})} for i in range(40)]
+    (corpus / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    pq.write_table(pa.table({"text": ["a row", "a row"]}), corpus / "b.parquet")
+    said = "--id-key {}: none of the 41 documents has this key"
+    encode = ["--variant", "tokens", "--patch-size", "4", "--block-size", "8", "--parts", "3"]
+    encode += ["--tokenizer", str(tokenizer.path)]
+    for name, more in (("prepare_corpus", ["--vocab-size", "280"]), ("encode_latents", encode)):
+        for key, times in (("kye", 1), ("key", 0)):
+            out = tmp_path / f"{name} {key}"
+            options = ["--corpus", str(corpus), "--id-key", key, "--dedup", "exact", *more]
+            monkeypatch.setattr(sys, "argv", [name, *options, "--out", str(out)])
+            with pytest.raises(SystemExit) as caught:
+                runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
+            done = capsys.readouterr()
+            assert caught.value.code == 0, done.err
+            assert (done.out + done.err).count(said.format(key)) == times
+            (file,) = out.rglob("report.json")
+            report = json.loads(file.read_text())
+            assert (report["documents"], report["without_id"]) == (41, 41 if times else 40)
+
+
 def test_stop_names_the_line_of_the_file(corpus: Path) -> None:
     """Also where reading began in the middle of the file."""
     (corpus / "a.jsonl").write_bytes(b"\n".join([*[line("good")] * 150, b"{", b""]))
