@@ -228,7 +228,7 @@ def _json_records(
     start: int,
     reading: Reading,
     *,
-    check_first: Callable[[CorpusFile, bytes], None] | None = None,
+    check_first: Callable[[CorpusFile, bytes, Reading], None] | None = None,
 ) -> Iterator[tuple[int, Found]]:
     """One document per line; ``check_first`` gets the first line of a file that is not blank."""
     if start:
@@ -245,7 +245,7 @@ def _json_records(
             yield start, None
         else:
             if check_first is not None:
-                check_first(file, line)
+                check_first(file, line, reading)
                 check_first = None
             yield start, _json_record(file, line, start, reading)
         start += len(line)
@@ -260,10 +260,9 @@ def _json_record(file: CorpusFile, line: bytes, offset: int, reading: Reading) -
     text = _value(record, reading.text_key)
     if not isinstance(text, str):
         found = _keys(record) if isinstance(record, dict) else type(record).__name__
-        example = '{"text": "..."}'
         return Problem("no text", (
             f'has no "{reading.text_key}" string (found {found}); each line must be '
-            f"an object like {example}; --text-key names another key"
+            f"an object like {_example(reading)}; --text-key names another key"
         ))  # fmt: skip
     return document(file, offset, text, _value(record, reading.id_key), reading)
 
@@ -300,6 +299,14 @@ def _value(record: Any, key: str) -> Any:
     return record
 
 
+def _example(reading: Reading) -> str:
+    """A line as it must be, for messages."""
+    value: Any = "..."
+    for name in reversed(reading.text_key.split(".")):
+        value = {name: value}
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _keys(record: dict[str, Any]) -> str:
     names = sorted(record)
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
@@ -319,11 +326,11 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def _refuse_single_value(file: CorpusFile, line: bytes) -> None:
+def _refuse_single_value(file: CorpusFile, line: bytes, reading: Reading) -> None:
     if (found := _single_value(line)) is not None:
         raise DataError(
             f"corpus {file.shown}: holds {found}, but must hold lines of JSON: one object like "
-            f'{{"text": "..."}} per line; convert it, for example with '
+            f"{_example(reading)} per line; convert it, for example with "
             f"jq -c '{'.[]' if 'array' in found else '.'}' {file.base_name} > documents.jsonl"
         )
 
