@@ -159,13 +159,17 @@ def find_corpus(args: argparse.Namespace, reading: Reading) -> CorpusFiles | Beg
     return corpus
 
 
-def report_left_out(out: str) -> None:
+def report_left_out(out: str, reading: Reading) -> None:
     """Say what was left out of a finished local store."""
-    from calm_dist.data.reports import REPORT, summary
+    from calm_dist.data.reports import REPORT, missing_id_key, summary
 
     file = Path(out) / REPORT
-    if file.is_file() and (left_out := summary(json.loads(file.read_text(encoding="utf-8")))):
-        print(f"{file}: {left_out}")
+    if not file.is_file():
+        return
+    report = json.loads(file.read_text(encoding="utf-8"))
+    for note in (summary(report), missing_id_key(report, reading)):
+        if note is not None:
+            print(f"{file}: {note}")
 
 
 def report_lost(out: str, tokenizer: Tokenizer) -> None:
@@ -198,7 +202,7 @@ def main() -> None:
         if not (directory / "config.json").is_file():
             directory = find_checkpoint(directory)
     tokenizer = load_tokenizer(args.tokenizer, args.begin_token, args.end_token)
-    reading = reading_from(args)
+    reading, skip_faults = reading_from(args), args.on_bad_line == "skip"
     corpus = find_corpus(args, reading)
     plan = plan_store(
         corpus,
@@ -212,6 +216,7 @@ def main() -> None:
         reading=reading,
         token_dtype=args.token_dtype,
         out=None if args.overwrite else args.out,
+        skip_faults=skip_faults,
     )
     shard_bytes = args.shard_mib << 20
     blocks_per_shard = blocks_in_shard(plan, shard_bytes)
@@ -221,7 +226,7 @@ def main() -> None:
         return
 
     if args.begin:
-        begin(Path(args.out), plan, blocks_per_shard, corpus)
+        begin(Path(args.out), plan, blocks_per_shard, corpus, skip_faults=skip_faults)
         print(f"{args.out}: begun, {plan.parts} part{'s' if plan.parts > 1 else ''}")
         return
     if filling := tokenizer.describe_filling(plan.patch_size):
@@ -231,7 +236,7 @@ def main() -> None:
         "autoencoder": None if directory is None else load_encoder(directory, args.device),
         "batch_size": args.batch_size,
         "shard_bytes": shard_bytes,
-        "skip_faults": args.on_bad_line == "skip",
+        "skip_faults": skip_faults,
     }
     if args.worker is None:
         meta = write_store(args.out, *inputs, overwrite=args.overwrite, **options)
@@ -246,7 +251,7 @@ def main() -> None:
             )
             return
         meta = read_meta(args.out)
-    report_left_out(args.out)
+    report_left_out(args.out, reading)
     print(f"{args.out}: {meta.num_blocks} blocks of {meta.block_size} tokens written")
 
 

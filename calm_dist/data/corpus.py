@@ -91,12 +91,15 @@ def corpus_sha256(files: Iterable[CorpusFile]) -> str:
     return digest.hexdigest()
 
 
-def describe_corpus(files: CorpusFiles, reading: Reading) -> tuple[str, bool]:
+def describe_corpus(
+    files: CorpusFiles, reading: Reading, *, skip: bool = False
+) -> tuple[str, bool]:
     """Fingerprint of a corpus, and whether it is a single unit.
 
     That of a single unit covers all contents, that of a larger corpus a sample of each file.
+    ``skip`` is that of `units_of`.
     """
-    units = units_of(files, reading)
+    units = units_of(files, reading, skip=skip)
     if len(units) == 1:
         return corpus_sha256(files), True
     digest = hashlib.sha256()
@@ -141,8 +144,8 @@ def _places_and_documents(
     repeated: Callable[[int], np.ndarray] | None = None,
 ) -> Iterator[tuple[CorpusFile, int, Document]]:
     """File, place and document of each document."""
-    empty = True
-    for number, unit in enumerate(units_of(files, reading)):
+    empty, skip = True, tally is not None and tally.skip
+    for number, unit in enumerate(units_of(files, reading, skip=skip)):
         for span, place, document in unit_documents(number, unit.spans, reading, tally, repeated):
             empty = False
             yield span.file, place, document
@@ -163,7 +166,7 @@ def repetitions(
         return
     with tempfile.TemporaryDirectory(prefix="calm_dist_dedup_") as directory:
         found = Repetitions(Path(directory), 1)
-        units = enumerate(units_of(files, reading))
+        units = enumerate(units_of(files, reading, skip=skip))
         shares = [Share(number, unit.spans) for number, unit in units]
         found.find(lambda _: shares, reading, skip=skip)
         yield found.of_unit
@@ -332,7 +335,7 @@ def _place(file: CorpusFile, place: int) -> str:
     """File and line, or row, of a document."""
     if format_of_file(file).kind in TABLES:
         return f"{file.shown}: row {place}"
-    return f"{file.shown}:{1 + lines_before(Span(file, place))}"
+    return file.shown_line(1 + lines_before(Span(file, place)))
 
 
 def _repeated_id(document_id: str, *places: str) -> DataError:

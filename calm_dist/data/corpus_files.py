@@ -19,6 +19,8 @@ from typing import overload
 
 from calm_dist.data.compressed import CODECS
 from calm_dist.data.formats import (
+    STANDARD_INPUT_DIRECTORY,
+    STANDARD_INPUT_FILE,
     SUPPORTED,
     TEXT_AND_ID,
     CorpusFile,
@@ -224,8 +226,8 @@ class _Search:
             raise DataError(f"corpus {STANDARD_INPUT}: is given twice; give standard input once")
         if sys.stdin is None:
             raise DataError(f"corpus {STANDARD_INPUT}: standard input is closed; send text to it")
-        self._scratch = tempfile.TemporaryDirectory(prefix="calm_dist_stdin_")
-        path = os.path.join(self._scratch.name, "stdin.jsonl")
+        self._scratch = tempfile.TemporaryDirectory(prefix=STANDARD_INPUT_DIRECTORY)
+        path = os.path.join(self._scratch.name, STANDARD_INPUT_FILE)
         try:
             with open(path, "wb") as copy:
                 shutil.copyfileobj(sys.stdin.buffer, copy, 1 << 20)
@@ -234,7 +236,7 @@ class _Search:
                 f"corpus {STANDARD_INPUT}: standard input cannot be copied to {path} "
                 f"({error.strerror}); set TMPDIR to a directory on a larger disk"
             ) from error
-        self._add_file(path, "stdin.jsonl", os.stat(path))
+        self._add_file(path, STANDARD_INPUT_FILE, os.stat(path))
 
     def _add_url(self, url: str) -> None:
         before, added = Counter(self._left_out), 0

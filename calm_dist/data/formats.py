@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any
 
@@ -27,16 +27,29 @@ valid and test, and is never held in memory as a whole."""
 JSON_LINE_BYTES = 256 << 20
 """Most bytes of a line of JSON; a line is held in memory as a whole."""
 
+STANDARD_INPUT_DIRECTORY = "calm_dist_stdin_"
+"""How the name of a directory begins that holds a copy of standard input."""
+
+STANDARD_INPUT_FILE = "stdin.jsonl"
+"""The name of that copy."""
+
 _READ_BYTES = 1 << 20
 _LONGEST_QUOTE = 80
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document; its ``id`` decides its split and its number of begin tokens."""
+    """One document; its ``id`` decides its split and its number of begin tokens.
+
+    Attributes:
+        id: given in the file, or made from the file's name and the place in it.
+        text: what is read.
+        without_id: whether the id was made, as far as that is known.
+    """
 
     id: str
     text: str
+    without_id: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +88,19 @@ class CorpusFile:
     @property
     def shown(self) -> str:
         """The path for messages, without the secrets of a URL."""
+        if self._is_standard_input:
+            return "standard input"
         return redact(self.path) if is_url(self.path) else self.path
+
+    def shown_line(self, line: int) -> str:
+        """The path and the number of a line, counted from 1, for messages."""
+        return f"{self.shown}{', line ' if self._is_standard_input else ':'}{line}"
+
+    @property
+    def _is_standard_input(self) -> bool:
+        # By its path, which is all that the manifest of a store keeps of it.
+        *_, directory, name = ("", *self.path.rsplit("/", 2))
+        return name == STANDARD_INPUT_FILE and directory.startswith(STANDARD_INPUT_DIRECTORY)
 
 
 class Reading(BaseModel):
@@ -203,7 +228,7 @@ def _json_records(
     start: int,
     reading: Reading,
     *,
-    check_first: Callable[[CorpusFile, bytes], None] | None = None,
+    check_first: Callable[[CorpusFile, bytes, Reading], None] | None = None,
 ) -> Iterator[tuple[int, Found]]:
     """One document per line; ``check_first`` gets the first line of a file that is not blank."""
     if start:
@@ -220,7 +245,7 @@ def _json_records(
             yield start, None
         else:
             if check_first is not None:
-                check_first(file, line)
+                check_first(file, line, reading)
                 check_first = None
             yield start, _json_record(file, line, start, reading)
         start += len(line)
@@ -235,10 +260,9 @@ def _json_record(file: CorpusFile, line: bytes, offset: int, reading: Reading) -
     text = _value(record, reading.text_key)
     if not isinstance(text, str):
         found = _keys(record) if isinstance(record, dict) else type(record).__name__
-        example = '{"text": "..."}'
         return Problem("no text", (
             f'has no "{reading.text_key}" string (found {found}); each line must be '
-            f"an object like {example}; --text-key names another key"
+            f"an object like {_example(reading)}; --text-key names another key"
         ))  # fmt: skip
     return document(file, offset, text, _value(record, reading.id_key), reading)
 
@@ -253,7 +277,7 @@ def document(
             f'"{reading.text_key}" holds half of a surrogate pair (a \\ud8xx escape alone)',
         )
     if given_id is None:
-        return Document(f"{file.name}@{place}", text)
+        return Document(f"{file.name}@{place}", text, without_id=True)
     if not _encodable(name := str(given_id)):
         return Problem(
             "half a surrogate pair",
@@ -275,6 +299,14 @@ def _value(record: Any, key: str) -> Any:
     return record
 
 
+def _example(reading: Reading) -> str:
+    """A line as it must be, for messages."""
+    value: Any = "..."
+    for name in reversed(reading.text_key.split(".")):
+        value = {name: value}
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _keys(record: dict[str, Any]) -> str:
     names = sorted(record)
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
@@ -294,11 +326,11 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def _refuse_single_value(file: CorpusFile, line: bytes) -> None:
+def _refuse_single_value(file: CorpusFile, line: bytes, reading: Reading) -> None:
     if (found := _single_value(line)) is not None:
         raise DataError(
             f"corpus {file.shown}: holds {found}, but must hold lines of JSON: one object like "
-            f'{{"text": "..."}} per line; convert it, for example with '
+            f"{_example(reading)} per line; convert it, for example with "
             f"jq -c '{'.[]' if 'array' in found else '.'}' {file.base_name} > documents.jsonl"
         )
 
@@ -343,7 +375,8 @@ def _text_records(
     length = 0
 
     def piece() -> tuple[int, Document]:
-        return start, Document(file.name if not start else f"{file.name}@{start}", "".join(lines))
+        name = file.name if not start else f"{file.name}@{start}"
+        return start, Document(name, "".join(lines), without_id=True)
 
     while line := _read_line(stream, TEXT_DOCUMENT_CHARACTERS):
         try:

@@ -89,6 +89,7 @@ def plan_store(
     reading: Reading = TEXT_AND_ID,
     token_dtype: TokenDtype | Literal["auto"] = "uint32",
     out: str | Path | None = None,
+    skip_faults: bool = False,
 ) -> StorePlan:
     """Describe the store that these inputs make, without torch and without encoding anything.
 
@@ -108,6 +109,7 @@ def plan_store(
             or the smaller one that has room for the vocabulary.
         out: where the store may be finished already. An earlier version, which hashed all contents
             of a corpus, may have written it.
+        skip_faults: as for `write_store`; otherwise a damaged table is an error here.
 
     Raises:
         DataError: an input is missing, or the inputs do not fit each other.
@@ -149,7 +151,7 @@ def plan_store(
         sha256, order = corpus.sha256, corpus.order
     else:
         files = find_files(corpus, reading)
-        sha256, is_one_unit = describe_corpus(files, reading)
+        sha256, is_one_unit = describe_corpus(files, reading, skip=skip_faults)
         order = None if is_one_unit else 2
         if order is not None and out is not None and _finished_by_earlier_version(out):
             sha256, order = corpus_sha256(files), None
@@ -291,7 +293,7 @@ def write_store(
 
 def _check_beginning(corpus: CorpusFiles, plan: StorePlan, skip_faults: bool) -> None:
     """Read the first unit, to find a fault that ends the writing at once."""
-    unit = units_of(corpus[:1], plan.reading)[0]
+    unit = units_of(corpus[:1], plan.reading, skip=skip_faults)[0]
     tally = Tally(skip_faults)
     next(shuffled_documents([Share(0, unit.spans)], plan.seed, plan.reading, tally), None)
 
@@ -334,7 +336,7 @@ def write_parts(
         corpus = find_files(corpus, plan.reading)
         refuse_corpus_in_store(out, corpus)
     try:
-        begin(out, plan, blocks_per_shard, corpus)
+        begin(out, plan, blocks_per_shard, corpus, skip_faults=skip_faults)
         paths = None
         if not isinstance(corpus, BegunCorpus):
             paths = moved_paths(out / PARTS, corpus)

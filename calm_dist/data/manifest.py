@@ -46,9 +46,15 @@ class BegunCorpus:
     order: Any
 
 
-def write_manifest(directory: Path, files: CorpusFiles, plan: StorePlan) -> None:
-    """Write the manifest of a store into its directory of parts; ``manifest.json`` comes last."""
-    shares = shuffled_shares(units_of(files, plan.reading), plan.seed, plan.parts)
+def write_manifest(
+    directory: Path, files: CorpusFiles, plan: StorePlan, *, skip: bool = False
+) -> None:
+    """Write the manifest of a store into its directory of parts; ``manifest.json`` comes last.
+
+    ``skip`` is that of `units_of`.
+    """
+    units = units_of(files, plan.reading, skip=skip)
+    shares = shuffled_shares(units, plan.seed, plan.parts)
     offsets, divided = [0], Counter[str]()
     # Several workers may do this at once.
     scratch = directory / f"{MANIFEST}.{secrets.token_hex(4)}.tmp"

@@ -216,6 +216,8 @@ def begin(
     plan: StorePlan,
     blocks_per_shard: int,
     corpus: CorpusFiles | BegunCorpus | None = None,
+    *,
+    skip_faults: bool = False,
 ) -> None:
     """Begin this store in ``out``, unless it has been begun there already.
 
@@ -224,6 +226,7 @@ def begin(
         blocks_per_shard: from `blocks_in_shard`.
         corpus: its files; or from `begun_corpus`, if the store has been begun; None: blocks that
             are made without a corpus, and need no manifest.
+        skip_faults: accept damaged tables, which those who read the parts count.
 
     Raises:
         DataError: another store was begun there, or this one with another shard size or by an
@@ -235,7 +238,7 @@ def begin(
         scratch = out / f"{PARTS}.{_random_name()}"
         scratch.mkdir()
         if files is not None:
-            write_manifest(scratch, files, plan)
+            write_manifest(scratch, files, plan, skip=skip_faults)
         described = {**plan.to_dict(), _BLOCKS: blocks_per_shard}
         (scratch / _PLAN).write_text(json.dumps(described, indent=2), encoding="utf-8")
         _put(scratch, out / PARTS)
@@ -254,7 +257,7 @@ def begin(
                 f"--out {out}: was begun by an earlier version, which read the corpus in another "
                 "order; finish it with that version, or write it again with --overwrite"
             )
-        write_manifest(out / PARTS, files, plan)
+        write_manifest(out / PARTS, files, plan, skip=skip_faults)
 
 
 def is_complete(out: Path, part: int) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -28,7 +30,7 @@ from calm_dist.data.corpus import (
 from calm_dist.data.corpus_files import CorpusPaths
 from calm_dist.data.formats import TEXT_AND_ID, Reading
 from calm_dist.data.reading import Tally
-from calm_dist.data.reports import REPORT, merged_report, summary
+from calm_dist.data.reports import REPORT, merged_report, missing_id_key, summary
 from calm_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from calm_dist.errors import DataError
 from calm_dist.files import file_sha256, replace_text
@@ -39,6 +41,9 @@ _log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+# There from before the first file is written until the manifest is, so that files without a
+# manifest are known to be our own. Hidden: it is no part of a corpus.
+_UNFINISHED = ".unfinished"
 
 
 def prepare_corpus(
@@ -72,7 +77,8 @@ def prepare_corpus(
         True if files were written; False if all existed already and are intact.
 
     Raises:
-        DataError: the input is faulty, or ``out`` holds files made from another input.
+        DataError: the input is faulty, or ``out`` holds files made from another input or by
+            something else.
     """
     out = Path(out)
     given = {"begin_token": begin_token, "end_token": end_token}
@@ -97,16 +103,20 @@ def prepare_corpus(
             return False
         _log.warning("%s: files are missing or changed; writing them again", out / "corpus")
 
-    splits = _read_and_split(out, files, seed, reading, skip_faults)
     source = None if tokenizer is None else load_tokenizer(tokenizer, **names).path
+    if present is None:
+        _refuse_foreign_files(out, source)
+    splits = _read_and_split(out, files, seed, reading, skip_faults)
     tokenizer_file = _make_tokenizer(out, source, vocab_size, splits["train"]["documents"])
     manifest = {
         "made_from": made_from,
         "splits": splits,
         "tokenizer": {"file": tokenizer_file.name, "sha256": file_sha256(tokenizer_file)},
+        "report": {"sha256": file_sha256(out / "corpus" / REPORT)},
     }
     # The manifest comes last: if it exists, everything else is complete.
     replace_text(manifest_path, json.dumps(manifest, indent=2) + "\n")
+    (out / "corpus" / _UNFINISHED).unlink(missing_ok=True)
     return True
 
 
@@ -150,7 +160,8 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
         raise DataError(f"{path}: cannot be read ({error.strerror}); fix or remove it") from error
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{path}: is damaged ({error}); remove {path.parent}, or give another --out"
+            f"{path}: is damaged ({error}); remove {path.parent} and the tokenizer beside it, or "
+            "give another --out"
         ) from error
     return manifest
 
@@ -170,6 +181,10 @@ def _check_manifest(manifest: Any) -> None:
         raise ValueError("no name of a tokenizer")
     if not isinstance(manifest["tokenizer"].get("sha256"), str):
         raise ValueError("no sha256 of the tokenizer")
+    if "report" in manifest:
+        report = manifest["report"]
+        if not (isinstance(report, dict) and isinstance(report.get("sha256"), str)):
+            raise ValueError("no sha256 of the report")
 
 
 def _refuse_other_input(path: Path, present: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -177,13 +192,40 @@ def _refuse_other_input(path: Path, present: dict[str, Any], wanted: dict[str, A
         if present.get(key) != wanted.get(key):
             raise DataError(
                 f"{path.parent}: was made from another input ({key}: {present.get(key)} there, "
-                f"{wanted.get(key)} now); give another --out, or remove that directory"
+                f"{wanted.get(key)} now); give another --out, or remove that directory and the "
+                "tokenizer beside it"
             )
+
+
+def _refuse_foreign_files(out: Path, tokenizer: Path | None) -> None:
+    """Refuse to replace files in ``out``, which has no manifest, unless an earlier run that was
+    killed wrote them. A copy of the given ``tokenizer`` may be there."""
+    if (out / "corpus" / _UNFINISHED).exists():
+        return
+    replaced = [out / "corpus" / f"{split}.jsonl" for split in SPLITS]
+    replaced.append(out / "corpus" / REPORT)
+    target = _tokenizer_target(out, tokenizer)
+    if tokenizer is None or (target.is_file() and not filecmp.cmp(tokenizer, target, False)):
+        replaced.append(target)
+    found = [str(path.relative_to(out)) for path in replaced if os.path.lexists(path)]
+    if found:
+        raise DataError(
+            f"--out {out}: holds {', '.join(found)}, but no corpus/{MANIFEST}, so another program "
+            "may have written them; give another --out, or move or remove them"
+        )
+
+
+def _tokenizer_target(out: Path, source: Path | None) -> Path:
+    """Where the tokenizer goes: the suffix of a given file tells its kind and is therefore kept."""
+    return out / f"tokenizer{'.json' if source is None or source.suffix == '.json' else '.model'}"
 
 
 def _intact(out: Path, manifest: dict[str, Any]) -> bool:
     files = {out / "corpus" / f"{split}.jsonl": manifest["splits"][split] for split in SPLITS}
     files[out / manifest["tokenizer"]["file"]] = manifest["tokenizer"]
+    # Earlier versions did not record their report, and the first ones wrote none.
+    if "report" in manifest:
+        files[out / "corpus" / REPORT] = manifest["report"]
     return all(
         path.is_file() and file_sha256(path) == entry["sha256"] for path, entry in files.items()
     )
@@ -213,10 +255,12 @@ def _read_and_split(
             refuse_repeated_ids(known, files, reading, repeated, skip=skip)
         split_of = known.splits()
         (out / "corpus").mkdir(parents=True, exist_ok=True)
+        (out / "corpus" / _UNFINISHED).touch()
         splits = _write_splits(out / "corpus", documents(Tally(skip)), split_of)
     report = merged_report([tally.to_dict()])
-    if (left_out := summary(report)) is not None:
-        _log.log(NOTE, left_out)
+    for note in (summary(report), missing_id_key(report, reading)):
+        if note is not None:
+            _log.log(NOTE, note)
     replace_text(out / "corpus" / REPORT, json.dumps(report, indent=2) + "\n")
     return splits
 
@@ -266,8 +310,7 @@ def _changed(number: int) -> DataError:
 def _make_tokenizer(out: Path, source: Path | None, vocab_size: int, train_documents: int) -> Path:
     if source is None:
         return _train(out, vocab_size, train_documents)
-    # The suffix of a tokenizer file tells its kind and is therefore kept.
-    target = out / f"tokenizer{'.json' if source.suffix == '.json' else '.model'}"
+    target = _tokenizer_target(out, source)
     if not (target.exists() and target.samefile(source)):
         shutil.copyfile(source, target)
     return target

@@ -38,6 +38,7 @@ class Tally:
     Attributes:
         skip: whether faults are counted; otherwise the first one is an error.
         documents, bytes: documents handed out, and their UTF-8 text.
+        without_id: those of them whose file gives no id.
         empty, too_short, duplicates: documents left out.
         faults: number of faults by reason.
         first: the first `LISTED` faults in the order of the corpus: unit, span, number of the line
@@ -48,6 +49,7 @@ class Tally:
     skip: bool = False
     documents: int = 0
     bytes: int = 0
+    without_id: int = 0
     empty: int = 0
     too_short: int = 0
     duplicates: int = 0
@@ -68,6 +70,7 @@ class Tally:
         return {
             "documents": self.documents,
             "bytes": self.bytes,
+            "without_id": self.without_id,
             "empty": self.empty,
             "too_short": self.too_short,
             "duplicates": self.duplicates,
@@ -134,14 +137,12 @@ def _handle(
         fault |= {"reason": problem.reason, "message": problem.message}
         tally.add_fault((*order, number), fault)
         return
-    where = ""
+    where = span.file.shown
     if found.has_lines:
-        where = f":{number + lines_before(span)}"
+        where = span.file.shown_line(number + lines_before(span))
     elif found.kind in TABLES:
-        where = f": row {place}"
-    raise DataError(
-        f"corpus {span.file.shown}{where}: {problem.message}; --on-bad-line skip leaves it out"
-    )
+        where += f": row {place}"
+    raise DataError(f"corpus {where}: {problem.message}; --on-bad-line skip leaves it out")
 
 
 def lines_before(span: Span) -> int:
@@ -252,5 +253,6 @@ def unit_documents(
                 tally.duplicates += 1
                 next_left_out = next(left_out, -1)
             else:
+                tally.without_id += document.without_id
                 yield span, place, document
             number += 1

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from calm_dist.data.formats import TEXT_AND_ID, Reading
 from calm_dist.data.reading import LISTED
 
 REPORT = "report.json"
@@ -13,6 +14,7 @@ REPORT = "report.json"
 _COUNTS = (
     "documents",
     "bytes",
+    "without_id",
     "empty",
     "too_short",
     "duplicates",
@@ -58,6 +60,18 @@ def _with_lines(
             before = (count for place, count in lines.get(fault["file"], []) if place < start)
             numbered["line"] += sum(before)
         yield numbered
+
+
+def missing_id_key(report: dict[str, Any], reading: Reading) -> str | None:
+    """A line that no document has the key that was given for the id; None if that is not so."""
+    documents = report["documents"]
+    # A report of an earlier version does not have the count.
+    if reading.id_key == TEXT_AND_ID.id_key or not 0 < documents == report.get("without_id"):
+        return None
+    return (
+        f"--id-key {reading.id_key}: none of the {documents:,} documents has this key; their ids "
+        "are made from file and place"
+    )
 
 
 def summary(report: dict[str, Any]) -> str | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from calm_dist.data.compressed import DamagedFileError
 from calm_dist.data.formats import (
     TABLES,
     CorpusFile,
@@ -108,16 +109,22 @@ class Share:
         return slice(count * self.first // self.of, count * self.last // self.of)
 
 
-def units_of(files: Iterable[CorpusFile], reading: Reading) -> list[Unit]:
+def units_of(files: Iterable[CorpusFile], reading: Reading, *, skip: bool = False) -> list[Unit]:
     """The units of a corpus, in the order of its files.
 
+    Args:
+        files: the corpus.
+        reading: what becomes a document.
+        skip: whether faults are counted when a unit is read. A damaged table, of which the groups
+            of rows are unknown, is then not divided; otherwise it is an error.
+
     Raises:
-        DataError: a table is damaged or has no column of text.
+        DataError: a table cannot be read, is damaged, or has no column of text.
     """
     units: list[Unit] = []
     waiting: list[Span] = []
     weight = 0
-    for span, size in _spans(files, reading):
+    for span, size in _spans(files, reading, skip):
         if waiting and weight + size > CHUNK_BYTES:
             units.append(Unit(tuple(waiting), weight))
             waiting, weight = [], 0
@@ -128,8 +135,8 @@ def units_of(files: Iterable[CorpusFile], reading: Reading) -> list[Unit]:
     return units
 
 
-def _spans(files: Iterable[CorpusFile], reading: Reading) -> Iterator[tuple[Span, int]]:
-    for _, spans in in_threads(lambda file: _spans_of(file, reading), files):
+def _spans(files: Iterable[CorpusFile], reading: Reading, skip: bool) -> Iterator[tuple[Span, int]]:
+    for _, spans in in_threads(lambda file: _spans_of(file, reading, skip), files):
         yield from spans
 
 
@@ -147,10 +154,16 @@ def in_threads(function: Any, files: Iterable[CorpusFile]) -> Iterator[tuple[Cor
             yield from zip(some, threads.map(function, some), strict=True)
 
 
-def _spans_of(file: CorpusFile, reading: Reading) -> list[tuple[Span, int]]:
+def _spans_of(file: CorpusFile, reading: Reading, skip: bool) -> list[tuple[Span, int]]:
     found = format_of_file(file)
     if found.kind in TABLES:
-        sizes = groups(file, found.kind, reading)
+        try:
+            sizes = groups(file, found.kind, reading)
+        except DamagedFileError:
+            if not skip:
+                raise
+            # Who reads this span meets the fault again, and counts it.
+            return [(Span(file), _FILE_BYTES + file.size)]
         if sizes is not None:
             return _row_spans(file, sizes)
     if not found.can_start_anywhere or file.size <= CHUNK_BYTES:

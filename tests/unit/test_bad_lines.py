@@ -76,7 +76,14 @@ def write(
 ) -> dict[str, Any]:
     files = find_files([corpus], reading)
     plan = plan_store(
-        files, tokenizer, variant="tokens", block_size=8, patch_size=4, parts=parts, reading=reading
+        files,
+        tokenizer,
+        variant="tokens",
+        block_size=8,
+        patch_size=4,
+        parts=parts,
+        reading=reading,
+        skip_faults=True,
     )
     for worker in range(workers):
         left = write_parts(
@@ -170,6 +177,41 @@ def test_prepared_corpus_is_the_same_and_has_a_report(corpus: Path, tmp_path: Pa
     assert min(map(len, texts)) >= 6
 
 
+def test_damaged_tables_are_counted_by_their_readers(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Where a table can be divided stands at its end, which may be missing."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    table = pa.table({"text": [f"row {i} of a table" for i in range(30)]})
+    pq.write_table(table, corpus / "cut.parquet")
+    with pa.ipc.new_file(corpus / "file.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=10)
+    with pa.ipc.new_stream(corpus / "stream.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=10)
+    for name in ("cut.parquet", "file.arrow", "stream.arrow"):
+        (corpus / name).write_bytes((corpus / name).read_bytes()[:-20])
+    for name in ("empty.parquet", "empty.arrow"):
+        (corpus / name).touch()
+    damaged = sorted(path.name for path in corpus.iterdir())
+    for name in damaged:
+        with pytest.raises(DataError, match=rf"{name}: is (damaged or )?cut off"):
+            plan_store([corpus / name], tokenizer, variant="tokens", block_size=8, patch_size=4)
+        with pytest.raises(DataError, match=rf"{name}: is (damaged or )?cut off"):
+            prepare_corpus(tmp_path / "stopped", [corpus / name])
+    assert not (tmp_path / "stopped").exists()
+    (corpus / "good.jsonl").write_bytes(b"\n".join(line(f"line {i}") for i in range(40)))
+    reports = [
+        write(tmp_path / f"{parts} {workers}", corpus, tokenizer, parts, workers, STRICT)
+        for parts, workers in ((1, 1), (3, 1), (3, 3))
+    ]
+    prepare_corpus(tmp_path / "out", [corpus], vocab_size=280, reading=STRICT, skip_faults=True)
+    reports.append(json.loads((tmp_path / "out" / "corpus" / "report.json").read_text()))
+    for report in reports:
+        assert report["documents"] == 40
+        assert report["faults_by_reason"] == {"damaged file": len(damaged)}
+        assert [fault["file"] for fault in report["first_faults"]] == damaged
+    assert reports[0]["first_faults"] == reports[2]["first_faults"] == reports[3]["first_faults"]
+
+
 def test_options_of_the_tools(
     corpus: Path,
     tmp_path: Path,
@@ -204,6 +246,35 @@ def test_options_of_the_tools(
             runpy.run_path(tool, run_name="__main__")
         assert caught.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_id_key_that_no_document_has_is_noted_once(
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    records = [{"text": f"line {i}", **({"key": i} if i == 7 else {})} for i in range(40)]
+    (corpus / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    pq.write_table(pa.table({"text": ["a row", "a row"]}), corpus / "b.parquet")
+    said = "--id-key {}: none of the 41 documents has this key"
+    encode = ["--variant", "tokens", "--patch-size", "4", "--block-size", "8", "--parts", "3"]
+    encode += ["--tokenizer", str(tokenizer.path)]
+    for name, more in (("prepare_corpus", ["--vocab-size", "280"]), ("encode_latents", encode)):
+        for key, times in (("kye", 1), ("key", 0)):
+            out = tmp_path / f"{name} {key}"
+            options = ["--corpus", str(corpus), "--id-key", key, "--dedup", "exact", *more]
+            monkeypatch.setattr(sys, "argv", [name, *options, "--out", str(out)])
+            with pytest.raises(SystemExit) as caught:
+                runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
+            done = capsys.readouterr()
+            assert caught.value.code == 0, done.err
+            assert (done.out + done.err).count(said.format(key)) == times
+            (file,) = out.rglob("report.json")
+            report = json.loads(file.read_text())
+            assert (report["documents"], report["without_id"]) == (41, 41 if times else 40)
 
 
 def test_stop_names_the_line_of_the_file(corpus: Path) -> None:

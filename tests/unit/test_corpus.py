@@ -2,14 +2,16 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import zstandard
 
-from calm_dist.data import formats
+from calm_dist.data import formats, prepare
 from calm_dist.data.corpus import (
     Document,
     ShuffledDocuments,
@@ -201,15 +203,68 @@ def test_prepare_corpus_writes_skips_and_refuses(tmp_path: Path) -> None:
     assert len(before) == 6
 
     assert not prepare_corpus(out, [source], vocab_size=280)
-    (out / "corpus" / "valid.jsonl").write_text("")
-    assert prepare_corpus(out, [source], vocab_size=280)
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    for name, damage in (
+        ("valid.jsonl", lambda file: file.write_text("")),
+        ("report.json", lambda file: file.write_text("{}")),
+        ("report.json", Path.unlink),
+    ):
+        damage(out / "corpus" / name)
+        assert prepare_corpus(out, [source], vocab_size=280)
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    # A corpus of an earlier version has a report that its manifest does not name, or none.
+    manifest = json.loads((out / "corpus" / "manifest.json").read_text())
+    del manifest["report"]
+    (out / "corpus" / "manifest.json").write_text(json.dumps(manifest))
+    (out / "corpus" / "report.json").unlink()
+    assert not prepare_corpus(out, [source], vocab_size=280)
 
     with pytest.raises(DataError, match="tokenizer: BPE with 280 entries there, BPE with 300"):
         prepare_corpus(out, [source], vocab_size=300)
     write_jsonl(source, [f"{i}" for i in range(50)])
     with pytest.raises(DataError, match=r"corpus_sha256: .* there, .* now.*another --out"):
         prepare_corpus(out, [source], vocab_size=280)
+
+
+def test_prepare_corpus_replaces_only_files_of_its_own(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [f"{WORDS} {i}" for i in range(9)])
+    for number, name in enumerate(
+        ("corpus/train.jsonl", "corpus/test.jsonl", "corpus/report.json", "tokenizer.json")
+    ):
+        foreign = tmp_path / str(number) / name
+        foreign.parent.mkdir(parents=True)
+        foreign.write_text("precious")
+        with pytest.raises(DataError, match=rf"holds {name}, but no corpus/manifest.json.*remove"):
+            prepare_corpus(tmp_path / str(number), [source], vocab_size=280)
+        kept = [path for path in (tmp_path / str(number)).rglob("*") if path.is_file()]
+        assert kept == [foreign] and foreign.read_text() == "precious"
+    with pytest.raises(DataError, match=r"holds tokenizer.json"):
+        prepare_corpus(tmp_path / "3", [source], tokenizer=tokenizer.path)
+    (tmp_path / "3" / "tokenizer.json").write_bytes(tokenizer.path.read_bytes())
+    (tmp_path / "3" / "tokenizer.model").touch()
+    assert prepare_corpus(tmp_path / "3", [source], tokenizer=tokenizer.path)
+
+    # What a killed run left is its own, whichever file it was at.
+    for number, name in enumerate(("_write_splits", "replace_text", "_make_tokenizer", "_train")):
+        out = tmp_path / f"killed {number}"
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare, name, dying(getattr(prepare, name)))
+            with pytest.raises(KeyboardInterrupt):
+                prepare_corpus(out, [source], vocab_size=280)
+        assert prepare_corpus(out, [source], vocab_size=280)
+        assert not prepare_corpus(out, [source], vocab_size=280)
+        assert not list(out.rglob(".*"))
+
+
+def dying(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, after which the process ends."""
+
+    def called(*args: Any) -> Any:
+        function(*args)
+        raise KeyboardInterrupt
+
+    return called
 
 
 def test_prepare_corpus_copies_a_given_tokenizer(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -20,7 +20,7 @@ import zstandard
 from calm_dist.data import compressed, formats
 from calm_dist.data.compressed import CODECS
 from calm_dist.data.corpus import ShuffledDocuments, iter_documents
-from calm_dist.data.formats import PARSERS, SUPPORTED, format_of
+from calm_dist.data.formats import PARSERS, SUPPORTED, Reading, format_of
 from calm_dist.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -241,6 +241,19 @@ def test_json_document_is_refused_or_left_out(tmp_path: Path, content: str, foun
     assert f"holds {found}, but must hold lines of JSON" in refusal(path)
     (tmp_path / "b.jsonl").write_bytes(lines_of(0, 1))
     assert len(texts(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "example"), [("body", '{"body": "..."}'), ("m.t", '{"m": {"t": "..."}}')]
+)
+def test_example_of_a_line_has_the_key_that_was_given(
+    tmp_path: Path, key: str, example: str
+) -> None:
+    path = tmp_path / "a.json"
+    for content in ('{"text": "found under another key"}', "[1]"):
+        path.write_text(content)
+        with pytest.raises(DataError, match="object like " + re.escape(example)):
+            list(iter_documents([path], Reading(text_key=key)))
 
 
 def test_formats_stand_in_one_place() -> None:

@@ -20,6 +20,7 @@ import zstandard
 from calm_dist.data import tables, units
 from calm_dist.data.corpus import ShuffledDocuments, find_files, iter_documents
 from calm_dist.data.formats import Reading
+from calm_dist.data.prepare import prepare_corpus
 from calm_dist.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -282,6 +283,29 @@ def test_standard_input_is_a_corpus(
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(DataError, match="standard input is closed"):
         find_files(["-"])
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        (b'{"text": "a"}\nno JSON\n', r"corpus standard input, line 2: is not a line of JSON"),
+        (b"\n", r"corpus standard input: holds no text"),
+        (
+            b'{"id": 1, "text": "a"}\n\n{"id": 1, "text": "b"}\n{"text": "c"}\n',
+            r"corpus: standard input, line 1 and standard input, line 3 have the same id",
+        ),
+    ],
+)
+def test_faults_of_standard_input_do_not_name_its_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: bytes, message: str
+) -> None:
+    class Input:
+        buffer = io.BytesIO(sent)
+
+    monkeypatch.setattr(sys, "stdin", Input)
+    with pytest.raises(DataError, match=message) as caught:
+        prepare_corpus(tmp_path / "out", ["-"], vocab_size=280)
+    assert "stdin" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["text", "id"])
