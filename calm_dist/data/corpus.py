@@ -130,8 +130,8 @@ def iter_documents(
         repeated: from `repetitions`; None: repetitions are documents, too.
 
     Raises:
-        DataError: see `find_files`; a file is damaged or truncated; a line or row is no document;
-            or no document of the corpus has content.
+        DataError: see `find_files`; a file is damaged or truncated; a line or row is not a
+            document; or no document of the corpus has content.
     """
     for _, _, document in _places_and_documents(find_files(paths), reading, tally, repeated):
         yield document

@@ -258,7 +258,7 @@ class _Search:
             )
 
     def _is_left_out(self, path: str, name: str) -> bool:
-        """Whether a file of a known format in a directory is no part of the corpus; counts it."""
+        """Whether a file of a known format in a directory is not part of the corpus; counts it."""
         found = format_of(name)
         if "/." in f"/{name}":
             self._left_out["hidden"] += 1

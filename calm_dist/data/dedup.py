@@ -50,7 +50,7 @@ class Repetitions:
     def find(
         self, shares_of: Callable[[int], Sequence[Share]], reading: Reading, *, skip: bool
     ) -> None:
-        """Hash all documents, or those that are missing, and find the repetitions.
+        """Hash all documents that have no hash yet, and find the duplicates.
 
         Args:
             shares_of: gives the shares of a part.

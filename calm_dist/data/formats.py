@@ -287,7 +287,7 @@ def document(
 
 
 def _value(record: Any, key: str) -> Any:
-    """The value of a key; of a dotted name that is no key itself, the value in nested objects."""
+    """The value of a key. A dotted name that is not itself a key is looked up in nested objects."""
     if not isinstance(record, dict):
         return None
     if key in record or "." not in key:
@@ -418,7 +418,7 @@ PARSERS: dict[str, Parser] = {
 """The kinds of text by suffix."""
 
 LINES = (".jsonl", ".json")
-"""Those of which each line is a document."""
+"""The kinds in which each line is a document."""
 
 TABLES = (".parquet", ".arrow")
 """The kinds of tables, which pyarrow reads; see `calm_dist.data.tables`."""

@@ -165,7 +165,7 @@ def read_block(path: str, number: int) -> dict[str, np.ndarray]:
     """The columns of one block, after checking the shard that holds it.
 
     Raises:
-        DataError: there is no such block, or its shard is damaged.
+        DataError: the block does not exist, or its shard is damaged.
     """
     with store_files(path) as (directory, fetch, _):
         meta = read_meta(directory)
@@ -259,7 +259,7 @@ def describe_block(
 
     Returns:
         ``tokens``, ``text``, ``patches`` and, for stores of latents, ``mean_std`` (the mean of all
-        standard deviations), ``unused_dimensions`` (those of which the posterior is the prior:
+        standard deviations), ``unused_dimensions`` (those whose posterior equals the prior:
         KL below 0.01) and, if decoded, ``token_accuracy`` and ``decoded_text``.
     """
     tokens = block["tokens"].tolist()

@@ -161,15 +161,7 @@ def plan_store(
         patch_size=patch_size,
         latent_size=latent_size,
         vocab_size=vocab_size,
-        tokenizer=TokenizerInfo(
-            sha256=tokenizer.fingerprint,
-            file="tokenizer.json" if tokenizer.path.suffix == ".json" else "tokenizer.model",
-            begin_id=tokenizer.begin_id,
-            end_id=tokenizer.end_id,
-            pad_id=tokenizer.pad_id,
-            begin_token=tokenizer.begin_token,
-            end_token=tokenizer.end_token,
-        ),
+        tokenizer=TokenizerInfo.of(tokenizer),
         autoencoder=info,
         corpus_sha256=sha256,
         seed=seed,
@@ -251,7 +243,7 @@ def write_store(
         batch_size: blocks per call of the encoder.
         shard_bytes: size of a shard; use 512 MiB for large corpora.
         overwrite: first remove another store in ``out``; not with `begun_corpus`.
-        skip_faults: leave out damaged files and whatever is no document, and count it in
+        skip_faults: leave out damaged files and anything that is not a document, and count them in
             ``report.json``; otherwise the first such fault is an error.
 
     Raises:

@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 # There from before the first file is written until the manifest is, so that files without a
-# manifest are known to be our own. Hidden: it is no part of a corpus.
+# manifest are known to be our own. Hidden: it is not part of a corpus.
 _UNFINISHED = ".unfinished"
 
 
@@ -70,7 +70,7 @@ def prepare_corpus(
         vocab_size: entries of a trained BPE.
         seed: decides the split of each document.
         reading: what of the corpus becomes documents.
-        skip_faults: leave out damaged files and whatever is no document, and count it in
+        skip_faults: leave out damaged files and anything that is not a document, and count them in
             ``corpus/report.json``; otherwise the first such fault is an error.
 
     Returns:

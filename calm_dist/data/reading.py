@@ -95,7 +95,7 @@ def span_documents(
         order: number of the unit and of the span in it, for the order of faults.
 
     Raises:
-        DataError: the file cannot be read or was changed; or something in it is no document, and
+        DataError: the file cannot be read or was changed; or something in it is not a document, and
             ``tally`` does not skip faults.
     """
     tally = Tally() if tally is None else tally

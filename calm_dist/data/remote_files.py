@@ -87,7 +87,7 @@ def find_urls(url: str) -> list[tuple[str, str, int, bool]]:
         path = path.rstrip("/")
         scheme = f"{url.partition('://')[0]}://"
         start = "" if path.startswith(scheme) else scheme
-        # A question mark begins the query of a URL and is no wildcard.
+        # A question mark begins the query of a URL and is not a wildcard.
         is_glob = "*" in path or "[" in path
         roots = sorted(files.glob(path)) if is_glob else [path]
         found = []

@@ -28,6 +28,7 @@ from calm_dist.files import file_sha256, read_bounded
 
 if TYPE_CHECKING:
     from calm_dist.data.download import Downloads
+    from calm_dist.data.tokenizer import Tokenizer
 
 # The hash of every shard in the index; also Streaming's name for it.
 HASH = "sha256"
@@ -64,6 +65,19 @@ class TokenizerInfo(_Strict):
     begin_token: str | None = None
     end_token: str | None = None
     """Names of these tokens; None in stores of earlier versions, which used the tokenizer's own."""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> Self:
+        """The description of a tokenizer that is about to be copied into a store."""
+        return cls(
+            sha256=tokenizer.fingerprint,
+            file="tokenizer.json" if tokenizer.path.suffix == ".json" else "tokenizer.model",
+            begin_id=tokenizer.begin_id,
+            end_id=tokenizer.end_id,
+            pad_id=tokenizer.pad_id,
+            begin_token=tokenizer.begin_token,
+            end_token=tokenizer.end_token,
+        )
 
 
 class AutoencoderInfo(_Strict):

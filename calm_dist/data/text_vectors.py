@@ -14,7 +14,7 @@ from calm_dist.errors import DataError
 from calm_dist.models.autoencoder import Autoencoder
 
 _DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile)
-"""What numpy raises for a file that is no .npz file, or an array that is missing."""
+"""What numpy raises for a file that is not in .npz format, or lacks an array."""
 _PATCHES_AT_ONCE = 256
 """Patches whose logits are in memory at a time."""
 

@@ -56,7 +56,7 @@ class TextBlocks:
 
     Raises:
         DataError: a file cannot be read, or the text cannot be encoded.
-        UserError: the text fills no block, or ``block_size`` is no multiple of ``patch_size``.
+        UserError: the text fills no block, or ``block_size`` is not a multiple of ``patch_size``.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class TextBlocks:
     ) -> None:
         if block_size % patch_size:
             raise UserError(
-                f"block size {block_size}: is no multiple of the patch size {patch_size}"
+                f"block size {block_size}: is not a multiple of the patch size {patch_size}"
             )
         files = find_files(list(paths))
         documents = iter_documents(files)
@@ -90,15 +90,7 @@ class TextBlocks:
             patch_size=patch_size,
             latent_size=None,
             vocab_size=tokenizer.vocab_size,
-            tokenizer=TokenizerInfo(
-                sha256=tokenizer.fingerprint,
-                file="tokenizer.json" if tokenizer.path.suffix == ".json" else "tokenizer.model",
-                begin_id=tokenizer.begin_id,
-                end_id=tokenizer.end_id,
-                pad_id=tokenizer.pad_id,
-                begin_token=tokenizer.begin_token,
-                end_token=tokenizer.end_token,
-            ),
+            tokenizer=TokenizerInfo.of(tokenizer),
             autoencoder=None,
             corpus_sha256=corpus_sha256(files),
             seed=0,

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from calm_dist.data.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
-"""What a decoder writes for bytes that are no character, or not a whole one yet."""
+"""What a decoder writes for bytes that are not a character, or not yet a whole one."""
 _LONGEST_PENDING = 64
 """Tokens to wait for the rest of a character; a model that writes text needs 4 at most."""
 _TAIL = 16

@@ -47,7 +47,7 @@ class Run(Section):
 
     init_from: Text | None = None
     """Run directory, checkpoint, or directory in the released layout; this run starts with its
-    weights alone, and a head that does not fit starts anew; see checkpoints.md. Ignored once
+    weights alone, and a head that does not fit is initialised; see checkpoints.md. Ignored once
     ``dir`` has a checkpoint of its own."""
 
     @property

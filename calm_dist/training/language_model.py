@@ -158,7 +158,7 @@ def check_attention_heads(directory: Path, recipe: LanguageModelRecipe) -> None:
     """Refuse weights of other attention heads, which may have the same shapes.
 
     Raises:
-        CheckpointError: their numbers differ, or ``directory`` is no language model.
+        CheckpointError: their numbers differ, or ``directory`` does not hold a language model.
     """
     if is_released(directory):
         model = SimpleNamespace(**calm_values(directory)["model"])

@@ -57,7 +57,7 @@ def test_blocks_of_a_text(tokenizer: Tokenizer, lines: Path) -> None:
     assert again.meta == blocks.meta
     with pytest.raises(UserError, match="fills no block of 65536 tokens"):
         TextBlocks([lines], tokenizer, block_size=65536, patch_size=4)
-    with pytest.raises(UserError, match="block size 66: is no multiple of the patch size 4"):
+    with pytest.raises(UserError, match="block size 66: is not a multiple of the patch size 4"):
         TextBlocks([lines], tokenizer, block_size=66, patch_size=4)
 
 
