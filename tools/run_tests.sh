@@ -50,7 +50,7 @@ case "$*" in
 "" | --full)
   # A process of its own: Triton's interpreter is chosen when it is loaded.
   step ensure_triton
-  PYTHONPATH=$TRITON step "${tests[@]}" "$@" tests/gpu
+  PYTHONPATH=$TRITON step "${tests[@]}" "$@" -n "$(workers)" tests/gpu
   ;;
 esac
 # For information only: no test depends on a time.
