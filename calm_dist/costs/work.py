@@ -40,7 +40,7 @@ COMPRESSOR_HIDDEN, COMPRESSOR_KERNELS = 40, 40
 # Energy score: accesses per element of a draw, in fp32; kernels per chunk of positions.
 DRAW_ACCESSES, SCORE_KERNELS = 7, 35
 # The same in one kernel on GPUs: warp instructions per component of a draw, for up to eight samples
-# (37,300 for 100 draws of 128; tests/gpu compiles it), and kernels of a micro-batch, those of the
+# (37,700 for 100 draws of 128; tests/gpu compiles it), and kernels of a micro-batch, those of the
 # noise included.
 FUSED_INSTRUCTIONS, FUSED_KERNELS = 2.9, 6
 # Cross entropy: accesses per logit, in fp32.
