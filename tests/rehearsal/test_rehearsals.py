@@ -122,6 +122,9 @@ def test_a_layout_runs_and_needs_what_the_planner_says(
         # What a micro-batch does is a whole number: work grows with their number.
         assert launches(rank["each"]) == pytest.approx(round(launches(rank["each"])), abs=1e-6)
         assert all(row["count"] >= 0 for row in rank["each"]["waits"])
+        # Loss, norm and flags are read together.
+        waits = [row for row in rank["step"]["waits"] if "calm_dist/training/" in row["where"]]
+        assert sum(row["count"] for row in waits) == 1, waits
 
 
 @pytest.mark.parametrize("seed", range(20))
