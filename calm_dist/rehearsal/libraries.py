@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -83,7 +84,7 @@ def _move(tensor: Any, moved: Any) -> None:
 
 
 def _answer_values(observer: Observer) -> None:
-    """`tolist` of a fake tensor would read its elements one by one."""
+    """`tolist` of a fake tensor would read its elements one by one; `numpy` has no form for it."""
 
     def tolist(self: FakeTensor) -> Any:
         if self.dim() == 0:
@@ -92,7 +93,13 @@ def _answer_values(observer: Observer) -> None:
             observer.wait("numbers are read")
         return _made_up(list(self.shape), self.dtype)
 
+    def numpy(self: FakeTensor, **_: Any) -> Any:
+        if self.device.type != "cpu":
+            raise TypeError("only a tensor on the host is an array of numpy; call cpu() before")
+        return np.zeros(tuple(self.shape), dtype=str(self.dtype).removeprefix("torch."))
+
     FakeTensor.tolist = tolist  # type: ignore[method-assign]
+    FakeTensor.numpy = numpy  # type: ignore[method-assign]
 
 
 def _made_up(shape: list[int], dtype: torch.dtype) -> Any:

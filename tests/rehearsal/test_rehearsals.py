@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from launches import ROOT
 from random_layouts import random_layout
 
 from calm_dist.costs.clusters import PRESETS
+from calm_dist.gpu_check.recovery import write_recipe
 from calm_dist.rehearsal.stand_in import environment
 
 pytestmark = pytest.mark.full
@@ -95,7 +97,9 @@ def cuda_python(tmp_path_factory: pytest.TempPathFactory) -> str:
 def rehearse(python: str, place: Path, recipe: str, *arguments: str) -> dict[str, Any]:
     result = place / "rehearsal.json"
     done = subprocess.run(
-        [python, str(ROOT / "tools" / "rehearse.py"), str(ROOT / "recipes" / f"{recipe}.yaml"),
+        [python, str(ROOT / "tools" / "rehearse.py"),
+         # An absolute path stays as it is.
+         str(ROOT / "recipes" / recipe) + ("" if recipe.endswith(".yaml") else ".yaml"),
          *arguments, "--json", str(result)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True,
@@ -139,7 +143,8 @@ def test_a_layout_drawn_at_random_needs_what_the_planner_says(
 def test_the_check_of_a_gpu_runs_on_fake_tensors(cuda_python: str, tmp_path: Path) -> None:
     """Its code for GPUs at its own sizes, but for what depends on data: no tensor is on the wrong
     device."""
-    parts = ("facts", "kernel", "attention", "calm_m", "transformer_m", "parity", "autoencoder")
+    parts = ("facts", "kernel", "attention", "calm_m", "transformer_m", "parity", "autoencoder",
+             "inference")  # fmt: skip
     gpu = PRESETS["h200-sxm"]
     compile_code = "from calm_dist.rehearsal.stand_in import *; print(compile_libraries())"
     shared = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -161,6 +166,13 @@ def test_the_check_of_a_gpu_runs_on_fake_tensors(cuda_python: str, tmp_path: Pat
     # cuDNN's attention takes heads of 64 and 128.
     rows = found["attention"]["kernels"]
     assert all("seconds" in row for row in rows if row["head_dim"] < 160 and row["name"] == "cuDNN")
+
+
+def test_the_run_that_the_check_kills_is_rehearsed(cuda_python: str, tmp_path: Path) -> None:
+    """The part ``recovery`` trains in processes of its own, which need real numbers."""
+    recipe = write_recipe(tmp_path, "killed", torch.device("cuda"))
+    (rank,) = rehearse(cuda_python, tmp_path, str(recipe), "model.vocab_size=300")["ranks"]
+    assert rank["fits"] and rank["each"]["waits"] == []
 
 
 def test_what_a_step_of_calm_m_costs(cuda_python: str, tmp_path: Path) -> None:
