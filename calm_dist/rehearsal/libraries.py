@@ -99,7 +99,7 @@ def _answer_values(observer: Observer) -> None:
         return np.zeros(tuple(self.shape), dtype=str(self.dtype).removeprefix("torch."))
 
     FakeTensor.tolist = tolist  # type: ignore[method-assign]
-    FakeTensor.numpy = numpy  # type: ignore[method-assign]
+    FakeTensor.numpy = numpy  # type: ignore[assignment,method-assign]
 
 
 def _made_up(shape: list[int], dtype: torch.dtype) -> Any:
