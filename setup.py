@@ -31,7 +31,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "megatron-core==0.16.1",
-        "deepspeed>=0.18.3,<0.20",
+        "deepspeed>=0.19.8,<0.20",
         "mosaicml-streaming==0.13.0",
         # Streaming 0.13.0 itself asks for <2.2, but works with later ones: see the Dockerfile.
         "numpy>=1.26,<3",

@@ -249,7 +249,7 @@ def calm_brier_pair(device: torch.device, noise: float | None) -> Pair:
             lambda hidden, starts, depth: drawn(hidden, 2),
             drawn(hidden, 2),
             patches,
-            text[2 * patches[:, None] + torch.arange(4)],
+            text[2 * patches[:, None] + torch.arange(4, device=device)],
         )
 
     def looped() -> None:

@@ -57,6 +57,14 @@ def discard_gradients(zero: Any, stage: int) -> None:
         zero.all_grad_tensors[number] = None
 
 
+def skip_norm(zero: Any) -> None:
+    """ZeRO-3: make `step` use no norm of its own, which nothing reads without DeepSpeed's clipping
+    and for which the host waits for the device. Stages 1 and 2 have the option
+    ``compute_grad_norm``.
+    """
+    zero._get_norm_groups = lambda: [torch.zeros(())]
+
+
 def partition_parameters(zero: Any) -> None:
     """ZeRO-3: partition the parameters, so that every rank keeps only its part."""
     zero._partition_all_parameters()

@@ -15,10 +15,12 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import (
     FileSystemWriterAsync as AsyncFileWriter,
 )
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from megatron.core.transformer import mlp
 from torch import nn
 
 
@@ -51,6 +53,22 @@ def use_rotation(fused: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) ->
         return rope_utils._apply_rotary_pos_emb_bshd(states, angles, rotary_interleaved=interleaved)
 
     rope_utils.fused_apply_rotary_pos_emb = rotate
+
+
+def use_swiglu(fused: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Compute SwiGLU on GPUs by ``fused``, where ``bias_activation_fusion`` calls a function that
+    torch.compile fuses.
+
+    Args:
+        fused: [..., 2 * size], gate and up -> [..., size].
+    """
+
+    def swiglu(both: torch.Tensor, bias: Any, *stored: Any) -> torch.Tensor:
+        if both.device.type == "cuda" and bias is None and not any(stored):
+            return fused(both)
+        return bias_swiglu_impl(both, bias, *stored)
+
+    mlp.bias_swiglu_impl = swiglu
 
 
 def replace_inner_optimizer(

@@ -32,6 +32,9 @@ class Rates:
     dispatch_seconds: float = 9e-6
     """Time of the host for one kernel launch, with what PyTorch, Megatron-core and this package do
     in between."""
+    wait_seconds: float = 3e-5
+    """Time for which a device does nothing when the host reads a result and then launches again: a
+    copy of some bytes, the host's wake-up, a launch (assumption)."""
     draws_per_second: float = float("inf")
     """Normal numbers a second; infinite: limited only by writing them."""
     synchronous: bool = False

@@ -75,8 +75,8 @@ def stage_memory(
 
     Args:
         layers: number of layers of the stage, if already known from `layer_counts`.
-        on_cpu: whether norms are torch's composite form, as on CPUs, which keeps more memory;
-            default: true if ``parallel.device`` is cpu.
+        on_cpu: whether norms and SwiGLU are torch's composite forms, as on CPUs, which keep more
+            memory; default: true if ``parallel.device`` is cpu.
 
     Raises:
         RecipeError: the recipe leaves a size to its data store; `Recipe.with_store` fills it in.
@@ -203,8 +203,9 @@ def _backbone_activations(
     if not on_cpu and recipe.training.micro_batch_size > 1:
         # The output is copied from batch-first to sequence-first order.
         attention += d
-    # Gate and up in one tensor, SiLU of the gate, Megatron's copy of up, the product.
-    mlp = 5 * model.intermediate_size
+    # Gate and up in one tensor, and the product. On CPUs, where no kernel fuses SwiGLU, SiLU of the
+    # gate and Megatron's copy of up as well.
+    mlp = (5 if on_cpu else 3) * model.intermediate_size
     layer = positions * (2 * norm / along_sequence + (attention + mlp) * width / tensor)
     if model.qk_norm:
         layer += positions * per_element * (d + kv) / tensor
@@ -322,6 +323,9 @@ def _autoencoder(recipe: AutoencoderRecipe) -> Memory:
     # Equal chunks, of whole rows.
     chunk = -(-tokens // -(-tokens // max(1, LOGITS // words))) * words
     activations = int(patches * elements * width) + table * FP32_BYTES
+    # Embeddings of the distinct words (at most all) and of all tokens; states and their gradient,
+    # which the loss makes in the forward pass.
+    activations += 4 * tokens * model.hidden_size * FP32_BYTES
     if width == FP32_BYTES:
         # The last chunk may be smaller, and then exists beside the one before it.
         activations += 2 * chunk * width
@@ -332,9 +336,11 @@ def _autoencoder(recipe: AutoencoderRecipe) -> Memory:
         # its gradient of the weight.
         two = chunk * 2 * (FP32_BYTES + width)
         activations += max(two, chunk * (FP32_BYTES + 2 * width) + table * width)
+    # With DDP, the sums of the earlier micro-batches beside the buckets that are reduced.
+    copies = 2 if recipe.data_parallel_size > 1 and recipe.num_micro_batches > 1 else 1
     return Memory(
         weights=parameters * FP32_BYTES,
-        gradients=parameters * FP32_BYTES,
+        gradients=copies * parameters * FP32_BYTES,
         optimizer=parameters * recipe.training.optimizer_spec.state_bytes,
         activations=activations,
     )

@@ -32,15 +32,22 @@ NORM_FUSED, NORM_COMPOSITE = 5, 31
 # and v, residuals; per element of the MLP's width: SiLU, the product, Megatron's copy of up.
 LAYER_HIDDEN, LAYER_INTERMEDIATE = 61, 16
 LAYER_KERNELS = 80
-# The same on GPUs, where one kernel rotates queries and one keys (`models.rotary_kernel`): 4
-# accesses instead of 27. The kernels are those of a rehearsal of CALM-M.
-ROTATED_HIDDEN, ROTATED_KERNELS = 15, 34
+# The same on GPUs, where one kernel rotates queries and one keys (`models.rotary_kernel`: 4
+# accesses instead of 27), and one computes SwiGLU (`models.swiglu_kernel`).
+GPU_HIDDEN, GPU_INTERMEDIATE = 15, 8
+# Kernels on GPUs are those of rehearsals of CALM-M: of a layer; of the compressor; of Megatron's
+# schedule, batch and loss; of the sums of a layer's gradients, and of those outside the layers.
+GPU_LAYER_KERNELS, GPU_COMPRESSOR_KERNELS, SCHEDULE_KERNELS = 29, 18, 22
+SUM_KERNELS, GPU_SUM_KERNELS, GPU_OTHER_SUM_KERNELS = 12, 6, 8
+# Of the optimizer's step on GPUs: the copies of a layer's new weights, and all else; of the head's
+# engine.
+WEIGHT_KERNELS, OPTIMIZER_KERNELS, ENGINE_KERNELS = 6, 60, 30
 # Embeddings of all tokens, SiLU and LayerNorm of the compressor, per element of the hidden state.
 COMPRESSOR_HIDDEN, COMPRESSOR_KERNELS = 40, 40
 # Energy score: accesses per element of a draw, in fp32; kernels per chunk of positions.
 DRAW_ACCESSES, SCORE_KERNELS = 7, 35
 # The same in one kernel on GPUs: warp instructions per component of a draw, for up to eight samples
-# (37,300 for 100 draws of 128; tests/gpu compiles it), and kernels of a micro-batch, those of the
+# (37,700 for 100 draws of 128; tests/gpu compiles it), and kernels of a micro-batch, those of the
 # noise included.
 FUSED_INSTRUCTIONS, FUSED_KERNELS = 2.9, 6
 # Cross entropy: accesses per logit, in fp32.
@@ -70,7 +77,8 @@ class Work:
     """Warp instructions of kernels that neither matrix products nor memory limit."""
 
     def seconds(self, cluster: Cluster, peak: float) -> float:
-        """Roofline: each kind of work at its rate, but not faster than its kernel launches."""
+        """Roofline: each kind of work at its rate. Launches add to it where they do not overlap
+        with it."""
         rates = cluster.rates
         busy = (
             self.products / (peak * rates.matmul_fraction)
@@ -79,8 +87,11 @@ class Work:
             + self.draws / rates.draws_per_second
             + self.instructions / cluster.instructions_per_second
         )
-        launching = self.kernels * rates.dispatch_seconds
-        return busy + launching if rates.synchronous else max(busy, launching)
+        return busy + self.launching(cluster) if rates.synchronous else busy
+
+    def launching(self, cluster: Cluster) -> float:
+        """Seconds of the host for the kernel launches."""
+        return self.kernels * cluster.rates.dispatch_seconds
 
 
 def micro_batch_work(
@@ -92,12 +103,14 @@ def micro_batch_work(
     forward, both = _layer(recipe, model, cluster)
     parts = {
         "layers": _times(both, layers),
-        "gradient accumulation": _accumulation(recipe, stage, layers),
+        "gradient accumulation": _accumulation(recipe, stage, layers, cluster),
     }
+    if not cluster.on_cpu:
+        parts["schedule"] = Work(kernels=SCHEDULE_KERNELS)
     if parallel.recompute:
         parts["recomputation"] = _times(forward, layers)
     if stage == 0 and model.kind == "calm":
-        parts["patch compressor"] = _compressor(recipe, model)
+        parts["patch compressor"] = _compressor(recipe, model, cluster)
     if stage == parallel.pipeline_parallel_size - 1:
         if model.kind == "calm":
             parts["head"] = _head(recipe, model)
@@ -108,19 +121,23 @@ def micro_batch_work(
     return parts
 
 
-def optimizer_work(recipe: LanguageModelRecipe, stage: int, layers: int) -> Work:
+def optimizer_work(recipe: LanguageModelRecipe, stage: int, layers: int, cluster: Cluster) -> Work:
     """Optimizer update and clearing of gradients on a rank of a stage, once a step."""
     model, parallel = recipe.model, recipe.parallel
     parameters = float(backbone_parameters(recipe, stage, layers))
     copies = recipe.data_parallel_size * parallel.context_parallel_size
+    parts = copies if parallel.distributed_optimizer else 1
     of_backbone, of_head = recipe.training.optimizer_spec.accesses
-    accesses = parameters * of_backbone / (copies if parallel.distributed_optimizer else 1)
+    accesses = parameters * of_backbone / parts
+    kernels = OPTIMIZER_KERNELS + WEIGHT_KERNELS * layers / parts
     if model.kind == "calm" and stage == parallel.pipeline_parallel_size - 1:
         shards = head_shards(recipe) * recipe.data_parallel_size
         accesses += flops.head_parameters(model) * of_head / shards
+        kernels += ENGINE_KERNELS
         if sums_head_gradients(recipe):
             accesses += (ZERO_ACCESSES - LOCAL_SUM_ACCESSES) * flops.head_parameters(model)
-    return Work(traffic=(accesses + parameters) * FP32_BYTES)
+    traffic = (accesses + parameters) * FP32_BYTES
+    return Work(traffic=traffic, kernels=0 if cluster.on_cpu else kernels)
 
 
 def positions(recipe: LanguageModelRecipe) -> int:
@@ -146,12 +163,14 @@ def _layer(
     attention = seen * 4 * d * recipe.padded_length * rows / tensor
     norm = NORM_COMPOSITE if cluster.on_cpu else NORM_FUSED
     elements = 2 * norm * d / along_sequence
-    of_hidden = LAYER_HIDDEN if cluster.on_cpu else ROTATED_HIDDEN
-    elements += (of_hidden * d + LAYER_INTERMEDIATE * f) / tensor
+    if cluster.on_cpu:
+        elements += (LAYER_HIDDEN * d + LAYER_INTERMEDIATE * f) / tensor
+    else:
+        elements += (GPU_HIDDEN * d + GPU_INTERMEDIATE * f) / tensor
     if model.qk_norm:
         elements += norm * (d + kv) / tensor
     traffic = elements * rows * element_bytes(recipe)
-    kernels = LAYER_KERNELS if cluster.on_cpu else ROTATED_KERNELS
+    kernels = LAYER_KERNELS if cluster.on_cpu else GPU_LAYER_KERNELS
     forward = Work(products, attention, traffic / 3, kernels=kernels / 3)
     both = Work(
         flops.BACKWARD_AND_FORWARD * products,
@@ -162,14 +181,14 @@ def _layer(
     return forward, both
 
 
-def _compressor(recipe: LanguageModelRecipe, model: CalmModel) -> Work:
+def _compressor(recipe: LanguageModelRecipe, model: CalmModel, cluster: Cluster) -> Work:
     rows, d = positions(recipe), model.hidden_size
     tensor, width = recipe.parallel.tensor_parallel_size, element_bytes(recipe)
     products = flops.compressor_flops(d, model.patch_size) * rows / tensor
     return Work(
         flops.BACKWARD_AND_FORWARD * products,
         traffic=COMPRESSOR_HIDDEN * d * rows * width,
-        kernels=COMPRESSOR_KERNELS,
+        kernels=COMPRESSOR_KERNELS if cluster.on_cpu else GPU_COMPRESSOR_KERNELS,
     )
 
 
@@ -225,13 +244,14 @@ def _output_layer(recipe: LanguageModelRecipe, model: CalmModel | TransformerMod
     )
 
 
-def _accumulation(recipe: LanguageModelRecipe, stage: int, layers: int) -> Work:
+def _accumulation(recipe: LanguageModelRecipe, stage: int, layers: int, cluster: Cluster) -> Work:
     """Gradients of a micro-batch, added in fp32; an embedding's gradient is a whole table."""
     width, table = element_bytes(recipe), table_parameters(recipe) if stage == 0 else 0
     parameters = backbone_parameters(recipe, stage, layers)
+    gpu_kernels = GPU_SUM_KERNELS * layers + GPU_OTHER_SUM_KERNELS
     return Work(
         traffic=parameters * (width + 2 * FP32_BYTES) + 2 * table * width,
-        kernels=12 * layers,
+        kernels=SUM_KERNELS * layers if cluster.on_cpu else gpu_kernels,
     )
 
 

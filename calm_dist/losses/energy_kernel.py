@@ -185,6 +185,108 @@ def _normal_pair(of_radius, of_angle):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _masks(columns, size, rows, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where the four groups of columns are inside a tensor, for rows of which ``rows`` says the
+    same."""
+    return (
+        rows & (columns < size)[None, :],
+        rows & (columns + GROUP < size)[None, :],
+        rows & (columns + 2 * GROUP < size)[None, :],
+        rows & (columns + 3 * GROUP < size)[None, :],
+    )
+
+
+@triton.jit
+def _scale(log_scale, mask):  # type: ignore[no-untyped-def]
+    """Standard deviations, zero outside."""
+    return (
+        tl.where(mask[0], tl.exp(log_scale[0]), 0.0),
+        tl.where(mask[1], tl.exp(log_scale[1]), 0.0),
+        tl.where(mask[2], tl.exp(log_scale[2]), 0.0),
+        tl.where(mask[3], tl.exp(log_scale[3]), 0.0),
+    )
+
+
+@triton.jit
+def _add_weighted(total, weight, a):  # type: ignore[no-untyped-def]
+    """The groups of ``total + weight * a``."""
+    return (
+        total[0] + weight * a[0],
+        total[1] + weight * a[1],
+        total[2] + weight * a[2],
+        total[3] + weight * a[3],
+    )
+
+
+@triton.jit
+def _between_samples(  # type: ignore[no-untyped-def]
+    samples, here, per_sample, num_samples, x, centre, inside, known, BETA: tl.constexpr,
+    ROWS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Sum of the powers of all distances between samples, and what each sample is pushed by.
+
+    By differences: the samples of a new head nearly coincide.
+    """
+    between = 0.0
+    zeros = tl.zeros((ROWS, GROUP), tl.float32)
+    push = (zeros, zeros, zeros, zeros)
+    for k in range(num_samples):
+        one = _minus(_load(samples, k * per_sample + here, inside, GROUP), centre, inside)
+        away = _minus(x, one, known)
+        power, weight = _power_and_weight(_squared_norms(away), BETA)
+        between += tl.sum(power)
+        push = _add_weighted(push, weight[:, None], away)
+    return between, push
+
+
+@triton.jit
+def _drawn(key, draws, columns, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The groups of a tile of draws; the counter has 32 bits, so a position has a key of its
+    own."""
+    counters = draws[:, None] * GROUP + columns[None, :]
+    a, b, c, d = tl.randint4x(key, counters, n_rounds=_ROUNDS)
+    first, second = _normal_pair(a, b), _normal_pair(c, d)
+    return first[0], first[1], second[0], second[1]
+
+
+@triton.jit
+def _products(z, x, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """z·x for each draw and sample. Draws are the rows: tensor cores take 16 of them, but 8
+    columns."""
+    product = tl.dot(z[0], tl.trans(x[0]), input_precision=PRECISION)
+    product = tl.dot(z[1], tl.trans(x[1]), product, input_precision=PRECISION)
+    product = tl.dot(z[2], tl.trans(x[2]), product, input_precision=PRECISION)
+    return tl.dot(z[3], tl.trans(x[3]), product, input_precision=PRECISION)
+
+
+@triton.jit
+def _add_pull(pull, z, weight, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The groups of ``pull + zᵀ weight``."""
+    return (
+        tl.dot(tl.trans(z[0]), weight, pull[0], input_precision=PRECISION),
+        tl.dot(tl.trans(z[1]), weight, pull[1], input_precision=PRECISION),
+        tl.dot(tl.trans(z[2]), weight, pull[2], input_precision=PRECISION),
+        tl.dot(tl.trans(z[3]), weight, pull[3], input_precision=PRECISION),
+    )
+
+
+@triton.jit
+def _store_gradient(  # type: ignore[no-untyped-def]
+    at, mask, of_pair, push, of_draw, weights, x, pull, GROUP: tl.constexpr
+):
+    """Store each group of ``of_pair * push - of_draw * (weights * x - pullᵀ)``."""
+    element = at.dtype.element_ty
+    total = of_pair * push[0] - of_draw * (weights * x[0] - tl.trans(pull[0]))
+    tl.store(at, total.to(element), mask=mask[0])
+    total = of_pair * push[1] - of_draw * (weights * x[1] - tl.trans(pull[1]))
+    tl.store(at + GROUP, total.to(element), mask=mask[1])
+    total = of_pair * push[2] - of_draw * (weights * x[2] - tl.trans(pull[2]))
+    tl.store(at + 2 * GROUP, total.to(element), mask=mask[2])
+    total = of_pair * push[3] - of_draw * (weights * x[3] - tl.trans(pull[3]))
+    tl.store(at + 3 * GROUP, total.to(element), mask=mask[3])
+
+
+@triton.jit
 def _energy_kernel(  # type: ignore[no-untyped-def]
     samples,  # [N, S, l]
     mean,  # [S, l]
@@ -208,49 +310,18 @@ def _energy_kernel(  # type: ignore[no-untyped-def]
     # the thread that drew it. 64 bits, since N·S·l passes 2^31 at the sizes of the paper's models.
     position = tl.program_id(0).to(tl.int64)
     rows, columns = tl.arange(0, ROWS), tl.arange(0, GROUP)
-    inside = (
-        (columns < size)[None, :],
-        (columns + GROUP < size)[None, :],
-        (columns + 2 * GROUP < size)[None, :],
-        (columns + 3 * GROUP < size)[None, :],
-    )
-    is_row = (rows < num_samples)[:, None]
-    known = (
-        is_row & inside[0],
-        is_row & inside[1],
-        is_row & inside[2],
-        is_row & inside[3],
-    )
+    inside = _masks(columns, size, True, GROUP)
+    known = _masks(columns, size, (rows < num_samples)[:, None], GROUP)
     here = (position * size + columns)[None, :]
     per_sample = tl.num_programs(0).to(tl.int64) * size
     centre = _load(mean, here, inside, GROUP)
-    log_scale = _load(log_std, here, inside, GROUP)
-    scale = (
-        tl.where(inside[0], tl.exp(log_scale[0]), 0.0),
-        tl.where(inside[1], tl.exp(log_scale[1]), 0.0),
-        tl.where(inside[2], tl.exp(log_scale[2]), 0.0),
-        tl.where(inside[3], tl.exp(log_scale[3]), 0.0),
-    )
+    scale = _scale(_load(log_std, here, inside, GROUP), inside)
     # Centred on the mean, as all that follows: products of small numbers lose few digits.
     places = rows[:, None].to(tl.int64) * per_sample + here
     x = _minus(_load(samples, places, known, GROUP), centre, known)
-
-    # Samples among themselves by differences: those of a new head nearly coincide.
-    between = 0.0
-    zeros = tl.zeros((ROWS, GROUP), tl.float32)
-    push = (zeros, zeros, zeros, zeros)
-    for k in range(num_samples):
-        one = _minus(_load(samples, k * per_sample + here, inside, GROUP), centre, inside)
-        away = _minus(x, one, known)
-        power, weight = _power_and_weight(_squared_norms(away), BETA)
-        between += tl.sum(power)
-        weight = weight[:, None]
-        push = (
-            push[0] + weight * away[0],
-            push[1] + weight * away[1],
-            push[2] + weight * away[2],
-            push[3] + weight * away[3],
-        )
+    between, push = _between_samples(
+        samples, here, per_sample, num_samples, x, centre, inside, known, BETA, ROWS, GROUP
+    )
 
     to_draws = 0.0
     norms = _squared_norms(x)
@@ -259,58 +330,29 @@ def _energy_kernel(  # type: ignore[no-untyped-def]
     pull = (none, none, none, none)
     for start in range(0, num_draws, DRAWS):
         draws = start + tl.arange(0, DRAWS)
+        is_draw = (draws < num_draws)[:, None]
         if IS_DRAWN:
-            # The counter has 32 bits: a position has a key of its own.
-            key = tl.load(keys + position)
-            counters = draws[:, None] * GROUP + columns[None, :]
-            a, b, c, d = tl.randint4x(key, counters, n_rounds=_ROUNDS)
-            first, second = _normal_pair(a, b), _normal_pair(c, d)
-            eps = (first[0], first[1], second[0], second[1])
+            eps = _drawn(tl.load(keys + position), draws, columns, GROUP)
         else:
-            is_draw = (draws < num_draws)[:, None]
             at = draws[:, None].to(tl.int64) * per_sample + here
-            given = (
-                is_draw & inside[0],
-                is_draw & inside[1],
-                is_draw & inside[2],
-                is_draw & inside[3],
-            )
-            eps = _load(noise, at, given, GROUP)
+            eps = _load(noise, at, _masks(columns, size, is_draw, GROUP), GROUP)
         z = (eps[0] * scale[0], eps[1] * scale[1], eps[2] * scale[2], eps[3] * scale[3])
-        # Draws are the rows of the products: tensor cores take 16 of them, but 8 columns.
-        product = tl.dot(z[0], tl.trans(x[0]), input_precision=PRECISION)
-        product = tl.dot(z[1], tl.trans(x[1]), product, input_precision=PRECISION)
-        product = tl.dot(z[2], tl.trans(x[2]), product, input_precision=PRECISION)
-        product = tl.dot(z[3], tl.trans(x[3]), product, input_precision=PRECISION)
         sizes = _squared_norms(z)[:, None] + norms[None, :]
-        squared = sizes - 2 * product
-        is_pair = (draws < num_draws)[:, None] & (rows < num_samples)[None, :]
+        squared = sizes - 2 * _products(z, x, PRECISION)
+        is_pair = is_draw & (rows < num_samples)[None, :]
         squared = tl.where(is_pair & (squared > sizes * _COINCIDING), squared, 0.0)
         power, weight = _power_and_weight(squared, BETA)
         to_draws += tl.sum(power)
         if NEEDS_GRADIENT:
             weights += tl.sum(weight, axis=0)
-            pull = (
-                tl.dot(tl.trans(z[0]), weight, pull[0], input_precision=PRECISION),
-                tl.dot(tl.trans(z[1]), weight, pull[1], input_precision=PRECISION),
-                tl.dot(tl.trans(z[2]), weight, pull[2], input_precision=PRECISION),
-                tl.dot(tl.trans(z[3]), weight, pull[3], input_precision=PRECISION),
-            )
+            pull = _add_pull(pull, z, weight, PRECISION)
 
     pairs = num_samples * (num_samples - 1)
     all_draws = num_samples * num_draws
     tl.store(score + position, between / pairs - 2 * to_draws / all_draws)
     if NEEDS_GRADIENT:
         # A pair of samples pulls at both of its ends.
-        of_pair, of_draw = 2.0 / pairs, 2.0 / all_draws
-        weights = weights[:, None]
-        element = gradient.dtype.element_ty
-        at = gradient + places
-        total = of_pair * push[0] - of_draw * (weights * x[0] - tl.trans(pull[0]))
-        tl.store(at, total.to(element), mask=known[0])
-        total = of_pair * push[1] - of_draw * (weights * x[1] - tl.trans(pull[1]))
-        tl.store(at + GROUP, total.to(element), mask=known[1])
-        total = of_pair * push[2] - of_draw * (weights * x[2] - tl.trans(pull[2]))
-        tl.store(at + 2 * GROUP, total.to(element), mask=known[2])
-        total = of_pair * push[3] - of_draw * (weights * x[3] - tl.trans(pull[3]))
-        tl.store(at + 3 * GROUP, total.to(element), mask=known[3])
+        _store_gradient(
+            gradient + places, known, 2.0 / pairs, push, 2.0 / all_draws, weights[:, None], x,
+            pull, GROUP,
+        )  # fmt: skip

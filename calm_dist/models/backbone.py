@@ -31,7 +31,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from calm_dist.compat.megatron import use_rotation
+from calm_dist.compat.megatron import use_rotation, use_swiglu
 from calm_dist.costs.stages import chunk_sizes
 from calm_dist.models.attention import CachedSelfAttention, CoreAttention, RMSNorm
 from calm_dist.models.kv_cache import SLOT_MULTIPLE, KeyValueCache
@@ -44,6 +44,7 @@ def transformer_config(recipe: LanguageModelRecipe, dtype: torch.dtype) -> Trans
     """Megatron's configuration of the backbone that a recipe describes."""
     model, parallel = recipe.model, recipe.parallel
     on_cpu = not torch.cuda.is_available()
+    has_kernels = _use_kernels()
     recompute = (
         {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
         if parallel.recompute
@@ -78,13 +79,13 @@ def transformer_config(recipe: LanguageModelRecipe, dtype: torch.dtype) -> Trans
         # `models.initialize` sets every weight again, but this also tags weights as
         # tensor-parallel.
         perform_initialization=True,
-        # These fusions are CUDA or Transformer Engine kernels, but for the last one, which is ours.
+        # These are CUDA or Transformer Engine kernels, but for the last two, which are ours.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
         bias_dropout_fusion=False,
         persist_layer_norm=False,
-        apply_rope_fusion=_fuses_rotation(),
+        bias_activation_fusion=has_kernels,
+        apply_rope_fusion=has_kernels,
         # Batched and overlapped p2p gave a silently wrong loss on gloo. NCCL needs batching unless
         # it overlaps.
         batch_p2p_comm=not on_cpu and not parallel.overlap_p2p,
@@ -95,13 +96,15 @@ def transformer_config(recipe: LanguageModelRecipe, dtype: torch.dtype) -> Trans
     )
 
 
-def _fuses_rotation() -> bool:
-    """Whether rotary positions are one launch of our kernel: on GPUs with Triton."""
+def _use_kernels() -> bool:
+    """Whether rotary positions and SwiGLU are launches of our kernels: on GPUs with Triton."""
     if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return False
     from calm_dist.models.rotary_kernel import rotate
+    from calm_dist.models.swiglu_kernel import swiglu
 
     use_rotation(rotate)
+    use_swiglu(swiglu)
     return True
 
 

@@ -21,6 +21,7 @@ from calm_dist.compat.deepspeed import (
     gather_persistent_parameters,
     import_deepspeed,
     partition_parameters,
+    skip_norm,
 )
 from calm_dist.compat.zero_groups import Copy, ParameterGroup, parameter_groups
 from calm_dist.costs.chunks import ZERO_BUCKET_ELEMENTS
@@ -101,6 +102,8 @@ class ZeroHead:
             mpu=HeadGroups(topology),
             dist_init_required=False,
         )
+        if self._stage == 3:
+            skip_norm(self._zero)
         # ZeRO-3 frees the weights after each micro-batch's pass, so it reduces gradients then, too.
         self._sums = LocalGradients(self.module) if self._stage < 3 else None
 
@@ -287,7 +290,11 @@ def _engine_config(recipe: LanguageModelRecipe, head: nn.Module) -> dict[str, An
             "memory_efficient_linear": False,
         },
     }
+    if recipe.parallel.zero_stage < 3:
+        # The norm is `JointOptimizer`'s, which skips steps as well.
+        config["zero_optimization"]["compute_grad_norm"] = False
     if recipe.precision == "bf16":
-        config["bf16"] = {"enabled": True}
+        # `JointOptimizer` has checked the gradient; a second check would wait for the device.
+        config["bf16"] = {"enabled": True, "check_grad_overflow": False}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config

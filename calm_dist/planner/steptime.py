@@ -1,4 +1,4 @@
-"""Seconds of one training step: work of the slowest stage, bubble, collectives, optimizer.
+"""Seconds of one training step: work of the slowest stage, bubble, collectives, optimizer, waits.
 
 Overlap is assumed only if the recipe enables it (``overlap_grad_reduce``, ``overlap_param_gather``,
 ``overlap_p2p``); computation waits for collectives of tensor parallelism and of the head's ZeRO
@@ -69,7 +69,8 @@ def step_time(recipe: LanguageModelRecipe, cluster: Cluster) -> StepTime:
         for kind, stage in first.items()
     ]
     longest = max(range(len(ends)), key=lambda number: sum(ends[number].values()))
-    terms |= ends[longest]
+    for name, seconds in ends[longest].items():
+        terms[name] = terms.get(name, 0.0) + seconds
     return StepTime({name: value for name, value in terms.items() if value > 0}, tuple(stages))
 
 
@@ -83,10 +84,8 @@ def _micro_batch(
 ) -> dict[str, float]:
     """Terms of one micro-batch on a stage."""
     peak = peak_flops(recipe, cluster)
-    terms = {
-        name: work.seconds(cluster, peak)
-        for name, work in micro_batch_work(recipe, stage, layers, cluster).items()
-    }
+    work = micro_batch_work(recipe, stage, layers, cluster)
+    terms = {name: part.seconds(cluster, peak) for name, part in work.items()}
     terms["tensor-parallel collectives"] = _tensor_collectives(
         recipe, stage, layers, cluster, links
     )
@@ -101,6 +100,13 @@ def _micro_batch(
         # Weights are gathered for both passes of each micro-batch; gradients are scattered.
         size = flops.head_parameters(model) * element_bytes(recipe)
         terms["head's gradient reduction"] = 3 * links.head.half(size, cluster)
+        if not cluster.rates.synchronous:
+            # Before it has reduced the gradients, DeepSpeed goes no further (zero/stage3.py).
+            terms["waits of the host"] = cluster.rates.wait_seconds
+    if not cluster.rates.synchronous:
+        # The host launches ahead; the device waits for it only if that takes longer than all work.
+        launching = sum(part.launching(cluster) for part in work.values())
+        terms["kernel launches"] = max(0.0, launching - sum(terms.values()))
     return terms
 
 
@@ -185,12 +191,19 @@ def _step_end(
         if parallel.zero_stage < 3:
             # DeepSpeed reduces in the weights' precision, once a step, and gathers the new weights.
             head += links.head.all_reduce(size, cluster) + links.head.half(size, cluster)
-    update = optimizer_work(recipe, stage, layers)
+    update = optimizer_work(recipe, stage, layers, cluster)
+    updating = update.seconds(cluster, peak_flops(recipe, cluster))
+    waits = 0.0
+    if not cluster.rates.synchronous:
+        # The host has read loss and norm, and begins to launch with the device idle.
+        updating = max(updating, update.launching(cluster))
+        waits = cluster.rates.wait_seconds
     world = STEP_REDUCTIONS * 2 * links.head.latency(cluster)
     return {
         "gradient reduction": reduce,
         "weight gather": gather,
         "head's collectives": head,
-        "optimizer": update.seconds(cluster, peak_flops(recipe, cluster)),
+        "optimizer": updating,
         "small reductions": world,
+        "waits of the host": waits,
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -54,6 +55,7 @@ def adapt(observer: Observer) -> None:
     _report_waits(observer)
     _report_triton(observer)
     _agree_with_absent_ranks()
+    _average_by_ddp()
 
 
 def _move_modules_in_place() -> None:
@@ -82,7 +84,7 @@ def _move(tensor: Any, moved: Any) -> None:
 
 
 def _answer_values(observer: Observer) -> None:
-    """`tolist` of a fake tensor would read its elements one by one."""
+    """`tolist` of a fake tensor would read its elements one by one; `numpy` has no form for it."""
 
     def tolist(self: FakeTensor) -> Any:
         if self.dim() == 0:
@@ -91,7 +93,13 @@ def _answer_values(observer: Observer) -> None:
             observer.wait("numbers are read")
         return _made_up(list(self.shape), self.dtype)
 
+    def numpy(self: FakeTensor, **_: Any) -> Any:
+        if self.device.type != "cpu":
+            raise TypeError("only a tensor on the host is an array of numpy; call cpu() before")
+        return np.zeros(tuple(self.shape), dtype=str(self.dtype).removeprefix("torch."))
+
     FakeTensor.tolist = tolist  # type: ignore[method-assign]
+    FakeTensor.numpy = numpy  # type: ignore[assignment,method-assign]
 
 
 def _made_up(shape: list[int], dtype: torch.dtype) -> Any:
@@ -150,3 +158,41 @@ def _agree_with_absent_ranks() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("deepspeed.") and _CHECK in vars(module):
             setattr(module, _CHECK, lambda *_, **__: None)
+
+
+class _WithoutRebuild:
+    """DDP's reducer that keeps its first buckets: to agree on others, it would read a tensor."""
+
+    def __init__(self, reducer: Any) -> None:
+        self._reducer = reducer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reducer, name)
+
+    def _rebuild_buckets(self) -> bool:
+        return False
+
+
+def _average_by_ddp() -> None:
+    """torch's DDP compares shapes and weights of all ranks by reading tensors, and needs a result
+    of its all-reduce that the fake process group does not give."""
+    from torch.nn.parallel import distributed
+
+    for name in ("_verify_param_shape_across_processes", "_sync_module_states"):
+        setattr(distributed, name, lambda *_, **__: None)
+    real_init = distributed.DistributedDataParallel.__init__
+
+    # Without annotations: DDP would compare them with types, and here they are strings.
+    def average(_, bucket):  # type: ignore[no-untyped-def]
+        whole = bucket.buffer().div_(dist.get_world_size())
+        dist.all_reduce(whole)
+        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        done.set_result(whole)
+        return done
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        real_init(self, *args, **kwargs)
+        self.register_comm_hook(None, average)
+        self.reducer = _WithoutRebuild(self.reducer)
+
+    distributed.DistributedDataParallel.__init__ = init  # type: ignore[method-assign]

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from calm_dist.benchmark.random_steps import random_batch
@@ -80,12 +81,11 @@ class RehearsedTrainer(Trainer):
 
 
 class RehearsedAutoencoder(AutoencoderTrainer):
-    """The trainer of autoencoders on one rank: torch's DDP reads tensors, and a fake one has no
-    values."""
+    """The trainer of autoencoders."""
 
     def __init__(self, recipe: AutoencoderRecipe, device: torch.device) -> None:
-        TrainingRun.__init__(self, recipe, 0, None, None, lambda: None)
-        self.device, self.world_size = device, 1
+        TrainingRun.__init__(self, recipe, dist.get_rank(), None, None, lambda: None)
+        self.device, self.world_size = device, dist.get_world_size()
         self.build()
 
     def take_step(self, micro_batches: int) -> None:

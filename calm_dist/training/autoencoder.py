@@ -202,27 +202,35 @@ class AutoencoderTrainer(TrainingRun):
         self.optimizer.zero_grad()
         # Loss, cross entropy, KL, ranks asked to stop, ranks without a next batch.
         sums = torch.zeros(5, device=self.device)
+        given = batch["tokens"]
+        if self.device.type == "cuda":
+            # Otherwise a copy waits for the device.
+            given = given.pin_memory()
         parts = list(
             zip(
-                batch["tokens"].split(training.micro_batch_size),
+                given.split(training.micro_batch_size),
                 batch["index"].split(training.micro_batch_size),
                 strict=True,
             )
         )
         for number, (tokens, index) in enumerate(parts):
             self.phases.progress()
-            tokens = tokens.to(self.device)
+            tokens = tokens.to(self.device, non_blocking=True)
             noise = block_noise(self.model, tokens, index, self.recipe.run.seed, self.progress.step)
             with self._gradient_exchange(number == len(parts) - 1), self._autocast():
                 losses = self._loss(tokens, noise)
                 (losses.total / len(parts)).backward()
             sums[:3] += torch.stack(losses).detach() / len(parts)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_grad_norm)
+        total_norm = nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_grad_norm)
         self.read_ahead()
         self.phases.enter("optimizer", self.progress.step)
-        sums[3], sums[4] = float(self._stop.requested), float(self._batches.failed)
+        # Assignments would copy from the host.
+        sums[3:4].fill_(float(self._stop.requested))
+        sums[4:5].fill_(float(self._batches.failed))
         dist.all_reduce(sums)
-        loss, cross_entropy, kl, stopping, failed = (sums / self.world_size).tolist()
+        # One wait of the host for the device.
+        numbers = torch.cat([sums / self.world_size, total_norm[None]]).tolist()
+        loss, cross_entropy, kl, stopping, failed, norm = numbers
         rate = learning_rate(training, self.progress.step)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if not skipped:
@@ -231,7 +239,7 @@ class AutoencoderTrainer(TrainingRun):
             self.optimizer.step()
         return AutoencoderStep(
             loss=loss,
-            grad_norm=float(norm),
+            grad_norm=norm,
             learning_rate=rate,
             skipped=skipped,
             stop=stopping > 0,

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from calm_dist.losses import energy_kernel
-from calm_dist.models import rotary_kernel
+from calm_dist.models import rotary_kernel, swiglu_kernel
 from calm_dist.models.heads import noise_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -71,8 +71,8 @@ def compile_kernel(
 
 
 def compile_small(arch: int, kernel: str, integers: dict[str, int]) -> dict[str, Any]:
-    """Compile the kernel ``noise`` or ``rotation``; an integer of 1 becomes a constant, as Triton
-    makes it when the kernel is launched."""
+    """Compile the kernel ``noise``, ``rotation``, ``swiglu`` or ``swiglu_backward``; an integer of
+    1 becomes a constant, as Triton makes it when the kernel is launched."""
     kernels: dict[str, tuple[Any, dict[str, str], dict[str, float]]] = {
         "noise": (
             noise_kernel._uniform_kernel,
@@ -83,6 +83,16 @@ def compile_small(arch: int, kernel: str, integers: dict[str, int]) -> dict[str,
             rotary_kernel._rotation_kernel,
             {"states": "*bf16", "angles": "*fp32", "rotated": "*bf16"},
             {"SIGN": -1.0, "ROWS": 16, "HALF": 32},
+        ),
+        "swiglu": (
+            swiglu_kernel._forward_kernel,
+            dict.fromkeys(("both", "result"), "*bf16"),
+            {"COLUMNS": 1024},
+        ),
+        "swiglu_backward": (
+            swiglu_kernel._backward_kernel,
+            dict.fromkeys(("both", "gradient", "result"), "*bf16"),
+            {"COLUMNS": 1024},
         ),
     }
     function, pointers, fixed = kernels[kernel]

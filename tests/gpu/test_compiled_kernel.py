@@ -47,11 +47,13 @@ def compiled(variants: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def small(arch: int, size: int) -> list[dict[str, Any]]:
-    """The kernels of noise and of rotary positions with sizes and strides of ``size``."""
+    """The kernels of noise, rotary positions and SwiGLU with sizes and strides of ``size``."""
     strides = ("per_step", "per_text", "per_head", "angles_per_step", "angles_per_text")
     integers = {
         "noise": dict.fromkeys(("num_samples", "size"), size),
         "rotation": dict.fromkeys((*strides, "heads", "half"), size),
+        "swiglu": {"size": size},
+        "swiglu_backward": {"size": size},
     }
     return [{"arch": arch, "kernel": name, "integers": of} for name, of in integers.items()]
 

@@ -1,4 +1,4 @@
-"""The kernels of noise and of rotary positions; without a GPU in Triton's interpreter."""
+"""The kernels of noise, rotary positions and SwiGLU; without a GPU in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from megatron.core.models.common.embeddings import rope_utils  # noqa: E402
 
 from calm_dist.models.heads.noise_kernel import uniform_noise  # noqa: E402
 from calm_dist.models.rotary_kernel import rotate  # noqa: E402
+from calm_dist.models.swiglu_kernel import swiglu  # noqa: E402
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 
@@ -72,3 +73,23 @@ def test_a_rotation_is_that_of_megatron(
             found.append([rotated, *torch.autograd.grad(rotated, states, upstream)])
         for ours, expected in zip(*found, strict=True):
             assert (ours - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 2 * 24), (1, 2), (2, 2 * 1025), (0, 8)])
+def test_swiglu_is_that_of_torch(shape: tuple[int, ...]) -> None:
+    """Values and gradients against fp64; in bf16 within its rounding."""
+    torch.manual_seed(0)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2**-7)):
+        both = (3 * torch.randn(shape, device=DEVICE)).to(dtype).requires_grad_()
+        exact = both.detach().double().requires_grad_()
+        gate, up = exact.chunk(2, -1)
+        upstream = torch.randn_like(gate)
+        found = []
+        for result, given in ((swiglu(both), both), (torch.nn.functional.silu(gate) * up, exact)):
+            found.append(
+                (result, *torch.autograd.grad(result, given, upstream.to(dtype).to(given)))
+            )
+        for ours, expected in zip(*found, strict=True):
+            assert (ours.shape, ours.dtype) == (expected.shape, dtype)
+            largest = expected.abs().max() if expected.numel() else 0.0
+            assert ((ours.double() - expected).abs() <= tolerance * largest).all()

@@ -113,10 +113,12 @@ def test_names_of_megatron() -> None:
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+    from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
     from megatron.core.optimizer import ChainedOptimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer import mlp
 
     from calm_dist.compat import megatron, megatron_cpu
 
@@ -137,6 +139,10 @@ def test_names_of_megatron() -> None:
         Float16OptimizerWithFloat16Params
     )
     assert "chained_optimizers" in attributes_of(ChainedOptimizer)
+    # Megatron's MLP calls it by this name, with these arguments.
+    arguments = inspect.getsource(mlp.MLP.forward).split(" bias_swiglu_impl(")[1].split(",")
+    assert [name.strip() for name in arguments[:2]] == ["intermediate_parallel", "bias_parallel"]
+    assert mlp.bias_swiglu_impl is bias_swiglu_impl
     for name in (
         *("_CUDA_RNG_STATE_TRACKER", "_CUDA_RNG_STATE_TRACKER_INITIALIZED"),
         *("_get_cuda_rng_state", "_set_cuda_rng_state", "_MODEL_PARALLEL_RNG_TRACKER_NAME"),
@@ -166,6 +172,7 @@ def test_names_of_deepspeed() -> None:
     assert {
         *("averaged_gradients", "_partition_all_parameters", "persistent_parameters", "optimizer"),
         *("fp16_groups", "fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat"),
+        "_get_norm_groups",
     } <= attributes_of(DeepSpeedZeroOptimizer_Stage3)
 
 

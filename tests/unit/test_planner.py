@@ -36,10 +36,10 @@ from calm_dist.planner.storage import (
 ROOT = Path(__file__).parents[2]
 XL = ROOT / "recipes" / "calm_xl_tp2pp2.yaml"
 H100 = PRESETS["h100-sxm"]
-# Every kernel at its peak, launches and links for nothing.
+# Every kernel at its peak; launches, waits and links for nothing.
 IDEAL = replace(H100, node_latency=0.0, network_latency=0.0).with_rates(
     matmul_fraction=1.0, attention_fraction=1.0, bandwidth_fraction=1e9, link_fraction=1e9,
-    dispatch_seconds=0.0,
+    dispatch_seconds=0.0, wait_seconds=0.0,
 )  # fmt: skip
 
 
@@ -113,6 +113,22 @@ def test_terms_add_up_and_bubble_has_its_closed_form() -> None:
     virtual = language_recipe(XL, [*overrides, "parallel.virtual_pipeline_size=2"])
     halves = step_time(virtual, IDEAL).terms["pipeline bubble"]
     assert halves == pytest.approx(time.terms["pipeline bubble"] / 2, rel=0.1)
+
+
+def test_launches_and_waits_cost_what_nothing_hides() -> None:
+    """A host slower than the device: a micro-batch takes as long as its launches, 789 of CALM-M; it
+    waits once a step, and with ZeRO-3 after each micro-batch as well."""
+    slow = H100.with_rates(dispatch_seconds=1e-3, wait_seconds=2.0)
+    path = ROOT / "recipes" / "calm_m.yaml"
+    time = step_time(language_recipe(path), slow)
+    (stage,) = time.stages
+    assert sum(stage.values()) == pytest.approx(0.789)
+    number = language_recipe(path).num_micro_batches
+    assert time.terms["waits of the host"] == 2.0
+    partitioned = step_time(language_recipe(path, ["parallel.zero_stage=3"]), slow)
+    assert partitioned.terms["waits of the host"] == 2.0 * (1 + number)
+    # All launches are hidden.
+    assert "kernel launches" not in step_time(language_recipe(path), H100).terms
 
 
 def test_recomputation_costs_a_forward_pass_of_the_layers() -> None:
