@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calm_dist.evaluation.brier import NGRAM
+from calm_dist.evaluation.brier_softmax import draw_tokens, scores_from_softmax
 from calm_dist.evaluation.brier_tree import (
     DrawFunction,
     cache_size,
-    draw_columns,
     patches_per_ngram,
     scores_from_patches,
-    scores_from_softmax,
 )
 from calm_dist.inference.generate import calm_recipe, decode_latents
 from calm_dist.losses.energy import energy_score
@@ -171,8 +170,8 @@ def draw_patches(
         same = part.repeat(samples, 1)
         tokens = torch.empty(len(same), 0, dtype=torch.long, device=hidden.device)
         for _ in range(calm_recipe(model).patch_size):
-            chances = model.token_logits(same, tokens).float().softmax(-1)
-            tokens = torch.cat([tokens, draw_columns(chances, generator)], dim=1)
+            drawn_now = draw_tokens(model.token_logits(same, tokens), generator)
+            tokens = torch.cat([tokens, drawn_now], dim=1)
         drawn.append(tokens.unflatten(0, (samples, -1)))
     return torch.cat(drawn, dim=1)
 

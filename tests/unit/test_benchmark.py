@@ -18,7 +18,8 @@ from calm_dist.costs import flops
 from calm_dist.data.stream import open_training_stream
 from calm_dist.errors import UserError
 from calm_dist.evaluation.block_scores import draw_latents
-from calm_dist.evaluation.brier_tree import cache_size, scores_from_patches, scores_from_softmax
+from calm_dist.evaluation.brier_softmax import scores_from_softmax
+from calm_dist.evaluation.brier_tree import cache_size, scores_from_patches
 from calm_dist.inference.generate import decode_latents
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -48,7 +49,7 @@ def test_plain_brier_has_the_same_expectation() -> None:
     generator = torch.Generator().manual_seed(1)
     runs = torch.stack(
         [
-            plain.transformer_brier(tiny.logits, tiny.new_cache, tokens, starts, generator)
+            plain.transformer_brier(tiny.logits, tiny.new_cache, tokens, starts, generator)[0]
             for _ in range(300)
         ]
     ).mean(1)
@@ -80,7 +81,11 @@ def test_plain_brier_of_a_calm_has_the_same_expectation() -> None:
         )
 
     def released() -> torch.Tensor:
-        return plain.calm_brier(tiny.hidden, tiny.new_cache, draw, tokens, starts, 2)
+        assert tiny.autoencoder is not None
+        scores, _ = plain.calm_evaluation(
+            tiny.hidden, tiny.new_cache, tiny.head, tiny.autoencoder, tokens, starts, 2, generator
+        )
+        return scores
 
     first, second = (
         torch.stack([scores() for _ in range(400)]).mean(1) for scores in (ours, released)

@@ -17,7 +17,7 @@ from torch import Tensor
 from calm_dist.data.store import StoreMeta
 from calm_dist.data.stream import Store
 from calm_dist.errors import DataError, UserError
-from calm_dist.evaluation import block_scores, brier_tree
+from calm_dist.evaluation import block_scores, brier_softmax
 from calm_dist.evaluation import evaluate as evaluation
 from calm_dist.evaluation.evaluate import EvaluationSettings, evaluate
 from calm_dist.inference.decoding import GreedyDecoder
@@ -235,7 +235,7 @@ def test_tokens_only_stores_are_encoded_on_the_fly() -> None:
 def whole_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     """No path ends early, so that closed forms hold whatever is drawn; those that do are in
     tests/unit/test_brier_tree.py."""
-    monkeypatch.setattr(brier_tree, "_SMALLEST_PRODUCT", 1e-9)
+    monkeypatch.setattr(brier_softmax, "_SMALLEST_PRODUCT", 1e-9)
 
 
 @pytest.mark.usefixtures("whole_paths")
