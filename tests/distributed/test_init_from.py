@@ -56,11 +56,12 @@ def same(one: Any, other: Any) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
-def written(made: Any, step: int = 3, **state: str) -> Path:
+def written(made: Any, step: int = 3, latents_sha256: str | None = None) -> Path:
     """The run directory of a trainer, with a checkpoint of its weights."""
     temporary = checkpoints.begin(made.run_dir, step)
     model_state.save_weights(temporary, *modules(made))
-    RunState(step=step, data={"steps_done": step}, **state).write(temporary)
+    state = RunState(step=step, data={"steps_done": step}, latents_sha256=latents_sha256)
+    state.write(temporary)
     for directory in (made.run_dir, temporary):
         (directory / checkpoints.RECIPE_FILE).write_text(made.recipe.to_yaml())
     checkpoints.commit(temporary, keep=1)
