@@ -103,9 +103,7 @@ def test_what_processes_cannot_share(tiny: Tiny, tmp_path: Path) -> None:
         load_model(run, world=World(0, processes, 0, processes, "127.0.0.1", 1, "torchrun"))
 
     run = untrained(tiny, tmp_path / "calm", "calm")
-    with pytest.raises(
-        UserError, match=r"(?s)by 3 processes; start .*num_attention_heads 4"
-    ):
+    with pytest.raises(UserError, match=r"(?s)by 3 processes; start .*num_attention_heads 4"):
         load(run, 3)
     with pytest.raises(UserError, match=r"tokens.*: has the tokens head, which 2 processes cannot"):
         load(untrained(tiny, tmp_path / "tokens", "tokens"), 2)
