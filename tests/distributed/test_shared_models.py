@@ -5,48 +5,18 @@ from __future__ import annotations
 import json
 import runpy
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from launches import ALONE, ROOT, language_recipe, recipe, run_worker
+from launches import ROOT, Tiny, run_worker, untrained_run
 
 from calm_dist.errors import UserError
-from calm_dist.inference.loading import load_model, load_released, single_process_topology
+from calm_dist.inference.loading import load_model, load_released
 from calm_dist.interop.convert import export_checkpoint
-from calm_dist.models.backbone import transformer_config
 from calm_dist.parallel.launch import World, tensor_parallel_world
-from calm_dist.recipe import CalmModel
-from calm_dist.runs import checkpoints
-from calm_dist.runs.checkpoints.run_state import RunState
-from calm_dist.training.build import build_backbone, build_head
-from calm_dist.training.checkpoint import model_state
-from calm_dist.training.resolve import resolve
 
 WORKER = Path(__file__).parent / "tools_worker.py"
-Tiny = Callable[..., list[str]]
-
-
-def untrained(tiny: Tiny, run: Path, kind: str) -> Path:
-    """A run directory that holds a model with its initial weights."""
-    given = tiny(run, kind, **ALONE)
-    own = resolve(language_recipe(recipe(kind), given))
-    topology = single_process_topology(own, torch.device("cpu"))
-    backbone = build_backbone(own, transformer_config(own, torch.float32), topology, None)
-    head = build_head(own.model, 1) if isinstance(own.model, CalmModel) else None
-    generator = torch.Generator().manual_seed(0)
-    for parameter in [] if head is None else head.parameters():
-        if not parameter.any():
-            parameter.data.normal_(generator=generator)
-    temporary = checkpoints.begin(run, 3)
-    model_state.save_weights(temporary, backbone, head)
-    RunState(step=3, data={"steps_done": 3}).write(temporary)
-    for directory in (run, temporary):
-        (directory / checkpoints.RECIPE_FILE).write_text(own.to_yaml())
-    checkpoints.commit(temporary, keep=1)
-    return run
 
 
 def jobs(runs: dict[str, Path], store: Path, out: Path) -> list[dict[str, Any]]:
@@ -74,7 +44,7 @@ def jobs(runs: dict[str, Path], store: Path, out: Path) -> list[dict[str, Any]]:
 def test_two_processes_score_and_generate_as_one(
     tiny: Tiny, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs = {kind: untrained(tiny, tmp_path / kind, kind) for kind in ("calm", "transformer")}
+    runs = {kind: untrained_run(tiny, tmp_path / kind, kind) for kind in ("calm", "transformer")}
     outs = [tmp_path / name for name in ("one", "two")]
     for out in outs:
         out.mkdir()
@@ -102,11 +72,11 @@ def test_what_processes_cannot_share(tiny: Tiny, tmp_path: Path) -> None:
     def load(run: Path, processes: int) -> None:
         load_model(run, world=World(0, processes, 0, processes, "127.0.0.1", 1, "torchrun"))
 
-    run = untrained(tiny, tmp_path / "calm", "calm")
+    run = untrained_run(tiny, tmp_path / "calm", "calm")
     with pytest.raises(UserError, match=r"(?s)by 3 processes; start .*num_attention_heads 4"):
         load(run, 3)
     with pytest.raises(UserError, match=r"tokens.*: has the tokens head, which 2 processes cannot"):
-        load(untrained(tiny, tmp_path / "tokens", "tokens"), 2)
+        load(untrained_run(tiny, tmp_path / "tokens", "tokens"), 2)
     export_checkpoint(run, tmp_path / "released")
     assert load_released(tmp_path / "released").kind == "calm"
     with pytest.raises(UserError, match=r"released: a directory in the released .*import-hf"):

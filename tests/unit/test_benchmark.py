@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launches import language_recipe
+from launches import Tiny, language_recipe, untrained_run
 from tiny_models import VOCAB, tiny_model
 
 from calm_dist.benchmark import growth, inference, model, plain, ranks, reading
 from calm_dist.benchmark.compare import Pair, compare, table
 from calm_dist.benchmark.pairs import zipf_tokens
+from calm_dist.benchmark.scoring_pairs import pairs_of_runs
 from calm_dist.costs import flops
 from calm_dist.data.stream import open_training_stream
 from calm_dist.errors import UserError
@@ -249,3 +251,23 @@ def test_a_recipe_stands_for_random_weights() -> None:
     assert (model.kind, model.step) == ("transformer", 0)
     with pytest.raises(UserError, match="give the recipe of a language model"):
         inference.open_model(str(RECIPES / "autoencoder_tiny.yaml"), CPU)
+
+
+def test_trained_runs_are_timed_beside_the_released_form(
+    tiny: Tiny, store: Path, tmp_path: Path
+) -> None:
+    runs = {
+        kind: str(untrained_run(tiny, tmp_path / kind, kind))
+        for kind in ("calm", "transformer", "tokens")
+    }
+    models = [runs["calm"], runs["transformer"]]
+    pairs = [*pairs_of_runs("brier", models, str(store), CPU)]
+    pairs += pairs_of_runs("sampling", [runs["calm"]], str(store), CPU)
+    for pair in pairs:
+        pair.ours()
+        pair.plain()
+    names = ["evaluation, .*calm, block 64", "evaluation, .*transformer", "generation, draws agree"]
+    assert all(re.match(name, pair.name) for name, pair in zip(names, pairs, strict=True))
+    for part, kind in (("sampling", "transformer"), ("brier", "tokens")):
+        with pytest.raises(UserError, match=rf"{kind}: "):
+            list(pairs_of_runs(part, [runs[kind]], str(store), CPU))
