@@ -24,8 +24,8 @@ from calm_dist.evaluation.brier_tree import (
 )
 from calm_dist.inference.softmax import draw_from_softmax
 
-_ELEMENTS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 26}
-"""Logits that are worked on at a time: on CPUs, as many as fit a cache."""
+_ELEMENTS_IN_CACHE, _ELEMENTS_AT_ONCE = 1 << 19, 1 << 26
+"""Logits that are worked on at a time, on CPUs and on other devices."""
 
 _LEAST = -40.0
 """Logits so far below the largest are raised to this: all words together then weigh less than the
@@ -209,7 +209,8 @@ def _survivors(product: Tensor, generator: torch.Generator) -> tuple[Tensor, Ten
 
 
 def _rows_at_once(logits: Tensor) -> int:
-    return max(1, _ELEMENTS_AT_ONCE[logits.device.type] // logits.shape[-1])
+    on_cpu = logits.device.type == "cpu"
+    return max(1, (_ELEMENTS_IN_CACHE if on_cpu else _ELEMENTS_AT_ONCE) // logits.shape[-1])
 
 
 def _measured(logits: Tensor) -> tuple[Tensor, Tensor]:
