@@ -64,7 +64,8 @@ def tensor_parallel_world() -> World:
     Raises:
         LaunchError: a variable is missing or contradicts another.
     """
-    return read_world() if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else ALONE
+    several = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    return read_world() if several else ALONE
 
 
 def read_world(env: Mapping[str, str] | None = None) -> World:
