@@ -199,6 +199,7 @@ def _follow(
         step = torch.cat([step[lives], _drawn(logits, lives, generator)], dim=1)
         number, lineage = number[lives], [level[lives] for level in lineage]
         outputs = outputs[lives] if step.shape[1] < patch_size else None
+        del logits  # before those of the next step are made
 
 
 def _survivors(product: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
