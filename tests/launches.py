@@ -23,6 +23,8 @@ WORKER = Path(__file__).parent / "distributed" / "train_worker.py"
 TIMEOUT_SECONDS = 900
 
 Jobs = Sequence[tuple[str, list[str]]]
+Tiny = Callable[..., list[str]]
+"""The fixture `tiny`."""
 
 # A layout without model parallelism: all ranks are replicas.
 ALONE: dict[str, object] = {
@@ -112,6 +114,37 @@ def autoencoder_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Autoe
     loaded = load_recipe(path, overrides)
     assert isinstance(loaded, AutoencoderRecipe)
     return loaded
+
+
+def untrained_run(tiny: Tiny, run: Path, kind: str) -> Path:
+    """A run directory that holds a model with its initial weights."""
+    import torch
+
+    from calm_dist.inference.loading import single_process_topology
+    from calm_dist.models.backbone import transformer_config
+    from calm_dist.recipe import CalmModel
+    from calm_dist.runs import checkpoints
+    from calm_dist.runs.checkpoints.run_state import RunState
+    from calm_dist.training.build import build_backbone, build_head
+    from calm_dist.training.checkpoint import model_state
+    from calm_dist.training.resolve import resolve
+
+    given = tiny(run, kind, **ALONE)
+    own = resolve(language_recipe(recipe(kind), given))
+    topology = single_process_topology(own, torch.device("cpu"))
+    backbone = build_backbone(own, transformer_config(own, torch.float32), topology, None)
+    head = build_head(own.model, 1) if isinstance(own.model, CalmModel) else None
+    generator = torch.Generator().manual_seed(0)
+    for parameter in [] if head is None else head.parameters():
+        if not parameter.any():
+            parameter.data.normal_(generator=generator)
+    temporary = checkpoints.begin(run, 3)
+    model_state.save_weights(temporary, backbone, head)
+    RunState(step=3, data={"steps_done": 3}).write(temporary)
+    for directory in (run, temporary):
+        (directory / checkpoints.RECIPE_FILE).write_text(own.to_yaml())
+    checkpoints.commit(temporary, keep=1)
+    return run
 
 
 def torchrun(ranks: int, script: Path, *arguments: str, fresh: bool = False) -> list[str]:

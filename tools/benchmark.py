@@ -2,7 +2,8 @@
 """Time parts of CALM and their plain formulation alternately in one process.
 
 python tools/benchmark.py energy
-python tools/benchmark.py brier --repeats 5 --json brier.json
+python tools/benchmark.py brier --threads 1 --cpu-time --json brier.json
+python tools/benchmark.py brier --runs runs/calm runs/transformer --data latents/test
 python tools/benchmark.py energy --device cuda
 python tools/benchmark.py heads --recipe recipes/calm_xl.yaml
 python tools/benchmark.py model --device cuda --recipe recipes/calm_m.yaml precision=bf16
@@ -17,6 +18,8 @@ loop over all positions. Peak memory is the memory that a call adds to what was 
 from __future__ import annotations
 
 import argparse
+import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from calm_dist.cli.console import add_json, at_least, between, image_file, run, write_json
@@ -30,8 +33,8 @@ PAIRS = {
     "head": "the energy head with eight samples, forward and backward",
     "autoencoder": "a training step of the paper's autoencoder, and encoding",
     "step": "a whole training step of a small CALM",
-    "brier": "Brier-1..4 of a block, Transformer and CALM with K=2",
-    "sampling": "generation at temperature 0.5 from pools of 200 draws",
+    "brier": "evaluation of a block, Transformer and CALM, random weights or runs",
+    "sampling": "generation at temperature 0.5 from pools of 200 draws, random weights or runs",
     "data": "reading stored latents in training order",
 }
 
@@ -46,6 +49,13 @@ def parse_arguments() -> argparse.Namespace:
         pair.add_argument(
             "--threads", type=at_least(1), default=2, help="threads of torch, on CPUs; default: 2"
         )
+        pair.add_argument(
+            "--cpu-time",
+            action="store_true",
+            help="time the processor instead of the clock, for a CPU with other work; one thread",
+        )
+        if name in ("brier", "sampling"):
+            _add_runs(pair)
         _add_common(pair)
     growth = parts.add_parser("growth", help="how time and memory grow with each size")
     growth.add_argument(
@@ -118,7 +128,22 @@ def parse_arguments() -> argparse.Namespace:
         "--plot", type=image_file, metavar="F", help="draw tokens/s against batch size to F"
     )
     _add_common(inference)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if getattr(args, "cpu_time", False) and (args.device != "cpu" or args.threads != 1):
+        parser.error("--cpu-time: is for one thread on the CPU; give --threads 1 --device cpu")
+    if bool(getattr(args, "runs", None)) != bool(getattr(args, "data", None)):
+        parser.error("--runs and --data: go together; give both or neither")
+    return args
+
+
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        metavar="RUN",
+        help="trained models instead of random ones: run directories, checkpoints or released ones",
+    )
+    parser.add_argument("--data", metavar="STORE", help="a store whose first block the runs score")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -213,13 +238,16 @@ def _heads(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, An
 
 
 def _pairs(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], str]:
-    from calm_dist.benchmark import pairs, reading, step
+    from calm_dist.benchmark import pairs, reading, scoring_pairs, step
     from calm_dist.benchmark.compare import compare, table
     from calm_dist.benchmark.timing import environment
 
-    modules = {"step": step, "data": reading}
-    made = getattr(modules.get(args.part, pairs), f"{args.part}_pairs")(device)
-    rows = [compare(pair, args.repeats, device) for pair in made]
+    modules = {"step": step, "data": reading, "brier": scoring_pairs, "sampling": scoring_pairs}
+    made = getattr(modules.get(args.part, pairs), f"{args.part}_pairs")
+    if runs := getattr(args, "runs", None):
+        made = partial(scoring_pairs.pairs_of_runs, args.part, runs, args.data)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    rows = [compare(pair, args.repeats, device, clock) for pair in made(device)]
     return {"part": args.part, **environment(device), "rows": rows}, table(rows)
 
 

@@ -10,6 +10,10 @@
 script does: documents in the order of the file, each with one begin token and no end token, blocks
 of 8,192 tokens, and its estimator and formula beside ours.
 
+    torchrun --nproc-per-node 2 tools/evaluate.py --checkpoint runs/calm_xl --data data/latents/test
+
+The processes of torchrun share a model by tensor parallelism, whatever layout it was trained in.
+
 The scores are also added to the run's metrics.jsonl, from which reports are made. If that file is
 not writable, a warning says so at the start, and the scores are only shown (exit code 0). If
 writing fails later, the scores are shown first, and the exit code is 2.
@@ -121,7 +125,7 @@ def main() -> None:
     from calm_dist.data.stream import open_store
     from calm_dist.evaluation import evaluate
     from calm_dist.inference.loading import load_model
-    from calm_dist.parallel.launch import own_device
+    from calm_dist.parallel.launch import own_device, tensor_parallel_world
     from calm_dist.released.files import is_released
     from calm_dist.runs.checkpoints import all_checkpoints, find_checkpoint
     from calm_dist.runs.evaluation_records import RecordLog
@@ -136,11 +140,12 @@ def main() -> None:
     if args.text:
         find_files(args.text)
     device = own_device(args.device)
-    log = RecordLog(paths)
+    world = tensor_parallel_world()
+    log = RecordLog(paths) if world.rank == 0 else None
     results = []
     try:
         for path in paths:
-            model = load_model(path, autoencoder=args.autoencoder, device=str(device))
+            model = load_model(path, args.autoencoder, str(device), world=world)
             store = held_out(args, model) if store is None else store
             settings = evaluate.settings_of(
                 model.recipe,
@@ -151,17 +156,20 @@ def main() -> None:
                 alignment_stride=args.alignment_stride,
                 released_estimator=args.protocol == "published",
             )
-            results.append(evaluate.evaluate(model, store, settings, show_progress=True))
-            log.add(model.checkpoint, results[-1])
+            shows = world.rank == 0
+            results.append(evaluate.evaluate(model, store, settings, show_progress=shows))
+            if log is not None:
+                log.add(model.checkpoint, results[-1])
     finally:
         # Also show what was scored before an error or Ctrl-C.
-        if results:
+        if results and world.rank == 0:
             # The table must not mix with JSON on stdout.
             output = sys.stderr if args.json == "-" else sys.stdout
             print(evaluate.table(results), file=output, flush=True)
             if args.json:
                 write_json(results if args.all_checkpoints else results[0], args.json)
-    log.close()
+    if log is not None:
+        log.close()
 
 
 if __name__ == "__main__":

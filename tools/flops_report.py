@@ -2,6 +2,7 @@
 """Compare models by FLOPs: the paper's models, counted from their shapes, or runs and their scores.
 
 Without --run: the paper's models next to its Table 1. With --run: a report of these runs. With
+--inference, both also show what tools/benchmark.py inference measured, beside the counts. With
 --page: fill a page with tables and plots from the results of studies.
 """
 
@@ -30,6 +31,7 @@ def parse_arguments() -> argparse.Namespace:
         "  python tools/flops_report.py --json flops.json\n"
         "  python tools/flops_report.py --run runs/calm_m runs/transformer_s --out runs/report\n"
         "  python tools/flops_report.py --run runs/calm_* --json - --peak-tflops 312\n"
+        "  python tools/flops_report.py --inference inference.json\n"
         "  python tools/flops_report.py --study docs/results --page docs/results.md",
     )
     parser.add_argument(
@@ -72,9 +74,19 @@ def compare_paper(arguments: argparse.Namespace) -> None:
 
     from calm_dist.reports.comparison_paper import compare_with_paper, format_comparison
 
-    comparison = compare_with_paper()
+    comparison, section = compare_with_paper(), None
+    if arguments.inference:
+        from calm_dist.reports.inference import claims, inference_section, read_inference
+
+        measured = read_inference(arguments.inference)
+        comparison["inference"] = {**measured.model_dump(), "claims": claims(measured)}
+        section = inference_section(measured)
     if arguments.json != "-":
         print(format_comparison(comparison))
+        if section is not None:
+            from calm_dist.reports.markdown import render_section
+
+            print("", *render_section(section, images=False), sep="\n")
     if arguments.json:
         write_json(comparison, arguments.json)
 

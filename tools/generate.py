@@ -5,6 +5,9 @@
         --seed 1 --seed 2 --method exact --temperature 0.7 --json texts.json
     python tools/generate.py --checkpoint runs/calm_m --prompts prompts.jsonl --num-samples 4 \\
         --stop "\\n\\n" --json texts.jsonl
+    torchrun --nproc-per-node 2 tools/generate.py --checkpoint runs/calm_xl --prompt "The sea"
+
+The processes of torchrun share a model by tensor parallelism, whatever layout it was trained in.
 """
 
 from __future__ import annotations
@@ -265,8 +268,9 @@ def main() -> None:
     announce(f"loading {args.checkpoint} ...")
 
     from calm_dist.inference.load import load_text_model
-    from calm_dist.parallel.launch import own_device
+    from calm_dist.parallel.launch import own_device, tensor_parallel_world
 
+    world = tensor_parallel_world()
     loaded = load_text_model(
         args.checkpoint,
         tokenizer=args.tokenizer,
@@ -275,13 +279,16 @@ def main() -> None:
         autoencoder=args.autoencoder,
         device=str(own_device(args.device)),
         dtype=args.dtype,
+        world=world,
     )
     stream = streamer(args, wanted)
+    # Every process makes the same calls; the first one prints.
+    speaks = world.rank == 0
     size = 1 if stream else args.batch_size
     started, results = time.monotonic(), []
     for first in range(0, len(wanted), size):
         batch = wanted[first : first + size]
-        if stream:
+        if stream and speaks:
             print(("\n" if first else "") + batch[0][0], end="", flush=True)
         results += loaded.generate(
             [text for text, _ in batch],
@@ -293,12 +300,14 @@ def main() -> None:
             max_draws=args.max_draws,
             stop=args.stop or (),
             reproducible=args.reproducible,
-            on_text=stream,
-            show_progress=stream is None,
+            on_text=stream if speaks else None,
+            show_progress=stream is None and speaks,
         )
-        if stream:
+        if stream and speaks:
             print()
     seconds = time.monotonic() - started
+    if not speaks:
+        return
     show(args, wanted, results, seconds, stream is not None)
     if args.json:
         write(args, loaded.model.step, str(loaded.model.checkpoint), wanted, results)

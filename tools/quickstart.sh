@@ -161,11 +161,14 @@ PY
     logged python "$ROOT/tools/generate.py" --checkpoint "$OUT/$model" --prompt="$prompt" \
       --max-new-tokens 64 --json "$OUT/evaluation/$model.text.json"
   done
+  logged python "$ROOT/tools/benchmark.py" inference "$OUT/calm" "$OUT/transformer" \
+    $(has_gpu && echo --device cuda) --batches 1 4 16 64 --contexts 64 --new-tokens 16 \
+    --repeats 1 --json "$OUT/evaluation/inference.json"
 }
 
 report() {
   logged python "$ROOT/tools/report.py" --autoencoder "$OUT/autoencoder" \
-    --run "${MODELS[@]/#/$OUT/}" --out "$OUT/report"
+    --run "${MODELS[@]/#/$OUT/}" --inference "$OUT/evaluation/inference.json" --out "$OUT/report"
 }
 
 summary() {
@@ -228,6 +231,7 @@ for model in "${MODELS[@]}"; do
   grep -q '"eval"' "$OUT/$model/metrics.jsonl" || forget evaluation
 done
 run_stage evaluation "evaluation" "$OUT/latents/test/meta.json" "${checkpoints[@]}"
-run_stage report "report" "$OUT"/autoencoder/{recipe.yaml,metrics.jsonl} "${records[@]}"
+run_stage report "report" "$OUT"/autoencoder/{recipe.yaml,metrics.jsonl} "${records[@]}" \
+  "$OUT/evaluation/inference.json"
 summary
 echo "in all $((SECONDS / 60)) min $((SECONDS % 60)) s"

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,14 +38,23 @@ class Pair:
     """The work that both must do, timed alone as a lower bound."""
 
 
-def compare(pair: Pair, repeats: int, device: torch.device) -> dict[str, Any]:
+def compare(
+    pair: Pair,
+    repeats: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
     """Run both alternately, after untimed runs in which memory is measured.
+
+    Args:
+        clock: what is read before and after a run; `time.process_time` does not see other work on
+            the machine.
 
     Returns:
         A JSON-able row: for each side ``seconds`` (median), ``all_seconds``, ``peak_mib`` beyond
-        the memory in use before, and ``rate``; ``floor_seconds`` if there is a floor; ``speedup``,
-        ``memory_ratio`` (None if unknown), and ``largest_difference``, relative to the largest
-        value of a tensor.
+        the memory in use before, and ``rate``; ``floor_seconds`` if there is a floor; ``speedup``
+        (median of the turns), ``memory_ratio`` (None if unknown), and ``largest_difference``,
+        relative to the largest value of a tensor.
     """
     sides = {"ours": pair.ours, "plain": pair.plain}
     values: dict[str, Values | None] = {}
@@ -56,9 +66,9 @@ def compare(pair: Pair, repeats: int, device: torch.device) -> dict[str, Any]:
     floor: list[float] = []
     for _ in range(repeats):
         for name, call in sides.items():
-            times[name].append(seconds(call, device))
+            times[name].append(seconds(call, device, clock))
         if pair.floor is not None:
-            floor.append(seconds(pair.floor, device))
+            floor.append(seconds(pair.floor, device, clock))
     row: dict[str, Any] = {"name": pair.name, "sizes": pair.sizes, "unit": pair.unit}
     for name in sides:
         median = statistics.median(times[name])
@@ -69,7 +79,8 @@ def compare(pair: Pair, repeats: int, device: torch.device) -> dict[str, Any]:
             "rate": pair.work / median,
         }
     row["floor_seconds"] = statistics.median(floor) if floor else None
-    row["speedup"] = row["plain"]["seconds"] / row["ours"]["seconds"]
+    turns = zip(times["plain"], times["ours"], strict=True)
+    row["speedup"] = statistics.median(plain / ours for plain, ours in turns)
     ours, plain = peaks["ours"], peaks["plain"]
     row["memory_ratio"] = plain / max(ours, 1.0) if ours is not None and plain is not None else None
     row["largest_difference"] = _largest_difference(values["ours"], values["plain"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,13 +11,7 @@ from torch import Tensor
 
 from calm_dist.benchmark import plain
 from calm_dist.benchmark.compare import Pair, Values
-from calm_dist.evaluation.block_scores import draw_latents
-from calm_dist.evaluation.brier import ngram_starts
-from calm_dist.evaluation.brier_tree import cache_size, scores_from_patches, scores_from_softmax
-from calm_dist.inference.generate import continue_texts, decode_latents
-from calm_dist.inference.growing import GrowingText
 from calm_dist.inference.loading import LoadedModel, single_process_topology
-from calm_dist.inference.patches import patch_sampler
 from calm_dist.losses.autoencoder import autoencoder_loss, draw_training_noise
 from calm_dist.losses.energy import energy_score
 from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -176,120 +169,6 @@ def autoencoder_pair(
         {"tokens": length, "vocabulary": vocab_size, "hidden": 512, "K": 4, "l": 128},
         floor=products,
     )
-
-
-def brier_pairs(device: torch.device) -> Iterator[Pair]:
-    """Brier-1..4 of one block: the Transformer at block 256, CALM with K=2 at block 512.
-
-    What both forms cost depends on how often two samples of a position agree, so each model is
-    timed where all agree and where none do, and the Transformer at the rate of a trained one.
-    """
-    for rate in (1.0, 0.2, None):
-        yield transformer_brier_pair(device, rate)
-    for noise in (0.0, None):
-        yield calm_brier_pair(device, noise)
-
-
-def transformer_brier_pair(device: torch.device, rate: float | None) -> Pair:
-    """``rate``: how often two samples of a position agree; None: as random weights do, never."""
-    model = random_model("transformer", 256, device)
-    tokens = zipf_tokens(SMALL_VOCAB, 256, seed=1).to(device)
-    if rate is not None:
-        assert hasattr(model.backbone, "output_layer")
-        factor = _factor_of_agreement(model.logits(tokens[None])[0], rate)
-        model.backbone.output_layer.weight.data.mul_(factor)
-    starts = ngram_starts(256, 1, "all").to(device)
-    generator = torch.Generator(device).manual_seed(0)
-
-    def ours() -> None:
-        scores_from_softmax(model.logits, model.new_cache, tokens, starts, num_draws=1, seed=0)
-
-    def looped() -> None:
-        plain.transformer_brier(model.logits, model.new_cache, tokens, starts, generator)
-
-    sizes = {"block": 256, "starts": len(starts), "vocabulary": SMALL_VOCAB, "hidden": 256}
-    said = {1.0: "all agree", None: "none agree"}.get(rate, f"agree at a rate of {rate}")
-    return Pair(f"Brier, Transformer, {said}", ours, looped, len(starts), "starts", sizes)
-
-
-def _factor_of_agreement(logits: Tensor, rate: float) -> float:
-    """Factor of logits [T, V] at which two samples agree at this mean rate."""
-    low, high = 1.0, 1e4
-    if rate == 1.0:
-        return high
-    for _ in range(30):
-        factor = (low * high) ** 0.5
-        agreement = (factor * logits).softmax(-1).square().sum(-1).mean()
-        low, high = (factor, high) if agreement < rate else (low, factor)
-    return factor
-
-
-def calm_brier_pair(device: torch.device, noise: float | None) -> Pair:
-    """``noise``: as for `random_model`."""
-    calm = random_model("calm", 512, device, patch_size=2, noise=noise)
-    generator = torch.Generator(device).manual_seed(0)
-    text = zipf_tokens(SMALL_VOCAB, 512, seed=2).to(device)
-    patches = ngram_starts(512, 2).to(device) // 2
-
-    def drawn(hidden: Tensor, samples: int) -> Tensor:
-        latents = draw_latents(calm, hidden, samples, generator)
-        return decode_latents(calm, latents.flatten(0, 1)).view(samples, len(hidden), -1)
-
-    def plainly_drawn(hidden: Tensor, samples: int) -> Tensor:
-        assert calm.autoencoder is not None
-        return plain.decode(calm.autoencoder, draw_latents(calm, hidden, samples, generator))
-
-    def ours() -> None:
-        known = int(patches[-1]) + 1
-        cache = calm.new_cache(1, cache_size(known, 2))
-        hidden = calm.hidden(text[None, : 2 * known], torch.arange(known), None, cache)[0]
-        scores_from_patches(
-            calm.hidden,
-            cache,
-            lambda hidden, starts, depth: drawn(hidden, 2),
-            drawn(hidden, 2),
-            patches,
-            text[2 * patches[:, None] + torch.arange(4, device=device)],
-        )
-
-    def looped() -> None:
-        plain.calm_brier(calm.hidden, calm.new_cache, plainly_drawn, text, patches, 2)
-
-    sizes = {"block": 512, "K": 2, "starts": len(patches), "vocabulary": SMALL_VOCAB}
-    said = "all agree" if noise == 0.0 else "none agree"
-    return Pair(f"Brier, CALM K=2, {said}", ours, looped, len(patches), "starts", sizes)
-
-
-def sampling_pairs(device: torch.device) -> Iterator[Pair]:
-    """Generation at temperature 1/2 with a pool of 200, eight texts, two patches each."""
-    rows, patches, pool = 8, 2, 200
-    # Either all draws are equal or none: random weights give nothing in between.
-    for noise in (0.0, None):
-        model = random_model("calm", 1024, device, patch_size=4, noise=noise)
-        generator = torch.Generator().manual_seed(0)
-
-        def drawn(hidden: Tensor, samples: int, model: LoadedModel = model) -> Tensor:
-            assert model.autoencoder is not None
-            latents = draw_latents(model, hidden, samples, generator)  # noqa: B023
-            return plain.decode(model.autoencoder, latents)
-
-        def grow(sampler: Any, model: LoadedModel = model) -> None:
-            prompts = zipf_tokens(SMALL_VOCAB, 16 * rows, seed=3).view(rows, -1).tolist()
-            texts = [GrowingText(prompt, seed) for seed, prompt in enumerate(prompts)]
-            ends = SimpleNamespace(begin_id=0, end_id=-1)
-            continue_texts(model, texts, sampler, ends, 4 * patches)  # type: ignore[arg-type]
-
-        hidden = model.hidden(zipf_tokens(SMALL_VOCAB, 4, seed=4)[None])[0]
-        some = drawn(hidden, pool)[:, 0]
-        agree = float((some[:, None] == some[None]).all(-1).float().mean())
-        yield Pair(
-            f"generation, draws agree at a rate of {agree:.2f}",
-            lambda grow=grow, model=model: grow(patch_sampler(model, 0.5, "pool", pool, pool)),  # type: ignore[misc]
-            lambda grow=grow, drawn=drawn: grow(plain.patch_sampler(drawn, pool)),  # type: ignore[misc]
-            rows * patches * 4,
-            "tokens",
-            {"texts": rows, "pool": pool, "K": 4, "vocabulary": SMALL_VOCAB, "agree": agree},
-        )
 
 
 def zipf_tokens(vocab_size: int, count: int, seed: int) -> Tensor:

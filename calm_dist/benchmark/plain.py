@@ -19,6 +19,7 @@ from calm_dist.inference.methods import Sampler
 from calm_dist.inference.sampling import pool_candidates
 from calm_dist.losses.autoencoder import TrainingNoise, kl_per_dimension
 from calm_dist.models.autoencoder import Autoencoder
+from calm_dist.models.heads import GenerativeHead
 from calm_dist.models.heads.energy import ConditionedLinear, EnergyHead, HeadBlock
 from calm_dist.models.kv_cache import KeyValueCache
 
@@ -84,15 +85,18 @@ def autoencoder_loss(model: Autoencoder, tokens: Tensor, noise: TrainingNoise) -
 def transformer_brier(
     logits: Run, new_cache: NewCache, tokens: Tensor, starts: Tensor,
     generator: torch.Generator,
-) -> Tensor:  # fmt: skip
-    """Brier-1..4 of a Transformer at each start, one after the other.
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Brier-1..4 of a Transformer at each start, one after the other, and its cross entropy.
 
     Where two samples agree, the first is appended to the keys and values of the text before it, and
     the model runs one step further. The last collision of an n-gram is exact.
     """
     cache = new_cache(1, len(tokens))
-    probabilities = logits(tokens[None], torch.arange(len(tokens)), None, cache)[0].softmax(-1)
-    true = probabilities[:-1].gather(1, tokens[1:, None])[:, 0]
+    outputs = logits(tokens[None], torch.arange(len(tokens)), None, cache)[0]
+    loss = F.cross_entropy(outputs[:-1].contiguous(), tokens[1:])
+    predicting = outputs[:-1].contiguous()
+    probabilities = predicting.softmax(-1)
+    true = probabilities.gather(1, tokens[1:, None])[:, 0]
     scores = torch.zeros(len(starts), NGRAM, dtype=torch.float64)
     for row, start in enumerate(starts.tolist()):
         scores[row] = 2 * true[start - 1 : start - 1 + NGRAM].cumprod(0).double()
@@ -104,21 +108,58 @@ def transformer_brier(
                 break
             held = _prefix(cache, start) if held is None else held
             following = logits(pair[None, :1], None, None, held)[0, -1].softmax(-1)
-    return scores
+    return scores, loss
+
+
+@torch.no_grad()
+def calm_evaluation(
+    hidden: Run, new_cache: NewCache, head: GenerativeHead, autoencoder: Autoencoder,
+    tokens: Tensor, starts: Tensor, samples: int, generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Brier-1..4 of a CALM at each start patch, and the energy loss of the block.
+
+    The text is encoded, the head draws ``samples`` latents of each patch, and the first two of them
+    are decoded.
+    """
+    size = autoencoder.patch_size
+    cache = new_cache(1, len(tokens) // size)
+    text = tokens[None, :-size]
+    states = hidden(text, torch.arange(text.shape[1] // size), None, cache)[0]
+    mean, log_std = (part[0] for part in encode(autoencoder, tokens[None, size:]))
+    latents = _sampled(head, states, samples, generator)
+    noise = torch.randn(100, *mean.shape, generator=generator, device=mean.device)
+    loss = -energy_score(latents, mean, log_std, noise).mean()
+
+    def draw(states: Tensor, count: int) -> Tensor:
+        return decode(autoencoder, _sampled(head, states, count, generator))
+
+    pairs = decode(autoencoder, latents[:2])
+    return calm_brier(hidden, cache, draw, pairs, tokens, starts), loss
+
+
+def _sampled(
+    head: GenerativeHead, hidden: Tensor, count: int, generator: torch.Generator
+) -> Tensor:
+    noise = head.draw_noise(generator, count, len(hidden)).to(hidden)
+    # The other heads have one form only.
+    if isinstance(head, EnergyHead):
+        return head_samples(head, hidden, noise)
+    return head.sample(hidden, noise)
 
 
 @torch.no_grad()
 def calm_brier(
-    hidden: Run, new_cache: NewCache, draw: Draw, tokens: Tensor, starts: Tensor,
-    patch_size: int,
-) -> Tensor:  # fmt: skip
-    """Brier-1..4 of a CALM from two samples at each start patch, one after the other.
+    hidden: Run, cache: KeyValueCache, draw: Draw, pairs: Tensor, tokens: Tensor, starts: Tensor
+) -> Tensor:
+    """Brier-1..4 of a CALM from two samples of each patch, one start after the other.
 
     Where two samples of a patch agree, the model runs one step further, as in `transformer_brier`.
+
+    Args:
+        cache: holds the block's patches, but perhaps not the last.
+        pairs: two samples [2, P - 1, K] of all patches but the first.
     """
-    patches = len(tokens) // patch_size
-    cache = new_cache(1, patches)
-    pairs = draw(hidden(tokens[None], torch.arange(patches), None, cache)[0], 2)  # [2, P, K]
+    patch_size = pairs.shape[-1]
     scores = torch.zeros(len(starts), NGRAM, dtype=torch.float64)
     for row, start in enumerate(starts.tolist()):
         first = start * patch_size
@@ -152,12 +193,13 @@ def decode(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
 
 
 def patch_sampler(draw: Draw, pool_size: int) -> Sampler:
-    """Hidden states [n, d] -> the next patches at temperature 1/2, from all draws of the pools."""
+    """Hidden states [n, d] -> the next patches at temperature 1/2, from all draws of all pools."""
 
     def sample(hidden: Tensor, rngs: list[np.random.Generator]) -> list[list[int]]:
+        pools = draw(hidden, pool_size).cpu().numpy()
         patches = []
-        for state, rng in zip(hidden, rngs, strict=True):
-            found = pool_candidates(draw(state[None], pool_size)[:, 0].cpu().numpy(), 2)
+        for row, rng in enumerate(rngs):
+            found = pool_candidates(pools[:, row], 2)
             chances = np.array(found.weights, dtype=float)
             chosen = int(rng.choice(len(chances), p=chances / chances.sum()))
             patches.append(list(found.patches[chosen]))

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from calm_dist.cli.console import between, write_json
+from calm_dist.reports.inference import read_inference
 from calm_dist.reports.markdown import render_markdown
 from calm_dist.reports.report import read_runs, report_content, summarize, write_files
 
@@ -19,6 +20,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="peak TFLOP/s of one device, for MFU; known for A100, H100, H200 and B200",
     )
+    parser.add_argument(
+        "--inference",
+        metavar="F",
+        help="add a section on generation from the JSON of tools/benchmark.py inference",
+    )
 
 
 def report_runs(arguments: argparse.Namespace) -> None:
@@ -28,7 +34,8 @@ def report_runs(arguments: argparse.Namespace) -> None:
         UserError: see `reports.report.write_report`.
     """
     models, autoencoder = read_runs(arguments.runs, arguments.autoencoder)
-    summary = summarize(models, autoencoder, arguments.peak_tflops)
+    inference = read_inference(arguments.inference) if arguments.inference else None
+    summary = summarize(models, autoencoder, arguments.peak_tflops, inference)
     if arguments.out:
         write_files(summary, models, autoencoder, Path(arguments.out))
     if arguments.json:

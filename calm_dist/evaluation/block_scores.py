@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from calm_dist.evaluation.brier import NGRAM
+from calm_dist.evaluation.brier import NGRAM, prefix_groups
+from calm_dist.evaluation.brier_softmax import draw_tokens, scores_from_softmax
 from calm_dist.evaluation.brier_tree import (
     DrawFunction,
     cache_size,
-    draw_columns,
     patches_per_ngram,
     scores_from_patches,
-    scores_from_softmax,
 )
 from calm_dist.inference.generate import calm_recipe, decode_latents
 from calm_dist.losses.energy import energy_score
@@ -105,17 +104,17 @@ def score_latent_block(
     generator = torch.Generator().manual_seed(seed)
 
     def draw(hidden: Tensor, starts: Tensor, depth: int) -> Tensor:
-        return _decode(model, draw_latents(model, hidden, samples, generator))
+        return decode_draws(model, draw_latents(model, hidden, samples, generator))
 
     def draw_two(hidden: Tensor, starts: Tensor, depth: int) -> Tensor:
-        return _decode(model, draw_latents(model, hidden, 2, generator))
+        return decode_draws(model, draw_latents(model, hidden, 2, generator))
 
     brier = torch.empty(len(starts), NGRAM, dtype=torch.float64)
     means, of_two = {}, None
     for offset, at_offset in _cuts(starts, patch_size):
         context = _Context(model, tokens[offset:], starts[at_offset] // patch_size)
         latents = draw_latents(model, context.hidden, samples, generator)
-        draws = _decode(model, latents)
+        draws = decode_draws(model, latents, context.following)
         if offset == 0:
             means = _held_out_losses(model, block, latents, generator, seed)
         if offset == 0 and released:
@@ -138,6 +137,7 @@ class _Context:
 
     Attributes:
         hidden: [known, d]; patch p is predicted from p - 1.
+        following: the tokens of the patch after each [known, K], -1 beyond the block.
         patches: the patches at which n-grams begin, ascending [S].
     """
 
@@ -149,6 +149,10 @@ class _Context:
         self._cache = model.new_cache(1, cache_size(known, patch_size))
         context = tokens[: known * patch_size]
         self.hidden = model.hidden(context[None], torch.arange(known), None, self._cache)[0]
+        # An n-gram may end before its last patch, which the block then cuts.
+        after = tokens[patch_size : (known + 1) * patch_size]
+        padded = F.pad(after, (0, known * patch_size - len(after)), value=-1)
+        self.following = padded.view(known, -1).to(model.device)
         self._target = tokens[patch_size * patches[:, None] + torch.arange(NGRAM)]
 
     def scores(self, draw: DrawFunction, draws: Tensor) -> Tensor:
@@ -171,8 +175,8 @@ def draw_patches(
         same = part.repeat(samples, 1)
         tokens = torch.empty(len(same), 0, dtype=torch.long, device=hidden.device)
         for _ in range(calm_recipe(model).patch_size):
-            chances = model.token_logits(same, tokens).float().softmax(-1)
-            tokens = torch.cat([tokens, draw_columns(chances, generator)], dim=1)
+            drawn_now = draw_tokens(model.token_logits(same, tokens), generator)
+            tokens = torch.cat([tokens, drawn_now], dim=1)
         drawn.append(tokens.unflatten(0, (samples, -1)))
     return torch.cat(drawn, dim=1)
 
@@ -199,9 +203,35 @@ def _tokens(block: Block) -> Tensor:
     return torch.from_numpy(block["tokens"].astype(np.int64))
 
 
-def _decode(model: LoadedModel, latents: Tensor) -> Tensor:
-    """The most likely tokens ``[N, S, K]`` of latents ``[N, S, l]``."""
-    return decode_latents(model, latents.flatten(0, 1)).reshape(*latents.shape[:2], -1)
+def decode_draws(model: LoadedModel, latents: Tensor, target: Tensor | None = None) -> Tensor:
+    """The tokens ``[N, S, K]`` of draws of latents ``[N, S, l]`` that Brier scores depend on.
+
+    A token counts only if it is in the n-gram that begins with its patch, and those before it equal
+    the ``target``'s ``[S, K]`` or another draw's. In place of the others, whose logits are not
+    computed, stands V plus the number of the draw, which equals nothing.
+    """
+    decoder, count = model.decoder, len(latents)
+    patches = decoder.patch_hidden(latents.flatten(0, 1))
+    numbers = torch.arange(count, device=latents.device)[:, None, None]
+    absent = (model.recipe.model.vocab_size or 0) + numbers
+    tokens = absent.repeat(1, latents.shape[1], decoder.patch_size)
+    counts = torch.ones(tokens.shape[:2], dtype=torch.bool, device=latents.device)
+    for place in range(min(decoder.patch_size, NGRAM)):
+        rows = counts.flatten().nonzero()[:, 0]
+        if len(rows) == 0:
+            break
+        states = decoder.token_hidden(patches[rows], place)
+        tokens.flatten(0, 1)[rows, place] = decoder.tokens(states)
+        *_, (group, sizes) = prefix_groups(tokens[..., : place + 1])
+        counts &= (sizes.gather(1, group) > 1).T | _begins(tokens, target, place + 1)
+    return tokens
+
+
+def _begins(tokens: Tensor, target: Tensor | None, length: int) -> Tensor:
+    """Whether draws ``[N, S, K]`` begin as the target ``[S, K]`` does; bool ``[N, S]``."""
+    if target is None:
+        return torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    return (tokens[..., :length] == target[:, :length]).all(-1)
 
 
 def _held_out_losses(

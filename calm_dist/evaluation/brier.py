@@ -8,7 +8,7 @@ which lies in -1..1 and needs only samples. Two n-grams are equal when all of th
 BrierLM = 100 · (Π_{n=1..4} max(0, Brier-n))^¼.
 
 This module computes scores from given samples, and the standard error over blocks.
-`evaluation.brier_tree` draws the samples from the model.
+`evaluation.brier_tree` and `evaluation.brier_softmax` draw the samples from the model.
 """
 
 from __future__ import annotations

@@ -7,8 +7,7 @@ that take the block itself from a cache of keys and values.
 
 * `scores_from_patches`: CALM, from draws of patches. If n-grams are longer than a patch, the
   patches on which draws agree are continued.
-* `scores_from_softmax`: models with probabilities. E[1{a=y}] is P(y) itself, and P(a=b) is
-  estimated along sampled paths.
+* `brier_softmax.scores_from_softmax`: models with probabilities, along sampled paths.
 
 A forward pass has at most as many steps as the block (or `_STEPS_AT_ONCE`), which limits masks,
 activations and logits to a few times those of the block itself.
@@ -16,25 +15,17 @@ activations and logits to a few times those of the block itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from calm_dist.evaluation.brier import NGRAM, collision_rate, prefix_equal, prefix_groups
 
-_STEPS_AT_ONCE = 512
+_STEPS_AT_ONCE = 256
 """Most steps in one forward pass of branches, unless the block has more."""
-
-
-# Rows of weights that are converted to double precision at a time.
-_ROWS_DRAWN = 64
-
-_SMALLEST_PRODUCT = 1 / 64
-"""A sampled path whose product c_1 · ... · c_n is smaller than this continues with a probability in
-proportion to it."""
 
 
 class StepFunction(Protocol):
@@ -67,22 +58,6 @@ class DrawFunction(Protocol):
     """
 
     def __call__(self, hidden: Tensor, starts: Tensor, depth: int) -> Tensor: ...
-
-
-class TokenLogits(Protocol):
-    """Logits ``[b, V]`` of the next token of a step, from the outputs ``[b, ...]`` of the step
-    before it and the tokens of the step that are known ``[b, k]``."""
-
-    def __call__(self, outputs: Tensor, previous: Tensor) -> Tensor: ...
-
-
-class SoftmaxScores(NamedTuple):
-    """Scores of a model with probabilities on one block of tokens."""
-
-    scores: Tensor
-    """Unbiased Brier-1..4 of each start position, float64 ``[starts, 4]``."""
-    nats: Tensor
-    """Negative log-likelihood of tokens K..T-1 given the preceding tokens, ``[T-K]``."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +120,7 @@ def scores_from_patches(
 
 def cache_size(num_steps: int, patch_size: int) -> int:
     """Number of cache slots needed to score a block of ``num_steps``."""
-    return num_steps + (patches_per_ngram(patch_size) - 1) * _steps_at_once(num_steps)
+    return num_steps + (patches_per_ngram(patch_size) - 1) * steps_at_once(num_steps)
 
 
 def _patch_collisions(
@@ -204,13 +179,13 @@ def _portions(
     branches: _Branches, starts: Tensor, num_steps: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield start patches ``[n]`` and known patches ``[n, depth, K]`` for each forward pass."""
-    at_once = _steps_at_once(num_steps)
+    at_once = steps_at_once(num_steps)
     yield from zip(
         starts[branches.start].split(at_once), branches.patches.split(at_once), strict=True
     )
 
 
-def _steps_at_once(num_steps: int) -> int:
+def steps_at_once(num_steps: int) -> int:
     """Most branches after a block of ``num_steps`` that may take a step together."""
     return max(num_steps, _STEPS_AT_ONCE)
 
@@ -230,11 +205,11 @@ def _branch_outputs(
     own = torch.eye(len(starts), dtype=torch.bool, device=starts.device)
     for steps in branches.unbind(1):
         lineage.append(own)
-        outputs = _next_step(model, cache, num_steps, starts, steps, lineage)
+        outputs = next_step(model, cache, num_steps, starts, steps, lineage)
     return outputs
 
 
-def _next_step(
+def next_step(
     model: StepFunction,
     cache: StepCache,
     num_steps: int,
@@ -255,158 +230,3 @@ def _next_step(
     of_block = torch.arange(num_steps, device=starts.device) < starts[:, None]
     mask = torch.cat([of_block, *lineage], dim=1)
     return model(steps.reshape(1, -1), starts + len(lineage) - 1, mask, cache)[0]
-
-
-def _of_a_transformer(outputs: Tensor, previous: Tensor) -> Tensor:
-    return outputs
-
-
-@torch.no_grad()
-def scores_from_softmax(
-    model: StepFunction,
-    new_cache: Callable[[int, int], StepCache],
-    tokens: Tensor,
-    starts: Tensor,
-    *,
-    num_draws: int,
-    seed: int,
-    patch_size: int = 1,
-    token_logits: TokenLogits = _of_a_transformer,
-) -> SoftmaxScores:
-    """Brier-1..4 at the given start positions of one block, for models with probabilities: the
-    Transformer, and a CALM whose head predicts tokens.
-
-    The accuracy term is exact: the product of the teacher-forced probabilities of the true tokens.
-    The collision term P(a=b) = Σ_a P(a)² is exact for n=1. For n>1 it is a sum over V^n paths,
-    estimated from ``num_draws`` paths that are drawn token by token: with
-    c_j = Σ p(· | a_1..a_{j-1})², the next token is drawn from p² / c_j (the model at temperature
-    1/2), and c_1 · ... · c_n is an unbiased estimate, since Π p_j² / c_j is the path's probability.
-    Drawing from p itself and averaging P(a) has the same expectation and a larger variance. The
-    paths go through the model together, as branches after the block.
-
-    Most paths of a model that is unsure have products near zero. One below ``_SMALLEST_PRODUCT``
-    continues with probability product / ``_SMALLEST_PRODUCT``, and then counts as
-    ``_SMALLEST_PRODUCT``; otherwise its longer n-grams count as 0. The expectation is the same.
-
-    Args:
-        model: runs in steps of ``patch_size`` tokens.
-        new_cache: called with a number of texts and of steps; returns an empty cache.
-        tokens: one block, ``[T]``.
-        starts: first tokens of the n-grams, ``[S]``, in 1..T-4, each at the beginning of a step
-            other than the first.
-        num_draws: sampled paths for each start position, at least 1.
-        seed: seed of the sampled paths.
-        patch_size: K.
-        token_logits: logits of the tokens of a step, one after the other.
-    """
-    steps = tokens.reshape(-1, patch_size)
-    cache = new_cache(1, cache_size(len(steps), patch_size))
-    outputs = model(tokens[None], torch.arange(len(steps)), None, cache)[0]
-    device = outputs.device
-    steps, starts = steps.to(device), starts.to(device)
-    # For tokens K..T-1, in order.
-    log_likelihood = torch.stack(
-        [
-            _log_likelihood(token_logits(outputs[:-1], steps[1:, :k]).float(), steps[1:, k])
-            for k in range(patch_size)
-        ],
-        dim=-1,
-    ).flatten()
-    offsets = torch.arange(NGRAM, device=device)
-    accuracy = log_likelihood[starts[:, None] - patch_size + offsets].double().cumsum(-1).exp()
-
-    generator = torch.Generator(device).manual_seed(seed)
-    at_once = max(1, _steps_at_once(len(steps)) // num_draws)
-    means = torch.cat(
-        [
-            _path_collisions(
-                model,
-                token_logits,
-                cache,
-                outputs,
-                part,
-                num_draws=num_draws,
-                patch_size=patch_size,
-                generator=generator,
-            )
-            for part in (starts // patch_size).split(at_once)
-        ]
-    )
-    return SoftmaxScores(2 * accuracy - means, -log_likelihood)
-
-
-def _path_collisions(
-    model: StepFunction,
-    token_logits: TokenLogits,
-    cache: StepCache,
-    block_outputs: Tensor,
-    starts: Tensor,
-    *,
-    num_draws: int,
-    patch_size: int,
-    generator: torch.Generator,
-) -> Tensor:
-    """Unbiased estimates of P(a=b) for 1..4-grams, means over ``num_draws`` paths from each start,
-    float64 ``[S, 4]``.
-
-    ``starts`` ``[S]`` are steps; ``block_outputs`` are the outputs at the block's steps
-    ``[P, ...]``.
-    """
-    num_steps = len(block_outputs)
-    outputs = block_outputs[starts - 1]
-    cache.truncate(num_steps)
-    count = len(starts) * num_draws
-    collision = torch.zeros(count, NGRAM, dtype=torch.float64, device=starts.device)
-    # The paths that go on: their numbers, their rows of the outputs, which all paths of a start
-    # share at first, and their products or what these count as.
-    path = torch.arange(count, device=starts.device)
-    row = path // num_draws
-    product = torch.ones(count, dtype=torch.float64, device=starts.device)
-    lineage: list[Tensor] = []
-    step = starts.new_empty(len(starts), 0)
-    for n in range(NGRAM):
-        chances = token_logits(outputs, step).float().softmax(-1)
-        # Products of rows need no tensor of squares.
-        agreement = torch.bmm(chances[:, None], chances[:, :, None]).flatten()
-        product = product * agreement.double()[row]
-        collision[path, n] = product
-        if n == NGRAM - 1:
-            break
-        chance = (product / _SMALLEST_PRODUCT).clamp(max=1)
-        lives = _uniform(len(path), generator) < chance
-        if not bool(lives.any()):
-            break
-        product, path, row = (product / chance)[lives], path[lives], row[lives]
-        lineage = [level[lives] for level in lineage]
-        outputs, step = outputs[row], step[row]
-        step = torch.cat([step, draw_columns(chances[row].square(), generator)], dim=1)
-        row = torch.arange(len(path), device=starts.device)
-        if step.shape[1] == patch_size:
-            lineage.append(torch.eye(len(path), dtype=torch.bool, device=starts.device))
-            outputs = _next_step(model, cache, num_steps, starts[path // num_draws], step, lineage)
-            step = step[:, :0]
-    return collision.unflatten(0, (-1, num_draws)).mean(1)
-
-
-def _uniform(count: int, generator: torch.Generator) -> Tensor:
-    """Random numbers in [0, 1), float64 ``[count]`` on the generator's device."""
-    return torch.rand(count, dtype=torch.float64, generator=generator, device=generator.device)
-
-
-def draw_columns(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw one column of each row of ``weights`` ``[b, V]``, in proportion to weight; ``[b, 1]``.
-
-    `torch.multinomial` draws a random number for every weight; this draws one for each row.
-    """
-    uniform = _uniform(len(weights), generator)[:, None]
-    drawn = []
-    for part, at in zip(weights.split(_ROWS_DRAWN), uniform.split(_ROWS_DRAWN), strict=True):
-        bounds = part.double().cumsum(-1)
-        # right=True skips bounds equal to the number, so a column of weight zero is never drawn.
-        drawn.append(torch.searchsorted(bounds, at * bounds[:, -1:], right=True))
-    return torch.cat(drawn).clamp_(max=weights.shape[-1] - 1)
-
-
-def _log_likelihood(logits: Tensor, target: Tensor) -> Tensor:
-    """Log probability of ``target`` ``[T]`` under ``logits`` ``[T, V]``."""
-    return logits.gather(-1, target[:, None].long())[:, 0] - logits.logsumexp(-1)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from calm_dist.benchmark import pairs
+from calm_dist.benchmark import pairs, scoring_pairs
 from calm_dist.benchmark.compare import Pair
 from calm_dist.benchmark.timing import median_seconds, seconds
 from calm_dist.costs import flops
@@ -83,5 +83,5 @@ def measure_models(check: Check) -> None:
 
 
 def _pairs(device: torch.device) -> Iterator[Pair]:
-    yield from pairs.brier_pairs(device)
-    yield from pairs.sampling_pairs(device)
+    yield from scoring_pairs.brier_pairs(device)
+    yield from scoring_pairs.sampling_pairs(device)

@@ -74,7 +74,7 @@ def load_text_model(
         begin_token, end_token: names of the tokens around documents, where the model does not
             record them.
         autoencoder: overrides the recipe's ``model.autoencoder`` (CALM).
-        options: ``device`` and ``dtype`` of `load_model`.
+        options: ``device``, ``dtype`` and ``world`` of `load_model`.
 
     Raises:
         CheckpointError: the checkpoint or the autoencoder is missing, damaged or does not fit.

@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from calm_dist.compat import megatron_cpu
 from calm_dist.costs import flops
-from calm_dist.errors import CheckpointError
+from calm_dist.errors import CheckpointError, RecipeError, UserError
 from calm_dist.files import file_sha256
 from calm_dist.inference.decoding import GreedyDecoder
 from calm_dist.models.autoencoder import Autoencoder
@@ -23,7 +24,7 @@ from calm_dist.models.backbone import Backbone, transformer_config
 from calm_dist.models.heads import GenerativeHead, Head, latent_head
 from calm_dist.models.heads.tokens import TokensHead
 from calm_dist.models.kv_cache import KeyValueCache
-from calm_dist.parallel.launch import World, join_world
+from calm_dist.parallel.launch import ALONE, World, join_world
 from calm_dist.parallel.topology import Topology, build_topology, destroy_topology
 from calm_dist.recipe import CalmModel, LanguageModelRecipe, load_recipe
 from calm_dist.released.autoencoder import load_autoencoder
@@ -41,7 +42,7 @@ _ROWS_AT_ONCE = {"cpu": 8, "cuda": 64}
 Dtype = Literal["fp32", "bf16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-_alone: Topology | None = None
+_own_groups: Topology | None = None
 """The groups of this process, once they exist."""
 
 
@@ -169,6 +170,26 @@ class LoadedModel:
         cache: KeyValueCache | None,
     ) -> torch.Tensor:
         tokens = tokens.to(self.device)
+        return self._whole(self._of_this_rank(tokens, steps, positions, mask, cache))
+
+    def _whole(self, outputs: torch.Tensor) -> torch.Tensor:
+        """The outputs [B, T, ...] from those of this rank: of a Transformer's words each has some.
+
+        Every rank then has the same bits, and draws the same tokens.
+        """
+        group = parallel_state.get_tensor_model_parallel_group()
+        if self.kind != "transformer" or group.size() == 1:
+            return outputs
+        return gather_from_tensor_model_parallel_region(outputs, group=group)
+
+    def _of_this_rank(
+        self,
+        tokens: torch.Tensor,
+        steps: int,
+        positions: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        cache: KeyValueCache | None,
+    ) -> torch.Tensor:
         if cache is None or cache.together or steps > 1 or positions is not None:
             return self.backbone(tokens, steps, positions, mask, cache).transpose(0, 1)
         # One step for each text. Matrix products round differently for different numbers of rows;
@@ -188,8 +209,14 @@ def load_model(
     autoencoder: str | Path | None = None,
     device: str = "cpu",
     dtype: Dtype = "fp32",
+    *,
+    world: World = ALONE,
 ) -> LoadedModel:
-    """Load a checkpoint of any layout into this process.
+    """Load a checkpoint of any layout into this process, or into the processes of ``world``.
+
+    Several processes share the backbone by tensor parallelism, and each holds the head and the
+    autoencoder. All of them must load the same model and then make the same calls, each of which
+    returns the same on every process.
 
     Args:
         path: a run directory (its newest valid checkpoint), a checkpoint, or a directory in the
@@ -198,11 +225,18 @@ def load_model(
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``fp32``, or ``bf16`` for backbone and head; the autoencoder, whose arg-max decides
             tokens, stays in fp32.
+        world: the processes that share the model, from `parallel.launch.tensor_parallel_world`.
 
     Raises:
         CheckpointError: the checkpoint or the autoencoder is missing, damaged or does not fit.
+        UserError: the model cannot be shared by so many processes.
     """
     if is_released(path):
+        if world.size > 1:
+            raise UserError(
+                f"{path}: a directory in the released layout is loaded by one process; import it "
+                "with tools/convert_checkpoint.py import-hf, or start one process"
+            )
         return load_released(path, autoencoder, device, dtype)
     directory = checkpoints.find_checkpoint(path)
     trained = load_recipe(directory / checkpoints.RECIPE_FILE)
@@ -210,10 +244,10 @@ def load_model(
         raise CheckpointError(
             f"{directory}: is an autoencoder; give the checkpoint of a CALM or a Transformer"
         )
-    recipe = single_process_recipe(_with_files_found(trained, directory))
+    recipe = _shared_recipe(_with_files_found(trained, directory), directory, world.size)
     _check_size(recipe, directory)
     state = RunState.read(directory)
-    topology = single_process_topology(recipe, torch.device(device))
+    topology = _topology(recipe, torch.device(device), world)
     decoder, decoder_sha256 = None, None
     if isinstance(recipe.model, CalmModel) and recipe.model.has_latents:
         given = autoencoder or recipe.model.autoencoder
@@ -281,35 +315,59 @@ def load_released(
     )
 
 
-def single_process_recipe(recipe: LanguageModelRecipe) -> LanguageModelRecipe:
-    """The same model without parallelism, in fp32."""
+def _shared_recipe(
+    recipe: LanguageModelRecipe, directory: Path, processes: int
+) -> LanguageModelRecipe:
+    """The same model for so many processes, which share its backbone."""
+    if processes > 1 and isinstance(recipe.model, CalmModel) and not recipe.model.has_latents:
+        raise UserError(
+            f"{directory}: has the tokens head, which {processes} processes cannot share in "
+            "generation and evaluation; start one process"
+        )
+    try:
+        return single_process_recipe(recipe, processes)
+    except RecipeError as error:
+        raise UserError(
+            f"{directory}: cannot be shared by {processes} processes; start fewer, or one: {error}"
+        ) from error
+
+
+def single_process_recipe(recipe: LanguageModelRecipe, processes: int = 1) -> LanguageModelRecipe:
+    """The same model without parallelism, or with tensor parallelism over ``processes``, in
+    fp32."""
     values = recipe.to_dict()
-    values["parallel"] = {"world_size": 1}
+    values["parallel"] = {"world_size": processes, "tensor_parallel_size": processes}
     values["precision"] = "fp32"
     values["training"]["global_batch_size"] = values["training"]["micro_batch_size"] = 1
     return LanguageModelRecipe.from_dict(values)
 
 
 def single_process_topology(recipe: LanguageModelRecipe, device: torch.device) -> Topology:
-    """Groups of one rank, made without opening a port and shared by all models of the process.
+    """Groups of one rank, made without opening a port and shared by all models of the process."""
+    return _topology(recipe, device, ALONE)
+
+
+def _topology(recipe: LanguageModelRecipe, device: torch.device, world: World) -> Topology:
+    """The groups of this process, shared by all models that it loads.
 
     Gloo keeps threads for every group, so a process that made new groups for each model would run
     out of threads.
     """
-    global _alone
+    global _own_groups
     megatron_cpu.install()
     if device.type == "cuda" and device.index is None:
         # NCCL takes no device without a number.
         device = torch.device("cuda", torch.cuda.current_device())
     if not dist.is_initialized():
-        join_world(World(0, 1, 0, 1, "", 0, "single process"), device, timeout_seconds=60.0)
+        join_world(world, device, timeout_seconds=60.0)
     if parallel_state.is_initialized():
         made = parallel_state.get_tensor_model_parallel_group()
-        if _alone is not None and _alone.groups.tp is made and _alone.device == device:
-            return _alone
+        own = _own_groups
+        if own is not None and own.groups.tp is made and own.device == device:
+            return own
         destroy_topology()
-    _alone = build_topology(recipe, device)
-    return _alone
+    _own_groups = build_topology(recipe, device)
+    return _own_groups
 
 
 def tokenizer_file(directory: Path) -> Path | None:

@@ -9,6 +9,8 @@ from typing import Any
 
 from calm_dist.errors import UserError, shown
 
+_KEYS = {"prompt", "seed"}
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -21,7 +23,7 @@ class Prompt:
 
 def read_prompts(file: Path) -> list[Prompt]:
     """The prompts of a file of lines such as ``{"prompt": "The sea", "seed": 1}``, whose ``seed``
-    is optional; empty lines are left out.
+    is optional; empty lines are left out, other keys refused.
 
     Raises:
         UserError: the file cannot be read, or a line is not such an object.
@@ -47,6 +49,11 @@ def _prompt(line: str, where: str) -> Prompt:
         value: Any = json.loads(line)
     except (ValueError, RecursionError) as error:  # also too many digits, or brackets
         raise UserError(f'{where}: not JSON ({error}); write {{"prompt": "..."}}') from error
+    if isinstance(value, dict) and (unknown := sorted(value.keys() - _KEYS)):
+        raise UserError(
+            f'{where}: {shown(unknown[0])}: unknown key; write {{"prompt": "...", "seed": 1}}, '
+            "where seed is optional"
+        )
     text, seed = (value.get("prompt"), value.get("seed")) if isinstance(value, dict) else (None, 0)
     if not isinstance(text, str):
         raise UserError(f'{where}: {shown(line)}: has no text "prompt"; write {{"prompt": "..."}}')

@@ -52,6 +52,22 @@ class World:
         )
 
 
+ALONE = World(0, 1, 0, 1, "", 0, "single process")
+"""One process, which opens no port."""
+
+
+def tensor_parallel_world() -> World:
+    """The world of a tool whose processes share a model: those of torchrun (or deepspeed).
+
+    Otherwise this process alone, as each task of srun is.
+
+    Raises:
+        LaunchError: a variable is missing or contradicts another.
+    """
+    several = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    return read_world() if several else ALONE
+
+
 def read_world(env: Mapping[str, str] | None = None) -> World:
     """The world that the launcher's environment describes.
 

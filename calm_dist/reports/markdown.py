@@ -27,13 +27,14 @@ def render_markdown(content: Content, *, images: bool = True) -> str:
         lines += ["", "To know before comparing:", ""]
         lines += [f"- {_plain(note)}" for note in content.notes]
     for section in content.sections:
-        lines += ["", *_section(section, images)]
+        lines += ["", *render_section(section, images)]
     places = ", ".join(f"`{source}`" for source in content.sources)
     lines += ["", f"Made by calm_dist {__version__} from {places}.", ""]
     return "\n".join(lines)
 
 
-def _section(section: Section, images: bool) -> list[str]:
+def render_section(section: Section, images: bool) -> list[str]:
+    """The lines of a section; ``images`` as in `render_markdown`."""
     lines = [f"## {_plain(section.title)}", ""]
     for plot in section.plots:
         words = _plain(plot.alternative)

@@ -20,6 +20,7 @@ from calm_dist.reports.analysis import (
     training_totals,
 )
 from calm_dist.reports.content import Content, headline, missing_and_incomparable
+from calm_dist.reports.inference import Measured, claims, inference_section
 from calm_dist.reports.markdown import render_markdown
 from calm_dist.reports.page import render_page
 from calm_dist.runs.records import Run, conditions, first_of_kind, read_run
@@ -122,6 +123,7 @@ def report_content(
     """The content of a report's page and text."""
     title, lead, facts = headline(summary)
     points = evaluated_points(models)
+    measured = summary["inference"]
     costs = [*summary["models"], *([summary["autoencoder"]] if autoencoder else [])]
     return Content(
         title,
@@ -136,20 +138,25 @@ def report_content(
             sections.cost_section(models, autoencoder, costs),
             sections.flops_section(models, autoencoder, summary["models"]),
             sections.autoencoder_section(summary["autoencoder"], autoencoder),
+            *([inference_section(Measured.model_validate(measured))] if measured else []),
         ),
         tuple(str(run.path) for run in (*models, *([autoencoder] if autoencoder else []))),
     )
 
 
 def summarize(
-    models: Sequence[Run], autoencoder: Run | None, peak_tflops: float | None = None
+    models: Sequence[Run],
+    autoencoder: Run | None,
+    peak_tflops: float | None = None,
+    inference: Measured | None = None,
 ) -> dict[str, Any]:
     """The content of report.json. Missing values of a run are null.
 
     ``autoencoder``: the last evaluation of its run. ``models``: one entry a run;
     ``train_flops`` = FLOPs per token of `costs.flops` (as the released code executes them) x
     measured tokens. ``comparison``: the first CALM over the first Transformer. ``pareto_front``,
-    ``correlation`` and totals: see `reports.analysis`.
+    ``correlation`` and totals: see `reports.analysis`. ``inference``: what was measured of
+    generation, with `inference.claims`, or null.
     """
     points = evaluated_points(models)
     autoencoder_entry = _autoencoder_entry(autoencoder, peak_tflops)
@@ -168,6 +175,7 @@ def summarize(
         "comparison": _comparison(entries, models),
         "pareto_front": [_plain(point) for point in pareto_front(points)],
         "correlation": correlation(points),
+        "inference": inference and {**inference.model_dump(), "claims": claims(inference)},
     }
 
 

@@ -22,6 +22,7 @@ from calm_dist.runs.checkpoints.run_state import RunState
 from calm_dist.runs.metrics import MetricsLog
 from calm_dist.runs.run_progress import RunProgress
 from calm_dist.training.batches import LookAhead
+from calm_dist.training.changes import latents_sha256
 from calm_dist.training.checkpoint.restart import (
     check_room,
     newest_valid_for_all,
@@ -294,7 +295,7 @@ class TrainingRun(ABC):
         released = is_released(path)
         directory = Path(path) if released else source_for_all(path, name)
         if not released and self.rank == 0:
-            self._warn_of_other_tokens(directory, name)
+            self._warn_of_other_data(directory, name)
         try:
             left_out = self.take_weights(directory)
         except CheckpointError as error:
@@ -307,13 +308,21 @@ class TrainingRun(ABC):
                 f"with new weights: {listed(left_out, 5)}",
             )
 
-    def _warn_of_other_tokens(self, directory: Path, name: str) -> None:
-        trained = RunState.read(directory).tokenizer_sha256
-        given = self._stream.metas[0].tokenizer.sha256
+    def _warn_of_other_data(self, directory: Path, name: str) -> None:
+        state, meta = RunState.read(directory), self._stream.metas[0]
+        trained, given = state.tokenizer_sha256, meta.tokenizer.sha256
         if trained not in (None, given):
             _log.warning(
                 f"{name}: {directory} was trained with the tokenizer of sha256 {trained[:12]}…, "
                 f"the data was made with {given[:12]}…: its embeddings are of other tokens"
+            )
+        encoded, latents = state.latents_sha256, latents_sha256(self.recipe, meta)
+        if encoded is not None and latents is not None and encoded != latents:
+            _log.warning(
+                f"{name}: {directory} was trained on latents of the autoencoder of sha256 "
+                f"{encoded[:12]}…, the data has latents of {latents[:12]}…: its head draws latents "
+                "of the former and has to learn those of the latter; encode the data with the "
+                "former to keep what it knows"
             )
 
     def _start_from_weights(self, directory: Path, state: RunState) -> None:

@@ -56,11 +56,12 @@ def same(one: Any, other: Any) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
-def written(made: Any, step: int = 3) -> Path:
+def written(made: Any, step: int = 3, latents_sha256: str | None = None) -> Path:
     """The run directory of a trainer, with a checkpoint of its weights."""
     temporary = checkpoints.begin(made.run_dir, step)
     model_state.save_weights(temporary, *modules(made))
-    RunState(step=step, data={"steps_done": step}).write(temporary)
+    state = RunState(step=step, data={"steps_done": step}, latents_sha256=latents_sha256)
+    state.write(temporary)
     for directory in (made.run_dir, temporary):
         (directory / checkpoints.RECIPE_FILE).write_text(made.recipe.to_yaml())
     checkpoints.commit(temporary, keep=1)
@@ -155,6 +156,23 @@ def test_a_backbone_that_does_not_fit_is_refused(
         trainer(tiny, tmp_path / "heads", "calm", model__num_attention_heads=1, **given)
     with pytest.raises(CheckpointError, match=r"run.init_from"):
         trainer(tiny, tmp_path / "other", "transformer", **given)
+
+
+def test_latents_of_another_autoencoder_are_a_warning(
+    source: Any, tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = source._stream.metas[0].autoencoder.sha256
+    for number, trained in enumerate((data, "0" * 64)):
+        source.run_dir, own = tmp_path / f"source{number}", source.run_dir
+        source.run_dir.mkdir()
+        try:
+            run = written(source, latents_sha256=trained)
+        finally:
+            source.run_dir = own
+        caplog.clear()
+        trainer(tiny, tmp_path / f"made{number}", "calm", run__init_from=run)
+        warned = f"autoencoder of sha256 000000000000…, the data has latents of {data[:12]}…"
+        assert (warned in caplog.text) == (number == 1)
 
 
 def test_wrong_fields(tiny: Tiny, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ PROGRAMS = ("apptainer", "bash", "chmod", "deepspeed", "docker", "for", "pip", "
 # The first that matches the whole command decides.
 RUN = [
     r"python tools/(prepare_corpus|runs|evaluate|generate|encode_text|report|flops_report)\.py\b"
-    r"(?!.* (runs/ablation|--checkpoint CALM-M)).*",
+    r"(?!.* (runs/ablation|--checkpoint CALM-M|--inference)).*",
     r"python tools/(verify|inspect)_data\.py .*",
     r"python tools/plan\.py (?!.*--gpu local).*",
     r"for split in (?!.* runs/ablation).*encode_latents.*done",
@@ -61,6 +61,10 @@ NOT_RUN = {
     r"printf .*|chmod \+x calm_python": "a script around an image that is not built here",
     r"((RECIPE|CALM_PYTHON)=\S+ )?sbatch .*": "tests/slurm submits every script to a real Slurm",
     r"python tools/benchmark\.py .*": "minutes, and 5 GB: tests/unit/test_benchmark.py, smaller",
+    r"python tools/flops_report\.py --inference .*": "shows what the benchmark has measured: "
+    "tests/unit/test_report_inference.py",
+    r"torchrun --nproc-per-node 2 tools/(evaluate|generate)\.py .*": "tests/distributed/"
+    "test_shared_models.py does",
     r"PYTHONPATH=\. python tests/distributed/planner_validation\.py .*": "half an hour: "
     "tests/distributed/test_planner_bytes.py compares the bytes of smaller trainings",
     r"python tools/rehearse\.py .*": "needs a CUDA build of torch: tests/rehearsal, with --full",

@@ -61,6 +61,8 @@ def test_the_whole_pipeline(tmp_path: Path) -> None:
         assert model["brier"][0] > 3 * model["brier_stderr"][0] > 0
         assert model["train_flops_ours"] == pytest.approx(calm["train_flops_ours"], rel=0.01)
     assert calm["layout"] == {"tensor": 2, "pipeline": 2, "data": 1, "zero_stage": 2}
+    assert {claim["steps"] for claim in report["inference"]["claims"]} == {0.25}
+    assert (tmp_path / "report" / "plots" / "generation.png").stat().st_size > 0
     assert (tmp_path / "report" / "index.html").stat().st_size > 0
 
     started = time.monotonic()

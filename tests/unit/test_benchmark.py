@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launches import language_recipe
+from launches import Tiny, language_recipe, untrained_run
 from tiny_models import VOCAB, tiny_model
 
 from calm_dist.benchmark import growth, inference, model, plain, ranks, reading
 from calm_dist.benchmark.compare import Pair, compare, table
 from calm_dist.benchmark.pairs import zipf_tokens
+from calm_dist.benchmark.scoring_pairs import pairs_of_runs
 from calm_dist.costs import flops
 from calm_dist.data.stream import open_training_stream
 from calm_dist.errors import UserError
 from calm_dist.evaluation.block_scores import draw_latents
-from calm_dist.evaluation.brier_tree import cache_size, scores_from_patches, scores_from_softmax
+from calm_dist.evaluation.brier_softmax import scores_from_softmax
+from calm_dist.evaluation.brier_tree import cache_size, scores_from_patches
 from calm_dist.inference.generate import decode_latents
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -48,7 +51,7 @@ def test_plain_brier_has_the_same_expectation() -> None:
     generator = torch.Generator().manual_seed(1)
     runs = torch.stack(
         [
-            plain.transformer_brier(tiny.logits, tiny.new_cache, tokens, starts, generator)
+            plain.transformer_brier(tiny.logits, tiny.new_cache, tokens, starts, generator)[0]
             for _ in range(300)
         ]
     ).mean(1)
@@ -80,7 +83,11 @@ def test_plain_brier_of_a_calm_has_the_same_expectation() -> None:
         )
 
     def released() -> torch.Tensor:
-        return plain.calm_brier(tiny.hidden, tiny.new_cache, draw, tokens, starts, 2)
+        assert tiny.autoencoder is not None
+        scores, _ = plain.calm_evaluation(
+            tiny.hidden, tiny.new_cache, tiny.head, tiny.autoencoder, tokens, starts, 2, generator
+        )
+        return scores
 
     first, second = (
         torch.stack([scores() for _ in range(400)]).mean(1) for scores in (ours, released)
@@ -244,3 +251,23 @@ def test_a_recipe_stands_for_random_weights() -> None:
     assert (model.kind, model.step) == ("transformer", 0)
     with pytest.raises(UserError, match="give the recipe of a language model"):
         inference.open_model(str(RECIPES / "autoencoder_tiny.yaml"), CPU)
+
+
+def test_trained_runs_are_timed_beside_the_released_form(
+    tiny: Tiny, store: Path, tmp_path: Path
+) -> None:
+    runs = {
+        kind: str(untrained_run(tiny, tmp_path / kind, kind))
+        for kind in ("calm", "transformer", "tokens")
+    }
+    models = [runs["calm"], runs["transformer"]]
+    pairs = [*pairs_of_runs("brier", models, str(store), CPU)]
+    pairs += pairs_of_runs("sampling", [runs["calm"]], str(store), CPU)
+    for pair in pairs:
+        pair.ours()
+        pair.plain()
+    names = ["evaluation, .*calm, block 64", "evaluation, .*transformer", "generation, draws agree"]
+    assert all(re.match(name, pair.name) for name, pair in zip(names, pairs, strict=True))
+    for part, kind in (("sampling", "transformer"), ("brier", "tokens")):
+        with pytest.raises(UserError, match=rf"{kind}: "):
+            list(pairs_of_runs(part, [runs[kind]], str(store), CPU))

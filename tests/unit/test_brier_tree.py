@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from calm_dist.evaluation import brier, brier_tree
+from calm_dist.evaluation import brier, brier_softmax, brier_tree
 
 VOCAB = 5
 RUNS = 300
@@ -142,7 +142,9 @@ def test_softmax_scores_are_exact_where_they_should_be() -> None:
     model = TinyTransformer()
     tokens = random_tokens(VOCAB, 12, seed=3)
     starts = torch.tensor([4, 8])
-    result = brier_tree.scores_from_softmax(model, TinyCache, tokens, starts, num_draws=1, seed=0)
+    result = brier_softmax.scores_from_softmax(
+        model, TinyCache, tokens, starts, num_draws=1, seed=0
+    )
     for row, start in enumerate(starts.tolist()):
         # Brier-1 needs no sampling; fp32 inside.
         expected = float(exact_scores(model, tokens, start)[0])
@@ -158,14 +160,14 @@ def test_softmax_scores_are_unbiased(smallest: float, monkeypatch: pytest.Monkey
     """Against the sum over all continuations, at 13 starts, in several forwards; whether no, some
     or nearly all paths may end early."""
     monkeypatch.setattr(brier_tree, "_STEPS_AT_ONCE", 16)
-    monkeypatch.setattr(brier_tree, "_SMALLEST_PRODUCT", max(smallest, 1e-12))
+    monkeypatch.setattr(brier_softmax, "_SMALLEST_PRODUCT", max(smallest, 1e-12))
     model = TinyTransformer()
     tokens = random_tokens(VOCAB, 20, seed=4)
     starts = brier.ngram_starts(20, 4, "all")
     assert len(starts) == 13
     runs = torch.stack(
         [
-            brier_tree.scores_from_softmax(
+            brier_softmax.scores_from_softmax(
                 model, TinyCache, tokens, starts, num_draws=4, seed=run
             ).scores
             for run in range(RUNS)
@@ -187,7 +189,9 @@ def test_a_transformer_that_always_agrees_with_itself() -> None:
         return 200 * torch.nn.functional.one_hot(followers[tokens], 2).float()
 
     starts = brier.ngram_starts(256, 4, "all")
-    result = brier_tree.scores_from_softmax(logits, TinyCache, tokens, starts, num_draws=2, seed=0)
+    result = brier_softmax.scores_from_softmax(
+        logits, TinyCache, tokens, starts, num_draws=2, seed=0
+    )
     alternates = (tokens[1:] == followers[tokens[:-1]]).tolist()
     hits = [[all(alternates[q - 1 : q - 1 + n]) for n in (1, 2, 3, 4)] for q in starts.tolist()]
     assert 5 < sum(hit[3] for hit in hits) < 100

@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_models import tiny_model
 from torch import Tensor
 
 from calm_dist.data.store import StoreMeta
 from calm_dist.data.stream import Store
 from calm_dist.errors import DataError, UserError
-from calm_dist.evaluation import block_scores, brier_tree
+from calm_dist.evaluation import block_scores, brier, brier_softmax
 from calm_dist.evaluation import evaluate as evaluation
 from calm_dist.evaluation.evaluate import EvaluationSettings, evaluate
 from calm_dist.inference.decoding import GreedyDecoder
+from calm_dist.inference.generate import decode_latents
 from calm_dist.recipe import CalmModel, Recipe
 from calm_dist.runs.evaluation_records import record, run_directory
 from calm_dist.scores import MARK_EXPLAINED
@@ -115,8 +117,22 @@ def recipe(kind: str, **model: Any) -> Recipe:
     )
 
 
+class RoundingDecoder:
+    """A token's hidden state is 1 at the nearest number to its component of the latent."""
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        tokens = latents.round().long().clamp(0, VOCAB - 1)
+        return torch.nn.functional.one_hot(tokens, VOCAB).float()
+
+    def patch_hidden(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def token_hidden(self, patches: Tensor, position: int) -> Tensor:
+        return self(patches[:, position])
+
+
 class OneHotAutoencoder:
-    output_weight = torch.eye(VOCAB)
+    output_weight, decoder = torch.eye(VOCAB), RoundingDecoder()
 
     def __init__(self, patch_size: int) -> None:
         self.patch_size = patch_size
@@ -124,10 +140,6 @@ class OneHotAutoencoder:
     def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         mean = tokens.reshape(len(tokens), -1, self.patch_size).float()
         return mean, torch.full_like(mean, -20)
-
-    def decoder(self, latents: Tensor) -> Tensor:
-        tokens = latents.round().long().clamp(0, VOCAB - 1)
-        return torch.nn.functional.one_hot(tokens, VOCAB).float()
 
 
 class MostlyRightHead:
@@ -235,7 +247,7 @@ def test_tokens_only_stores_are_encoded_on_the_fly() -> None:
 def whole_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     """No path ends early, so that closed forms hold whatever is drawn; those that do are in
     tests/unit/test_brier_tree.py."""
-    monkeypatch.setattr(brier_tree, "_SMALLEST_PRODUCT", 1e-9)
+    monkeypatch.setattr(brier_softmax, "_SMALLEST_PRODUCT", 1e-9)
 
 
 @pytest.mark.usefixtures("whole_paths")
@@ -431,3 +443,31 @@ def test_table_marks_scores_of_noise() -> None:
     assert lines[2:] == [MARK_EXPLAINED]
     assert all(f"Brier-{n} x100" in head for n in (1, 2, 3, 4))
     assert evaluation.table([clear]).count("*") == 0
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 3, 4, 6])
+def test_tokens_that_do_not_count_are_not_decoded(
+    patch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores are those of all tokens, for draws of which some agree and some are right."""
+    model = tiny_model("calm", patch_size=patch_size, block_steps=12, vocab_size=3, noise=0.5)
+    tokens = torch.randint(3, (12 * patch_size,), generator=torch.Generator().manual_seed(0))
+    starts = brier.ngram_starts(len(tokens), patch_size, "all")
+    decoded: list[float] = []
+
+    def all_tokens(model: Any, latents: torch.Tensor, target: Any = None) -> torch.Tensor:
+        whole = decode_latents(model, latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
+        some = decode_draws(model, latents, target)
+        assert ((some == whole) | (some >= 3)).all()
+        decoded.append(float((some < 3).double().mean()))
+        return whole
+
+    decode_draws = block_scores.decode_draws
+    block = {"tokens": tokens.numpy()}
+    some = block_scores.score_latent_block(model, block, starts, 4, 3, released=True)
+    monkeypatch.setattr(block_scores, "decode_draws", all_tokens)
+    whole = block_scores.score_latent_block(model, block, starts, 4, 3, released=True)
+    assert torch.equal(some.brier, whole.brier) and whole.brier.any()
+    assert some.released is not None and whole.released is not None
+    assert torch.equal(some.released, whole.released)
+    assert patch_size == 1 or 0 < min(decoded) < 1

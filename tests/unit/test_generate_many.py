@@ -163,6 +163,7 @@ def test_prompts_of_a_file_sampled_several_times(
         ("a\n", r"p\.jsonl, line 1: not JSON"),
         ('{"prompt": "a", "seed": -1}\n', r"line 1: seed: -1 must be a whole number"),
         ('{"prompt": "a", "seed": true}\n', r"line 1: seed: "),
+        ('\n{"prompt": "a", "sed": 1}\n', r"p\.jsonl, line 2: 'sed': unknown key; write .*seed"),
         (f'{{"prompt": "a", "seed": {"1" * 5000}}}\n', r"line 1: not JSON"),
         ("[" * 100_000, r"line 1: not JSON"),
     ],
@@ -174,7 +175,7 @@ def test_bad_files_of_prompts(text: str, message: str, tmp_path: Path) -> None:
 
 
 def test_files_of_prompts(tmp_path: Path) -> None:
-    (tmp_path / "p.jsonl").write_text('{"prompt": "é\\n", "seed": 0, "id": 5}\n')
+    (tmp_path / "p.jsonl").write_text('{"prompt": "é\\n", "seed": 0}\n')
     assert read_prompts(tmp_path / "p.jsonl") == [Prompt("é\n", 0)]
     # JSON's strings may hold what str.splitlines takes for the end of a line.
     lines = b'{"prompt": "a\xe2\x80\xa8b\xc2\x85"}\r\n{"prompt": "c"}\r\n'

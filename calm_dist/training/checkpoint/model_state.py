@@ -97,7 +97,8 @@ def load(
 
 
 def load_weights(directory: Path, backbone: Any, head: nn.Module | None) -> None:
-    """Read only the weights, into a whole backbone and unwrapped head in a single process.
+    """Read only the weights, into a backbone of one stage and an unwrapped head that every rank
+    holds; a collective of the world.
 
     Raises:
         CheckpointError: the checkpoint is of another model.
@@ -205,7 +206,7 @@ def _weight_state(backbone: nn.Module, head: nn.Module | None) -> dict[str, Any]
     state = _backbone_state([backbone])
     if head is not None:
         weights = {f"{_FP32}{name}": p.detach().float() for name, p in head.named_parameters()}
-        state |= _head_state(weights, replica=0)
+        state |= _head_state(weights, dist.get_rank())
     return state
 
 
