@@ -17,6 +17,7 @@ loop over all positions. Peak memory is the memory that a call adds to what was 
 from __future__ import annotations
 
 import argparse
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from calm_dist.cli.console import add_json, at_least, between, image_file, run, write_json
@@ -32,7 +33,7 @@ PAIRS = {
     "step": "a whole training step of a small CALM",
     "brier": "Brier-1..4 of a block, Transformer and CALM with K=2",
     "sampling": "generation at temperature 0.5 from pools of 200 draws",
-    "data": "reading stored latents in training order",
+    "data": "from files to tokens, and reading stored latents in training order",
 }
 
 
@@ -46,6 +47,17 @@ def parse_arguments() -> argparse.Namespace:
         pair.add_argument(
             "--threads", type=at_least(1), default=2, help="threads of torch, on CPUs; default: 2"
         )
+        if name == "data":
+            pair.add_argument(
+                "--corpus",
+                nargs="+",
+                default=[],
+                metavar="PATH",
+                help="text of which the first 4 MiB are tokenized; default: Python's library",
+            )
+            pair.add_argument(
+                "--tokenizer", metavar="F", help="default: a BPE of 8,192 entries, trained on them"
+            )
         _add_common(pair)
     growth = parts.add_parser("growth", help="how time and memory grow with each size")
     growth.add_argument(
@@ -213,12 +225,18 @@ def _heads(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, An
 
 
 def _pairs(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], str]:
-    from calm_dist.benchmark import pairs, reading, step
+    from calm_dist.benchmark import pairs, step
     from calm_dist.benchmark.compare import compare, table
     from calm_dist.benchmark.timing import environment
 
-    modules = {"step": step, "data": reading}
-    made = getattr(modules.get(args.part, pairs), f"{args.part}_pairs")(device)
+    if args.part == "data":
+        from calm_dist.benchmark.reading import store_pairs
+        from calm_dist.benchmark.tokenizing import tokenizing_pairs
+
+        made = itertools.chain(tokenizing_pairs(args.corpus, args.tokenizer), store_pairs(device))
+    else:
+        module = step if args.part == "step" else pairs
+        made = getattr(module, f"{args.part}_pairs")(device)
     rows = [compare(pair, args.repeats, device) for pair in made]
     return {"part": args.part, **environment(device), "rows": rows}, table(rows)
 

@@ -87,8 +87,8 @@ TOKENIZED_CHARACTERS = 250_000
 def corpus_sha256(files: Iterable[CorpusFile]) -> str:
     """Fingerprint of the names and contents of corpus files."""
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name}\0{_content_sha256(file)}\n".encode())
+    for file, found in in_threads(_content_sha256, files):
+        digest.update(f"{file.name}\0{found}\n".encode())
     return digest.hexdigest()
 
 
@@ -245,6 +245,17 @@ class DocumentIds:
         digest = self._prefix.copy()
         digest.update(document_id.encode())
         self._hashes += digest.digest()[:16]
+
+    def add_all(self, others: DocumentIds) -> None:
+        """Add ids that were hashed elsewhere with the same seed."""
+        self._hashes += others._hashes
+
+    def __getstate__(self) -> bytes:
+        # A hash object cannot be pickled.
+        return bytes(self._hashes)
+
+    def __setstate__(self, hashes: bytes) -> None:
+        self._hashes = bytearray(hashes)
 
     def repeated(self) -> tuple[int, int] | None:
         """Positions of two documents with the same id, or None."""
