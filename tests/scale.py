@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 WORKERS = 64
 PARTS = 8
 BAD_EVERY = 500
-LONG_LINE = 20 << 20
+_LONG_LINE = 20 << 20
 _FILE_BYTES = 96 << 20
 _FRAME_LINES = 1000
 _SCHEMA = pa.schema({"text": pa.string(), "id": pa.string()})
@@ -85,7 +85,7 @@ class Corpus:
             self.documents += documents
             self.bad += bad
         with (root / "long.jsonl").open("w") as stream:
-            text = "".join(itertools.islice(self._some(LONG_LINE), 10_000))
+            text = "".join(itertools.islice(self._some(min(_LONG_LINE, mib << 18)), 10_000))
             stream.write(json.dumps({"text": text, "id": "long"}) + "\n")
         self.documents += 1
 

@@ -11,7 +11,7 @@ import torch
 from launches import language_recipe
 from tiny_models import VOCAB, tiny_model
 
-from calm_dist.benchmark import growth, inference, model, plain, ranks, reading
+from calm_dist.benchmark import growth, inference, model, plain, ranks, reading, tokenizing
 from calm_dist.benchmark.compare import Pair, compare, table
 from calm_dist.benchmark.pairs import zipf_tokens
 from calm_dist.costs import flops
@@ -244,3 +244,18 @@ def test_a_recipe_stands_for_random_weights() -> None:
     assert (model.kind, model.step) == ("transformer", 0)
     with pytest.raises(UserError, match="give the recipe of a language model"):
         inference.open_model(str(RECIPES / "autoencoder_tiny.yaml"), CPU)
+
+
+def test_both_forms_of_tokenizing_give_the_same_number_of_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tokenizing, "TEXT_BYTES", 20_000)
+    monkeypatch.setattr(tokenizing, "VOCAB_SIZE", 300)
+    names = []
+    for pair in tokenizing.tokenizing_pairs([], None):
+        if "datatrove" in pair.name:
+            continue
+        (ours,), (plain,) = pair.ours() or [], pair.plain() or []
+        assert ours == plain > 5000
+        names.append(pair.name)
+    assert len(set(names)) == 3
