@@ -18,8 +18,9 @@ loop over all positions. Peak memory is the memory that a call adds to what was 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
-from functools import partial
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from calm_dist.cli.console import add_json, at_least, between, image_file, run, write_json
@@ -35,7 +36,7 @@ PAIRS = {
     "step": "a whole training step of a small CALM",
     "brier": "evaluation of a block, Transformer and CALM, random weights or runs",
     "sampling": "generation at temperature 0.5 from pools of 200 draws, random weights or runs",
-    "data": "reading stored latents in training order",
+    "data": "from files to tokens, and reading stored latents in training order",
 }
 
 
@@ -56,6 +57,17 @@ def parse_arguments() -> argparse.Namespace:
         )
         if name in ("brier", "sampling"):
             _add_runs(pair)
+        if name == "data":
+            pair.add_argument(
+                "--corpus",
+                nargs="+",
+                default=[],
+                metavar="PATH",
+                help="text of which the first 4 MiB are tokenized; default: Python's library",
+            )
+            pair.add_argument(
+                "--tokenizer", metavar="F", help="default: a BPE of 8,192 entries, trained on them"
+            )
         _add_common(pair)
     growth = parts.add_parser("growth", help="how time and memory grow with each size")
     growth.add_argument(
@@ -238,16 +250,23 @@ def _heads(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, An
 
 
 def _pairs(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], str]:
-    from calm_dist.benchmark import pairs, reading, scoring_pairs, step
-    from calm_dist.benchmark.compare import compare, table
+    from calm_dist.benchmark import pairs, scoring_pairs, step
+    from calm_dist.benchmark.compare import Pair, compare, table
     from calm_dist.benchmark.timing import environment
 
-    modules = {"step": step, "data": reading, "brier": scoring_pairs, "sampling": scoring_pairs}
-    made = getattr(modules.get(args.part, pairs), f"{args.part}_pairs")
-    if runs := getattr(args, "runs", None):
-        made = partial(scoring_pairs.pairs_of_runs, args.part, runs, args.data)
+    made: Iterable[Pair]
+    if args.part == "data":
+        from calm_dist.benchmark.reading import store_pairs
+        from calm_dist.benchmark.tokenizing import tokenizing_pairs
+
+        made = itertools.chain(tokenizing_pairs(args.corpus, args.tokenizer), store_pairs(device))
+    elif getattr(args, "runs", None):
+        made = scoring_pairs.pairs_of_runs(args.part, args.runs, args.data, device)
+    else:
+        modules = {"step": step, "brier": scoring_pairs, "sampling": scoring_pairs}
+        made = getattr(modules.get(args.part, pairs), f"{args.part}_pairs")(device)
     clock = time.process_time if args.cpu_time else time.perf_counter
-    rows = [compare(pair, args.repeats, device, clock) for pair in made(device)]
+    rows = [compare(pair, args.repeats, device, clock) for pair in made]
     return {"part": args.part, **environment(device), "rows": rows}, table(rows)
 
 

@@ -47,6 +47,13 @@ def main() -> None:
         "--vocab-size", type=int, default=512, help="entries of the trained BPE (default 512)"
     )
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the split (default 0)")
+    parser.add_argument(
+        "--processes",
+        type=at_least(1),
+        metavar="N",
+        help="processes that read and write a large corpus (default: one for each core); the "
+        "files do not depend on it",
+    )
     add_reading(parser)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -63,6 +70,7 @@ def main() -> None:
         seed=args.seed,
         reading=reading_from(args),
         skip_faults=args.on_bad_line == "skip",
+        processes=args.processes,
     )
     state = "written" if written else "already there and intact"
     print(f"{args.out}: corpus/{{train,valid,test}}.jsonl and tokenizer {state}")

@@ -148,7 +148,7 @@ def _floor(row: dict[str, Any]) -> str:
 
 
 def _rate(rate: float, unit: str) -> str:
-    return f"{rate:,.0f} {unit}/s"
+    return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"
 
 
 def _mib(value: float | None) -> str:

@@ -23,7 +23,7 @@ from calm_dist.data.tokenizer import train_tokenizer
 BLOCKS, BATCH = 480, 4
 
 
-def data_pairs(device: torch.device) -> Iterator[Pair]:
+def store_pairs(device: torch.device) -> Iterator[Pair]:
     """0.5 GB of shuffled blocks of 8,192 tokens with fp16 latents of the paper's size.
 
     The last entry of the sizes is the rate at which the benchmark's training step consumes tokens.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from calm_dist.data.formats import (
 )
 from calm_dist.data.reading import Tally, lines_before, shuffled_documents, unit_documents
 from calm_dist.data.remote_files import is_url, open_url
+from calm_dist.data.tokenizing import Piece, tokenized_ahead
 from calm_dist.data.units import (
     Share,
     Span,
@@ -77,7 +78,7 @@ _NOT_LIBRARY = {
     "__pycache__",
 }
 
-_TOKENIZER_BATCH_CHARACTERS = 1 << 20
+_TOKENIZER_BATCH_CHARACTERS = 1 << 18
 
 TOKENIZED_CHARACTERS = 250_000
 """A document of more than twice as many characters is tokenized in pieces."""
@@ -86,8 +87,8 @@ TOKENIZED_CHARACTERS = 250_000
 def corpus_sha256(files: Iterable[CorpusFile]) -> str:
     """Fingerprint of the names and contents of corpus files."""
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name}\0{_content_sha256(file)}\n".encode())
+    for file, found in in_threads(_content_sha256, files):
+        digest.update(f"{file.name}\0{found}\n".encode())
     return digest.hexdigest()
 
 
@@ -245,6 +246,17 @@ class DocumentIds:
         digest.update(document_id.encode())
         self._hashes += digest.digest()[:16]
 
+    def add_all(self, others: DocumentIds) -> None:
+        """Add ids that were hashed elsewhere with the same seed."""
+        self._hashes += others._hashes
+
+    def __getstate__(self) -> bytes:
+        # A hash object cannot be pickled.
+        return bytes(self._hashes)
+
+    def __setstate__(self, hashes: bytes) -> None:
+        self._hashes = bytearray(hashes)
+
     def repeated(self) -> tuple[int, int] | None:
         """Positions of two documents with the same id, or None."""
         halves = np.frombuffer(self._hashes, ">u8").reshape(-1, 2)
@@ -368,9 +380,9 @@ def pack_blocks(
         uint32 arrays of shape [block_size].
     """
     waiting = np.empty(0, np.uint32)
-    for batch in _batches(_pieces(documents)):
+    for batch, tokens_of in tokenized_ahead(_batches(_pieces(documents)), tokenizer):
         before = replace(tokenizer.lost)
-        tokens_of = tokenizer.encode_batch([piece.text for piece in batch])
+        tokenizer.count([piece.text for piece in batch], tokens_of)
         if counts is not None:
             counts.update(tokenizer.lost.since(before))
         arrays = [waiting]
@@ -387,24 +399,15 @@ def pack_blocks(
         waiting = waiting[num_blocks * block_size :]
 
 
-class _Piece(NamedTuple):
-    """A text that is tokenized at once: a document, or a part of a long one."""
-
-    text: str
-    begins: str | None
-    """The id of the document that begins here."""
-    ends: bool
-
-
-def _pieces(documents: Iterable[Document]) -> Iterator[_Piece]:
+def _pieces(documents: Iterable[Document]) -> Iterator[Piece]:
     """Documents, the long ones in pieces: a tokenizer needs 150 bytes per character of a text."""
     for document in documents:
         text, begins, start = document.text, document.id, 0
         while len(text) - start > 2 * TOKENIZED_CHARACTERS:
             end = _cut(text, start)
-            yield _Piece(text[start:end], begins if not start else None, False)
+            yield Piece(text[start:end], begins if not start else None, False)
             start = end
-        yield _Piece(text[start:], begins if not start else None, True)
+        yield Piece(text[start:], begins if not start else None, True)
 
 
 def _cut(text: str, start: int) -> int:
@@ -418,9 +421,9 @@ def _cut(text: str, start: int) -> int:
     return last
 
 
-def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    """Texts in groups of about a megabyte, for the tokenizer's threads."""
-    batch: list[_Piece] = []
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Texts in groups, one of which a thread tokenizes at once."""
+    batch: list[Piece] = []
     size = 0
     for piece in pieces:
         batch.append(piece)

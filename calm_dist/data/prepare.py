@@ -8,30 +8,24 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from calm_dist.data.corpus import (
     SPLITS,
     CorpusFiles,
-    Document,
-    DocumentIds,
     corpus_sha256,
     find_files,
     iter_documents,
-    refuse_repeated_ids,
-    repetitions,
-    standard_library_documents,
 )
 from calm_dist.data.corpus_files import CorpusPaths
 from calm_dist.data.formats import TEXT_AND_ID, Reading
-from calm_dist.data.reading import Tally
-from calm_dist.data.reports import REPORT, merged_report, missing_id_key, summary
+from calm_dist.data.reports import REPORT, missing_id_key, summary
+from calm_dist.data.splitting import split_corpus
 from calm_dist.data.tokenizer import load_tokenizer, train_tokenizer
+from calm_dist.data.tokenizing import cores
 from calm_dist.errors import DataError
 from calm_dist.files import file_sha256, replace_text
 from calm_dist.log import NOTE
@@ -57,6 +51,7 @@ def prepare_corpus(
     seed: int = 0,
     reading: Reading = TEXT_AND_ID,
     skip_faults: bool = False,
+    processes: int | None = None,
 ) -> bool:
     """Write ``out/corpus/{train,valid,test}.jsonl``, their manifest, and ``out/tokenizer.json``.
 
@@ -72,6 +67,8 @@ def prepare_corpus(
         reading: what of the corpus becomes documents.
         skip_faults: leave out damaged files and anything that is not a document, and count them in
             ``corpus/report.json``; otherwise the first such fault is an error.
+        processes: how many read and write, of a corpus of more than one unit; the files do not
+            depend on it; None: one for each core.
 
     Returns:
         True if files were written; False if all existed already and are intact.
@@ -106,7 +103,19 @@ def prepare_corpus(
     source = None if tokenizer is None else load_tokenizer(tokenizer, **names).path
     if present is None:
         _refuse_foreign_files(out, source)
-    splits = _read_and_split(out, files, seed, reading, skip_faults)
+    splits, report = split_corpus(
+        out / "corpus",
+        files,
+        seed,
+        reading,
+        skip=skip_faults,
+        processes=cores() if processes is None else processes,
+        before_writing=partial(_mark_unfinished, out),
+    )
+    for note in (summary(report), missing_id_key(report, reading)):
+        if note is not None:
+            _log.log(NOTE, note)
+    replace_text(out / "corpus" / REPORT, json.dumps(report, indent=2) + "\n")
     tokenizer_file = _make_tokenizer(out, source, vocab_size, splits["train"]["documents"])
     manifest = {
         "made_from": made_from,
@@ -118,6 +127,11 @@ def prepare_corpus(
     replace_text(manifest_path, json.dumps(manifest, indent=2) + "\n")
     (out / "corpus" / _UNFINISHED).unlink(missing_ok=True)
     return True
+
+
+def _mark_unfinished(out: Path) -> None:
+    (out / "corpus").mkdir(parents=True, exist_ok=True)
+    (out / "corpus" / _UNFINISHED).touch()
 
 
 def _written() -> list[str]:
@@ -228,82 +242,6 @@ def _intact(out: Path, manifest: dict[str, Any]) -> bool:
         files[out / "corpus" / REPORT] = manifest["report"]
     return all(
         path.is_file() and file_sha256(path) == entry["sha256"] for path, entry in files.items()
-    )
-
-
-def _read_and_split(
-    out: Path, files: CorpusFiles | None, seed: int, reading: Reading, skip: bool
-) -> dict[str, dict[str, Any]]:
-    """Write the splits and ``report.json``; the description of each split."""
-    tally = Tally(skip)
-    library = standard_library_documents() if files is None else []
-    with ExitStack() as open_until_done:
-        repeated = None
-        if files is not None:
-            repeated = open_until_done.enter_context(repetitions(files, reading, skip=skip))
-
-        def documents(tally: Tally) -> Iterable[Document]:
-            """A pass over the files."""
-            return library if files is None else iter_documents(files, reading, tally, repeated)
-
-        known = DocumentIds(seed)
-        for document in progress(documents(tally), None, label="read the corpus", unit="documents"):
-            known.add(document.id)
-            tally.documents += 1
-            tally.bytes += len(document.text.encode())
-        if files is not None:
-            refuse_repeated_ids(known, files, reading, repeated, skip=skip)
-        split_of = known.splits()
-        (out / "corpus").mkdir(parents=True, exist_ok=True)
-        (out / "corpus" / _UNFINISHED).touch()
-        splits = _write_splits(out / "corpus", documents(Tally(skip)), split_of)
-    report = merged_report([tally.to_dict()])
-    for note in (summary(report), missing_id_key(report, reading)):
-        if note is not None:
-            _log.log(NOTE, note)
-    replace_text(out / "corpus" / REPORT, json.dumps(report, indent=2) + "\n")
-    return splits
-
-
-def _write_splits(
-    folder: Path, documents: Iterable[Document], split_of: np.ndarray
-) -> dict[str, dict[str, Any]]:
-    counts = {split: {"documents": 0, "characters": 0} for split in SPLITS}
-    done = 0
-    try:
-        with ExitStack() as files:
-            streams = {
-                split: files.enter_context(
-                    (folder / f"{split}.jsonl").open("w", encoding="utf-8", newline="\n")
-                )
-                for split in SPLITS
-            }
-            read = progress(documents, len(split_of), label="split", unit="documents")
-            for document in read:
-                if done == len(split_of):
-                    raise _changed(len(split_of))
-                split = SPLITS[split_of[done]]
-                record = {"id": document.id, "text": document.text}
-                streams[split].write(json.dumps(record, ensure_ascii=False) + "\n")
-                counts[split]["documents"] += 1
-                counts[split]["characters"] += len(document.text)
-                done += 1
-    except OSError as error:
-        raise DataError(
-            f"--out {folder.parent}: cannot be written ({error.strerror}); make room there, or "
-            "give another directory"
-        ) from error
-    if done < len(split_of):
-        raise _changed(len(split_of))
-    return {
-        split: {**counts[split], "sha256": file_sha256(folder / f"{split}.jsonl")}
-        for split in SPLITS
-    }
-
-
-def _changed(number: int) -> DataError:
-    return DataError(
-        f"corpus: was changed while it was read: it first held {number} documents; start again"
     )
 
 

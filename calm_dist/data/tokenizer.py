@@ -10,13 +10,14 @@ import base64
 import binascii
 import difflib
 import json
-import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from calm_dist.data.byte_pairs import FASTER, LLAMA3, BytePairs, byte_pairs_of
 from calm_dist.data.lost_text import LostText, SymbolCounter
 from calm_dist.errors import DataError, listed, shown
 from calm_dist.files import file_sha256, replace_text
@@ -37,11 +38,7 @@ _PAD_NAMES = (PAD, "<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<｜▁pad▁
 # 256 byte symbols and the three special tokens.
 SMALLEST_VOCABULARY = 256 + 3
 
-# Split pattern and special tokens of Llama 3 (llama-models, llama3/tokenizer.py).
-_LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# Special tokens of Llama 3 (llama-models, llama3/tokenizer.py).
 _LLAMA3_NUM_SPECIAL = 256
 _CHARACTER_BYTES = 4
 """Most bytes of a UTF-8 character."""
@@ -65,6 +62,10 @@ _NO_UNKNOWN_TOKEN = (
     "cannot encode a text; if it lacks an unknown token, give a tokenizer that has one, or a "
     "byte-level tokenizer"
 )
+TIKTOKEN_AFTER_CHARACTERS = 1 << 20
+"""A tokenizer.json that has encoded more goes on in tiktoken, where both give the same tokens; the
+check takes as long as encoding a few million characters."""
+
 # More entries than any tokenizer has; a larger token id means a damaged file.
 _MOST_ENTRIES = 1 << 24
 
@@ -108,12 +109,22 @@ class Tokenizer(ABC):
         self.lost = LostText()
 
     @abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without begin and end tokens; `lost` counts the text they lose.
+    def tokens_of(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without begin and end tokens; threads may call this at once.
 
         Raises:
             DataError: it has neither a token for some text nor an unknown token.
         """
+
+    def count(self, texts: Sequence[str], batch: Sequence[list[int]]) -> None:
+        """Add the tokens of some texts, and the text they lose, to `lost`."""
+        self.lost.tokens += sum(map(len, batch))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, as `tokens_of` gives them; `lost` counts the text they lose."""
+        batch = self.tokens_of(texts)
+        self.count(texts, batch)
+        return batch
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -307,24 +318,44 @@ class _HuggingFaceTokenizer(Tokenizer):
             self._symbols = SymbolCounter(self._tokenizer) if may_drop else None
         unknown = _unknown_token(self._tokenizer)
         self._unknown_id = None if unknown is None else entries.get(unknown)
+        self._pairs: BytePairs | None = None
+        self._characters_left = TIKTOKEN_AFTER_CHARACTERS
+        self._starting = threading.Lock()
         self.lost = LostText(None if self._unknown_id is None else unknown, may_drop)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        batch = self._encode(texts)
+    def count(self, texts: Sequence[str], batch: Sequence[list[int]]) -> None:
+        super().count(texts, batch)
         own = {self.begin_id, self.end_id} - {self._unknown_id}
+        if self._pairs is not None:
+            own &= self._pairs.ids
         for text, ids in zip(texts, batch, strict=True):
-            self.lost.tokens += len(ids)
             self.lost.special += sum(map(ids.count, own))
             if self._unknown_id is not None:
                 self.lost.unknown += ids.count(self._unknown_id)
             if self._symbols is not None:
                 self.lost.dropped += self._symbols.dropped(text, ids)
-        return batch
 
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        with _library_errors(self.path, _NO_UNKNOWN_TOKEN):
-            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-            return [encoding.ids for encoding in encodings]
+    def tokens_of(self, texts: Sequence[str]) -> list[list[int]]:
+        pairs = self._pairs_for(sum(map(len, texts)))
+        batch = [None if pairs is None else pairs.encode(text) for text in texts]
+        others = [text for text, ids in zip(texts, batch, strict=True) if ids is None]
+        if others:
+            with _library_errors(self.path, _NO_UNKNOWN_TOKEN):
+                encodings = self._tokenizer.encode_batch_fast(others, add_special_tokens=False)
+                found = iter([encoding.ids for encoding in encodings])
+            batch = [next(found) if ids is None else ids for ids in batch]
+        return [ids for ids in batch if ids is not None]
+
+    def _pairs_for(self, characters: int) -> BytePairs | None:
+        """The same tokenizer in tiktoken, if there is one and it is worth its start-up."""
+        if self._characters_left >= 0:
+            with self._starting:
+                left = self._characters_left
+                self._characters_left = left - characters
+            if left >= 0 > left - characters:
+                # In this thread; others go on without it meanwhile.
+                self._pairs = byte_pairs_of(self._tokenizer)
+        return self._pairs
 
     def decode(self, ids: Sequence[int]) -> str:
         with _library_errors(self.path, "cannot decode"):
@@ -356,13 +387,9 @@ class _TiktokenTokenizer(Tokenizer):
         size = len(ranks) + _LLAMA3_NUM_SPECIAL
         super().__init__(path, size, special, special, begin_token, end_token)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def tokens_of(self, texts: Sequence[str]) -> list[list[int]]:
         with _library_errors(self.path, "cannot encode a text"):
-            batch = self._encoding.encode_ordinary_batch(
-                list(texts), num_threads=os.cpu_count() or 1
-            )
-        self.lost.tokens += sum(map(len, batch))
-        return batch
+            return [self._encoding.encode_ordinary(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         with _library_errors(self.path, "cannot decode"):
@@ -402,5 +429,5 @@ def _tiktoken_encoding(
             f"tokenizer {path}: needs the package tiktoken; pip install tiktoken"
         ) from (error)
     return tiktoken.Encoding(
-        "llama3", pat_str=_LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=special
+        "llama3", pat_str=FASTER[LLAMA3], mergeable_ranks=ranks, special_tokens=special
     )

@@ -12,7 +12,7 @@ import torch
 from launches import Tiny, language_recipe, untrained_run
 from tiny_models import VOCAB, tiny_model
 
-from calm_dist.benchmark import growth, inference, model, plain, ranks, reading
+from calm_dist.benchmark import growth, inference, model, plain, ranks, reading, tokenizing
 from calm_dist.benchmark.compare import Pair, compare, table
 from calm_dist.benchmark.pairs import zipf_tokens
 from calm_dist.benchmark.scoring_pairs import pairs_of_runs
@@ -271,3 +271,18 @@ def test_trained_runs_are_timed_beside_the_released_form(
     for part, kind in (("sampling", "transformer"), ("brier", "tokens")):
         with pytest.raises(UserError, match=rf"{kind}: "):
             list(pairs_of_runs(part, [runs[kind]], str(store), CPU))
+
+
+def test_both_forms_of_tokenizing_give_the_same_number_of_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tokenizing, "TEXT_BYTES", 20_000)
+    monkeypatch.setattr(tokenizing, "VOCAB_SIZE", 300)
+    names = []
+    for pair in tokenizing.tokenizing_pairs([], None):
+        if "datatrove" in pair.name:
+            continue
+        (ours,), (plain,) = pair.ours() or [], pair.plain() or []
+        assert ours == plain > 5000
+        names.append(pair.name)
+    assert len(set(names)) == 3

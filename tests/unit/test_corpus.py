@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from calm_dist.data import formats, prepare
+from calm_dist.data import formats, prepare, splitting
 from calm_dist.data.corpus import (
     Document,
     ShuffledDocuments,
@@ -246,10 +246,12 @@ def test_prepare_corpus_replaces_only_files_of_its_own(
     assert prepare_corpus(tmp_path / "3", [source], tokenizer=tokenizer.path)
 
     # What a killed run left is its own, whichever file it was at.
-    for number, name in enumerate(("_write_splits", "replace_text", "_make_tokenizer", "_train")):
+    steps = [(splitting, "_write_splits")]
+    steps += [(prepare, name) for name in ("replace_text", "_make_tokenizer", "_train")]
+    for number, (module, name) in enumerate(steps):
         out = tmp_path / f"killed {number}"
         with monkeypatch.context() as patch:
-            patch.setattr(prepare, name, dying(getattr(prepare, name)))
+            patch.setattr(module, name, dying(getattr(module, name)))
             with pytest.raises(KeyboardInterrupt):
                 prepare_corpus(out, [source], vocab_size=280)
         assert prepare_corpus(out, [source], vocab_size=280)

@@ -114,13 +114,13 @@ def test_each_worker_tokenises_its_own_documents_only(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: dict[str, bytes]
 ) -> None:
     tokenised: list[str] = []
-    original = type(job.tokenizer).encode_batch
+    original = type(job.tokenizer).tokens_of
 
     def watched(tokenizer: Any, texts: Any) -> Any:
         tokenised.extend(texts)
         return original(tokenizer, texts)
 
-    monkeypatch.setattr(type(job.tokenizer), "encode_batch", watched)
+    monkeypatch.setattr(type(job.tokenizer), "tokens_of", watched)
     documents = list(ShuffledDocuments(job.corpus, seed=5))
     thirds = [documents[start : start + 20] for start in (0, 20, 40)]
     out = tmp_path / "out"

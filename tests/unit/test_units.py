@@ -240,13 +240,13 @@ def test_long_document_is_tokenized_in_pieces_and_stays_one(
     monkeypatch.setattr(corpus_module, "TOKENIZED_CHARACTERS", 100)
     text = "a paragraph of it\n\n" * 30 + "one line and " * 30 + "x" * 950
     longest: list[int] = []
-    original = type(tokenizer).encode_batch
+    original = type(tokenizer).tokens_of
 
     def watched(self: Tokenizer, texts: Any) -> Any:
         longest.extend(map(len, texts))
         return original(self, texts)
 
-    monkeypatch.setattr(type(tokenizer), "encode_batch", watched)
+    monkeypatch.setattr(type(tokenizer), "tokens_of", watched)
     documents = [Document("a", text), Document("b", "short")]
     stream = np.concatenate(list(pack_blocks(documents, tokenizer, 1, 4, seed=0))).tolist()
     assert max(longest) <= 200
