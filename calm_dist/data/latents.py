@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from calm_dist.costs.memory import UINT16_ENTRIES
 from calm_dist.data.corpus import corpus_sha256, describe_corpus, find_files, pack_blocks
 from calm_dist.data.corpus_files import CorpusFiles, CorpusPaths
 from calm_dist.data.dedup import Repetitions
@@ -42,7 +43,6 @@ from calm_dist.data.parts import (
 from calm_dist.data.reading import Tally, shuffled_documents
 from calm_dist.data.reports import REPORT
 from calm_dist.data.store import (
-    UINT16_ENTRIES,
     AutoencoderInfo,
     StoreMeta,
     StorePlan,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from calm_dist.costs.memory import UINT16_ENTRIES
 from calm_dist.data.formats import TEXT_AND_ID, Reading
 from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.errors import DataError, listed, shown
@@ -35,8 +36,6 @@ HASH = "sha256"
 
 Variant = Literal["fp16", "tokens"]
 TokenDtype = Literal["uint16", "uint32"]
-UINT16_ENTRIES = 1 << 16
-"""Largest vocabulary whose tokens fit uint16."""
 Positive = Annotated[int, Field(gt=0, lt=2**63)]
 NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -9,13 +9,13 @@ from calm_dist.costs import flops
 from calm_dist.costs.clusters import Cluster
 from calm_dist.costs.memory import (
     FP32_BYTES,
+    UINT16_ENTRIES,
     backbone_parameters,
     element_bytes,
     layer_counts,
 )
 from calm_dist.recipe import LanguageModelRecipe
 
-TOKEN_BYTES = 4
 FP16_BYTES = 2
 HOUR = 3600.0
 # The part of a checkpoint's stall that does not grow with the state; measured, docs/checkpoints.md.
@@ -51,13 +51,13 @@ class Reliability:
 
 
 def latent_bytes_per_token(recipe: LanguageModelRecipe, latent_bytes: int = FP16_BYTES) -> float:
-    """Bytes per token in the store: the token, and its share of mean and log_std of P + 1
-    patches."""
+    """Bytes per token in the store: the token, and its share of mean and log_std of the patches."""
     model = recipe.model
+    token = 2 if flops.known_size(model, "vocab_size") <= UINT16_ENTRIES else 4
     if model.kind != "calm" or not model.has_latents or recipe.data.latents != "stored":
-        return TOKEN_BYTES
-    latents = 2 * latent_bytes * flops.known_size(model, "latent_size") * (recipe.num_patches + 1)
-    return TOKEN_BYTES + latents / recipe.block_size
+        return token
+    latents = 2 * latent_bytes * flops.known_size(model, "latent_size")
+    return token + latents / model.patch_size
 
 
 def checkpoint_bytes(recipe: LanguageModelRecipe) -> int:

@@ -17,6 +17,7 @@ from warm import warm_python
 from calm_dist.costs import flops
 from calm_dist.costs.clusters import PRESETS, Rates, preset
 from calm_dist.costs.memory import stage_memory
+from calm_dist.data.store import AutoencoderInfo, StorePlan, TokenizerInfo
 from calm_dist.errors import RecipeError, UserError
 from calm_dist.planner.collectives import Group, groups
 from calm_dist.planner.full_plan import BEST, format_full_plan, full_plan, layout_overrides
@@ -135,13 +136,31 @@ def test_slower_rates_take_longer() -> None:
 
 def test_storage_and_checkpoint() -> None:
     recipe = language_recipe(XL)
-    # 4 bytes of a token, 2 x 128 fp16 or int8 numbers for 4 of them, one patch more than a block's.
-    assert latent_bytes_per_token(recipe) == 4 + 2 * 2 * 128 * 2049 / 8192
-    assert latent_bytes_per_token(recipe, 1) == 4 + 2 * 128 * 2049 / 8192
+    # 4 bytes of a token, 2 x 128 fp16 numbers for 4 of them.
+    assert latent_bytes_per_token(recipe) == 4 + 2 * 2 * 128 / 4
     on_the_fly = language_recipe(
         XL, ["data.latents=on_the_fly", "model.autoencoder=runs/autoencoder"]
     )
     assert latent_bytes_per_token(on_the_fly) == 4
+    small = language_recipe(XL, ["model.vocab_size=65536"])
+    assert latent_bytes_per_token(small) == 2 + 2 * 2 * 128 / 4
+    # A store's own description agrees.
+    for planned, dtype in ((recipe, "uint32"), (small, "uint16")):
+        plan = StorePlan(
+            variant="fp16",
+            block_size=planned.block_size,
+            patch_size=4,
+            latent_size=128,
+            vocab_size=flops.known_size(planned.model, "vocab_size"),
+            tokenizer=TokenizerInfo(
+                sha256="0" * 64, file="tokenizer.json", begin_id=0, end_id=1, pad_id=None
+            ),
+            autoencoder=AutoencoderInfo(sha256="0" * 64, file="ae"),
+            corpus_sha256="0" * 64,
+            seed=0,
+            token_dtype=dtype,  # type: ignore[arg-type]
+        )
+        assert latent_bytes_per_token(planned) == plan.sample_bytes / plan.block_size
     # bf16 weights of the backbone, fp32 masters and moments of all.
     head = 170_979_968
     assert checkpoint_bytes(recipe) == 1_829_793_408 * 12 + (1_829_793_408 - head) * 2
