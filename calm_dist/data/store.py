@@ -244,6 +244,11 @@ class Shard:
     sha256: str
     sample_bytes: int
 
+    @property
+    def most_bytes(self) -> int:
+        """The most that the shard takes on disk while it is read."""
+        return self.size
+
     def changed(self) -> int:
         """Time of the file's last change of any kind, in nanoseconds.
 

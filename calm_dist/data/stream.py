@@ -23,8 +23,15 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from calm_dist.compat.streaming import LocalDataset, World, patient_attaching
+from calm_dist.data.cache import check_limit, paths_of_node, remove_abandoned
 from calm_dist.data.download import DEFAULT, Downloads
-from calm_dist.data.guard import GuardedDataset, Source, open_source
+from calm_dist.data.guard import (
+    SHUFFLE_BLOCK_SIZE,
+    GuardedDataset,
+    Source,
+    canonical_nodes,
+    open_source,
+)
 from calm_dist.data.layout import is_remote
 from calm_dist.data.readers import (
     PREFETCHED,
@@ -212,6 +219,7 @@ def open_training_stream(
     seed: int = 0,
     num_workers: int = 0,
     cache_dir: str | Path | None = None,
+    cache_limit: int | None = None,
     timeout_seconds: float = 600.0,
     downloads: Downloads = DEFAULT,
 ) -> TrainingStream:
@@ -227,7 +235,9 @@ def open_training_stream(
         replication: consecutive ranks that get the same blocks (TP·CP·PP).
         seed: seed of the order.
         num_workers: reader processes per rank; 0 reads in this process.
-        cache_dir: directory for the shards of remote stores; it must have room for all of them.
+        cache_dir: directory for the shards of remote stores.
+        cache_limit: most bytes that these take on a node, in all stores together; the shards read
+            longest ago are deleted. None: there must be room for all of them.
         timeout_seconds: longest time for a batch from a reader process, without downloads.
         downloads: retries and time limits for object stores.
 
@@ -243,10 +253,20 @@ def open_training_stream(
         weights = None
     global_batch_size = batch_size * (world.num_ranks // replication)
 
-    def check_node(metas: list[StoreMeta]) -> None:
+    readers = max(1, num_workers) * world.ranks_per_node
+
+    def check_node(sources: list[Source]) -> None:
+        metas = [source.meta for source in sources]
         check_room(metas, batch_size, num_workers, world.ranks_per_node)
         if num_workers:
             check_socket_path()
+        if cache_limit is not None:
+            canonical = canonical_nodes(global_batch_size)
+            paths = paths_of_node(canonical, world.num_nodes)
+            check_limit(cache_limit, sources, readers, paths, SHUFFLE_BLOCK_SIZE)
+            for source in sources:
+                if source.is_cached:
+                    remove_abandoned(source.directory)
 
     sources = _open_on_all_ranks(given, world, cache_dir, downloads, check_node)
     _on_all_ranks(lambda: _check_together(sources, weights, global_batch_size))
@@ -261,6 +281,8 @@ def open_training_stream(
         seed=seed,
         number=RunNumber(world),
         downloads=downloads,
+        cache_limit=cache_limit,
+        readers=readers,
     )
     loader = DataLoader(
         dataset,
@@ -286,7 +308,7 @@ def _open_on_all_ranks(
     world: World,
     cache_dir: str | Path | None,
     downloads: Downloads,
-    check_node: Callable[[list[StoreMeta]], None],
+    check_node: Callable[[list[Source]], None],
 ) -> list[Source]:
     """Open the stores on every rank. The first rank of each node fetches their descriptions,
     checks their files and calls ``check_node``.
@@ -297,12 +319,12 @@ def _open_on_all_ranks(
 
     def fetch() -> None:
         if world.is_local_leader:
-            metas = []
+            sources = []
             for path in paths:
                 source = open_source(path, fetch_description(path, cache_dir, True, downloads))
                 source.check()
-                metas.append(source.meta)
-            check_node(metas)
+                sources.append(source)
+            check_node(sources)
 
     _on_all_ranks(fetch)
     sources = _on_all_ranks(

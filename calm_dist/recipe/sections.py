@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
+    ByteSize,
     Discriminator,
     Field,
     SerializeAsAny,
@@ -238,6 +239,11 @@ class Data(Section):
     """Reader processes per rank; 0 reads in the training process."""
     cache_dir: str | None = None
     """Directory for downloaded shards of remote stores; a temporary directory if absent."""
+    cache_limit: Annotated[
+        Annotated[ByteSize, Field(gt=0)] | None, Field(examples=["200GB", "1.5TB"])
+    ] = None
+    """Most disk space that these shards take on a node, as a number of bytes or with a unit; those
+    read longest ago are deleted. If absent, every shard is kept."""
     download_retries: NonNegative = 10
     """Retries of a file's download from an object store after a transient fault: throttling, a
     server error, a broken connection. The pauses double from one second to 30."""

@@ -158,6 +158,7 @@ class TrainingRun(ABC):
             seed=recipe.data.seed,
             num_workers=recipe.data.num_workers,
             cache_dir=recipe.data.cache_dir,
+            cache_limit=recipe.data.cache_limit,
             timeout_seconds=patience(recipe.health.timeout_seconds),
             downloads=Downloads.of(recipe.data),
         )
