@@ -34,6 +34,7 @@ from calm_dist.data.download import (
     transfer,
 )
 from calm_dist.data.layout import is_remote
+from calm_dist.data.mixture import Mixture
 from calm_dist.data.shared_names import RunNumber
 from calm_dist.data.store import Shard, StoreMeta, read_meta, read_shards
 from calm_dist.errors import DataError
@@ -116,13 +117,10 @@ class _CheckedStream(Stream):
     _first: int
     _stopping: Callable[[], bool]
 
-    def __init__(
-        self, source: Source, weight: float | None, downloads: Downloads, limited: bool
-    ) -> None:
+    def __init__(self, source: Source, downloads: Downloads, limited: bool) -> None:
         super().__init__(
             remote=source.path if is_remote(source.path) else None,
             local=str(source.directory),
-            proportion=weight,
         )
         self._number_of = {shard.path.name: i for i, shard in enumerate(source.shards)}
         self._shards = source.shards
@@ -237,7 +235,7 @@ class GuardedDataset(EvictingDataset):
     def __init__(
         self,
         sources: Sequence[Source],
-        weights: Sequence[float] | None,
+        mixture: Mixture,
         *,
         batch_size: int,
         replication: int,
@@ -251,16 +249,11 @@ class GuardedDataset(EvictingDataset):
         num_replicas = world.num_ranks // replication
         global_batch_size = batch_size * num_replicas
         num_blocks = sum(source.meta.num_blocks for source in sources)
-        streams = [
-            _CheckedStream(
-                source, weights[i] if weights else None, downloads, cache_limit is not None
-            )
-            for i, source in enumerate(sources)
-        ]
+        streams = [_CheckedStream(source, downloads, cache_limit is not None) for source in sources]
         with number.used_by_streaming():
             super().__init__(
                 streams=streams,
-                epoch_size=num_blocks // global_batch_size * global_batch_size,
+                epoch_size=mixture.steps_per_epoch * global_batch_size,
                 sampling_granularity=-(-num_blocks // _MOST_PICKS_PER_EPOCH),
                 partition_algo="orig",
                 num_canonical_nodes=canonical_nodes(global_batch_size),
@@ -271,6 +264,7 @@ class GuardedDataset(EvictingDataset):
                 replication=replication,
                 predownload=_blocks_ahead(sources, batch_size, cache_limit, readers),
             )
+        self.mixture = mixture
         self.limit = cache_limit
         if world.is_local_leader:
             self.shrink()
@@ -290,6 +284,11 @@ class GuardedDataset(EvictingDataset):
         self._num_expected = 0
 
     def _get_work(self, epoch: int, sample_in_epoch: int) -> np.ndarray:
+        """The blocks of this reader; an epoch of Streaming is a stretch of the mixture."""
+        stretch = self.mixture.numbered(epoch)
+        self.epoch_size = sum(stretch.counts)
+        for stream, count in zip(self.streams, stretch.counts, strict=True):
+            stream.choose = count
         ids = super()._get_work(epoch, sample_in_epoch)
         self._num_expected = int((ids != -1).sum())
         return ids

@@ -14,7 +14,7 @@ import numpy as np
 
 from calm_dist.data.latents import describe_autoencoder
 from calm_dist.data.layout import INDEX, META, is_remote
-from calm_dist.data.store import Shard, StoreMeta, read_meta, read_shards
+from calm_dist.data.store import Shard, StoreMeta, StorePlan, read_meta, read_shards
 from calm_dist.data.tokenizer import Tokenizer, load_tokenizer
 from calm_dist.errors import DataError
 from calm_dist.files import file_sha256
@@ -193,6 +193,42 @@ def tokenizer_of(path: str) -> tuple[StoreMeta, Tokenizer]:
         fetch(meta.tokenizer.file)
         names = (meta.tokenizer.begin_token, meta.tokenizer.end_token)
         return meta, load_tokenizer(directory / meta.tokenizer.file, *names)
+
+
+def settings_of(store: Path) -> dict[str, Any]:
+    """The options of ``tools/encode_latents.py`` for a store that fits a local one.
+
+    Raises:
+        DataError: there is no store, or its autoencoder is not where it was.
+    """
+    if is_remote(store):
+        raise DataError(f"--append-to {store}: give a local copy of the store")
+    meta = read_meta(store)
+    autoencoder = find_autoencoder(meta, None)
+    if meta.autoencoder is not None and autoencoder is None:
+        raise DataError(
+            f"--append-to {store}: its autoencoder is not in {meta.autoencoder.file} any more; "
+            "put it there"
+        )
+    return {
+        "tokenizer": str(store / meta.tokenizer.file),
+        "begin_token": meta.tokenizer.begin_token,
+        "end_token": meta.tokenizer.end_token,
+        "variant": meta.variant,
+        "block_size": meta.block_size,
+        "patch_size": meta.patch_size,
+        "autoencoder": None if autoencoder is None else str(autoencoder),
+        "token_dtype": meta.token_dtype,
+    }
+
+
+def refuse_same_text(store: Path, plan: StorePlan) -> None:
+    """Raises DataError if a planned store holds the text of another one."""
+    meta = read_meta(store)
+    if plan.corpus_sha256 == meta.corpus_sha256 and plan.reading == meta.reading:
+        raise DataError(
+            f"--append-to {store}: --corpus is the text of this store; give the text to be added"
+        )
 
 
 def find_autoencoder(meta: StoreMeta, given: Path | None) -> Path | None:

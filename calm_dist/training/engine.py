@@ -152,8 +152,9 @@ class TrainingRun(ABC):
         self.phases.enter("open the data")
         self._stream = open_training_stream(
             [source.path for source in recipe.data.sources],
-            [source.weight for source in recipe.data.sources],
+            recipe.data.weights,
             batch_size=recipe.training.global_batch_size // replicas,
+            most_epochs=[source.max_epochs for source in recipe.data.sources],
             replication=replication,
             seed=recipe.data.seed,
             num_workers=recipe.data.num_workers,
@@ -176,6 +177,8 @@ class TrainingRun(ABC):
             self._init_from(self.recipe.run.init_from)
         self._resumed_from = directory
         check_room(self.recipe)
+        for line in self._stream.describe(self.progress.step, self.recipe.training.steps):
+            self.say(line)
 
     def run(self) -> None:
         """Train until the last step, until asked to stop, or until the data fails; all of these
@@ -202,6 +205,7 @@ class TrainingRun(ABC):
         finally:
             if self._metrics is not None:
                 self._metrics.close()
+        self.say(self._stream.describe_read(self.progress.step))
         if self.rank == 0 and (doubt := checkpoints.doubt(self.run_dir, self.progress)):
             _log.warning(doubt)
         if result.data_failed:
@@ -274,7 +278,9 @@ class TrainingRun(ABC):
             return
         self.check_resumed(directory, state)
         assert state.data is not None
-        self._stream.load_state_dict(state.data)
+        note = self._stream.load_state_dict(state.data)
+        if note is not None:
+            self.say(note)
         self.load(directory, state)
         self.progress = RunProgress.from_state(state.model_dump())
         self.say(f"resumed from {directory} at step {self.progress.step}")

@@ -16,7 +16,7 @@ import torch
 from test_latents import BLOCK, inputs, plan_for, tokenizer_of, write
 
 from calm_dist.data.inspection import check_store, read_block
-from calm_dist.data.stream import open_store
+from calm_dist.data.stream import open_store, open_training_stream
 from calm_dist.errors import DataError
 from calm_dist.interop.huggingface import load_autoencoder, save_autoencoder
 
@@ -203,3 +203,42 @@ def test_store_of_tokens(
     assert code == 0 and "6 more; --patches shows them" in out and "std" not in out
     code, _, error = run_tool(monkeypatch, capsys, "inspect_data", tmp_path / "gone", "--block", 1)
     assert code == 2 and "no such directory" in error
+
+
+def test_more_text_for_a_finished_store(
+    store: Path,
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A further store that fits, and is the one that its own options give; the first one stays."""
+    before = {file.name: file.read_bytes() for file in store.iterdir()}
+    more, meta = tmp_path / "more.jsonl", open_store(store).meta
+    more.write_text("".join(json.dumps({"text": f"more words {i}. " * 9}) + "\n" for i in range(9)))
+    assert meta.autoencoder is not None
+    arguments = ["--corpus", more, "--out", tmp_path / "2", "--device", "cpu"]
+    code, _, err = run_tool(monkeypatch, capsys, "encode_latents", "--append-to", store, *arguments)
+    assert code == 0, err
+    given = ["--corpus", more, "--out", tmp_path / "3", "--tokenizer", store / meta.tokenizer.file]
+    code, _, err = run_tool(
+        monkeypatch, capsys, "encode_latents", *given, "--autoencoder", meta.autoencoder.file,
+        "--block-size", BLOCK, "--token-dtype", meta.token_dtype,
+    )  # fmt: skip
+    assert code == 0, err
+    files = [{file.name: file.read_bytes() for file in (tmp_path / n).iterdir()} for n in "23"]
+    assert files[0] == files[1]
+    assert {file.name: file.read_bytes() for file in store.iterdir()} == before
+    both = open_training_stream([store, tmp_path / "2"], batch_size=2)
+    assert (
+        both.steps_per_epoch == (meta.num_blocks + open_store(tmp_path / "2").meta.num_blocks) // 2
+    )
+
+    for options, message in (
+        (["--block-size", 2 * BLOCK], f"--block-size {2 * BLOCK}: {store} has {BLOCK}; leave"),
+        (["--variant", "tokens"], f"--variant tokens: {store} has fp16; leave"),
+    ):
+        code, _, err = run_tool(
+            monkeypatch, capsys, "encode_latents", "--append-to", store, *arguments, *options
+        )
+        assert code == 2 and message in err
