@@ -175,7 +175,7 @@ class AutoencoderTrainer(TrainingRun):
         super().__init__(recipe, dist.get_rank(), stop, phases, begin)
         self.device, self.world_size = device, dist.get_world_size()
         self.build()
-        self.open_data(self.world_size)
+        self.open_data(self.device, self.world_size)
         self._held_out = open_held_out(recipe, self._stream.metas[0])
         self._attempts = Attempts()
         self._rotation = checkpoints.Rotation(self.run_dir, recipe.checkpoint)
@@ -211,7 +211,7 @@ class AutoencoderTrainer(TrainingRun):
         )
         for number, (tokens, index) in enumerate(parts):
             self.phases.progress()
-            tokens = tokens.to(self.device)
+            tokens = tokens.to(self.device, non_blocking=True)
             noise = block_noise(self.model, tokens, index, self.recipe.run.seed, self.progress.step)
             with self._gradient_exchange(number == len(parts) - 1), self._autocast():
                 losses = self._loss(tokens, noise)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from calm_dist.data.download import Downloads
 from calm_dist.data.stream import Batch, TrainingStream, open_training_stream
 from calm_dist.errors import CheckpointError, StoppedError, TrainingDivergedError, listed
@@ -141,10 +143,11 @@ class TrainingRun(ABC):
             CheckpointError: the last checkpoint could not be written.
         """
 
-    def open_data(self, replicas: int, replication: int = 1) -> None:
+    def open_data(self, device: torch.device, replicas: int, replication: int = 1) -> None:
         """Open the training data.
 
         Args:
+            device: of this rank.
             replicas: parts that a global batch is split into.
             replication: consecutive ranks that read the same part.
         """
@@ -163,7 +166,7 @@ class TrainingRun(ABC):
             timeout_seconds=patience(recipe.health.timeout_seconds),
             downloads=Downloads.of(recipe.data),
         )
-        self._batches = LookAhead(self._stream)
+        self._batches = LookAhead(self._stream, device)
 
     def resume(self) -> None:
         """Continue from the newest valid checkpoint of the run directory, if it has one; otherwise

@@ -252,9 +252,9 @@ def test_weights_that_change_and_a_limit_give_every_layout_the_same_sets(
     assert steps == global_steps(results, "changing with workers")
     size = len(open_store(stores / "one"))
     second = [sum(index >= size for index in step) for step in steps]
-    # Two thirds, then a quarter, until each block has been read twice.
+    # Two thirds, then a quarter, until less than two blocks, its part of a step, could follow.
     assert sum(second[:5]) in (26, 27)
-    assert sum(second) == 2 * len(open_store(stores / "two")) and second[-1] == 0
+    assert 0 <= 2 * len(open_store(stores / "two")) - sum(second) < 2 and second[-1] == 0
 
 
 @pytest.mark.parametrize("ranks", [4, 2])

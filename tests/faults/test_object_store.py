@@ -224,10 +224,10 @@ def test_a_store_larger_than_the_disk(
         codes, outputs = train(tiny, run_dir, url, environment, **more, training__steps=6)
         assert codes == [0, 0], outputs
         assert "downloaded more than once" in outputs[0]
-        # Two reader processes for each rank hold twice as much.
-        codes, outputs = train(tiny, run_dir, url, environment, **more, data__num_workers=2)
+        # Eight reader processes for each rank need more.
+        codes, outputs = train(tiny, run_dir, url, environment, **more, data__num_workers=8)
         assert codes == [BAD_INPUT, BAD_INPUT]
-        assert f"data.cache_limit={limit}: the 4 reader(s)" in outputs[0]
+        assert f"data.cache_limit={limit}: the 16 reader(s)" in outputs[0]
         codes, outputs = train(tiny, run_dir, url, environment, **more, data__num_workers=1)
         assert codes == [0, 0], outputs
         watch.stop()
