@@ -104,6 +104,11 @@ def parse_arguments() -> argparse.Namespace:
         help="type of the stored tokens (default auto: uint16 for up to 65,536 entries)",
     )
     parser.add_argument(
+        "--compression",
+        choices=("zstd",),
+        help="compress shards of tokens; readers unpack them into data.cache_dir (default: none)",
+    )
+    parser.add_argument(
         "--parts",
         type=at_least(1),
         default=1,
@@ -248,6 +253,7 @@ def main() -> None:
         parts=args.parts,
         reading=reading,
         token_dtype=args.token_dtype,
+        compression=args.compression,
         out=None if args.overwrite else args.out,
         skip_faults=skip_faults,
     )

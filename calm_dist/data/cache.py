@@ -93,7 +93,9 @@ def paths_of_node(canonical_nodes: int, num_nodes: int) -> int:
 
 
 def remove_abandoned(directory: Path) -> None:
-    """Remove parts of downloads that a process left when it was killed."""
+    """Remove what a process that was killed left of its downloads."""
+    for file in directory.glob("*.mds.zstd"):
+        file.unlink(missing_ok=True)
     for file in directory.glob("*.tmp"):
         try:
             if time.time() - file.stat().st_mtime > _ABANDONED_SECONDS:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 from pathlib import Path
 from threading import Event
@@ -29,6 +29,7 @@ from calm_dist.data.cache import EvictingDataset, overhead_bytes
 from calm_dist.data.download import (
     Downloads,
     InterruptedTransferError,
+    MissingError,
     busy,
     downloader_for,
     transfer,
@@ -74,13 +75,13 @@ class Source:
     @property
     def is_cached(self) -> bool:
         """Whether its shards are read from copies in ``directory``, which may be deleted."""
-        return is_remote(self.path)
+        return is_remote(self.path) or self.meta.compression is not None
 
     @property
     def checked(self) -> bool:
         """Whether every shard is hashed on opening."""
         size = sum(shard.size for shard in self.shards)
-        return not is_remote(self.path) and size <= CHECK_ON_OPEN_BYTES
+        return not self.is_cached and size <= CHECK_ON_OPEN_BYTES
 
     def check(self) -> None:
         """Check that no shard is missing or of a wrong size or, in small stores, damaged.
@@ -91,6 +92,11 @@ class Source:
             DataError: for the first such shard.
         """
         if is_remote(self.path):
+            return
+        if self.is_cached:
+            # The originals, from which the copies are unpacked.
+            for shard in self.shards:
+                replace(shard.stored, path=Path(self.path) / shard.stored.path.name).check_size()
             return
         for shard in self.shards:
             shard.check_size()
@@ -119,7 +125,7 @@ class _CheckedStream(Stream):
 
     def __init__(self, source: Source, downloads: Downloads, limited: bool) -> None:
         super().__init__(
-            remote=source.path if is_remote(source.path) else None,
+            remote=source.path if source.is_cached else None,
             local=str(source.directory),
         )
         self._number_of = {shard.path.name: i for i, shard in enumerate(source.shards)}
@@ -173,17 +179,30 @@ class _CheckedStream(Stream):
             # For a missing shard, Streaming would only report that there is no remote.
             self._expected(shard)[1].check_size()
         cached = self._expected(shard)[1].path.exists()
-        change = super().prepare_shard(shard)
         try:
+            change = super().prepare_shard(shard)
             self.check(shard)
+        except MissingError:
+            raise
         except DataError as error:
             if self.remote is None or cached:
                 raise
             # The download was damaged: a proxy may have cut it, and another may not.
             _log.log(NOTE, f"{error}; downloading it again")
-            super().prepare_shard(shard)
+            change = super().prepare_shard(shard)
             self.check(shard)
         return change
+
+    def _decompress_shard_part(
+        self, zip_info: Any, zip_filename: str, raw_filename: str, compression: str | None
+    ) -> None:
+        """Like Streaming's, which believes the file and unpacks whatever it holds."""
+        packed, place = Path(zip_filename), Path(raw_filename)
+        try:
+            self._shards[self._number_of[place.name]].unpack(packed, place)
+        finally:
+            # A damaged one must not be taken for a good copy, and a good one is not needed again.
+            packed.unlink(missing_ok=True)
 
     def check(self, shard: Reader) -> bool:
         """Hash a shard, unless it has not changed since it was hashed on this node.

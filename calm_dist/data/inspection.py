@@ -6,7 +6,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,22 @@ def store_files(path: str) -> Iterator[tuple[Path, Callable[[str], None], Callab
         yield directory, lambda name: fetch_file(path, name, directory, DEFAULT), Path.unlink
 
 
+@contextmanager
+def unpacked(shard: Shard) -> Iterator[Shard]:
+    """A shard whose samples can be read: itself, or its unpacked form in a temporary directory.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    if shard.packed is None:
+        yield shard
+        return
+    with tempfile.TemporaryDirectory(prefix="calm_dist_shard_") as scratch:
+        place = Path(scratch) / shard.path.name
+        shard.unpack(shard.packed.path, place)
+        yield replace(shard, path=place)
+
+
 def check_store(path: str) -> StoreCheck:
     """Check every byte of a store: hashes, counts, token ids, and latents.
 
@@ -92,9 +108,10 @@ def check_store(path: str) -> StoreCheck:
             result.documents = 0
         for shard in progress(shards, len(shards), label="check", unit="shards"):
             try:
-                fetch(shard.path.name)
-                _check_shard(shard, result)
-                drop(shard.path)
+                fetch(shard.stored.path.name)
+                with unpacked(shard) as samples:
+                    _check_shard(samples, result)
+                drop(shard.stored.path)
             except DataError as error:
                 result.problems.append(str(error))
         if result.blocks != meta.num_blocks and not result.problems:
@@ -116,7 +133,7 @@ def _check_shard(shard: Shard, result: StoreCheck) -> None:
     meta = result.meta
     shard.check()
     result.shards += 1
-    result.bytes += shard.size
+    result.bytes += shard.stored.size
     for first, columns in _rows(shard, meta):
         tokens = columns["tokens"]
         result.blocks += len(tokens)
@@ -173,11 +190,12 @@ def read_block(path: str, number: int) -> dict[str, np.ndarray]:
             raise DataError(f"block {number}: {path} has the blocks 0 to {meta.num_blocks - 1}")
         for shard in read_shards(directory, meta):
             if number < shard.samples:
-                fetch(shard.path.name)
-                shard.check()
-                for first, columns in _rows(shard, meta):
-                    if number < first + len(columns["tokens"]):
-                        return {name: column[number - first] for name, column in columns.items()}
+                fetch(shard.stored.path.name)
+                with unpacked(shard) as samples:
+                    samples.check()
+                    for first, columns in _rows(samples, meta):
+                        if number < first + len(columns["tokens"]):
+                            return {n: column[number - first] for n, column in columns.items()}
             number -= shard.samples
     raise AssertionError("read_shards has checked the number of blocks")
 
@@ -219,6 +237,7 @@ def settings_of(store: Path) -> dict[str, Any]:
         "patch_size": meta.patch_size,
         "autoencoder": None if autoencoder is None else str(autoencoder),
         "token_dtype": meta.token_dtype,
+        "compression": meta.compression,
     }
 
 

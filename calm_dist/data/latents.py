@@ -44,6 +44,7 @@ from calm_dist.data.reading import Tally, shuffled_documents
 from calm_dist.data.reports import REPORT
 from calm_dist.data.store import (
     AutoencoderInfo,
+    Compression,
     StoreMeta,
     StorePlan,
     TokenDtype,
@@ -88,6 +89,7 @@ def plan_store(
     parts: int = 1,
     reading: Reading = TEXT_AND_ID,
     token_dtype: TokenDtype | Literal["auto"] = "uint32",
+    compression: Compression | None = None,
     out: str | Path | None = None,
     skip_faults: bool = False,
 ) -> StorePlan:
@@ -107,6 +109,7 @@ def plan_store(
         reading: what of the corpus becomes documents.
         token_dtype: type of the stored tokens; auto: that of the store in ``out``, if there is one,
             or the smaller one that has room for the vocabulary.
+        compression: of the shards; only for ``tokens``.
         out: where the store may be finished already. An earlier version, which hashed all contents
             of a corpus, may have written it.
         skip_faults: as for `write_store`; otherwise a damaged table is an error here.
@@ -115,6 +118,10 @@ def plan_store(
         DataError: an input is missing, or the inputs do not fit each other.
     """
     latent_size, info, vocab_size = None, None, tokenizer.vocab_size
+    if compression is not None and variant != "tokens":
+        raise DataError(
+            f"--compression {compression}: saves little on latents, and takes time; leave it out"
+        )
     if variant == "fp16":
         if autoencoder is None:
             raise DataError("variant fp16: needs an autoencoder; give --autoencoder CKPT, or use "
@@ -169,6 +176,7 @@ def plan_store(
         order=order,
         reading=reading,
         token_dtype=token_dtype,
+        compression=compression,
     )
 
 
@@ -463,7 +471,7 @@ def _write_remote(
         return finished
     staging = staging_directory(url)
     meta = write_store(staging, corpus, tokenizer, plan, overwrite=overwrite, **options)
-    shards = [shard.path.name for shard in read_shards(staging, meta)]
+    shards = [shard.stored.path.name for shard in read_shards(staging, meta)]
     others = [meta.tokenizer.file, *([REPORT] if (staging / REPORT).is_file() else [])]
     upload_store(staging, [*shards, *others], url)
     shutil.rmtree(staging)

@@ -14,6 +14,7 @@ from calm_dist.compat.streaming import CloudUploader
 from calm_dist.data.download import DEFAULT, Downloads, check_address, downloader_for, transfer
 from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.data.shared_names import scratch_directory
+from calm_dist.data.store import read_meta
 from calm_dist.errors import DataError
 from calm_dist.progress import progress
 from calm_dist.redact import redact
@@ -57,7 +58,7 @@ def fetch_description(
     fetch: bool = False,
     downloads: Downloads = DEFAULT,
 ) -> Path:
-    """The local directory of a store: its own, or the cache of a remote store.
+    """The local directory of a store: its own, or the cache of a remote or compressed store.
 
     Args:
         path: the store's path or URL, as the user gave it.
@@ -70,7 +71,10 @@ def fetch_description(
         DataError: the download failed; `UnreachableError` if it may succeed later.
     """
     if not is_remote(path):
-        return Path(path)
+        if read_meta(path).compression is None:
+            return Path(path)
+        # A store at another path is another one, and this one may be named in several ways.
+        path = str(Path(path).resolve())
     parent = Path(cache_dir) if cache_dir else scratch_directory()
     cache = parent / hashlib.sha256(path.encode()).hexdigest()[:16]
     if not fetch:
@@ -80,8 +84,11 @@ def fetch_description(
     incoming = Path(tempfile.mkdtemp(prefix="incoming_", dir=parent))
     try:
         for name in (META, INDEX):
-            fetch_file(path, name, incoming, downloads)
-    except DataError:
+            if is_remote(path):
+                fetch_file(path, name, incoming, downloads)
+            else:
+                shutil.copyfile(Path(path) / name, incoming / name)
+    except (DataError, OSError):
         shutil.rmtree(incoming)
         raise
     present = cache / META

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ HASH = "sha256"
 
 Variant = Literal["fp16", "tokens"]
 TokenDtype = Literal["uint16", "uint32"]
+Compression = Literal["zstd"]
 Positive = Annotated[int, Field(gt=0, lt=2**63)]
 NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -47,6 +49,8 @@ _LARGEST_META, _LARGEST_INDEX = 1 << 20, 1 << 28
 _LARGEST_SHARD, _LARGEST_HEADER = 1 << 32, 1 << 16
 
 _SHARD_NAME = re.compile(r"shard\.\d{5,}\.mds")
+_PACKED_NAME = re.compile(rf"{_SHARD_NAME.pattern}\.zstd")
+_CHUNK_BYTES = 1 << 20
 
 
 class _Strict(BaseModel):
@@ -112,6 +116,8 @@ class StorePlan(_Strict):
     """What of the corpus became documents."""
     token_dtype: TokenDtype = "uint32"
     """Type of the stored tokens; uint16 has room for 65,536 entries."""
+    compression: Compression | None = None
+    """How shards of tokens are compressed; readers unpack them into their cache."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -119,6 +125,8 @@ class StorePlan(_Strict):
             raise ValueError(f"block_size is not a multiple of patch_size {self.patch_size}")
         if self.token_dtype == "uint16" and self.vocab_size > UINT16_ENTRIES:
             raise ValueError(f"token_dtype uint16 has no room for {self.vocab_size} entries")
+        if self.compression is not None and self.variant != "tokens":
+            raise ValueError("compression: latents do not compress")
         given = [value is not None for value in (self.latent_size, self.autoencoder)]
         if given != [self.variant == "fp16"] * 2:
             raise ValueError("latent_size and autoencoder are needed by the variant fp16 only")
@@ -165,7 +173,7 @@ class StorePlan(_Strict):
         return values
 
 
-LATER_FIELDS = ("parts", "order", "reading", "token_dtype")
+LATER_FIELDS = ("parts", "order", "reading", "token_dtype", "compression")
 """Fields that the first version of stores did not have; absent where they have their default."""
 
 
@@ -235,46 +243,23 @@ def read_meta(path: str | Path, downloads: Downloads | None = None) -> StoreMeta
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One file of a store, as described by the index."""
+class StoredFile:
+    """A file of a store, as described by the index."""
 
     path: Path
-    samples: int
     size: int
     sha256: str
-    sample_bytes: int
-
-    @property
-    def most_bytes(self) -> int:
-        """The most that the shard takes on disk while it is read."""
-        return self.size
-
-    def changed(self) -> int:
-        """Time of the file's last change of any kind, in nanoseconds.
-
-        Raises:
-            DataError: the file is missing.
-        """
-        return self._stat().st_ctime_ns
-
-    def _stat(self) -> os.stat_result:
-        try:
-            return self.path.stat()
-        except OSError as error:
-            raise DataError(
-                f"shard {self.path}: is missing ({error.strerror}); copy or encode it again"
-            ) from error
 
     def check_size(self) -> None:
         """Raises DataError if the file is missing or has another size."""
-        found = self._stat().st_size
+        found = _stat(self.path).st_size
         if found != self.size:
             raise DataError(
                 f"shard {self.path}: has {found} bytes instead of {self.size}; copy or encode it "
                 "again"
             )
 
-    def check(self) -> None:
+    def check_contents(self) -> None:
         """Raises DataError if the file is missing or any byte differs."""
         self.check_size()
         found = file_sha256(self.path)
@@ -283,6 +268,71 @@ class Shard:
                 f"shard {self.path}: is damaged (sha256 {found[:12]}… instead of "
                 f"{self.sha256[:12]}…); copy or encode it again"
             )
+
+
+@dataclass(frozen=True)
+class Shard(StoredFile):
+    """The samples of one file of a store; if that is compressed, of the file that it unpacks to."""
+
+    samples: int
+    sample_bytes: int
+    packed: StoredFile | None
+
+    @property
+    def stored(self) -> StoredFile:
+        """The file that the store has."""
+        return self if self.packed is None else self.packed
+
+    @property
+    def most_bytes(self) -> int:
+        """The most that the shard takes on disk while it is read."""
+        return self.size + (0 if self.packed is None else self.packed.size)
+
+    def unpack(self, packed: Path, place: Path) -> None:
+        """Unpack a compressed shard.
+
+        Args:
+            packed: the compressed file.
+            place: where the samples go; appears when it is complete.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        import zstandard
+
+        assert self.packed is not None
+        StoredFile(packed, self.packed.size, self.packed.sha256).check_contents()
+        partial = place.with_name(f"{place.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            with (
+                packed.open("rb") as source,
+                partial.open("wb") as target,
+                zstandard.ZstdDecompressor().stream_reader(source) as reader,
+            ):
+                # No more than the index says, whatever the file would unpack to.
+                left = self.size + 1
+                while left and (data := reader.read(min(left, _CHUNK_BYTES))):
+                    target.write(data)
+                    left -= len(data)
+            partial.replace(place)
+        except zstandard.ZstdError as error:
+            raise DataError(
+                f"shard {packed}: cannot be unpacked ({error}); copy or encode it again"
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def changed(self) -> int:
+        """Time of the file's last change of any kind, in nanoseconds.
+
+        Raises:
+            DataError: the file is missing.
+        """
+        return _stat(self.path).st_ctime_ns
+
+    def check(self) -> None:
+        """Raises DataError if the unpacked file is missing or any byte differs."""
+        self.check_contents()
         self._check_places()
 
     def _check_places(self) -> None:
@@ -300,6 +350,15 @@ class Shard:
             raise DataError(
                 f"shard {self.path}: its samples are not at the expected offsets; encode it again"
             )
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise DataError(
+            f"shard {path}: is missing ({error.strerror}); copy or encode it again"
+        ) from error
 
 
 def read_shards(path: str | Path, meta: StoreMeta) -> list[Shard]:
@@ -351,31 +410,46 @@ def _shard(path: Path, meta: StoreMeta, entry: dict[str, Any]) -> Shard:
     expected = {
         "version": 2,
         "format": "mds",
-        "compression": None,
-        "zip_data": None,
+        "compression": meta.compression,
         "hashes": [HASH],
         "column_names": names,
         "column_encodings": [meta.columns[name] for name in names],
         "column_sizes": [meta.column_sizes[name] for name in names],
     }
-    _check_keys("shard", entry, [*expected, "raw_data", "samples", "size_limit"])
+    _check_keys("shard", entry, [*expected, "raw_data", "zip_data", "samples", "size_limit"])
     for key, value in expected.items():
         if entry[key] != value:
             raise ValueError(f"shard {key} {shown(entry[key])} instead of {shown(value)}")
     raw, samples, limit = entry["raw_data"], entry["samples"], entry["size_limit"]
-    _check_keys("raw_data", raw, ("basename", "bytes", "hashes"))
-    _check_keys("hashes", raw["hashes"], (HASH,))
-    name, size, sha256 = raw["basename"], raw["bytes"], raw["hashes"][HASH]
-    if not (isinstance(name, str) and _SHARD_NAME.fullmatch(name)):
-        raise ValueError(f"shard name {shown(name)}")
-    if not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
-        raise ValueError(f"{HASH} {shown(sha256)} of {name}")
+    stored = _stored(path, "raw_data", raw, _SHARD_NAME)
+    packed = None
+    if meta.compression is None:
+        if entry["zip_data"] is not None:
+            raise ValueError(f"shard zip_data {shown(entry['zip_data'])} instead of None")
+    else:
+        packed = _stored(path, "zip_data", entry["zip_data"], _PACKED_NAME)
+        if packed.path.name != f"{stored.path.name}.{meta.compression}":
+            raise ValueError(f"shard name {shown(packed.path.name)}")
+    size, name = stored.size, stored.path.name
     if limit is not None and not (type(limit) is int and limit > 0):
         raise ValueError(f"size_limit {shown(limit)} of {name}")
-    if not (type(samples) is int and samples > 0 and type(size) is int and size < _LARGEST_SHARD):
-        raise ValueError(f"{shown(samples)} samples in {shown(size)} bytes")
+    if not (type(samples) is int and samples > 0):
+        raise ValueError(f"{shown(samples)} samples")
     # Before the samples: their number, their offsets, the end of the last one, and a header.
     header = size - samples * meta.sample_bytes - 4 * (samples + 2)
     if not 0 <= header <= _LARGEST_HEADER:
         raise ValueError(f"{samples} samples of {meta.sample_bytes} bytes in {size} bytes")
-    return Shard(path / name, samples, size, sha256, meta.sample_bytes)
+    return Shard(stored.path, size, stored.sha256, samples, meta.sample_bytes, packed)
+
+
+def _stored(path: Path, what: str, entry: Any, names: re.Pattern[str]) -> StoredFile:
+    _check_keys(what, entry, ("basename", "bytes", "hashes"))
+    _check_keys("hashes", entry["hashes"], (HASH,))
+    name, size, sha256 = entry["basename"], entry["bytes"], entry["hashes"][HASH]
+    if not (isinstance(name, str) and names.fullmatch(name)):
+        raise ValueError(f"shard name {shown(name)}")
+    if not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
+        raise ValueError(f"{HASH} {shown(sha256)} of {name}")
+    if not (type(size) is int and 0 <= size < _LARGEST_SHARD):
+        raise ValueError(f"{shown(size)} bytes of {name}")
+    return StoredFile(path / name, size, sha256)

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from operator import attrgetter
@@ -34,7 +36,7 @@ from calm_dist.data.guard import (
     canonical_nodes,
     open_source,
 )
-from calm_dist.data.layout import is_remote
+from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.data.mixture import Mixture, Weight
 from calm_dist.data.readers import (
     PREFETCHED,
@@ -88,8 +90,20 @@ class Store:
             raise DataError(f"data store {path}: random access needs a local copy; download it")
         self._source = open_source(str(path), Path(path))
         self._source.check()
+        if self._source.meta.compression is not None:
+            self._unpack()
         self._checked = {i for i, _ in enumerate(self._source.shards) if self._source.checked}
-        self._samples = LocalDataset(str(path))
+        self._samples = LocalDataset(str(self._source.directory))
+
+    def _unpack(self) -> None:
+        """Unpack all shards into a temporary directory, which is removed with this object."""
+        self._scratch = tempfile.TemporaryDirectory(prefix="calm_dist_store_")
+        directory = Path(self._scratch.name)
+        for shard in self._source.shards:
+            shard.unpack(shard.stored.path, directory / shard.path.name)
+        for name in (META, INDEX):
+            shutil.copyfile(self._source.directory / name, directory / name)
+        self._source = open_source(self._source.path, directory)
 
     @property
     def meta(self) -> StoreMeta:

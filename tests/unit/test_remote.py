@@ -119,6 +119,8 @@ def test_shards_make_room_for_others(
 ) -> None:
     """Beside a store on local disk, whose files stay; and what an earlier run left counts."""
     corpus, tokenizer, plan = inputs
+    # The server keeps what earlier tests wrote, in shards of another size.
+    bucket += f"-room-{num_workers}"
     local, other = tmp_path / "local", tmp_path / "other"
     for place in (bucket, local, other):
         write_store(place, corpus, tokenizer, plan, shard_bytes=2 * plan.sample_bytes)
@@ -148,5 +150,9 @@ def test_shards_make_room_for_others(
     message = rf"data.cache_limit={limit - 1}: the {max(1, num_workers)} reader\(s\) of a node need"
     with pytest.raises(DataError, match=message):
         read(bucket, other, cache_limit=limit - 1)
+    packed = plan.model_copy(update={"compression": "zstd"})
+    write_store(f"{bucket}-2", corpus, tokenizer, packed, shard_bytes=2 * plan.sample_bytes)
+    limit += limit // 2
+    assert read(f"{bucket}-2", other, cache_limit=limit) == expected
     # Stores on local disk take nothing of it.
     assert read(local, other, cache_limit=1) == expected
