@@ -50,14 +50,24 @@ class Reliability:
     replica's host memory, for which training waits (assumption)."""
 
 
-def latent_bytes_per_token(recipe: LanguageModelRecipe, latent_bytes: int = FP16_BYTES) -> float:
+def latent_bytes_per_token(recipe: LanguageModelRecipe) -> float:
     """Bytes per token in the store: the token, and its share of mean and log_std of the patches."""
     model = recipe.model
     token = 2 if flops.known_size(model, "vocab_size") <= UINT16_ENTRIES else 4
     if model.kind != "calm" or not model.has_latents or recipe.data.latents != "stored":
         return token
-    latents = 2 * latent_bytes * flops.known_size(model, "latent_size")
+    latents = 2 * FP16_BYTES * flops.known_size(model, "latent_size")
     return token + latents / model.patch_size
+
+
+def with_other_latents(recipe: LanguageModelRecipe) -> LanguageModelRecipe | None:
+    """The recipe with latents encoded on the fly if it stores them, and the other way round; None
+    if it has none."""
+    if recipe.model.kind != "calm" or not recipe.model.has_latents:
+        return None
+    other = "on_the_fly" if recipe.data.latents == "stored" else "stored"
+    data = recipe.data.model_copy(update={"latents": other})
+    return recipe.model_copy(update={"data": data})
 
 
 def checkpoint_bytes(recipe: LanguageModelRecipe) -> int:

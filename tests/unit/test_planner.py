@@ -33,9 +33,11 @@ from calm_dist.planner.storage import (
     goodput,
     latent_bytes_per_token,
 )
+from calm_dist.recipe import CalmModel
 
 ROOT = Path(__file__).parents[2]
 XL = ROOT / "recipes" / "calm_xl_tp2pp2.yaml"
+TRANSFORMER = ROOT / "recipes" / "transformer_s.yaml"
 H100 = PRESETS["h100-sxm"]
 # Every kernel at its peak, launches and links for nothing.
 IDEAL = replace(H100, node_latency=0.0, network_latency=0.0).with_rates(
@@ -164,6 +166,34 @@ def test_storage_and_checkpoint() -> None:
     # bf16 weights of the backbone, fp32 masters and moments of all.
     head = 170_979_968
     assert checkpoint_bytes(recipe) == 1_829_793_408 * 12 + (1_829_793_408 - head) * 2
+
+
+def test_latents_stored_or_on_the_fly() -> None:
+    """Each is compared with the other; encoding takes what its FLOPs take at the fp32 rate."""
+    stored = language_recipe(XL)
+    flying = language_recipe(XL, ["data.latents=on_the_fly", "model.autoencoder=ae"])
+    one, two = (predict(recipe, H100) for recipe in (stored, flying))
+    assert "encoder" not in one.time.terms
+    data = [training_cost(prediction, Reliability())["data"] for prediction in (one, two)]
+    assert data[0]["other_latents"]["latents"] == "on_the_fly"
+    assert data[0]["other_latents"]["bytes_per_token"] == data[1]["bytes_per_token"] == 4
+    longer = data[0]["other_latents"]["step_longer_by"]
+    assert longer == pytest.approx(two.time.seconds / one.time.seconds - 1)
+    assert data[1]["other_latents"]["step_longer_by"] == pytest.approx(1 / (1 + longer) - 1)
+    assert longer > 0.001
+    assert isinstance(stored.model, CalmModel)
+    encoder = flops.count_autoencoder(stored.model, 0).part("encoder").forward_flops_per_token
+    ideal = step_time(flying, IDEAL).terms["encoder"]
+    # The last of two stages encodes; its tensor-parallel ranks share the tokens.
+    tokens = flying.tokens_per_step / flying.data_parallel_size
+    shared = flying.parallel.tensor_parallel_size * flying.parallel.pipeline_parallel_size
+    assert ideal == pytest.approx(encoder * tokens / shared / IDEAL.fp32_flops, rel=0.01)
+    assert (
+        training_cost(predict(language_recipe(TRANSFORMER), H100), Reliability())["data"][
+            "other_latents"
+        ]
+        is None
+    )
 
 
 def test_best_interval_is_the_best() -> None:
