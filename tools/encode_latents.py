@@ -104,6 +104,12 @@ def parse_arguments() -> argparse.Namespace:
         help="type of the stored tokens (default auto: uint16 for up to 65,536 entries)",
     )
     parser.add_argument(
+        "--latent-dtype",
+        choices=("float16", "int8"),
+        help="type of the stored latents; int8: half the size, each dimension of a block with a "
+        "scale of its own (default float16)",
+    )
+    parser.add_argument(
         "--compression",
         choices=("zstd",),
         help="compress shards of tokens; readers unpack them into data.cache_dir (default: none)",
@@ -168,6 +174,7 @@ def settle_options(args: argparse.Namespace) -> None:
             setattr(args, name, value)
     args.variant = args.variant or "fp16"
     args.block_size = args.block_size or 512
+    args.latent_dtype = args.latent_dtype or "float16"
 
 
 def load_encoder(directory: Path, device: str) -> Autoencoder:
@@ -254,6 +261,7 @@ def main() -> None:
         reading=reading,
         token_dtype=args.token_dtype,
         compression=args.compression,
+        latent_dtype=args.latent_dtype,
         out=None if args.overwrite else args.out,
         skip_faults=skip_faults,
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calm_dist.data.int8 import dequantize
 from calm_dist.data.latents import describe_autoencoder
 from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.data.store import Shard, StoreMeta, StorePlan, read_meta, read_shards
@@ -146,8 +147,9 @@ def _check_shard(shard: Shard, result: StoreCheck) -> None:
                 f"shard {shard.path}: block {row} of it has the token {most}, but there are only "
                 f"{meta.vocab_size}; encode the corpus again"
             )
-        for name in columns.keys() - {"tokens"}:
-            values = columns[name]
+        for name, values in dequantize(columns).items():
+            if name == "tokens":
+                continue
             if not np.isfinite(values).all() or (
                 name == "log_std" and float(values.max()) > _LARGEST_LOG_STD
             ):
@@ -179,7 +181,7 @@ def _columns(rows: np.ndarray, meta: StoreMeta) -> dict[str, np.ndarray]:
 
 
 def read_block(path: str, number: int) -> dict[str, np.ndarray]:
-    """The columns of one block, after checking the shard that holds it.
+    """The columns of one block, after checking the shard that holds it; int8 latents as float32.
 
     Raises:
         DataError: the block does not exist, or its shard is damaged.
@@ -195,7 +197,8 @@ def read_block(path: str, number: int) -> dict[str, np.ndarray]:
                     samples.check()
                     for first, columns in _rows(samples, meta):
                         if number < first + len(columns["tokens"]):
-                            return {n: column[number - first] for n, column in columns.items()}
+                            block = {n: column[number - first] for n, column in columns.items()}
+                            return dequantize(block)
             number -= shard.samples
     raise AssertionError("read_shards has checked the number of blocks")
 
@@ -238,6 +241,7 @@ def settings_of(store: Path) -> dict[str, Any]:
         "autoencoder": None if autoencoder is None else str(autoencoder),
         "token_dtype": meta.token_dtype,
         "compression": meta.compression,
+        "latent_dtype": meta.latent_dtype,
     }
 
 

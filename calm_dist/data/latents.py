@@ -24,6 +24,7 @@ from calm_dist.data.corpus import corpus_sha256, describe_corpus, find_files, pa
 from calm_dist.data.corpus_files import CorpusFiles, CorpusPaths
 from calm_dist.data.dedup import Repetitions
 from calm_dist.data.formats import TEXT_AND_ID, Document, Reading
+from calm_dist.data.int8 import quantize
 from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.data.manifest import BegunCorpus, moved_paths, read_shares
 from calm_dist.data.parts import (
@@ -45,6 +46,7 @@ from calm_dist.data.reports import REPORT
 from calm_dist.data.store import (
     AutoencoderInfo,
     Compression,
+    LatentDtype,
     StoreMeta,
     StorePlan,
     TokenDtype,
@@ -90,6 +92,7 @@ def plan_store(
     reading: Reading = TEXT_AND_ID,
     token_dtype: TokenDtype | Literal["auto"] = "uint32",
     compression: Compression | None = None,
+    latent_dtype: LatentDtype = "float16",
     out: str | Path | None = None,
     skip_faults: bool = False,
 ) -> StorePlan:
@@ -110,6 +113,7 @@ def plan_store(
         token_dtype: type of the stored tokens; auto: that of the store in ``out``, if there is one,
             or the smaller one that has room for the vocabulary.
         compression: of the shards; only for ``tokens``.
+        latent_dtype: type of the stored latents.
         out: where the store may be finished already. An earlier version, which hashed all contents
             of a corpus, may have written it.
         skip_faults: as for `write_store`; otherwise a damaged table is an error here.
@@ -122,6 +126,8 @@ def plan_store(
         raise DataError(
             f"--compression {compression}: saves little on latents, and takes time; leave it out"
         )
+    if latent_dtype != "float16" and variant != "fp16":
+        raise DataError(f"--latent-dtype {latent_dtype}: --variant tokens has no latents")
     if variant == "fp16":
         if autoencoder is None:
             raise DataError("variant fp16: needs an autoencoder; give --autoencoder CKPT, or use "
@@ -177,6 +183,7 @@ def plan_store(
         reading=reading,
         token_dtype=token_dtype,
         compression=compression,
+        latent_dtype=latent_dtype,
     )
 
 
@@ -494,6 +501,7 @@ def _encoder(plan: StorePlan, autoencoder: Autoencoder | None, batch_size: int) 
             batch = blocks[start : start + batch_size]
             with torch.no_grad():
                 encoded = model.encode(torch.from_numpy(batch.astype(np.int64)).to(device))
+            exact = [value.float().cpu().numpy() for value in encoded]
             mean, log_std = (value.to(torch.float16).cpu().numpy() for value in encoded)
             if not (np.isfinite(mean).all() and np.isfinite(log_std).all()):
                 raise DataError(
@@ -501,6 +509,9 @@ def _encoder(plan: StorePlan, autoencoder: Autoencoder | None, batch_size: int) 
                     "trained long enough"
                 )
             for i, tokens in enumerate(batch.astype(plan.token_dtype)):
-                yield {"tokens": tokens, "mean": mean[i], "log_std": log_std[i]}
+                if plan.latent_dtype == "int8":
+                    yield {"tokens": tokens, **quantize(exact[0][i], exact[1][i])}
+                else:
+                    yield {"tokens": tokens, "mean": mean[i], "log_std": log_std[i]}
 
     return encode

@@ -70,6 +70,7 @@ _DEFAULTS = {
     "reading": TEXT_AND_ID.model_dump(mode="json"),
     "token_dtype": "uint32",
     "compression": None,
+    "latent_dtype": "float16",
 }
 
 

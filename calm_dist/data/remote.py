@@ -14,7 +14,7 @@ from calm_dist.compat.streaming import CloudUploader
 from calm_dist.data.download import DEFAULT, Downloads, check_address, downloader_for, transfer
 from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.data.shared_names import scratch_directory
-from calm_dist.data.store import read_meta
+from calm_dist.data.store import has_index, read_meta
 from calm_dist.errors import DataError
 from calm_dist.progress import progress
 from calm_dist.redact import redact
@@ -82,17 +82,26 @@ def fetch_description(
     parent.mkdir(parents=True, exist_ok=True)
     # One per process, because nodes may share the parent of the cache.
     incoming = Path(tempfile.mkdtemp(prefix="incoming_", dir=parent))
+
+    def get(name: str) -> None:
+        if is_remote(path):
+            fetch_file(path, name, incoming, downloads)
+        else:
+            shutil.copyfile(Path(path) / name, incoming / name)
+
     try:
-        for name in (META, INDEX):
-            if is_remote(path):
-                fetch_file(path, name, incoming, downloads)
-            else:
-                shutil.copyfile(Path(path) / name, incoming / name)
+        get(META)
+        present = cache / META
+        same = present.exists() and present.read_bytes() == (incoming / META).read_bytes()
+        if same and has_index(cache):
+            # The index of a large store is large, and a second one may not fit on the disk.
+            shutil.rmtree(incoming)
+            return cache
+        get(INDEX)
     except (DataError, OSError):
         shutil.rmtree(incoming)
         raise
-    present = cache / META
-    if not present.exists() or present.read_bytes() != (incoming / META).read_bytes():
+    if not same:
         shutil.rmtree(cache, ignore_errors=True)
     cache.mkdir(parents=True, exist_ok=True)
     for name in (INDEX, META):

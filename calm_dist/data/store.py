@@ -1,7 +1,8 @@
 """The format of a data store: one MDS dataset, its ``meta.json`` and a copy of its tokenizer.
 
 A sample is one block: ``tokens`` uint32[T] or uint16[T] and, in the variant ``fp16``, the posterior
-of every patch, ``mean`` and ``log_std`` float16[P, l] with P = T/K. Streaming trusts
+of every patch, ``mean`` and ``log_std`` float16[P, l] with P = T/K, or int8 with ``scales``
+float16[4, l]. Streaming trusts
 ``index.json``: it unpickles columns that the index calls pickles, writes to paths that the index
 names, and skips files that it cannot read. Therefore every field of the index is checked here
 first.
@@ -38,6 +39,7 @@ HASH = "sha256"
 Variant = Literal["fp16", "tokens"]
 TokenDtype = Literal["uint16", "uint32"]
 Compression = Literal["zstd"]
+LatentDtype = Literal["float16", "int8"]
 Positive = Annotated[int, Field(gt=0, lt=2**63)]
 NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -118,6 +120,8 @@ class StorePlan(_Strict):
     """Type of the stored tokens; uint16 has room for 65,536 entries."""
     compression: Compression | None = None
     """How shards of tokens are compressed; readers unpack them into their cache."""
+    latent_dtype: LatentDtype = "float16"
+    """Type of the stored latents; of int8, each block has its own scales (`data.int8`)."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -127,6 +131,8 @@ class StorePlan(_Strict):
             raise ValueError(f"token_dtype uint16 has no room for {self.vocab_size} entries")
         if self.compression is not None and self.variant != "tokens":
             raise ValueError("compression: latents do not compress")
+        if self.latent_dtype != "float16" and self.variant != "fp16":
+            raise ValueError("latent_dtype: the variant tokens has no latents")
         given = [value is not None for value in (self.latent_size, self.autoencoder)]
         if given != [self.variant == "fp16"] * 2:
             raise ValueError("latent_size and autoencoder are needed by the variant fp16 only")
@@ -143,7 +149,9 @@ class StorePlan(_Strict):
         columns = {"tokens": f"ndarray:{self.token_dtype}:{self.block_size}"}
         if self.variant == "fp16":
             shape = f"{self.num_patches},{self.latent_size}"
-            columns["mean"] = columns["log_std"] = f"ndarray:float16:{shape}"
+            columns["mean"] = columns["log_std"] = f"ndarray:{self.latent_dtype}:{shape}"
+            if self.latent_dtype == "int8":
+                columns["scales"] = f"ndarray:float16:4,{self.latent_size}"
         return columns
 
     @property
@@ -151,7 +159,10 @@ class StorePlan(_Strict):
         """Bytes of each column of one sample."""
         sizes = {"tokens": np.dtype(self.token_dtype).itemsize * self.block_size}
         if self.latent_size is not None:
-            sizes["mean"] = sizes["log_std"] = 2 * self.num_patches * self.latent_size
+            width = np.dtype(self.latent_dtype).itemsize
+            sizes["mean"] = sizes["log_std"] = width * self.num_patches * self.latent_size
+            if self.latent_dtype == "int8":
+                sizes["scales"] = 2 * 4 * self.latent_size
         return sizes
 
     @property
@@ -173,7 +184,7 @@ class StorePlan(_Strict):
         return values
 
 
-LATER_FIELDS = ("parts", "order", "reading", "token_dtype", "compression")
+LATER_FIELDS = ("parts", "order", "reading", "token_dtype", "compression", "latent_dtype")
 """Fields that the first version of stores did not have; absent where they have their default."""
 
 
@@ -394,6 +405,16 @@ def read_shards(path: str | Path, meta: StoreMeta) -> list[Shard]:
         reason = str(error)[:300]
         raise DataError(f"{file}: is not the index of a data store: {reason}") from error
     return shards
+
+
+def has_index(path: Path) -> bool:
+    """Whether a directory holds the description of a store, whose two files fit together."""
+    try:
+        meta = read_meta(path)
+        raw = read_bounded(path / INDEX, _LARGEST_INDEX)
+    except (DataError, OSError):
+        return False
+    return fingerprint(meta.to_dict(), raw) == meta.fingerprint
 
 
 def _check_keys(what: str, found: Any, wanted: Iterable[str]) -> None:

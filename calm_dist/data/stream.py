@@ -36,6 +36,7 @@ from calm_dist.data.guard import (
     canonical_nodes,
     open_source,
 )
+from calm_dist.data.int8 import dequantize
 from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.data.mixture import Mixture, Weight
 from calm_dist.data.readers import (
@@ -79,7 +80,8 @@ class Store:
     """Random access to the blocks of a local store.
 
     ``store[i]`` is ``{"index", "tokens" uint32[T] or uint16[T]}`` and, in the variant ``fp16``,
-    ``"mean"`` and ``"log_std"`` float16[P, l], as numpy arrays.
+    ``"mean"`` and ``"log_std"`` float16[P, l] (float32 if they are stored as int8), as numpy
+    arrays.
 
     Raises:
         DataError: on opening or on access, if something is missing or damaged.
@@ -122,7 +124,7 @@ class Store:
             shard.check()
             self._checked.add(number)
         try:
-            return {"index": index, **self._samples[index]}
+            return {"index": index, **dequantize(self._samples[index])}
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise DataError(
                 f"shard {shard.path}: block {index} cannot be read ({error}); copy or encode it "
@@ -442,6 +444,8 @@ def _open_on_all_ranks(
 
 def _collate(samples: list[dict[str, Any]]) -> Batch:
     batch = {"index": torch.tensor([sample["index"] for sample in samples])}
+    # One by one: stores of a mixture may have latents of different types.
+    samples = [dequantize(sample) for sample in samples]
     for name, dtype in (
         ("tokens", torch.int64),
         ("mean", torch.float32),

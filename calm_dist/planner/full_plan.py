@@ -189,6 +189,8 @@ def _run_lines(run: dict[str, Any], steps: int, device: str) -> list[str]:
     failures, checkpoint, data = run["failures"], run["checkpoint"], run["data"]
     best, own = failures["best"], failures["recipe"]
     price = "" if run["price"] is None else f", cost {_amount(run['price'])}"
+    int8 = data["bytes_per_token_int8"]
+    as_int8 = f" (int8 {int8:.3g})" if int8 < data["bytes_per_token"] else ""
     return [
         f"Run: {steps:,} steps in {_duration(run['hours'] * 3600)}, {_amount(run['gpu_hours'])} "
         f"{device}-hours{price}",
@@ -198,7 +200,7 @@ def _run_lines(run: dict[str, Any], steps: int, device: str) -> list[str]:
         f"Checkpoint: {size_text(checkpoint['bytes'])}, written in "
         f"{_duration(checkpoint['write_seconds'])}, training waits "
         f"{_duration(checkpoint['stall_seconds'])}",
-        f"Data: {data['bytes_per_token']:.3g} bytes a token, "
+        f"Data: {data['bytes_per_token']:.3g} bytes a token{as_int8}, "
         f"{data['bytes_of_all_tokens'] / 1e12:,.2f} TB for all steps, read at "
         f"{data['read_bytes_per_second'] / 1e6:,.1f} MB/s",
         *_other_latents_lines(data["other_latents"]),

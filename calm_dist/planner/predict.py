@@ -98,6 +98,7 @@ def training_cost(
         "price": None if cluster.price is None else gpu_hours * cluster.price,
         "data": {
             "bytes_per_token": per_token,
+            "bytes_per_token_int8": latent_bytes_per_token(recipe, int8=True),
             "bytes_of_all_tokens": per_token * recipe.tokens_per_step * recipe.training.steps,
             "read_bytes_per_second": per_token * prediction.tokens_per_second,
             "other_latents": _other_latents(prediction),

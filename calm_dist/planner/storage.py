@@ -50,14 +50,20 @@ class Reliability:
     replica's host memory, for which training waits (assumption)."""
 
 
-def latent_bytes_per_token(recipe: LanguageModelRecipe) -> float:
-    """Bytes per token in the store: the token, and its share of mean and log_std of the patches."""
+def latent_bytes_per_token(recipe: LanguageModelRecipe, *, int8: bool = False) -> float:
+    """Bytes per token in the store: the token, and its share of mean and log_std of the patches.
+
+    Args:
+        int8: the latents are stored as int8, with four fp16 scales per dimension of a block.
+    """
     model = recipe.model
     token = 2 if flops.known_size(model, "vocab_size") <= UINT16_ENTRIES else 4
     if model.kind != "calm" or not model.has_latents or recipe.data.latents != "stored":
         return token
-    latents = 2 * FP16_BYTES * flops.known_size(model, "latent_size")
-    return token + latents / model.patch_size
+    latent = flops.known_size(model, "latent_size")
+    if int8:
+        return token + 2 * latent / model.patch_size + 4 * FP16_BYTES * latent / recipe.block_size
+    return token + 2 * FP16_BYTES * latent / model.patch_size
 
 
 def with_other_latents(recipe: LanguageModelRecipe) -> LanguageModelRecipe | None:

@@ -163,6 +163,9 @@ def test_storage_and_checkpoint() -> None:
             token_dtype=dtype,  # type: ignore[arg-type]
         )
         assert latent_bytes_per_token(planned) == plan.sample_bytes / plan.block_size
+        plan = plan.model_copy(update={"latent_dtype": "int8"})
+        found = latent_bytes_per_token(planned, int8=True)
+        assert found == pytest.approx(plan.sample_bytes / plan.block_size)
     # bf16 weights of the backbone, fp32 masters and moments of all.
     head = 170_979_968
     assert checkpoint_bytes(recipe) == 1_829_793_408 * 12 + (1_829_793_408 - head) * 2
