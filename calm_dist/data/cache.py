@@ -14,18 +14,16 @@ import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from filelock import FileLock
 
 from calm_dist.compat.streaming import Reader, ShardState, StreamingDataset
 from calm_dist.data.download import InterruptedTransferError
 from calm_dist.data.layout import INDEX, META
+from calm_dist.data.store import Shard, StoreMeta
 from calm_dist.errors import DataError
 from calm_dist.log import NOTE
-
-if TYPE_CHECKING:
-    from calm_dist.data.guard import Source
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +33,22 @@ _SHARDS_PER_READER = 2
 _LEAST_SHARDS = 4
 # An attempt to download ends long before.
 _ABANDONED_SECONDS = 6 * 3600.0
+
+
+class Source(Protocol):
+    """A `guard.Source`."""
+
+    @property
+    def directory(self) -> Path: ...
+
+    @property
+    def meta(self) -> StoreMeta: ...
+
+    @property
+    def shards(self) -> list[Shard]: ...
+
+    @property
+    def is_cached(self) -> bool: ...
 
 
 def overhead_bytes(source: Source) -> int:

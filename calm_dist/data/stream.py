@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 
 from calm_dist.compat.streaming import LocalDataset, World, patient_attaching
 from calm_dist.data.cache import check_limit, paths_of_node, remove_abandoned
+from calm_dist.data.description import fetch_description
 from calm_dist.data.download import DEFAULT, Downloads
 from calm_dist.data.guard import (
     SHUFFLE_BLOCK_SIZE,
@@ -47,7 +48,6 @@ from calm_dist.data.readers import (
     hand_over,
     poll_seconds,
 )
-from calm_dist.data.remote import fetch_description
 from calm_dist.data.shared_names import RunNumber
 from calm_dist.data.store import StoreMeta
 from calm_dist.errors import (
