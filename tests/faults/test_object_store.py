@@ -234,4 +234,7 @@ def test_a_store_larger_than_the_disk(
     finally:
         server.stop()
     assert losses(run_dir) == expected
-    assert watch.looks > 100 and 3 * shard_bytes < watch.most <= limit
+    # A look takes a while: it may see a shard that is being deleted and the one in its place. A
+    # start compares a second copy of meta.json.
+    most = limit + shard_bytes + sizes["meta.json"]
+    assert watch.looks > 100 and 3 * shard_bytes < watch.most <= most
