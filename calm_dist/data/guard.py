@@ -29,7 +29,6 @@ from calm_dist.data.cache import EvictingDataset, overhead_bytes
 from calm_dist.data.download import (
     Downloads,
     InterruptedTransferError,
-    MissingError,
     busy,
     downloader_for,
     transfer,
@@ -37,7 +36,7 @@ from calm_dist.data.download import (
 from calm_dist.data.layout import is_remote
 from calm_dist.data.mixture import Mixture
 from calm_dist.data.shared_names import RunNumber
-from calm_dist.data.store import Shard, StoreMeta, read_meta, read_shards
+from calm_dist.data.store import DamagedShardError, Shard, StoreMeta, read_meta, read_shards
 from calm_dist.errors import DataError
 from calm_dist.log import NOTE
 from calm_dist.redact import redact
@@ -182,9 +181,7 @@ class _CheckedStream(Stream):
         try:
             change = super().prepare_shard(shard)
             self.check(shard)
-        except MissingError:
-            raise
-        except DataError as error:
+        except DamagedShardError as error:
             if self.remote is None or cached:
                 raise
             # The download was damaged: a proxy may have cut it, and another may not.

@@ -253,6 +253,10 @@ def read_meta(path: str | Path, downloads: Downloads | None = None) -> StoreMeta
         ) from error
 
 
+class DamagedShardError(DataError):
+    """A shard's file is there, but is not what the index says."""
+
+
 @dataclass(frozen=True)
 class StoredFile:
     """A file of a store, as described by the index."""
@@ -265,7 +269,7 @@ class StoredFile:
         """Raises DataError if the file is missing or has another size."""
         found = _stat(self.path).st_size
         if found != self.size:
-            raise DataError(
+            raise DamagedShardError(
                 f"shard {self.path}: has {found} bytes instead of {self.size}; copy or encode it "
                 "again"
             )
@@ -275,7 +279,7 @@ class StoredFile:
         self.check_size()
         found = file_sha256(self.path)
         if found != self.sha256:
-            raise DataError(
+            raise DamagedShardError(
                 f"shard {self.path}: is damaged (sha256 {found[:12]}… instead of "
                 f"{self.sha256[:12]}…); copy or encode it again"
             )
@@ -327,7 +331,7 @@ class Shard(StoredFile):
                     left -= len(data)
             partial.replace(place)
         except zstandard.ZstdError as error:
-            raise DataError(
+            raise DamagedShardError(
                 f"shard {packed}: cannot be unpacked ({error}); copy or encode it again"
             ) from error
         finally:
@@ -358,7 +362,7 @@ class Shard(StoredFile):
         first = self.size - self.samples * self.sample_bytes
         wanted = list(range(first, self.size + 1, self.sample_bytes))
         if count != self.samples or places != wanted:
-            raise DataError(
+            raise DamagedShardError(
                 f"shard {self.path}: its samples are not at the expected offsets; encode it again"
             )
 
