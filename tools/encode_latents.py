@@ -6,6 +6,9 @@
     python tools/encode_latents.py --variant tokens --patch-size 4 --block-size 2048 \\
         --tokenizer data/tokenizer.json --corpus data/corpus/train.jsonl --out data/tokens/train
 
+    python tools/encode_latents.py --append-to data/latents/train --corpus more.jsonl \\
+        --out data/latents/train-2
+
 Run the same command again to continue after an interruption; it does nothing if the store is
 complete.
 
@@ -44,8 +47,13 @@ def parse_arguments() -> argparse.Namespace:
         metavar="CKPT",
         help="run directory, checkpoint, or directory in the released layout (variant fp16)",
     )
+    parser.add_argument("--tokenizer", metavar="F", help="tokenizer.json or tokenizer.model")
     parser.add_argument(
-        "--tokenizer", required=True, metavar="F", help="tokenizer.json or tokenizer.model"
+        "--append-to",
+        type=Path,
+        metavar="STORE",
+        help="write more text for a training on STORE: tokenizer, variant, block size, patch size "
+        "and autoencoder are those of STORE, which is not changed",
     )
     parser.add_argument(
         "--begin-token",
@@ -68,13 +76,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--variant",
         choices=("fp16", "tokens"),
-        default="fp16",
         help="fp16: tokens and latents (default); tokens: no latents, no autoencoder",
     )
     parser.add_argument(
         "--block-size",
         type=at_least(1),
-        default=512,
         metavar="T",
         help="tokens per block (default 512)",
     )
@@ -96,6 +102,17 @@ def parse_arguments() -> argparse.Namespace:
         choices=("auto", "uint16", "uint32"),
         default="auto",
         help="type of the stored tokens (default auto: uint16 for up to 65,536 entries)",
+    )
+    parser.add_argument(
+        "--latent-dtype",
+        choices=("float16", "int8"),
+        help="type of the stored latents; int8: half the size, each dimension of a block with a "
+        "scale of its own (default float16)",
+    )
+    parser.add_argument(
+        "--compression",
+        choices=("zstd",),
+        help="compress shards of tokens; readers unpack them into data.cache_dir (default: none)",
     )
     parser.add_argument(
         "--parts",
@@ -121,7 +138,10 @@ def parse_arguments() -> argparse.Namespace:
     add_reading(parser)
     add_device(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace another store in --out")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.append_to is None and args.tokenizer is None:
+        parser.error("--tokenizer is required, unless --append-to names a store that has it")
+    return args
 
 
 def worker(text: str) -> tuple[int, int]:
@@ -132,6 +152,29 @@ def worker(text: str) -> tuple[int, int]:
             f"{text}: give I/W, worker I of W, with I from 0 to W-1, such as 0/4"
         )
     return int(match[1]), int(match[2])
+
+
+def settle_options(args: argparse.Namespace) -> None:
+    """Fill in the options that --append-to takes from a store, and defaults.
+
+    Raises:
+        DataError: an option contradicts the store.
+    """
+    if args.append_to is not None:
+        from calm_dist.data.inspection import settings_of
+        from calm_dist.errors import DataError
+
+        for name, value in settings_of(args.append_to).items():
+            given = getattr(args, name)
+            if given is not None and given not in (value, "auto"):
+                option = f"--{name.replace('_', '-')}"
+                raise DataError(
+                    f"{option} {given}: {args.append_to} has {value}; leave {option} out"
+                )
+            setattr(args, name, value)
+    args.variant = args.variant or "fp16"
+    args.block_size = args.block_size or 512
+    args.latent_dtype = args.latent_dtype or "float16"
 
 
 def load_encoder(directory: Path, device: str) -> Autoencoder:
@@ -181,6 +224,7 @@ def main() -> None:
     args = parse_arguments()
     announce("loading libraries ...")
 
+    from calm_dist.data.inspection import refuse_same_text
     from calm_dist.data.latents import (
         check_worker,
         finished_store,
@@ -193,6 +237,7 @@ def main() -> None:
     from calm_dist.data.tokenizer import load_tokenizer
     from calm_dist.runs.checkpoints import find_checkpoint
 
+    settle_options(args)
     if args.worker is not None or args.begin:
         check_worker(args.out, args.worker or (0, 1), args.parts, overwrite=args.overwrite)
     directory = None
@@ -215,9 +260,13 @@ def main() -> None:
         parts=args.parts,
         reading=reading,
         token_dtype=args.token_dtype,
+        compression=args.compression,
+        latent_dtype=args.latent_dtype,
         out=None if args.overwrite else args.out,
         skip_faults=skip_faults,
     )
+    if args.append_to is not None:
+        refuse_same_text(args.append_to, plan)
     shard_bytes = args.shard_mib << 20
     blocks_per_shard = blocks_in_shard(plan, shard_bytes)
     meta = None if args.overwrite else finished_store(args.out, plan)

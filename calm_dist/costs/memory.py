@@ -22,6 +22,8 @@ from calm_dist.recipe import (
 )
 from calm_dist.recipe.checks import padded_vocab_size
 
+UINT16_ENTRIES = 1 << 16
+"""Largest vocabulary whose tokens fit uint16, as which data stores then hold them."""
 FP32_BYTES = 4
 # Tensors of a chunk's draws that exist together: the draws, their noise, a product of both.
 SCORE_COPIES = 3

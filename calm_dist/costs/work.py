@@ -44,6 +44,9 @@ SUM_KERNELS, GPU_SUM_KERNELS, GPU_OTHER_SUM_KERNELS = 12, 6, 8
 WEIGHT_KERNELS, OPTIMIZER_KERNELS, ENGINE_KERNELS = 6, 60, 30
 # Embeddings of all tokens, SiLU and LayerNorm of the compressor, per element of the hidden state.
 COMPRESSOR_HIDDEN, COMPRESSOR_KERNELS = 40, 40
+# The frozen encoder, forward, per element of a token's hidden state and of its MLP's width: the
+# embedding, a norm and a residual; SiLU and the product.
+ENCODER_HIDDEN, ENCODER_INTERMEDIATE, ENCODER_KERNELS = 20, 6, 40
 # Energy score: accesses per element of a draw, in fp32; kernels per chunk of positions.
 DRAW_ACCESSES, SCORE_KERNELS = 7, 35
 # The same in one kernel on GPUs: warp instructions per component of a draw, for up to eight samples
@@ -114,6 +117,8 @@ def micro_batch_work(
     if stage == parallel.pipeline_parallel_size - 1:
         if model.kind == "calm":
             parts["head"] = _head(recipe, model)
+            if model.has_latents and recipe.data.latents == "on_the_fly":
+                parts["encoder"] = _encoder(recipe, model, cluster)
             if model.head.spec.scores_energy:
                 parts["energy score"] = _score(recipe, model, cluster)
         if last_stage_tables(model):
@@ -206,6 +211,21 @@ def _head(recipe: LanguageModelRecipe, model: CalmModel) -> Work:
         flops.BACKWARD_AND_FORWARD * products,
         traffic=elements * samples * rows * width + copies,
         kernels=model.head_spec.kernels(head),
+    )
+
+
+def _encoder(recipe: LanguageModelRecipe, model: CalmModel, cluster: Cluster) -> Work:
+    """The frozen autoencoder's forward pass over the tokens of this rank's shard, in fp32."""
+    tokens = positions(recipe) / recipe.parallel.tensor_parallel_size * model.patch_size
+    encoder = flops.count_autoencoder(model, 0).part("encoder")
+    # Work is timed at the peak of the recipe's precision.
+    slower = 1.0 if recipe.precision == "fp32" else cluster.peak_flops / cluster.fp32_flops
+    size = model.autoencoder_size
+    elements = ENCODER_HIDDEN * size.hidden_size + ENCODER_INTERMEDIATE * size.intermediate_size
+    return Work(
+        encoder.forward_flops_per_token * tokens * slower,
+        traffic=elements * tokens * FP32_BYTES,
+        kernels=ENCODER_KERNELS,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 from pathlib import Path
 from threading import Event
@@ -23,9 +23,9 @@ from calm_dist.compat.streaming import (
     SharedArray,
     SharedScalar,
     Stream,
-    StreamingDataset,
     World,
 )
+from calm_dist.data.cache import EvictingDataset, overhead_bytes
 from calm_dist.data.download import (
     Downloads,
     InterruptedTransferError,
@@ -34,8 +34,9 @@ from calm_dist.data.download import (
     transfer,
 )
 from calm_dist.data.layout import is_remote
+from calm_dist.data.mixture import Mixture
 from calm_dist.data.shared_names import RunNumber
-from calm_dist.data.store import Shard, StoreMeta, read_meta, read_shards
+from calm_dist.data.store import DamagedShardError, Shard, StoreMeta, read_meta, read_shards
 from calm_dist.errors import DataError
 from calm_dist.log import NOTE
 from calm_dist.redact import redact
@@ -50,9 +51,14 @@ CHECK_ON_OPEN_BYTES = 4 << 30
 # shards. The number used is the greatest common divisor of this and the global batch size.
 _MOST_CANONICAL_NODES = 64
 # Samples over which a shard is spread. Blocks were already shuffled by document when written.
-_SHUFFLE_BLOCK_SIZE = 1 << 12
+SHUFFLE_BLOCK_SIZE = 1 << 12
 # Streaming selects the part of a store for an epoch in a Python loop over this many picks.
 _MOST_PICKS_PER_EPOCH = 1 << 16
+
+
+def canonical_nodes(global_batch_size: int) -> int:
+    """Number of paths through the shards."""
+    return gcd(_MOST_CANONICAL_NODES, global_batch_size)
 
 
 @dataclass(frozen=True)
@@ -66,10 +72,15 @@ class Source:
     shards: list[Shard]
 
     @property
+    def is_cached(self) -> bool:
+        """Whether its shards are read from copies in ``directory``, which may be deleted."""
+        return is_remote(self.path) or self.meta.compression is not None
+
+    @property
     def checked(self) -> bool:
         """Whether every shard is hashed on opening."""
         size = sum(shard.size for shard in self.shards)
-        return not is_remote(self.path) and size <= CHECK_ON_OPEN_BYTES
+        return not self.is_cached and size <= CHECK_ON_OPEN_BYTES
 
     def check(self) -> None:
         """Check that no shard is missing or of a wrong size or, in small stores, damaged.
@@ -80,6 +91,11 @@ class Source:
             DataError: for the first such shard.
         """
         if is_remote(self.path):
+            return
+        if self.is_cached:
+            # The originals, from which the copies are unpacked.
+            for shard in self.shards:
+                replace(shard.stored, path=Path(self.path) / shard.stored.path.name).check_size()
             return
         for shard in self.shards:
             shard.check_size()
@@ -106,15 +122,17 @@ class _CheckedStream(Stream):
     _first: int
     _stopping: Callable[[], bool]
 
-    def __init__(self, source: Source, weight: float | None, downloads: Downloads) -> None:
+    def __init__(self, source: Source, downloads: Downloads, limited: bool) -> None:
         super().__init__(
-            remote=source.path if is_remote(source.path) else None,
+            remote=source.path if source.is_cached else None,
             local=str(source.directory),
-            proportion=weight,
         )
         self._number_of = {shard.path.name: i for i, shard in enumerate(source.shards)}
         self._shards = source.shards
         self._downloads = downloads
+        self._source = source
+        self.is_cached = source.is_cached
+        self._evictable = limited and source.is_cached
         if self.remote is not None:
             self._downloader = downloader_for(self.remote)
 
@@ -145,9 +163,14 @@ class _CheckedStream(Stream):
 
     def set_up_local(self, shards: list[Reader], cache_usage_per_shard: np.ndarray) -> None:
         """Report all shards as absent, so that `prepare_shard` is called: a shard that was hashed
-        on opening may have changed since."""
+        on opening may have changed since. Under a limit, what the cache holds must be counted."""
         super().set_up_local(shards, cache_usage_per_shard)
-        cache_usage_per_shard[:] = 0
+        if not self._evictable:
+            cache_usage_per_shard[:] = 0
+
+    def get_index_size(self) -> int:
+        """Bytes in the cache besides the shards."""
+        return overhead_bytes(self._source) if self.is_cached else 0
 
     def prepare_shard(self, shard: Reader) -> int:
         """Download the shard if needed, then hash it."""
@@ -155,35 +178,54 @@ class _CheckedStream(Stream):
             # For a missing shard, Streaming would only report that there is no remote.
             self._expected(shard)[1].check_size()
         cached = self._expected(shard)[1].path.exists()
-        change = super().prepare_shard(shard)
         try:
+            change = super().prepare_shard(shard)
             self.check(shard)
-        except DataError as error:
+        except DamagedShardError as error:
             if self.remote is None or cached:
                 raise
             # The download was damaged: a proxy may have cut it, and another may not.
             _log.log(NOTE, f"{error}; downloading it again")
-            super().prepare_shard(shard)
+            change = super().prepare_shard(shard)
             self.check(shard)
         return change
 
-    def check(self, shard: Reader) -> None:
+    def _decompress_shard_part(
+        self, zip_info: Any, zip_filename: str, raw_filename: str, compression: str | None
+    ) -> None:
+        """Like Streaming's, which believes the file and unpacks whatever it holds."""
+        packed, place = Path(zip_filename), Path(raw_filename)
+        try:
+            self._shards[self._number_of[place.name]].unpack(packed, place)
+        finally:
+            # A damaged one must not be taken for a good copy, and a good one is not needed again.
+            packed.unlink(missing_ok=True)
+
+    def check(self, shard: Reader) -> bool:
         """Hash a shard, unless it has not changed since it was hashed on this node.
+
+        Returns:
+            False if it has been deleted to make room for another one.
 
         Raises:
             DataError: it is missing or damaged.
         """
         number, expected = self._expected(shard)
+        if self._evictable and not expected.path.exists():
+            return False
         try:
             changed = expected.changed()
             if changed != self._hashed[self._first + number]:
                 expected.check()
                 self._hashed[self._first + number] = changed
         except DataError:
+            if self._evictable and not expected.path.exists():
+                return False
             if self.remote is not None:
                 # A later start must not take a damaged download for a good copy.
                 expected.path.unlink(missing_ok=True)
             raise
+        return True
 
     def _expected(self, shard: Reader) -> tuple[int, Shard]:
         number = self._number_of[shard.file_pairs[0][0].basename]
@@ -203,41 +245,45 @@ class _CheckedStream(Stream):
         )
 
 
-class GuardedDataset(StreamingDataset):
+class GuardedDataset(EvictingDataset):
     """A StreamingDataset that raises where its parent ends an epoch early or hangs."""
 
     def __init__(
         self,
         sources: Sequence[Source],
-        weights: Sequence[float] | None,
+        mixture: Mixture,
         *,
         batch_size: int,
         replication: int,
         seed: int,
         number: RunNumber,
         downloads: Downloads,
+        cache_limit: int | None = None,
+        readers: int = 1,
     ) -> None:
         world = World.detect()
         num_replicas = world.num_ranks // replication
         global_batch_size = batch_size * num_replicas
         num_blocks = sum(source.meta.num_blocks for source in sources)
-        streams = [
-            _CheckedStream(source, weights[i] if weights else None, downloads)
-            for i, source in enumerate(sources)
-        ]
+        streams = [_CheckedStream(source, downloads, cache_limit is not None) for source in sources]
         with number.used_by_streaming():
             super().__init__(
                 streams=streams,
-                epoch_size=num_blocks // global_batch_size * global_batch_size,
+                epoch_size=mixture.steps_per_epoch * global_batch_size,
                 sampling_granularity=-(-num_blocks // _MOST_PICKS_PER_EPOCH),
                 partition_algo="orig",
-                num_canonical_nodes=gcd(_MOST_CANONICAL_NODES, global_batch_size),
+                num_canonical_nodes=canonical_nodes(global_batch_size),
                 batch_size=batch_size,
                 shuffle=True,
                 shuffle_seed=seed,
-                shuffle_block_size=_SHUFFLE_BLOCK_SIZE,
+                shuffle_block_size=SHUFFLE_BLOCK_SIZE,
                 replication=replication,
+                predownload=_blocks_ahead(sources, batch_size, cache_limit, readers),
             )
+        self.mixture = mixture
+        self.limit = cache_limit
+        if world.is_local_leader:
+            self.shrink()
         assert self.num_canonical_nodes is not None
         if self.num_canonical_nodes % self._parallel_rank_world.num_nodes:
             # Streaming refuses such node counts. Treated as one large node, every node reads from
@@ -249,11 +295,16 @@ class GuardedDataset(StreamingDataset):
         busy.share(number.shared_scalar("busy_until"))
         hashed = number.shared_array("hashed", self.num_shards)
         for stream, first in zip(streams, self.shard_offset_per_stream, strict=True):
-            stream.share(hashed, int(first), self._is_stopping)
+            stream.share(hashed, int(first), self.is_stopping)
         self._failure: BaseException | None = None
         self._num_expected = 0
 
     def _get_work(self, epoch: int, sample_in_epoch: int) -> np.ndarray:
+        """The blocks of this reader; an epoch of Streaming is a stretch of the mixture."""
+        stretch = self.mixture.numbered(epoch)
+        self.epoch_size = sum(stretch.counts)
+        for stream, count in zip(self.streams, stretch.counts, strict=True):
+            stream.choose = count
         ids = super()._get_work(epoch, sample_in_epoch)
         self._num_expected = int((ids != -1).sum())
         return ids
@@ -289,12 +340,18 @@ class GuardedDataset(StreamingDataset):
         Corruption on disk that the file system does not record as a change is not detected.
         """
         number, _ = self.spanner[sample_id]
-        try:
-            sample = super().get_item(sample_id, retry)
-        finally:
-            # Check after reading, even if reading failed: a change may be the cause.
-            self.streams[self.stream_per_shard[number]].check(self.shards[number])
-        return {"index": int(sample_id), **sample}
+        for _ in range(1 + retry):
+            try:
+                sample = super().get_item(sample_id, retry)
+            finally:
+                # Check after reading, even if reading failed: a change may be the cause.
+                there = self.streams[self.stream_per_shard[number]].check(self.shards[number])
+            if there:
+                return {"index": int(sample_id), **sample}
+        raise DataError(
+            f"data.cache_limit={self.limit}: shards are deleted before they are read; set a higher "
+            "limit, or use fewer data.num_workers"
+        )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # The parent's threads and loops end when this event is set.
@@ -328,13 +385,25 @@ class GuardedDataset(StreamingDataset):
             return stream.fault(self.shards[failed])
         return _as_data_error(cause)
 
-    def _is_stopping(self) -> bool:
-        """Whether the readers on this node are ending: after a failure, or with their process."""
+    def is_stopping(self) -> bool:
+        """Whether the readers are ending: after a failure, or with their process."""
         iterator = getattr(self, "_iterator", None)
         # Neither exists before the first sample is requested.
         if iterator is None or not hasattr(self, "_event"):
             return False
         return bool(self._event.is_set() or iterator.should_exit())
+
+
+def _blocks_ahead(
+    sources: Sequence[Source], batch_size: int, cache_limit: int | None, readers: int
+) -> int:
+    """Blocks whose shards a reader downloads ahead: Streaming's default, or fewer under a limit, so
+    that they are not evicted before they are read, even if each block is in another shard."""
+    usual = 8 * batch_size
+    sizes = [shard.most_bytes for source in sources if source.is_cached for shard in source.shards]
+    if cache_limit is None or not sizes:
+        return usual
+    return max(1, min(usual, cache_limit // max(sizes) // readers - 2))
 
 
 def _as_data_error(error: BaseException | None) -> DataError:

@@ -6,15 +6,16 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calm_dist.data.int8 import dequantize
 from calm_dist.data.latents import describe_autoencoder
 from calm_dist.data.layout import INDEX, META, is_remote
-from calm_dist.data.store import Shard, StoreMeta, read_meta, read_shards
+from calm_dist.data.store import Shard, StoreMeta, StorePlan, read_meta, read_shards
 from calm_dist.data.tokenizer import Tokenizer, load_tokenizer
 from calm_dist.errors import DataError
 from calm_dist.files import file_sha256
@@ -75,6 +76,22 @@ def store_files(path: str) -> Iterator[tuple[Path, Callable[[str], None], Callab
         yield directory, lambda name: fetch_file(path, name, directory, DEFAULT), Path.unlink
 
 
+@contextmanager
+def unpacked(shard: Shard) -> Iterator[Shard]:
+    """A shard whose samples can be read: itself, or its unpacked form in a temporary directory.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    if shard.packed is None:
+        yield shard
+        return
+    with tempfile.TemporaryDirectory(prefix="calm_dist_shard_") as scratch:
+        place = Path(scratch) / shard.path.name
+        shard.unpack(shard.packed.path, place)
+        yield replace(shard, path=place)
+
+
 def check_store(path: str) -> StoreCheck:
     """Check every byte of a store: hashes, counts, token ids, and latents.
 
@@ -92,9 +109,10 @@ def check_store(path: str) -> StoreCheck:
             result.documents = 0
         for shard in progress(shards, len(shards), label="check", unit="shards"):
             try:
-                fetch(shard.path.name)
-                _check_shard(shard, result)
-                drop(shard.path)
+                fetch(shard.stored.path.name)
+                with unpacked(shard) as samples:
+                    _check_shard(samples, result)
+                drop(shard.stored.path)
             except DataError as error:
                 result.problems.append(str(error))
         if result.blocks != meta.num_blocks and not result.problems:
@@ -116,7 +134,7 @@ def _check_shard(shard: Shard, result: StoreCheck) -> None:
     meta = result.meta
     shard.check()
     result.shards += 1
-    result.bytes += shard.size
+    result.bytes += shard.stored.size
     for first, columns in _rows(shard, meta):
         tokens = columns["tokens"]
         result.blocks += len(tokens)
@@ -129,8 +147,9 @@ def _check_shard(shard: Shard, result: StoreCheck) -> None:
                 f"shard {shard.path}: block {row} of it has the token {most}, but there are only "
                 f"{meta.vocab_size}; encode the corpus again"
             )
-        for name in columns.keys() - {"tokens"}:
-            values = columns[name]
+        for name, values in dequantize(columns).items():
+            if name == "tokens":
+                continue
             if not np.isfinite(values).all() or (
                 name == "log_std" and float(values.max()) > _LARGEST_LOG_STD
             ):
@@ -162,7 +181,7 @@ def _columns(rows: np.ndarray, meta: StoreMeta) -> dict[str, np.ndarray]:
 
 
 def read_block(path: str, number: int) -> dict[str, np.ndarray]:
-    """The columns of one block, after checking the shard that holds it.
+    """The columns of one block, after checking the shard that holds it; int8 latents as float32.
 
     Raises:
         DataError: the block does not exist, or its shard is damaged.
@@ -173,11 +192,13 @@ def read_block(path: str, number: int) -> dict[str, np.ndarray]:
             raise DataError(f"block {number}: {path} has the blocks 0 to {meta.num_blocks - 1}")
         for shard in read_shards(directory, meta):
             if number < shard.samples:
-                fetch(shard.path.name)
-                shard.check()
-                for first, columns in _rows(shard, meta):
-                    if number < first + len(columns["tokens"]):
-                        return {name: column[number - first] for name, column in columns.items()}
+                fetch(shard.stored.path.name)
+                with unpacked(shard) as samples:
+                    samples.check()
+                    for first, columns in _rows(samples, meta):
+                        if number < first + len(columns["tokens"]):
+                            block = {n: column[number - first] for n, column in columns.items()}
+                            return dequantize(block)
             number -= shard.samples
     raise AssertionError("read_shards has checked the number of blocks")
 
@@ -193,6 +214,44 @@ def tokenizer_of(path: str) -> tuple[StoreMeta, Tokenizer]:
         fetch(meta.tokenizer.file)
         names = (meta.tokenizer.begin_token, meta.tokenizer.end_token)
         return meta, load_tokenizer(directory / meta.tokenizer.file, *names)
+
+
+def settings_of(store: Path) -> dict[str, Any]:
+    """The options of ``tools/encode_latents.py`` for a store that fits a local one.
+
+    Raises:
+        DataError: there is no store, or its autoencoder is not where it was.
+    """
+    if is_remote(store):
+        raise DataError(f"--append-to {store}: give a local copy of the store")
+    meta = read_meta(store)
+    autoencoder = find_autoencoder(meta, None)
+    if meta.autoencoder is not None and autoencoder is None:
+        raise DataError(
+            f"--append-to {store}: its autoencoder is not in {meta.autoencoder.file} any more; "
+            "put it there"
+        )
+    return {
+        "tokenizer": str(store / meta.tokenizer.file),
+        "begin_token": meta.tokenizer.begin_token,
+        "end_token": meta.tokenizer.end_token,
+        "variant": meta.variant,
+        "block_size": meta.block_size,
+        "patch_size": meta.patch_size,
+        "autoencoder": None if autoencoder is None else str(autoencoder),
+        "token_dtype": meta.token_dtype,
+        "compression": meta.compression,
+        "latent_dtype": meta.latent_dtype,
+    }
+
+
+def refuse_same_text(store: Path, plan: StorePlan) -> None:
+    """Raises DataError if a planned store holds the text of another one."""
+    meta = read_meta(store)
+    if plan.corpus_sha256 == meta.corpus_sha256 and plan.reading == meta.reading:
+        raise DataError(
+            f"--append-to {store}: --corpus is the text of this store; give the text to be added"
+        )
 
 
 def find_autoencoder(meta: StoreMeta, given: Path | None) -> Path | None:

@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from calm_dist.costs.memory import UINT16_ENTRIES
 from calm_dist.data.corpus import corpus_sha256, describe_corpus, find_files, pack_blocks
 from calm_dist.data.corpus_files import CorpusFiles, CorpusPaths
 from calm_dist.data.dedup import Repetitions
 from calm_dist.data.formats import TEXT_AND_ID, Document, Reading
+from calm_dist.data.int8 import quantize
 from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.data.manifest import BegunCorpus, moved_paths, read_shares
 from calm_dist.data.parts import (
@@ -42,8 +44,9 @@ from calm_dist.data.parts import (
 from calm_dist.data.reading import Tally, shuffled_documents
 from calm_dist.data.reports import REPORT
 from calm_dist.data.store import (
-    UINT16_ENTRIES,
     AutoencoderInfo,
+    Compression,
+    LatentDtype,
     StoreMeta,
     StorePlan,
     TokenDtype,
@@ -88,6 +91,8 @@ def plan_store(
     parts: int = 1,
     reading: Reading = TEXT_AND_ID,
     token_dtype: TokenDtype | Literal["auto"] = "uint32",
+    compression: Compression | None = None,
+    latent_dtype: LatentDtype = "float16",
     out: str | Path | None = None,
     skip_faults: bool = False,
 ) -> StorePlan:
@@ -107,6 +112,8 @@ def plan_store(
         reading: what of the corpus becomes documents.
         token_dtype: type of the stored tokens; auto: that of the store in ``out``, if there is one,
             or the smaller one that has room for the vocabulary.
+        compression: of the shards; only for ``tokens``.
+        latent_dtype: type of the stored latents.
         out: where the store may be finished already. An earlier version, which hashed all contents
             of a corpus, may have written it.
         skip_faults: as for `write_store`; otherwise a damaged table is an error here.
@@ -115,6 +122,12 @@ def plan_store(
         DataError: an input is missing, or the inputs do not fit each other.
     """
     latent_size, info, vocab_size = None, None, tokenizer.vocab_size
+    if compression is not None and variant != "tokens":
+        raise DataError(
+            f"--compression {compression}: saves little on latents, and takes time; leave it out"
+        )
+    if latent_dtype != "float16" and variant != "fp16":
+        raise DataError(f"--latent-dtype {latent_dtype}: --variant tokens has no latents")
     if variant == "fp16":
         if autoencoder is None:
             raise DataError("variant fp16: needs an autoencoder; give --autoencoder CKPT, or use "
@@ -169,6 +182,8 @@ def plan_store(
         order=order,
         reading=reading,
         token_dtype=token_dtype,
+        compression=compression,
+        latent_dtype=latent_dtype,
     )
 
 
@@ -463,7 +478,7 @@ def _write_remote(
         return finished
     staging = staging_directory(url)
     meta = write_store(staging, corpus, tokenizer, plan, overwrite=overwrite, **options)
-    shards = [shard.path.name for shard in read_shards(staging, meta)]
+    shards = [shard.stored.path.name for shard in read_shards(staging, meta)]
     others = [meta.tokenizer.file, *([REPORT] if (staging / REPORT).is_file() else [])]
     upload_store(staging, [*shards, *others], url)
     shutil.rmtree(staging)
@@ -486,6 +501,7 @@ def _encoder(plan: StorePlan, autoencoder: Autoencoder | None, batch_size: int) 
             batch = blocks[start : start + batch_size]
             with torch.no_grad():
                 encoded = model.encode(torch.from_numpy(batch.astype(np.int64)).to(device))
+            exact = [value.float().cpu().numpy() for value in encoded]
             mean, log_std = (value.to(torch.float16).cpu().numpy() for value in encoded)
             if not (np.isfinite(mean).all() and np.isfinite(log_std).all()):
                 raise DataError(
@@ -493,6 +509,9 @@ def _encoder(plan: StorePlan, autoencoder: Autoencoder | None, batch_size: int) 
                     "trained long enough"
                 )
             for i, tokens in enumerate(batch.astype(plan.token_dtype)):
-                yield {"tokens": tokens, "mean": mean[i], "log_std": log_std[i]}
+                if plan.latent_dtype == "int8":
+                    yield {"tokens": tokens, **quantize(exact[0][i], exact[1][i])}
+                else:
+                    yield {"tokens": tokens, "mean": mean[i], "log_std": log_std[i]}
 
     return encode

@@ -69,6 +69,8 @@ _DEFAULTS = {
     "order": None,
     "reading": TEXT_AND_ID.model_dump(mode="json"),
     "token_dtype": "uint32",
+    "compression": None,
+    "latent_dtype": "float16",
 }
 
 
@@ -104,7 +106,7 @@ def finished_store(out: str | Path, plan: StorePlan) -> StoreMeta | None:
         meta = read_meta(out)
         _refuse_other_plan(out, meta.to_dict(), plan)
         for shard in read_shards(out, meta):
-            shard.check_size()
+            shard.stored.check_size()
         return meta
     if begun is not None:
         _refuse_other_plan(out, begun, plan)
@@ -289,7 +291,11 @@ def write_shard(
     scratch.mkdir()
     try:
         with MDSWriter(
-            out=str(scratch), columns=plan.columns, hashes=[HASH], size_limit=None
+            out=str(scratch),
+            columns=plan.columns,
+            compression=plan.compression,
+            hashes=[HASH],
+            size_limit=None,
         ) as mds:
             for sample in samples:
                 mds.write(sample)
@@ -352,8 +358,12 @@ def merge(out: Path, tokenizer: Tokenizer) -> list[int]:
     entries = []
     for number, (file, entry) in enumerate(shards):
         name = f"shard.{number:05}.mds"
-        _move(file, out / name)
-        entries.append({**entry, "raw_data": {**entry["raw_data"], "basename": name}})
+        moved = {**entry, "raw_data": {**entry["raw_data"], "basename": name}}
+        if entry["zip_data"] is not None:
+            packed = f"{name}{file.name.removeprefix(entry['raw_data']['basename'])}"
+            moved["zip_data"] = {**entry["zip_data"], "basename": packed}
+        _move(file, out / (moved["zip_data"] or moved["raw_data"])["basename"])
+        entries.append(moved)
     if (report := _merged_report(out, plan.parts)) is not None:
         _write(out, out / REPORT, (json.dumps(report, indent=2) + "\n").encode())
     index = json.dumps({"version": 2, "shards": entries}, sort_keys=True).encode()
@@ -398,14 +408,21 @@ def _shards_of(out: Path, part: int) -> list[tuple[Path, dict[str, Any]]]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(out, marker, error) from error
     return [
-        (_shard_directory(out, part, shard) / entry["raw_data"]["basename"], entry)
+        (_shard_directory(out, part, shard) / _stored_name(entry), entry)
         for shard, entry in enumerate(entries)
     ]
+
+
+def _stored_name(entry: dict[str, Any]) -> str:
+    """The file of a shard: the compressed one, if there is one."""
+    return str((entry["zip_data"] or entry["raw_data"])["basename"])
 
 
 def _check_entry(entry: Any) -> None:
     """Raises ValueError, KeyError or TypeError unless this is the entry of a shard of a store."""
     name, samples = entry["raw_data"]["basename"], entry["samples"]
+    if entry["zip_data"] is not None and entry["zip_data"]["basename"] != f"{name}.zstd":
+        raise ValueError(f"shard name {entry['zip_data']['basename']!r}")
     if not isinstance(name, str) or not re.fullmatch(r"shard\.\d{5,}\.mds", name):
         raise ValueError(f"shard name {name!r}")
     if type(samples) is not int or samples < 1:
@@ -437,7 +454,14 @@ def remove_store(out: Path) -> None:
         return
     (out / META).unlink(missing_ok=True)
     remove_parts(out)
-    for pattern in (INDEX, REPORT, "shard.*.mds", "tokenizer.json", "tokenizer.model"):
+    for pattern in (
+        INDEX,
+        REPORT,
+        "shard.*.mds",
+        "shard.*.mds.zstd",
+        "tokenizer.json",
+        "tokenizer.model",
+    ):
         for file in out.glob(pattern):
             file.unlink()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from calm_dist.compat.streaming import CloudUploader
 from calm_dist.data.download import DEFAULT, Downloads, check_address, downloader_for, transfer
-from calm_dist.data.layout import INDEX, META, is_remote
+from calm_dist.data.layout import INDEX, META
 from calm_dist.data.shared_names import scratch_directory
 from calm_dist.errors import DataError
 from calm_dist.progress import progress
@@ -49,49 +48,6 @@ def fetch_file(path: str, name: str, directory: Path, downloads: Downloads) -> N
             downloader.clean_up()
 
     transfer(attempt, f"data store {redact(path)}: {name}", downloads)
-
-
-def fetch_description(
-    path: str,
-    cache_dir: str | Path | None,
-    fetch: bool = False,
-    downloads: Downloads = DEFAULT,
-) -> Path:
-    """The local directory of a store: its own, or the cache of a remote store.
-
-    Args:
-        path: the store's path or URL, as the user gave it.
-        cache_dir: parent of all caches; None: this user's scratch directory on the node.
-        fetch: download ``meta.json`` and ``index.json`` of a remote store. Cached shards are kept
-            if the store is still the same.
-        downloads: retries and time limits.
-
-    Raises:
-        DataError: the download failed; `UnreachableError` if it may succeed later.
-    """
-    if not is_remote(path):
-        return Path(path)
-    parent = Path(cache_dir) if cache_dir else scratch_directory()
-    cache = parent / hashlib.sha256(path.encode()).hexdigest()[:16]
-    if not fetch:
-        return cache
-    parent.mkdir(parents=True, exist_ok=True)
-    # One per process, because nodes may share the parent of the cache.
-    incoming = Path(tempfile.mkdtemp(prefix="incoming_", dir=parent))
-    try:
-        for name in (META, INDEX):
-            fetch_file(path, name, incoming, downloads)
-    except DataError:
-        shutil.rmtree(incoming)
-        raise
-    present = cache / META
-    if not present.exists() or present.read_bytes() != (incoming / META).read_bytes():
-        shutil.rmtree(cache, ignore_errors=True)
-    cache.mkdir(parents=True, exist_ok=True)
-    for name in (INDEX, META):
-        (incoming / name).replace(cache / name)
-    incoming.rmdir()
-    return cache
 
 
 def staging_directory(url: str) -> Path:

@@ -1,7 +1,8 @@
 """The format of a data store: one MDS dataset, its ``meta.json`` and a copy of its tokenizer.
 
 A sample is one block: ``tokens`` uint32[T] or uint16[T] and, in the variant ``fp16``, the posterior
-of every patch, ``mean`` and ``log_std`` float16[P, l] with P = T/K. Streaming trusts
+of every patch, ``mean`` and ``log_std`` float16[P, l] with P = T/K, or int8 with ``scales``
+float16[4, l]. Streaming trusts
 ``index.json``: it unpickles columns that the index calls pickles, writes to paths that the index
 names, and skips files that it cannot read. Therefore every field of the index is checked here
 first.
@@ -13,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from calm_dist.costs.memory import UINT16_ENTRIES
 from calm_dist.data.formats import TEXT_AND_ID, Reading
 from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.errors import DataError, listed, shown
@@ -35,8 +38,8 @@ HASH = "sha256"
 
 Variant = Literal["fp16", "tokens"]
 TokenDtype = Literal["uint16", "uint32"]
-UINT16_ENTRIES = 1 << 16
-"""Largest vocabulary whose tokens fit uint16."""
+Compression = Literal["zstd"]
+LatentDtype = Literal["float16", "int8"]
 Positive = Annotated[int, Field(gt=0, lt=2**63)]
 NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -48,6 +51,8 @@ _LARGEST_META, _LARGEST_INDEX = 1 << 20, 1 << 28
 _LARGEST_SHARD, _LARGEST_HEADER = 1 << 32, 1 << 16
 
 _SHARD_NAME = re.compile(r"shard\.\d{5,}\.mds")
+_PACKED_NAME = re.compile(rf"{_SHARD_NAME.pattern}\.zstd")
+_CHUNK_BYTES = 1 << 20
 
 
 class _Strict(BaseModel):
@@ -113,6 +118,10 @@ class StorePlan(_Strict):
     """What of the corpus became documents."""
     token_dtype: TokenDtype = "uint32"
     """Type of the stored tokens; uint16 has room for 65,536 entries."""
+    compression: Compression | None = None
+    """How shards of tokens are compressed; readers unpack them into their cache."""
+    latent_dtype: LatentDtype = "float16"
+    """Type of the stored latents; of int8, each block has its own scales (`data.int8`)."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -120,6 +129,10 @@ class StorePlan(_Strict):
             raise ValueError(f"block_size is not a multiple of patch_size {self.patch_size}")
         if self.token_dtype == "uint16" and self.vocab_size > UINT16_ENTRIES:
             raise ValueError(f"token_dtype uint16 has no room for {self.vocab_size} entries")
+        if self.compression is not None and self.variant != "tokens":
+            raise ValueError("compression: latents do not compress")
+        if self.latent_dtype != "float16" and self.variant != "fp16":
+            raise ValueError("latent_dtype: the variant tokens has no latents")
         given = [value is not None for value in (self.latent_size, self.autoencoder)]
         if given != [self.variant == "fp16"] * 2:
             raise ValueError("latent_size and autoencoder are needed by the variant fp16 only")
@@ -136,7 +149,9 @@ class StorePlan(_Strict):
         columns = {"tokens": f"ndarray:{self.token_dtype}:{self.block_size}"}
         if self.variant == "fp16":
             shape = f"{self.num_patches},{self.latent_size}"
-            columns["mean"] = columns["log_std"] = f"ndarray:float16:{shape}"
+            columns["mean"] = columns["log_std"] = f"ndarray:{self.latent_dtype}:{shape}"
+            if self.latent_dtype == "int8":
+                columns["scales"] = f"ndarray:float16:4,{self.latent_size}"
         return columns
 
     @property
@@ -144,7 +159,10 @@ class StorePlan(_Strict):
         """Bytes of each column of one sample."""
         sizes = {"tokens": np.dtype(self.token_dtype).itemsize * self.block_size}
         if self.latent_size is not None:
-            sizes["mean"] = sizes["log_std"] = 2 * self.num_patches * self.latent_size
+            width = np.dtype(self.latent_dtype).itemsize
+            sizes["mean"] = sizes["log_std"] = width * self.num_patches * self.latent_size
+            if self.latent_dtype == "int8":
+                sizes["scales"] = 2 * 4 * self.latent_size
         return sizes
 
     @property
@@ -166,7 +184,7 @@ class StorePlan(_Strict):
         return values
 
 
-LATER_FIELDS = ("parts", "order", "reading", "token_dtype")
+LATER_FIELDS = ("parts", "order", "reading", "token_dtype", "compression", "latent_dtype")
 """Fields that the first version of stores did not have; absent where they have their default."""
 
 
@@ -235,15 +253,89 @@ def read_meta(path: str | Path, downloads: Downloads | None = None) -> StoreMeta
         ) from error
 
 
+class DamagedShardError(DataError):
+    """A shard's file is there, but is not what the index says."""
+
+
 @dataclass(frozen=True)
-class Shard:
-    """One file of a store, as described by the index."""
+class StoredFile:
+    """A file of a store, as described by the index."""
 
     path: Path
-    samples: int
     size: int
     sha256: str
+
+    def check_size(self) -> None:
+        """Raises DataError if the file is missing or has another size."""
+        found = _stat(self.path).st_size
+        if found != self.size:
+            raise DamagedShardError(
+                f"shard {self.path}: has {found} bytes instead of {self.size}; copy or encode it "
+                "again"
+            )
+
+    def check_contents(self) -> None:
+        """Raises DataError if the file is missing or any byte differs."""
+        self.check_size()
+        found = file_sha256(self.path)
+        if found != self.sha256:
+            raise DamagedShardError(
+                f"shard {self.path}: is damaged (sha256 {found[:12]}… instead of "
+                f"{self.sha256[:12]}…); copy or encode it again"
+            )
+
+
+@dataclass(frozen=True)
+class Shard(StoredFile):
+    """The samples of one file of a store; if that is compressed, of the file that it unpacks to."""
+
+    samples: int
     sample_bytes: int
+    packed: StoredFile | None
+
+    @property
+    def stored(self) -> StoredFile:
+        """The file that the store has."""
+        return self if self.packed is None else self.packed
+
+    @property
+    def most_bytes(self) -> int:
+        """The most that the shard takes on disk while it is read."""
+        return self.size + (0 if self.packed is None else self.packed.size)
+
+    def unpack(self, packed: Path, place: Path) -> None:
+        """Unpack a compressed shard.
+
+        Args:
+            packed: the compressed file.
+            place: where the samples go; appears when it is complete.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        import zstandard
+
+        assert self.packed is not None
+        StoredFile(packed, self.packed.size, self.packed.sha256).check_contents()
+        partial = place.with_name(f"{place.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            with (
+                packed.open("rb") as source,
+                partial.open("wb") as target,
+                zstandard.ZstdDecompressor().stream_reader(source) as reader,
+            ):
+                # No more than the index says, whatever the file would unpack to.
+                left = self.size + 1
+                while left and (data := reader.read(min(left, _CHUNK_BYTES))):
+                    target.write(data)
+                    left -= len(data)
+            partial.replace(place)
+        except zstandard.ZstdError as error:
+            raise DamagedShardError(
+                f"shard {packed}: cannot be unpacked ({error}); copy or encode it again"
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)
 
     def changed(self) -> int:
         """Time of the file's last change of any kind, in nanoseconds.
@@ -251,34 +343,11 @@ class Shard:
         Raises:
             DataError: the file is missing.
         """
-        return self._stat().st_ctime_ns
-
-    def _stat(self) -> os.stat_result:
-        try:
-            return self.path.stat()
-        except OSError as error:
-            raise DataError(
-                f"shard {self.path}: is missing ({error.strerror}); copy or encode it again"
-            ) from error
-
-    def check_size(self) -> None:
-        """Raises DataError if the file is missing or has another size."""
-        found = self._stat().st_size
-        if found != self.size:
-            raise DataError(
-                f"shard {self.path}: has {found} bytes instead of {self.size}; copy or encode it "
-                "again"
-            )
+        return _stat(self.path).st_ctime_ns
 
     def check(self) -> None:
-        """Raises DataError if the file is missing or any byte differs."""
-        self.check_size()
-        found = file_sha256(self.path)
-        if found != self.sha256:
-            raise DataError(
-                f"shard {self.path}: is damaged (sha256 {found[:12]}… instead of "
-                f"{self.sha256[:12]}…); copy or encode it again"
-            )
+        """Raises DataError if the unpacked file is missing or any byte differs."""
+        self.check_contents()
         self._check_places()
 
     def _check_places(self) -> None:
@@ -293,9 +362,18 @@ class Shard:
         first = self.size - self.samples * self.sample_bytes
         wanted = list(range(first, self.size + 1, self.sample_bytes))
         if count != self.samples or places != wanted:
-            raise DataError(
+            raise DamagedShardError(
                 f"shard {self.path}: its samples are not at the expected offsets; encode it again"
             )
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise DataError(
+            f"shard {path}: is missing ({error.strerror}); copy or encode it again"
+        ) from error
 
 
 def read_shards(path: str | Path, meta: StoreMeta) -> list[Shard]:
@@ -333,6 +411,16 @@ def read_shards(path: str | Path, meta: StoreMeta) -> list[Shard]:
     return shards
 
 
+def has_index(path: Path) -> bool:
+    """Whether a directory holds the description of a store, whose two files fit together."""
+    try:
+        meta = read_meta(path)
+        raw = read_bounded(path / INDEX, _LARGEST_INDEX)
+    except (DataError, OSError):
+        return False
+    return fingerprint(meta.to_dict(), raw) == meta.fingerprint
+
+
 def _check_keys(what: str, found: Any, wanted: Iterable[str]) -> None:
     """Raises ValueError unless the keys are those wanted: Streaming passes every key as an argument
     to its readers."""
@@ -347,31 +435,46 @@ def _shard(path: Path, meta: StoreMeta, entry: dict[str, Any]) -> Shard:
     expected = {
         "version": 2,
         "format": "mds",
-        "compression": None,
-        "zip_data": None,
+        "compression": meta.compression,
         "hashes": [HASH],
         "column_names": names,
         "column_encodings": [meta.columns[name] for name in names],
         "column_sizes": [meta.column_sizes[name] for name in names],
     }
-    _check_keys("shard", entry, [*expected, "raw_data", "samples", "size_limit"])
+    _check_keys("shard", entry, [*expected, "raw_data", "zip_data", "samples", "size_limit"])
     for key, value in expected.items():
         if entry[key] != value:
             raise ValueError(f"shard {key} {shown(entry[key])} instead of {shown(value)}")
     raw, samples, limit = entry["raw_data"], entry["samples"], entry["size_limit"]
-    _check_keys("raw_data", raw, ("basename", "bytes", "hashes"))
-    _check_keys("hashes", raw["hashes"], (HASH,))
-    name, size, sha256 = raw["basename"], raw["bytes"], raw["hashes"][HASH]
-    if not (isinstance(name, str) and _SHARD_NAME.fullmatch(name)):
-        raise ValueError(f"shard name {shown(name)}")
-    if not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
-        raise ValueError(f"{HASH} {shown(sha256)} of {name}")
+    stored = _stored(path, "raw_data", raw, _SHARD_NAME)
+    packed = None
+    if meta.compression is None:
+        if entry["zip_data"] is not None:
+            raise ValueError(f"shard zip_data {shown(entry['zip_data'])} instead of None")
+    else:
+        packed = _stored(path, "zip_data", entry["zip_data"], _PACKED_NAME)
+        if packed.path.name != f"{stored.path.name}.{meta.compression}":
+            raise ValueError(f"shard name {shown(packed.path.name)}")
+    size, name = stored.size, stored.path.name
     if limit is not None and not (type(limit) is int and limit > 0):
         raise ValueError(f"size_limit {shown(limit)} of {name}")
-    if not (type(samples) is int and samples > 0 and type(size) is int and size < _LARGEST_SHARD):
-        raise ValueError(f"{shown(samples)} samples in {shown(size)} bytes")
+    if not (type(samples) is int and samples > 0):
+        raise ValueError(f"{shown(samples)} samples")
     # Before the samples: their number, their offsets, the end of the last one, and a header.
     header = size - samples * meta.sample_bytes - 4 * (samples + 2)
     if not 0 <= header <= _LARGEST_HEADER:
         raise ValueError(f"{samples} samples of {meta.sample_bytes} bytes in {size} bytes")
-    return Shard(path / name, samples, size, sha256, meta.sample_bytes)
+    return Shard(stored.path, size, stored.sha256, samples, meta.sample_bytes, packed)
+
+
+def _stored(path: Path, what: str, entry: Any, names: re.Pattern[str]) -> StoredFile:
+    _check_keys(what, entry, ("basename", "bytes", "hashes"))
+    _check_keys("hashes", entry["hashes"], (HASH,))
+    name, size, sha256 = entry["basename"], entry["bytes"], entry["hashes"][HASH]
+    if not (isinstance(name, str) and names.fullmatch(name)):
+        raise ValueError(f"shard name {shown(name)}")
+    if not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
+        raise ValueError(f"{HASH} {shown(sha256)} of {name}")
+    if not (type(size) is int and 0 <= size < _LARGEST_SHARD):
+        raise ValueError(f"{shown(size)} bytes of {name}")
+    return StoredFile(path / name, size, sha256)

@@ -3,16 +3,20 @@
 MosaicML Streaming orders, distributes and downloads the samples, behind the guard of `guard.py`.
 
 Order. With G blocks in a global batch, an epoch is N // G global batches drawn from N blocks
-without repetition; each epoch leaves out a different set of N % G blocks. The blocks of step s are
-a function of the stores, their weights, G and the seed; they do not depend on the number of ranks,
-nodes or workers, or on where the run was resumed.
+without repetition; each epoch leaves out a different set of N % G blocks. Weights and limits divide
+epochs into stretches (`mixture.py`). The blocks of step s are a function of the stores, their
+weights, G and the seed; they do not depend on the number of ranks, nodes or workers, or on where
+the run was resumed. A run that is resumed with more stores begins a new order at that step.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,9 +27,19 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from calm_dist.compat.streaming import LocalDataset, World, patient_attaching
+from calm_dist.data.cache import check_limit, paths_of_node, remove_abandoned
+from calm_dist.data.description import fetch_description
 from calm_dist.data.download import DEFAULT, Downloads
-from calm_dist.data.guard import GuardedDataset, Source, open_source
-from calm_dist.data.layout import is_remote
+from calm_dist.data.guard import (
+    SHUFFLE_BLOCK_SIZE,
+    GuardedDataset,
+    Source,
+    canonical_nodes,
+    open_source,
+)
+from calm_dist.data.int8 import dequantize
+from calm_dist.data.layout import INDEX, META, is_remote
+from calm_dist.data.mixture import Mixture, Weight
 from calm_dist.data.readers import (
     PREFETCHED,
     batches_of,
@@ -34,7 +48,6 @@ from calm_dist.data.readers import (
     hand_over,
     poll_seconds,
 )
-from calm_dist.data.remote import fetch_description
 from calm_dist.data.shared_names import RunNumber
 from calm_dist.data.store import StoreMeta
 from calm_dist.errors import (
@@ -42,8 +55,10 @@ from calm_dist.errors import (
     LaunchError,
     first_failure,
     is_lost_connection,
+    listed,
     plain_failure,
 )
+from calm_dist.redact import redact
 
 Batch = dict[str, torch.Tensor]
 T = TypeVar("T")
@@ -65,7 +80,8 @@ class Store:
     """Random access to the blocks of a local store.
 
     ``store[i]`` is ``{"index", "tokens" uint32[T] or uint16[T]}`` and, in the variant ``fp16``,
-    ``"mean"`` and ``"log_std"`` float16[P, l], as numpy arrays.
+    ``"mean"`` and ``"log_std"`` float16[P, l] (float32 if they are stored as int8), as numpy
+    arrays.
 
     Raises:
         DataError: on opening or on access, if something is missing or damaged.
@@ -76,8 +92,20 @@ class Store:
             raise DataError(f"data store {path}: random access needs a local copy; download it")
         self._source = open_source(str(path), Path(path))
         self._source.check()
+        if self._source.meta.compression is not None:
+            self._unpack()
         self._checked = {i for i, _ in enumerate(self._source.shards) if self._source.checked}
-        self._samples = LocalDataset(str(path))
+        self._samples = LocalDataset(str(self._source.directory))
+
+    def _unpack(self) -> None:
+        """Unpack all shards into a temporary directory, which is removed with this object."""
+        self._scratch = tempfile.TemporaryDirectory(prefix="calm_dist_store_")
+        directory = Path(self._scratch.name)
+        for shard in self._source.shards:
+            shard.unpack(shard.stored.path, directory / shard.path.name)
+        for name in (META, INDEX):
+            shutil.copyfile(self._source.directory / name, directory / name)
+        self._source = open_source(self._source.path, directory)
 
     @property
     def meta(self) -> StoreMeta:
@@ -96,7 +124,7 @@ class Store:
             shard.check()
             self._checked.add(number)
         try:
-            return {"index": index, **self._samples[index]}
+            return {"index": index, **dequantize(self._samples[index])}
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise DataError(
                 f"shard {shard.path}: block {index} cannot be read ({error}); copy or encode it "
@@ -118,31 +146,38 @@ class TrainingStream:
 
     Attributes:
         metas: descriptions of the stores, in the order given.
-        steps_per_epoch: global batches in an epoch.
+        mixture: which blocks of which store are read when.
     """
 
     def __init__(
         self,
         dataset: GuardedDataset,
         loader: DataLoader,
-        metas: Sequence[StoreMeta],
-        identity: dict[str, Any],
+        sources: Sequence[Source],
         timeout_seconds: float,
     ) -> None:
         self._timeout_seconds = timeout_seconds
         self._dataset, self._loader = dataset, loader
-        self._identity = identity
+        self._paths = [redact(source.path) for source in sources]
         self._step = 0
         self._started = False
-        self.metas = list(metas)
-        self.steps_per_epoch: int = dataset.epoch_size // identity["global_batch_size"]
+        self.metas = [source.meta for source in sources]
+
+    @property
+    def mixture(self) -> Mixture:
+        return self._dataset.mixture
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches in an epoch."""
+        return self.mixture.steps_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:
         if self._started:
             raise RuntimeError("a TrainingStream can be iterated only once; open another one")
         self._started = True
         while True:
-            steps_left = self.steps_per_epoch - self._step % self.steps_per_epoch
+            steps_left = self.mixture.at(self._step).end - self._step
             received = 0
             for batch in self._epoch():
                 received += 1
@@ -171,47 +206,121 @@ class TrainingStream:
 
     def state_dict(self, steps_done: int) -> dict[str, Any]:
         """The position after ``steps_done`` optimizer steps, as plain values; no communication."""
-        return {"steps_done": steps_done, **self._identity}
+        fingerprints = [meta.fingerprint for meta in self.metas]
+        return {"steps_done": steps_done, "stores": fingerprints, **self.mixture.identity()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> str | None:
         """Continue after ``state["steps_done"]`` steps; the number of ranks may differ.
 
+        The run may have further stores at the end of its list, and other weights for later steps.
         Every rank must call this before the first batch.
+
+        Returns:
+            what changes in the order, if anything does.
 
         Raises:
             DataError: the state belongs to other stores, weights, batch size or seed.
         """
         if self._started:
             raise RuntimeError("load_state_dict must be called before the first batch")
-        for key, value in self._identity.items():
-            if state.get(key) != value:
-                raise DataError(
-                    f"checkpoint: its data position is for {key}={state.get(key)}, this run has "
-                    f"{value}; continue with the same stores, weights, batch size and seed, or "
-                    "train on others in another run.dir with run.continue_from"
-                )
         self._step = state["steps_done"]
-        epoch, step = divmod(self._step, self.steps_per_epoch)
+        note = self._continue(state)
+        stretch = self.mixture.at(self._step)
+        done = self._step - stretch.first
         position = {
-            "epoch": epoch,
-            "sample_in_epoch": step * self._identity["global_batch_size"],
+            "epoch": stretch.number,
+            "sample_in_epoch": done * self.mixture.global_batch_size,
             "num_canonical_nodes": self._dataset.num_canonical_nodes,
             "shuffle_seed": self._dataset.shuffle_seed,
         }
         # All ranks of a node create or attach to the shared memory that holds the position.
         with patient_attaching():
             self._dataset.load_state_dict(position)
+        return note
+
+    def _continue(self, state: dict[str, Any]) -> str | None:
+        """Make the mixture continue that of a state; what changes in the order."""
+        mixture, step = self.mixture, self._step
+        ours = self.state_dict(step)
+        for key in ("global_batch_size", "seed"):
+            if state.get(key) != ours[key]:
+                raise _other_data(key, state.get(key), ours[key])
+        known = len(state["stores"])
+        if ours["stores"][:known] != state["stores"]:
+            raise _other_data("stores", state["stores"], ours["stores"])
+        before = Mixture.of_state(state, mixture.sizes[:known])
+        now = replace(mixture, start=before.start)
+        if known == len(self.metas):
+            if now.at(step) == before.at(step):
+                self._dataset.mixture = now
+                return None
+            changes = {*before.changes_until(step), *now.changes_until(step)}
+            if any(now.weights_at(s) != before.weights_at(s) for s in changes):
+                raise _other_data("weights", state["weights"], ours["weights"])
+        self._dataset.mixture = before.restarted(step, mixture)
+        new = [
+            f"{path} ({meta.num_blocks:,} blocks)"
+            for path, meta in zip(self._paths[known:], self.metas[known:], strict=True)
+        ]
+        what = f"{len(new)} more store(s), {listed(new, 5)}" if new else "other weights or limits"
+        again = ""
+        if step and (read := step - before.at(step - 1).first) < before.at(step - 1).steps:
+            again = (
+                f"; the present epoch ends after {read:,} of its steps, and the blocks of these "
+                "may come again in the next one"
+            )
+        return f"data: {what}: from step {step + 1:,} on, blocks come in a new order{again}"
+
+    def describe(self, step: int, last: int) -> list[str]:
+        """What a run reads that is at ``step`` and ends after step ``last``, a line per store.
+
+        Raises:
+            DataError: the stores may not be read as often as this needs.
+        """
+        mixture = self.mixture
+        if step < last:
+            mixture.at(last - 1)
+        done, by_then = mixture.read_at(step), mixture.read_at(last)
+        counts = mixture.at(min(step, last - 1)).counts
+        lines = []
+        for i, (path, size) in enumerate(zip(self._paths, mixture.sizes, strict=True)):
+            share = counts[i] / sum(counts)
+            part = "" if len(counts) == 1 else f", {share:.3g} of each batch"
+            so_far = f"{done[i] / size:.3g} epochs read, " if step else ""
+            lines.append(
+                f"data: {path}: {size:,} blocks{part}; {so_far}{by_then[i] / size:.3g} epochs by "
+                f"step {last:,}"
+            )
+        return lines
+
+    def describe_read(self, step: int) -> str:
+        """How often each store has been read after ``step`` steps."""
+        read = zip(self.mixture.read_at(step), self.mixture.sizes, self._paths, strict=True)
+        return "data: read " + ", ".join(
+            f"{r / size:.3g} epochs of {path}" for r, size, path in read
+        )
+
+
+def _other_data(key: str, before: Any, now: Any) -> DataError:
+    return DataError(
+        f"checkpoint: its data position is for {key}={before}, this run has {now}; continue with "
+        "the same stores, weights, batch size and seed, with further stores at the end of the "
+        "list, or with other weights from a later step on; or train on others in another run.dir "
+        "with run.continue_from"
+    )
 
 
 def open_training_stream(
     paths: Sequence[str | Path],
-    weights: Sequence[float] | None = None,
+    weights: Sequence[Weight] | None = None,
     *,
     batch_size: int,
+    most_epochs: Sequence[float | None] | None = None,
     replication: int = 1,
     seed: int = 0,
     num_workers: int = 0,
     cache_dir: str | Path | None = None,
+    cache_limit: int | None = None,
     timeout_seconds: float = 600.0,
     downloads: Downloads = DEFAULT,
 ) -> TrainingStream:
@@ -222,12 +331,16 @@ def open_training_stream(
 
     Args:
         paths: stores: local directories, or URLs with ``s3://…`` or another scheme of Streaming.
-        weights: share of the blocks drawn from each store; None: in proportion to their sizes.
+        weights: share of the blocks drawn from each store, relative to the others, or a list of
+            ``(step, weight)`` in the order of steps; None: in proportion to their sizes.
         batch_size: blocks of this rank per optimizer step, B.
+        most_epochs: how often each store may be read; then the others take its share.
         replication: consecutive ranks that get the same blocks (TP·CP·PP).
         seed: seed of the order.
         num_workers: reader processes per rank; 0 reads in this process.
-        cache_dir: directory for the shards of remote stores; it must have room for all of them.
+        cache_dir: directory for the shards of remote stores.
+        cache_limit: most bytes that these take on a node, in all stores together; the shards read
+            longest ago are deleted. None: there must be room for all of them.
         timeout_seconds: longest time for a batch from a reader process, without downloads.
         downloads: retries and time limits for object stores.
 
@@ -243,24 +356,43 @@ def open_training_stream(
         weights = None
     global_batch_size = batch_size * (world.num_ranks // replication)
 
-    def check_node(metas: list[StoreMeta]) -> None:
+    readers = max(1, num_workers) * world.ranks_per_node
+
+    def check_node(sources: list[Source]) -> None:
+        metas = [source.meta for source in sources]
         check_room(metas, batch_size, num_workers, world.ranks_per_node)
         if num_workers:
             check_socket_path()
+        if cache_limit is not None:
+            canonical = canonical_nodes(global_batch_size)
+            paths = paths_of_node(canonical, world.num_nodes)
+            check_limit(cache_limit, sources, readers, paths, SHUFFLE_BLOCK_SIZE)
+            for source in sources:
+                if source.is_cached:
+                    remove_abandoned(source.directory)
 
     sources = _open_on_all_ranks(given, world, cache_dir, downloads, check_node)
     _on_all_ranks(lambda: _check_together(sources, weights, global_batch_size))
+    mixture = Mixture(
+        tuple(source.meta.num_blocks for source in sources),
+        None if weights is None else tuple(weights),
+        tuple(most_epochs or [None] * len(sources)),
+        global_batch_size,
+        seed,
+    )
 
     # It warns at each epoch that its state must account for replication; ours does.
     logging.getLogger("streaming.base.dataset").setLevel(logging.ERROR)
     dataset = GuardedDataset(
         sources,
-        weights,
+        mixture,
         batch_size=batch_size,
         replication=replication,
         seed=seed,
         number=RunNumber(world),
         downloads=downloads,
+        cache_limit=cache_limit,
+        readers=readers,
     )
     loader = DataLoader(
         dataset,
@@ -271,14 +403,7 @@ def open_training_stream(
         prefetch_factor=PREFETCHED if num_workers else None,
         persistent_workers=num_workers > 0,
     )
-    identity = {
-        "stores": [source.meta.fingerprint for source in sources],
-        "weights": list(weights) if weights else None,
-        "global_batch_size": global_batch_size,
-        "seed": seed,
-    }
-    metas = [source.meta for source in sources]
-    return TrainingStream(dataset, loader, metas, identity, timeout_seconds)
+    return TrainingStream(dataset, loader, sources, timeout_seconds)
 
 
 def _open_on_all_ranks(
@@ -286,7 +411,7 @@ def _open_on_all_ranks(
     world: World,
     cache_dir: str | Path | None,
     downloads: Downloads,
-    check_node: Callable[[list[StoreMeta]], None],
+    check_node: Callable[[list[Source]], None],
 ) -> list[Source]:
     """Open the stores on every rank. The first rank of each node fetches their descriptions,
     checks their files and calls ``check_node``.
@@ -297,12 +422,12 @@ def _open_on_all_ranks(
 
     def fetch() -> None:
         if world.is_local_leader:
-            metas = []
+            sources = []
             for path in paths:
                 source = open_source(path, fetch_description(path, cache_dir, True, downloads))
                 source.check()
-                metas.append(source.meta)
-            check_node(metas)
+                sources.append(source)
+            check_node(sources)
 
     _on_all_ranks(fetch)
     sources = _on_all_ranks(
@@ -319,6 +444,8 @@ def _open_on_all_ranks(
 
 def _collate(samples: list[dict[str, Any]]) -> Batch:
     batch = {"index": torch.tensor([sample["index"] for sample in samples])}
+    # One by one: stores of a mixture may have latents of different types.
+    samples = [dequantize(sample) for sample in samples]
     for name, dtype in (
         ("tokens", torch.int64),
         ("mean", torch.float32),
@@ -368,7 +495,7 @@ def _on_all_ranks(work: Callable[[], T]) -> T:
 
 
 def _check_together(
-    sources: Sequence[Source], weights: Sequence[float] | None, global_batch_size: int
+    sources: Sequence[Source], weights: Sequence[Weight] | None, global_batch_size: int
 ) -> None:
     if not sources:
         raise DataError("data store: no path was given")
@@ -378,7 +505,8 @@ def _check_together(
             "once with a larger weight"
         )
     if weights is not None and (
-        len(weights) != len(sources) or not all(weight > 0 for weight in weights)
+        len(weights) != len(sources)
+        or not all(weight > 0 for weight in weights if isinstance(weight, int | float))
     ):
         raise DataError(
             f"weights {list(weights)}: give a number above 0 for each of the {len(sources)} stores"

@@ -40,9 +40,6 @@ def full_plan(
         "parameters": flops.count(recipe, tokens=0).parameters,
         "steps": recipe.training.steps,
         "tokens_per_step": recipe.tokens_per_step,
-        "stored_latents": recipe.model.kind == "calm"
-        and recipe.model.has_latents
-        and recipe.data.latents == "stored",
         "gpus": world_size,
         "cluster": {**asdict(cluster), "usable_memory": cluster.usable_memory},
         "fits": own is not None and own.fits,
@@ -153,8 +150,7 @@ def _own_lines(values: dict[str, Any]) -> list[str]:
         return lines
     title = [] if values["fits"] else ["With the best layout below:"]
     device = "process" if cluster["on_cpu"] else "GPU"
-    stored = values["stored_latents"]
-    return [*lines, "", *title, *_run_lines(run, values["steps"], stored, device)]
+    return [*lines, "", *title, *_run_lines(run, values["steps"], device)]
 
 
 def _memory_lines(own: dict[str, Any], cluster: dict[str, Any]) -> list[str]:
@@ -189,11 +185,12 @@ def _time_lines(own: dict[str, Any]) -> list[str]:
     )
 
 
-def _run_lines(run: dict[str, Any], steps: int, stored_latents: bool, device: str) -> list[str]:
+def _run_lines(run: dict[str, Any], steps: int, device: str) -> list[str]:
     failures, checkpoint, data = run["failures"], run["checkpoint"], run["data"]
     best, own = failures["best"], failures["recipe"]
     price = "" if run["price"] is None else f", cost {_amount(run['price'])}"
-    as_int8 = f" (int8 {data['bytes_per_token_int8']:.3g})" if stored_latents else ""
+    int8 = data["bytes_per_token_int8"]
+    as_int8 = f" (int8 {int8:.3g})" if int8 < data["bytes_per_token"] else ""
     return [
         f"Run: {steps:,} steps in {_duration(run['hours'] * 3600)}, {_amount(run['gpu_hours'])} "
         f"{device}-hours{price}",
@@ -206,6 +203,18 @@ def _run_lines(run: dict[str, Any], steps: int, stored_latents: bool, device: st
         f"Data: {data['bytes_per_token']:.3g} bytes a token{as_int8}, "
         f"{data['bytes_of_all_tokens'] / 1e12:,.2f} TB for all steps, read at "
         f"{data['read_bytes_per_second'] / 1e6:,.1f} MB/s",
+        *_other_latents_lines(data["other_latents"]),
+    ]
+
+
+def _other_latents_lines(other: dict[str, Any] | None) -> list[str]:
+    if other is None:
+        return []
+    change = other["step_longer_by"]
+    longer = f"{abs(change):.1%} {'longer' if change >= 0 else 'shorter'}"
+    return [
+        f"  (data.latents={other['latents']}: {other['bytes_per_token']:.3g} bytes a token, "
+        f"steps {longer})"
     ]
 
 

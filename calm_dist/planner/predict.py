@@ -16,6 +16,7 @@ from calm_dist.planner.storage import (
     checkpoint_bytes,
     goodput,
     latent_bytes_per_token,
+    with_other_latents,
 )
 from calm_dist.recipe import LanguageModelRecipe
 
@@ -97,9 +98,10 @@ def training_cost(
         "price": None if cluster.price is None else gpu_hours * cluster.price,
         "data": {
             "bytes_per_token": per_token,
-            "bytes_per_token_int8": latent_bytes_per_token(recipe, 1),
+            "bytes_per_token_int8": latent_bytes_per_token(recipe, int8=True),
             "bytes_of_all_tokens": per_token * recipe.tokens_per_step * recipe.training.steps,
             "read_bytes_per_second": per_token * prediction.tokens_per_second,
+            "other_latents": _other_latents(prediction),
         },
         "checkpoint": {
             "bytes": checkpoint_bytes(recipe),
@@ -112,6 +114,19 @@ def training_cost(
             "recipe": _interval(own, step),
         },
         "reliability": asdict(reliability),
+    }
+
+
+def _other_latents(prediction: Prediction) -> dict[str, Any] | None:
+    """What the other way to get latents, stored or on the fly, would cost."""
+    other = with_other_latents(prediction.recipe)
+    if other is None:
+        return None
+    return {
+        "latents": other.data.latents,
+        "bytes_per_token": latent_bytes_per_token(other),
+        "step_longer_by": step_time(other, prediction.cluster).seconds / prediction.time.seconds
+        - 1,
     }
 
 

@@ -9,13 +9,13 @@ from calm_dist.costs import flops
 from calm_dist.costs.clusters import Cluster
 from calm_dist.costs.memory import (
     FP32_BYTES,
+    UINT16_ENTRIES,
     backbone_parameters,
     element_bytes,
     layer_counts,
 )
 from calm_dist.recipe import LanguageModelRecipe
 
-TOKEN_BYTES = 4
 FP16_BYTES = 2
 HOUR = 3600.0
 # The part of a checkpoint's stall that does not grow with the state; measured, docs/checkpoints.md.
@@ -50,14 +50,30 @@ class Reliability:
     replica's host memory, for which training waits (assumption)."""
 
 
-def latent_bytes_per_token(recipe: LanguageModelRecipe, latent_bytes: int = FP16_BYTES) -> float:
-    """Bytes per token in the store: the token, and its share of mean and log_std of P + 1
-    patches."""
+def latent_bytes_per_token(recipe: LanguageModelRecipe, *, int8: bool = False) -> float:
+    """Bytes per token in the store: the token, and its share of mean and log_std of the patches.
+
+    Args:
+        int8: the latents are stored as int8, with four fp16 scales per dimension of a block.
+    """
     model = recipe.model
+    token = 2 if flops.known_size(model, "vocab_size") <= UINT16_ENTRIES else 4
     if model.kind != "calm" or not model.has_latents or recipe.data.latents != "stored":
-        return TOKEN_BYTES
-    latents = 2 * latent_bytes * flops.known_size(model, "latent_size") * (recipe.num_patches + 1)
-    return TOKEN_BYTES + latents / recipe.block_size
+        return token
+    latent = flops.known_size(model, "latent_size")
+    if int8:
+        return token + 2 * latent / model.patch_size + 4 * FP16_BYTES * latent / recipe.block_size
+    return token + 2 * FP16_BYTES * latent / model.patch_size
+
+
+def with_other_latents(recipe: LanguageModelRecipe) -> LanguageModelRecipe | None:
+    """The recipe with latents encoded on the fly if it stores them, and the other way round; None
+    if it has none."""
+    if recipe.model.kind != "calm" or not recipe.model.has_latents:
+        return None
+    other = "on_the_fly" if recipe.data.latents == "stored" else "stored"
+    data = recipe.data.model_copy(update={"latents": other})
+    return recipe.model_copy(update={"data": data})
 
 
 def checkpoint_bytes(recipe: LanguageModelRecipe) -> int:

@@ -23,6 +23,7 @@ from calm_dist.recipe.sections import (
     Run,
     Training,
     TransformerModel,
+    WeightFrom,
 )
 
 __all__ = [
@@ -45,5 +46,6 @@ __all__ = [
     "Run",
     "Training",
     "TransformerModel",
+    "WeightFrom",
     "load_recipe",
 ]

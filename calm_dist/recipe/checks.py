@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from calm_dist.errors import listed, shown
 from calm_dist.recipe.fields import RecipeFields
-from calm_dist.recipe.sections import AutoencoderSize
+from calm_dist.recipe.sections import AutoencoderSize, Data
 
 VOCAB_MULTIPLE = 64
 """Rows of vocabulary-parallel tables are padded to a multiple of this, whatever the layout, so that
@@ -18,7 +18,11 @@ a checkpoint has the same shapes for every tensor-parallel size."""
 NO_OVERLAP_ON_CPU = "true on CPUs, where gloo gave silently wrong losses with it; leave it out"
 """Why ``parallel.overlap_p2p`` is refused once the device is known."""
 
-_UNION_TAGS = {"model": ("calm", "transformer", "autoencoder"), "path": ("store", "mixture")}
+_UNION_TAGS = {
+    "model": ("calm", "transformer", "autoencoder"),
+    "path": ("store", "stores", "mixture"),
+    "weight": ("constant", "changing"),
+}
 
 
 _MOST_PROBLEMS = 10
@@ -67,7 +71,9 @@ def _describe(details: dict[str, Any], recipe_type: type[BaseModel]) -> str:
     if kind in ("model_type", "model_attributes_type"):
         return f"{field}: found {shown(value)}; give a mapping of fields"
     if kind == "tuple_type":
-        wanted = "a path, or a list of {path, weight}" if field == "data.path" else "a list"
+        wanted = (
+            "a path, or a list of paths or {path, weight}" if field == "data.path" else "a list"
+        )
         return f"{field}: found {shown(value)}; give {wanted}"
     remedy = details["msg"]
     return f"{field}: found {shown(value)}; {remedy[:1].lower()}{remedy[1:]}"
@@ -164,11 +170,32 @@ def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield from _texts(inner, f"{name}.{key}" if name else str(key))
 
 
+def _weight_problems(data: Data) -> list[str]:
+    """What is wrong with weights that change."""
+    problems, changes = [], {0}
+    for i, source in enumerate(data.sources):
+        if isinstance(source.weight, float):
+            continue
+        steps = [change.step for change in source.weight]
+        changes |= set(steps)
+        if steps != sorted(set(steps)):
+            problems.append(
+                f"data.path[{i}].weight: its steps are {steps}; give each once, in ascending order"
+            )
+    for step in sorted(changes) if data.sources and not problems else ():
+        if not any(source.weight_at(step) for source in data.sources):
+            problems.append(
+                f"data.path: all weights are 0 from step {step} on; give one store a weight there"
+            )
+    return problems
+
+
 def _shape_problems(recipe: RecipeFields) -> list[str]:
     model, block_size = recipe.model, recipe.data.block_size
     problems = []
     if not recipe.data.sources:
         problems.append("data.path: an empty list; give at least one store")
+    problems += _weight_problems(recipe.data)
     if block_size is not None and block_size % model.patch_size:
         problems.append(
             f"data.block_size: {block_size} is not a multiple of model.patch_size "

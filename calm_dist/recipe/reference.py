@@ -32,6 +32,7 @@ from calm_dist.recipe import (
     Run,
     Training,
     TransformerModel,
+    WeightFrom,
 )
 from calm_dist.schema import Section
 
@@ -91,6 +92,11 @@ def reference() -> str:
         ),
         _section("data", Data),
         _table(f"### A store of a mixture\n\n{_summary(DataSource)}", "data.path[…].", DataSource),
+        _table(
+            f"### A weight that changes\n\n{_summary(WeightFrom)}",
+            "data.path[…].weight[…].",
+            WeightFrom,
+        ),
         _section("parallel", Parallel),
         _section("training", Training),
         _table("## precision", "", Recipe, ["precision"]),

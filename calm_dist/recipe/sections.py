@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
+    ByteSize,
     Discriminator,
     Field,
     SerializeAsAny,
@@ -194,24 +195,56 @@ LanguageModel = CalmModel | TransformerModel
 Model = Annotated[LanguageModel | AutoencoderModel, Field(discriminator="kind")]
 
 
+class WeightFrom(Section):
+    """The weight of a store from a step on."""
+
+    step: NonNegative
+    """First step of this weight, counted from 0."""
+    weight: NonNegativeFloat
+    """Share of the blocks drawn from the store, relative to the other weights; 0 for none."""
+
+
 class DataSource(Section):
     """One store of a mixture."""
 
     path: Text
     """Directory or URL of the store."""
-    weight: PositiveFloat = 1.0
-    """Share of the blocks drawn from this store, relative to the other weights."""
+    weight: Annotated[
+        Annotated[PositiveFloat, Tag("constant")]
+        | Annotated[tuple[WeightFrom, ...], Field(strict=False, min_length=1), Tag("changing")],
+        Discriminator(lambda value: "changing" if isinstance(value, list | tuple) else "constant"),
+    ] = 1.0
+    """Share of the blocks drawn from this store, relative to the other weights; or a list of
+    ``{step, weight}``, for weights that change; before the first of these steps it is 0."""
+    max_epochs: PositiveFloat | None = None
+    """How often the store may be read; then the other stores take its share. Training does not
+    start if they cannot."""
+
+    def weight_at(self, step: int) -> float:
+        """The weight in a step."""
+        if isinstance(self.weight, float):
+            return self.weight
+        return next((one.weight for one in reversed(self.weight) if one.step <= step), 0.0)
+
+
+def _kind_of_path(value: Any) -> str:
+    if isinstance(value, str):
+        return "store"
+    if isinstance(value, list | tuple) and value and all(isinstance(one, str) for one in value):
+        return "stores"
+    return "mixture"
 
 
 DataPath = Annotated[
     Annotated[Text, Tag("store")]
+    | Annotated[tuple[Text, ...], Field(strict=False), Tag("stores")]
     | Annotated[
         tuple[DataSource, ...],
         # Strict tuples refuse the lists that YAML gives.
         Field(strict=False),
         Tag("mixture"),
     ],
-    Discriminator(lambda value: "store" if isinstance(value, str) else "mixture"),
+    Discriminator(_kind_of_path),
 ]
 
 
@@ -220,7 +253,9 @@ class Data(Section):
 
     path: DataPath
     """A store made by ``tools/encode_latents.py``: a directory, ``s3://…`` or another URL that
-    Streaming supports; or a list of ``{path, weight}``, from which blocks are drawn by weight."""
+    Streaming supports; a list of stores, each of which is read once per epoch; or a list of
+    ``{path, weight}``, from which blocks are drawn by weight. A training that is resumed may have
+    further stores at the end of its list; see data.md."""
     tokenizer: str | None = None
     """Tokenizer file; the store's own copy if absent."""
     begin_token: Text | None = None
@@ -238,6 +273,11 @@ class Data(Section):
     """Reader processes per rank; 0 reads in the training process."""
     cache_dir: str | None = None
     """Directory for downloaded shards of remote stores; a temporary directory if absent."""
+    cache_limit: Annotated[
+        Annotated[ByteSize, Field(gt=0)] | None, Field(examples=["200GB", "1.5TB"])
+    ] = None
+    """Most disk space that these shards take on a node, as a number of bytes or with a unit; those
+    read longest ago are deleted. If absent, every shard is kept."""
     download_retries: NonNegative = 10
     """Retries of a file's download from an object store after a transient fault: throttling, a
     server error, a broken connection. The pauses double from one second to 30."""
@@ -256,8 +296,21 @@ class Data(Section):
 
     @property
     def sources(self) -> tuple[DataSource, ...]:
-        """The stores with their weights, for both forms of ``path``."""
-        return (DataSource(path=self.path),) if isinstance(self.path, str) else self.path
+        """The stores with their weights, for all forms of ``path``."""
+        paths = (self.path,) if isinstance(self.path, str) else self.path
+        return tuple(DataSource(path=p) if isinstance(p, str) else p for p in paths)
+
+    @property
+    def weights(self) -> list[float | list[tuple[int, float]]] | None:
+        """The weights of the stores; None: in proportion to their sizes."""
+        if isinstance(self.path, str) or any(isinstance(path, str) for path in self.path):
+            return None
+        return [
+            source.weight
+            if isinstance(source.weight, float)
+            else [(change.step, change.weight) for change in source.weight]
+            for source in self.sources
+        ]
 
 
 class Parallel(Section):

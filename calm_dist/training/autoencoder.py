@@ -175,7 +175,7 @@ class AutoencoderTrainer(TrainingRun):
         super().__init__(recipe, dist.get_rank(), stop, phases, begin)
         self.device, self.world_size = device, dist.get_world_size()
         self.build()
-        self.open_data(self.world_size)
+        self.open_data(self.device, self.world_size)
         self._held_out = open_held_out(recipe, self._stream.metas[0])
         self._attempts = Attempts()
         self._rotation = checkpoints.Rotation(self.run_dir, recipe.checkpoint)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from calm_dist.data.download import Downloads
 from calm_dist.data.stream import Batch, TrainingStream, open_training_stream
 from calm_dist.errors import CheckpointError, StoppedError, TrainingDivergedError, listed
@@ -142,10 +144,11 @@ class TrainingRun(ABC):
             CheckpointError: the last checkpoint could not be written.
         """
 
-    def open_data(self, replicas: int, replication: int = 1) -> None:
+    def open_data(self, device: torch.device, replicas: int, replication: int = 1) -> None:
         """Open the training data.
 
         Args:
+            device: of this rank.
             replicas: parts that a global batch is split into.
             replication: consecutive ranks that read the same part.
         """
@@ -153,16 +156,18 @@ class TrainingRun(ABC):
         self.phases.enter("open the data")
         self._stream = open_training_stream(
             [source.path for source in recipe.data.sources],
-            [source.weight for source in recipe.data.sources],
+            recipe.data.weights,
             batch_size=recipe.training.global_batch_size // replicas,
+            most_epochs=[source.max_epochs for source in recipe.data.sources],
             replication=replication,
             seed=recipe.data.seed,
             num_workers=recipe.data.num_workers,
             cache_dir=recipe.data.cache_dir,
+            cache_limit=recipe.data.cache_limit,
             timeout_seconds=patience(recipe.health.timeout_seconds),
             downloads=Downloads.of(recipe.data),
         )
-        self._batches = LookAhead(self._stream)
+        self._batches = LookAhead(self._stream, device)
 
     def resume(self) -> None:
         """Continue from the newest valid checkpoint of the run directory, if it has one; otherwise
@@ -176,6 +181,8 @@ class TrainingRun(ABC):
             self._init_from(self.recipe.run.init_from)
         self._resumed_from = directory
         check_room(self.recipe)
+        for line in self._stream.describe(self.progress.step, self.recipe.training.steps):
+            self.say(line)
 
     def run(self) -> None:
         """Train until the last step, until asked to stop, or until the data fails; all of these
@@ -202,6 +209,7 @@ class TrainingRun(ABC):
         finally:
             if self._metrics is not None:
                 self._metrics.close()
+        self.say(self._stream.describe_read(self.progress.step))
         if self.rank == 0 and (doubt := checkpoints.doubt(self.run_dir, self.progress)):
             _log.warning(doubt)
         if result.data_failed:
@@ -274,7 +282,9 @@ class TrainingRun(ABC):
             return
         self.check_resumed(directory, state)
         assert state.data is not None
-        self._stream.load_state_dict(state.data)
+        note = self._stream.load_state_dict(state.data)
+        if note is not None:
+            self.say(note)
         self.load(directory, state)
         self.progress = RunProgress.from_state(state.model_dump())
         self.say(f"resumed from {directory} at step {self.progress.step}")

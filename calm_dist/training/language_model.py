@@ -48,7 +48,7 @@ class Trainer(TrainingRun):
         super().__init__(recipe, topology.rank, stop, phases, begin)
         self.topology = topology
         self.build()
-        self.open_data(topology.dp_size, recipe.parallel.model_parallel_size)
+        self.open_data(topology.device, topology.dp_size, recipe.parallel.model_parallel_size)
         self.phases.enter("load the checkpoint")
         self._encoder_sha256 = on_rank_zero(lambda: encoder_sha256(recipe))
         self._latents_sha256 = on_rank_zero(lambda: latents_sha256(recipe, self._stream.metas[0]))

@@ -5,6 +5,7 @@ All layouts share one launch of four processes, since importing takes most of th
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -118,6 +119,13 @@ def scenario(name: str, ranks: int, replication: int = 1, **more: Any) -> dict[s
 def results(stores: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     one, two = [str(stores / "one")], [str(stores / "one"), str(stores / "two")]
     mixed: dict[str, Any] = {"paths": two, "options": {"weights": [1.0, 3.0]}, "steps": 20}
+    # As a file of a recipe or a checkpoint gives it: lists.
+    weights = [[[0, 1.0], [5, 3.0]], [[0, 2.0], [5, 1.0]]]
+    changing: dict[str, Any] = {
+        "paths": two,
+        "options": {"weights": weights, "most_epochs": [None, 2.0]},
+        "steps": 24,
+    }
     state = open_states(one[0])
     lazily: dict[str, Any] = {"check_on_open_bytes": 0, "steps": 50}
     flipped: dict[str, Any] = {"paths": [str(stores / "flipped")]}
@@ -137,7 +145,10 @@ def results(stores: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict
         scenario("batch 6 on 1 rank", 1, paths=one, global_batch=6),
         scenario("batch 6 on 3 nodes", 3, paths=one, global_batch=6, ranks_per_node=1),
         scenario("mixed on 1 rank", 1, **mixed),
-        scenario("mixed on 4 ranks", 4, **mixed),
+        scenario("mixed on 4 ranks", 4, **copy.deepcopy(mixed)),
+        scenario("changing on 1 rank", 1, **copy.deepcopy(changing)),
+        scenario("changing on 4 ranks", 4, 2, **copy.deepcopy(changing)),
+        scenario("changing with workers", 2, num_workers=2, **copy.deepcopy(changing)),
         *(
             scenario(f"from step {step} on {ranks} ranks", ranks, paths=one, state=at)
             for step, at in state.items()
@@ -231,6 +242,19 @@ def test_mixture_has_the_weights_asked_for(results: list[dict[str, Any]], stores
     epoch = joined(steps[: epoch_size // GLOBAL_BATCH])
     assert len(epoch) == epoch_size and max(epoch) < one + two
     assert abs(sum(index >= one for index in epoch) - 0.75 * epoch_size) <= 1
+
+
+def test_weights_that_change_and_a_limit_give_every_layout_the_same_sets(
+    results: list[dict[str, Any]], stores: Path
+) -> None:
+    steps = global_steps(results, "changing on 1 rank")
+    assert steps == global_steps(results, "changing on 4 ranks", 2)
+    assert steps == global_steps(results, "changing with workers")
+    size = len(open_store(stores / "one"))
+    second = [sum(index >= size for index in step) for step in steps]
+    # Two thirds, then a quarter, until less than two blocks, its part of a step, could follow.
+    assert sum(second[:5]) in (26, 27)
+    assert 0 <= 2 * len(open_store(stores / "two")) - sum(second) < 2 and second[-1] == 0
 
 
 @pytest.mark.parametrize("ranks", [4, 2])

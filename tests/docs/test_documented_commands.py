@@ -39,6 +39,7 @@ RUN = [
     r"python tools/train\.py recipes/.* --dry-run",
     r"python tools/train\.py recipes/calm_m\.yaml run\.dir=\S+ run\.continue_from=.*",
     r"python tools/encode_latents\.py .* --begin",
+    r"python tools/encode_latents\.py --append-to .*",
     r"bash slurm/study\.sh --dry-run",
     r"wandb sync runs/calm_m/wandb/offline-run-\*",
 ]

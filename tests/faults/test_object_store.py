@@ -3,7 +3,9 @@ numbers, or end with a code that says whether another start may help."""
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,3 +161,88 @@ def test_wrong_credentials_are_bad_input(
         assert store.count(name) <= 2
     assert codes == [BAD_INPUT, BAD_INPUT], outputs
     assert "refuses the credentials" in outputs[0] and "SignatureDoesNotMatch" in outputs[0]
+
+
+class Watch(threading.Thread):
+    """Records the largest size of the files below a directory."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self.directory, self.most = directory, 0
+        self.looks = 0
+        self._end = threading.Event()
+
+    def run(self) -> None:
+        before = self._sizes()
+        while not self._end.wait(0.002):
+            after = self._sizes()
+            # What two looks have in common was there at the same time: a single look may see a
+            # file that is being deleted or renamed, and the one in its place.
+            size = sum(size for file, size in after.items() if file in before)
+            self.most, self.looks = max(self.most, size), self.looks + 1
+            before = after
+
+    def _sizes(self) -> dict[Path, int]:
+        sizes = {}
+        for file in self.directory.rglob("*.*"):
+            with contextlib.suppress(FileNotFoundError):
+                sizes[file] = file.stat().st_size
+        return sizes
+
+    def stop(self) -> None:
+        self._end.set()
+        self.join()
+
+
+def test_a_store_larger_than_the_disk(
+    shards: Path,
+    expected: list[float],
+    tmp_path: Path,
+    tiny: Tiny,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From an S3 server, through a cache of a fifth of its size: the same losses, also after a
+    resume with reader processes, and never more on the disk."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    sizes = {file.name: file.stat().st_size for file in shards.iterdir()}
+    limit, shard_bytes = sum(sizes.values()) // 5, sizes[SHARD]
+
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = {
+        "S3_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    try:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        client = boto3.client("s3", endpoint_url=environment["S3_ENDPOINT_URL"])
+        client.create_bucket(Bucket="bucket")
+        for name in sizes:
+            client.upload_file(str(shards / name), "bucket", f"store/{name}")
+        cache, run_dir = tmp_path / "cache", tmp_path / "remote" / "run"
+        watch = Watch(cache)
+        watch.start()
+        more = {"data__cache_dir": cache, "data__cache_limit": limit}
+        url = "s3://bucket/store"
+        codes, outputs = train(tiny, run_dir, url, environment, **more, training__steps=6)
+        assert codes == [0, 0], outputs
+        assert "downloaded more than once" in outputs[0]
+        # Eight reader processes for each rank need more.
+        codes, outputs = train(tiny, run_dir, url, environment, **more, data__num_workers=8)
+        assert codes == [BAD_INPUT, BAD_INPUT]
+        assert f"data.cache_limit={limit}: the 16 reader(s)" in outputs[0]
+        codes, outputs = train(tiny, run_dir, url, environment, **more, data__num_workers=1)
+        assert codes == [0, 0], outputs
+        watch.stop()
+    finally:
+        server.stop()
+    assert losses(run_dir) == expected
+    # A start compares a second copy of meta.json.
+    most = limit + sizes["meta.json"]
+    assert watch.looks > 100 and 3 * shard_bytes < watch.most <= most

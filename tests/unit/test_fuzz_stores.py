@@ -8,6 +8,7 @@ import resource
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def test_index(made: Path, seconds: float) -> None:
         (lambda index: index["shards"][0]["raw_data"]["hashes"].update(sha256=None), "sha256 None"),
         (lambda index: index["shards"][0]["raw_data"].update(hashes=None), "hashes is None"),
         (lambda index: index["shards"][0].update(samples=10**15), "1000000000000000 samples of 64"),
-        (lambda index: index["shards"][0]["raw_data"].update(bytes=-1), "in -1 bytes"),
+        (lambda index: index["shards"][0]["raw_data"].update(bytes=-1), "-1 bytes of"),
         (lambda index: index["shards"][0]["raw_data"].update(bytes=10**15), "0 bytes"),
         (lambda index: index["shards"][0].update(column_sizes=[-64]), r"column_sizes \[-64\]"),
         (lambda index: index["shards"][0].update(size_limit="x"), "size_limit 'x'"),
@@ -206,7 +207,7 @@ def test_places_of_samples(made: Path) -> None:
         damaged = data.copy()
         damaged[place : place + 4] = np.array([value], "<u4").tobytes()
         shard.write_bytes(damaged)
-        own = type(entry)(shard, entry.samples, entry.size, file_sha256(shard), entry.sample_bytes)
+        own = replace(entry, path=shard, sha256=file_sha256(shard))
         with pytest.raises(DataError, match="its samples are not at the expected offsets"):
             own.check()
     shard.write_bytes(data)

@@ -6,17 +6,19 @@ import json
 import runpy
 import shutil
 import sys
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import zstandard
 from test_latents import BLOCK, inputs, plan_for, tokenizer_of, write
 
 from calm_dist.data.inspection import check_store, read_block
-from calm_dist.data.stream import open_store
+from calm_dist.data.latents import write_store
+from calm_dist.data.stream import open_store, open_training_stream
 from calm_dist.errors import DataError
 from calm_dist.interop.huggingface import load_autoencoder, save_autoencoder
 
@@ -203,3 +205,109 @@ def test_store_of_tokens(
     assert code == 0 and "6 more; --patches shows them" in out and "std" not in out
     code, _, error = run_tool(monkeypatch, capsys, "inspect_data", tmp_path / "gone", "--block", 1)
     assert code == 2 and "no such directory" in error
+
+
+def test_compressed_tokens(
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The same blocks in the same order, from files that nobody unpacks in their place."""
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    given = ["--corpus", inputs / "corpus.jsonl", "--tokenizer", inputs / "tokenizer.json",
+             "--variant", "tokens", "--patch-size", 4, "--block-size", BLOCK]  # fmt: skip
+    assert run_tool(monkeypatch, capsys, "encode_latents", *given, "--out", plain)[0] == 0
+    given += ["--compression", "zstd", "--parts", 2, "--out", packed]
+    assert run_tool(monkeypatch, capsys, "encode_latents", *given, "--worker", "1/2")[0] == 0
+    assert run_tool(monkeypatch, capsys, "encode_latents", *given)[0] == 0
+    # In one part, several shards.
+    plan = plan_for(inputs, variant="tokens", patch_size=4, autoencoder=None, compression="zstd")
+    store = tmp_path / "store"
+    write_store(store, [inputs / "corpus.jsonl"], tokenizer_of(inputs), plan, shard_bytes=4096)
+    same = tmp_path / "same"
+    plan = plan.model_copy(update={"compression": None})
+    write_store(same, [inputs / "corpus.jsonl"], tokenizer_of(inputs), plan, shard_bytes=4096)
+    before = sorted(file.name for file in store.iterdir())
+    names = [name for name in before if name.startswith("shard.")]
+    assert len(names) > 3 and all(name.endswith(".mds.zstd") for name in names)
+    sizes = [sum(f.stat().st_size for f in one.glob("shard.*")) for one in (store, same)]
+    assert sizes[0] < 0.7 * sizes[1]
+
+    def batches(path: Path, steps: int, state: dict[str, Any] | None = None) -> list[Any]:
+        stream = open_training_stream([path], batch_size=4, cache_dir=tmp_path / "cache")
+        if state is not None:
+            stream.load_state_dict({**state, "stores": stream.state_dict(0)["stores"]})
+        return [{n: v.tolist() for n, v in b.items()} for b in islice(stream, steps)]
+
+    expected = batches(same, 40)
+    assert batches(store, 40) == expected
+    state = open_training_stream([same], batch_size=4).state_dict(7)
+    assert batches(store, 20, state) == expected[7:27]
+    assert sorted(file.name for file in store.iterdir()) == before
+    one, other = open_store(store), open_store(same)
+    for i in (0, len(other) - 1):
+        assert one[i]["tokens"].tolist() == other[i]["tokens"].tolist()
+    for path in (packed, store):
+        code, out, err = run_tool(monkeypatch, capsys, "verify_data", path)
+        assert code == 0 and "all intact" in out, err
+    number = str(len(other) - 1)
+    assert run_tool(monkeypatch, capsys, "inspect_data", store, "--block", number)[0] == 0
+
+    # Damage, also such that the file can still be unpacked.
+    shard = store / names[1]
+    good = shard.read_bytes()
+    for damaged in (good[:-3] + b"abc", good[:50], zstandard.compress(b"other")):
+        shard.write_bytes(damaged)
+        code, _, err = run_tool(monkeypatch, capsys, "verify_data", store)
+        assert code == 2 and f"{names[1]}: " in err
+        shutil.rmtree(tmp_path / "cache")
+        with pytest.raises(DataError, match=names[1]):
+            batches(store, 40)
+    shard.write_bytes(good)
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    assert batches(store, 40) == expected
+    code, _, err = run_tool(
+        monkeypatch, capsys, "encode_latents", "--compression", "zstd", *given[:4],
+        "--autoencoder", inputs / "autoencoder", "--out", tmp_path / "none",
+    )  # fmt: skip
+    assert code == 2 and "saves little on latents" in err
+
+
+def test_more_text_for_a_finished_store(
+    store: Path,
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A further store that fits, and is the one that its own options give; the first one stays."""
+    before = {file.name: file.read_bytes() for file in store.iterdir()}
+    more, meta = tmp_path / "more.jsonl", open_store(store).meta
+    more.write_text("".join(json.dumps({"text": f"more words {i}. " * 9}) + "\n" for i in range(9)))
+    assert meta.autoencoder is not None
+    arguments = ["--corpus", more, "--out", tmp_path / "2", "--device", "cpu"]
+    code, _, err = run_tool(monkeypatch, capsys, "encode_latents", "--append-to", store, *arguments)
+    assert code == 0, err
+    given = ["--corpus", more, "--out", tmp_path / "3", "--tokenizer", store / meta.tokenizer.file]
+    code, _, err = run_tool(
+        monkeypatch, capsys, "encode_latents", *given, "--autoencoder", meta.autoencoder.file,
+        "--block-size", BLOCK, "--token-dtype", meta.token_dtype,
+    )  # fmt: skip
+    assert code == 0, err
+    files = [{file.name: file.read_bytes() for file in (tmp_path / n).iterdir()} for n in "23"]
+    assert files[0] == files[1]
+    assert {file.name: file.read_bytes() for file in store.iterdir()} == before
+    both = open_training_stream([store, tmp_path / "2"], batch_size=2)
+    assert (
+        both.steps_per_epoch == (meta.num_blocks + open_store(tmp_path / "2").meta.num_blocks) // 2
+    )
+
+    for options, message in (
+        (["--block-size", 2 * BLOCK], f"--block-size {2 * BLOCK}: {store} has {BLOCK}; leave"),
+        (["--variant", "tokens"], f"--variant tokens: {store} has fp16; leave"),
+    ):
+        code, _, err = run_tool(
+            monkeypatch, capsys, "encode_latents", "--append-to", store, *arguments, *options
+        )
+        assert code == 2 and message in err

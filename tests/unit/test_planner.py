@@ -17,6 +17,7 @@ from warm import warm_python
 from calm_dist.costs import flops
 from calm_dist.costs.clusters import PRESETS, Rates, preset
 from calm_dist.costs.memory import stage_memory
+from calm_dist.data.store import AutoencoderInfo, StorePlan, TokenizerInfo
 from calm_dist.errors import RecipeError, UserError
 from calm_dist.planner.collectives import Group, groups
 from calm_dist.planner.full_plan import BEST, format_full_plan, full_plan, layout_overrides
@@ -32,9 +33,11 @@ from calm_dist.planner.storage import (
     goodput,
     latent_bytes_per_token,
 )
+from calm_dist.recipe import CalmModel
 
 ROOT = Path(__file__).parents[2]
 XL = ROOT / "recipes" / "calm_xl_tp2pp2.yaml"
+TRANSFORMER = ROOT / "recipes" / "transformer_s.yaml"
 H100 = PRESETS["h100-sxm"]
 # Every kernel at its peak; launches, waits and links for nothing.
 IDEAL = replace(H100, node_latency=0.0, network_latency=0.0).with_rates(
@@ -151,16 +154,65 @@ def test_slower_rates_take_longer() -> None:
 
 def test_storage_and_checkpoint() -> None:
     recipe = language_recipe(XL)
-    # 4 bytes of a token, 2 x 128 fp16 or int8 numbers for 4 of them, one patch more than a block's.
-    assert latent_bytes_per_token(recipe) == 4 + 2 * 2 * 128 * 2049 / 8192
-    assert latent_bytes_per_token(recipe, 1) == 4 + 2 * 128 * 2049 / 8192
+    # 4 bytes of a token, 2 x 128 fp16 numbers for 4 of them.
+    assert latent_bytes_per_token(recipe) == 4 + 2 * 2 * 128 / 4
     on_the_fly = language_recipe(
         XL, ["data.latents=on_the_fly", "model.autoencoder=runs/autoencoder"]
     )
     assert latent_bytes_per_token(on_the_fly) == 4
+    small = language_recipe(XL, ["model.vocab_size=65536"])
+    assert latent_bytes_per_token(small) == 2 + 2 * 2 * 128 / 4
+    # A store's own description agrees.
+    for planned, dtype in ((recipe, "uint32"), (small, "uint16")):
+        plan = StorePlan(
+            variant="fp16",
+            block_size=planned.block_size,
+            patch_size=4,
+            latent_size=128,
+            vocab_size=flops.known_size(planned.model, "vocab_size"),
+            tokenizer=TokenizerInfo(
+                sha256="0" * 64, file="tokenizer.json", begin_id=0, end_id=1, pad_id=None
+            ),
+            autoencoder=AutoencoderInfo(sha256="0" * 64, file="ae"),
+            corpus_sha256="0" * 64,
+            seed=0,
+            token_dtype=dtype,  # type: ignore[arg-type]
+        )
+        assert latent_bytes_per_token(planned) == plan.sample_bytes / plan.block_size
+        plan = plan.model_copy(update={"latent_dtype": "int8"})
+        found = latent_bytes_per_token(planned, int8=True)
+        assert found == pytest.approx(plan.sample_bytes / plan.block_size)
     # bf16 weights of the backbone, fp32 masters and moments of all.
     head = 170_979_968
     assert checkpoint_bytes(recipe) == 1_829_793_408 * 12 + (1_829_793_408 - head) * 2
+
+
+def test_latents_stored_or_on_the_fly() -> None:
+    """Each is compared with the other; encoding takes what its FLOPs take at the fp32 rate."""
+    stored = language_recipe(XL)
+    flying = language_recipe(XL, ["data.latents=on_the_fly", "model.autoencoder=ae"])
+    one, two = (predict(recipe, H100) for recipe in (stored, flying))
+    assert "encoder" not in one.time.terms
+    data = [training_cost(prediction, Reliability())["data"] for prediction in (one, two)]
+    assert data[0]["other_latents"]["latents"] == "on_the_fly"
+    assert data[0]["other_latents"]["bytes_per_token"] == data[1]["bytes_per_token"] == 4
+    longer = data[0]["other_latents"]["step_longer_by"]
+    assert longer == pytest.approx(two.time.seconds / one.time.seconds - 1)
+    assert data[1]["other_latents"]["step_longer_by"] == pytest.approx(1 / (1 + longer) - 1)
+    assert longer > 0.001
+    assert isinstance(stored.model, CalmModel)
+    encoder = flops.count_autoencoder(stored.model, 0).part("encoder").forward_flops_per_token
+    ideal = step_time(flying, IDEAL).terms["encoder"]
+    # The last of two stages encodes; its tensor-parallel ranks share the tokens.
+    tokens = flying.tokens_per_step / flying.data_parallel_size
+    shared = flying.parallel.tensor_parallel_size * flying.parallel.pipeline_parallel_size
+    assert ideal == pytest.approx(encoder * tokens / shared / IDEAL.fp32_flops, rel=0.01)
+    assert (
+        training_cost(predict(language_recipe(TRANSFORMER), H100), Reliability())["data"][
+            "other_latents"
+        ]
+        is None
+    )
 
 
 def test_best_interval_is_the_best() -> None:

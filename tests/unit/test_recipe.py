@@ -119,7 +119,7 @@ def test_decay_may_fill_what_the_warm_up_leaves() -> None:
         ("run.name=a\u202eb", "give one line of text"),
         ("model.kind=clam", "use calm or transformer or autoencoder"),
         ("data.path=[]", "data.path: an empty list"),
-        ("data.path=[a, b]", "data.path.0: found 'a'"),
+        ("data.path=[a, {path: b}]", "data.path.0: found 'a'"),
         ("data.path=[{path: a, weight: 0}]", "data.path.0.weight: found 0"),
         ("data={path: 3}", "data.path: found 3"),
         ("training=4", "training: found 4"),
@@ -214,7 +214,36 @@ def test_later_overrides_win_and_new_sections_appear() -> None:
 def test_mixture_of_stores() -> None:
     recipe = load_recipe(TINY, ["data.path=[{path: a}, {path: s3://b, weight: 2}]"])
     assert [(s.path, s.weight) for s in recipe.data.sources] == [("a", 1.0), ("s3://b", 2.0)]
+    assert recipe.data.weights == [1.0, 2.0]
     assert load_recipe(TINY).data.sources[0].path == "runs/quickstart/latents/train"
+    plain = load_recipe(TINY, ["data.path=[a, s3://b]"])
+    assert [s.path for s in plain.data.sources] == ["a", "s3://b"] and plain.data.weights is None
+    text = "data.path=[{path: a, weight: [{step: 5, weight: 2}], max_epochs: 4}, {path: b}]"
+    changing = load_recipe(TINY, [text]).data
+    assert changing.weights == [[(5, 2.0)], 1.0]
+    assert [source.weight_at(4) for source in changing.sources] == [0.0, 1.0]
+    assert [source.max_epochs for source in changing.sources] == [4.0, None]
+    again = load_recipe(TINY, [text]).to_dict()["data"]["path"]
+    assert again[0] == {"path": "a", "weight": [{"step": 5, "weight": 2.0}], "max_epochs": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("[{path: a, weight: [{step: 5, weight: 1}]}]", "all weights are 0 from step 0 on"),
+        (
+            "[{path: a, weight: [{step: 5, weight: 1}, {step: 2, weight: 1}]}]",
+            r"data.path\[0\].weight: its steps are \[5, 2\]; give each once",
+        ),
+        ("[{path: a, weight: []}]", r"data.path.0.weight: found \[\]"),
+        ("[{path: a, weight: -1}]", "data.path.0.weight: found -1"),
+        ("[{path: a, max_epochs: 0}]", "data.path.0.max_epochs: found 0"),
+        ("[a, {path: b}]", "data.path.0: found 'a'"),
+    ],
+)
+def test_mixtures_that_cannot_be(path: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(TINY, [f"data.path={path}"])
 
 
 def test_layout_numbers() -> None:

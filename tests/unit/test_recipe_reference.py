@@ -41,6 +41,6 @@ def test_limits_defaults_and_words_are_those_of_the_types() -> None:
     assert cells["parallel.virtual_pipeline_size"][:2] == ["integer, from 2", "–"]
     assert cells["training.schedule"][:2] == ["`constant`, `cosine`, `linear`, `wsd`", "`constant`"]
     assert cells["health.timeout_seconds"][0] == "number, above 0, at most 1,000,000"
-    assert cells["data.path"][0] == "text or list: `{path, weight}`"
+    assert cells["data.path"][0] == "text or list: text or list: `{path, weight, max_epochs}`"
     assert cells["checkpoint.async"][1] == "`true`"
     assert cells["model.kl_clamp"][2].startswith("Floor of the KL term")

@@ -209,7 +209,7 @@ def test_a_message_names_the_first_of_very_many(tmp_path: Path) -> None:
         f"training={{{', '.join(f'k{i}: 1' for i in range(5000))}}}",
         f"{'k' * 100_000}=1",
         f"training.{'k' * 100_000}=1",
-        f"data.path=[{', '.join(['x'] * 5000)}]",
+        f"data.path=[{', '.join(['1'] * 5000)}]",
         f"model.kind={'k' * 100_000}",
         f"no.{'k' * 100_000}",
         f"health=[{'k' * 100_000}: {{a: 1, a: 1}}",

@@ -111,3 +111,50 @@ def test_missing_remote_store_and_bucket_are_named(
         write_store("s3://nowhere/x", corpus, tokenizer, plan)
     kept = next((tmp_path / f"calm_dist_{os.getuid()}").glob("staging_*"))
     assert read_meta(kept).num_blocks == len(open_store(kept))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_shards_make_room_for_others(
+    bucket: str, inputs: tuple[list[Path], Tokenizer, StorePlan], tmp_path: Path, num_workers: int
+) -> None:
+    """Beside a store on local disk, whose files stay; and what an earlier run left counts."""
+    corpus, tokenizer, plan = inputs
+    # The server keeps what earlier tests wrote, in shards of another size.
+    bucket += f"-room-{num_workers}"
+    local, other = tmp_path / "local", tmp_path / "other"
+    for place in (bucket, local, other):
+        write_store(place, corpus, tokenizer, plan, shard_bytes=2 * plan.sample_bytes)
+    cache = tmp_path / "cache"
+    options: dict[str, Any] = {
+        "batch_size": 4, "cache_dir": cache, "num_workers": num_workers, "seed": 5,
+    }  # fmt: skip
+
+    def read(*paths: str | Path, **more: Any) -> list[dict[str, Any]]:
+        stream = open_training_stream(paths, **{**options, **more})
+        steps = stream.steps_per_epoch + 3
+        return [{n: v.tolist() for n, v in batch.items()} for batch in islice(stream, steps)]
+
+    def used() -> int:
+        return sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
+
+    expected = read(local, other)
+    assert read(bucket, other) == expected
+    whole, shard = used(), max(file.stat().st_size for file in local.glob("shard.*"))
+    shards = len(list(local.glob("shard.*")))
+    assert shards > 20
+    limit = whole - (shards - 4) * shard
+    # The cache holds the whole store, and shrinks.
+    assert read(bucket, other, cache_limit=limit) == expected
+    assert used() <= limit and used() > limit - 2 * shard
+    assert {file.name for file in other.iterdir()} == {file.name for file in local.iterdir()}
+    message = rf"data.cache_limit={limit - 1}: the {max(1, num_workers)} reader\(s\) of a node need"
+    with pytest.raises(DataError, match=message):
+        read(bucket, other, cache_limit=limit - 1)
+    if num_workers:
+        return
+    packed = plan.model_copy(update={"compression": "zstd"})
+    write_store(f"{bucket}-2", corpus, tokenizer, packed, shard_bytes=2 * plan.sample_bytes)
+    limit += limit // 2
+    assert read(f"{bucket}-2", other, cache_limit=limit) == expected
+    # Stores on local disk take nothing of it.
+    assert read(local, other, cache_limit=1) == expected

@@ -157,6 +157,86 @@ def test_state_of_another_run_is_refused(stores: Path) -> None:
         open_training_stream([stores / "long"], batch_size=4).load_state_dict(state)
 
 
+def test_a_longer_list_of_stores_begins_a_new_order(stores: Path, tmp_path: Path) -> None:
+    old, new = stores / "tokens", write(tmp_path, "more")
+    size = len(open_store(old))
+    options: dict[str, Any] = {"batch_size": 4, "seed": 1}
+    before = open_training_stream([old], **options)
+    first = indices(before, 7)
+    state = json.loads(json.dumps(before.state_dict(7)))
+
+    longer = open_training_stream([old, new], **options)
+    note = longer.load_state_dict(state)
+    assert note is not None
+    assert f"1 more store(s), {new} ({len(open_store(new))} blocks): from step 8 on" in note
+    assert "the present epoch ends after 7 of its steps" in note
+    steps = longer.steps_per_epoch
+    assert steps == (size + len(open_store(new))) // 4
+    received = indices(longer, 2 * steps)
+    for epoch in (received[:steps], received[steps:]):
+        flat = np.ravel(epoch)
+        assert len(set(flat.tolist())) == len(flat) and flat.max() >= size
+    # It is the same order after another resume, and a run that never saw the old store alone has
+    # another one.
+    state = json.loads(json.dumps(longer.state_dict(7 + 5)))
+    again = open_training_stream([old, new], **options)
+    assert again.load_state_dict(state) is None
+    assert indices(again, steps) == received[5 : 5 + steps]
+    assert indices(open_training_stream([old, new], **options), 7) not in (first, received[:7])
+    # The old store alone still goes on.
+    alone = open_training_stream([old], **options)
+    assert alone.load_state_dict(before.state_dict(7)) is None
+    for paths in ([new, old], [new]):
+        with pytest.raises(DataError, match="further stores at the end of the list"):
+            open_training_stream(paths, **options).load_state_dict(before.state_dict(7))
+    for stream, line in (
+        (
+            longer,
+            f"data: {new}: {len(open_store(new))} blocks, 0.474 of each batch; 0 epochs read, ",
+        ),
+        (alone, f"data: {old}: {size} blocks; {7 * 4 / size:.3g} epochs read, "),
+    ):
+        assert any(one.startswith(line) for one in stream.describe(7, 90)), stream.describe(7, 90)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_weights_that_change_and_limits(stores: Path, tmp_path: Path, num_workers: int) -> None:
+    paths = [stores / "tokens", write(tmp_path, "more")]
+    sizes = [len(open_store(path)) for path in paths]
+    options: dict[str, Any] = {
+        "weights": [[(0, 3.0), (9, 1.0)], [(0, 1.0), (9, 1.0)]],
+        "most_epochs": [1.5, None],
+        "batch_size": 4,
+        "num_workers": num_workers,
+    }
+    stream = open_training_stream(paths, **options)
+    received = np.array(indices(stream, 40))
+    old = (received < sizes[0]).sum(axis=1)
+    assert old[:9].sum() == 27
+    assert 1.5 * sizes[0] - 2 < old.sum() <= 1.5 * sizes[0]
+    last = int(np.flatnonzero(old)[-1])
+    assert last < 39 and abs(old[9 : last + 1].sum() / (last - 8) - 2) < 0.1
+    assert stream.describe_read(40).startswith("data: read 1.49 epochs of ")
+    with pytest.raises(DataError, match="the stores give data for"):
+        open_training_stream(paths, **{**options, "most_epochs": [1.5, 1.0]}).describe(0, 40)
+    # A resume anywhere, also with weights that change later than before.
+    for step in (4, 9, 20, 30):
+        state = json.loads(json.dumps(stream.state_dict(step)))
+        again = open_training_stream(paths, **options)
+        assert again.load_state_dict(state) is None
+        assert indices(again, 10) == received[step : step + 10].tolist()
+    later = [[(0, 3.0), (9, 1.0)], [(0, 1.0), (9, 1.0), (30, 0.0)]]
+    other = open_training_stream(paths, **{**options, "weights": later, "most_epochs": None})
+    note = other.load_state_dict(stream.state_dict(20))
+    assert note is not None and "other weights or limits: from step 21 on" in note
+    assert (np.array(indices(other, 15))[10:] < sizes[0]).all()
+    earlier = [[(0, 3.0), (9, 2.0)], [(0, 1.0), (9, 1.0)]]
+    with pytest.raises(DataError, match="weights="):
+        open_training_stream(paths, **{**options, "weights": earlier}).load_state_dict(
+            stream.state_dict(20)
+        )
+
+
 def test_stores_that_do_not_fit_together_are_refused(stores: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"differ in block_size \(16 and 32\)"):
         open_training_stream([stores / "tokens", stores / "long"], batch_size=4)

@@ -1,0 +1,241 @@
+"""How stores are mixed: the stretches of a training within which blocks are drawn in one order.
+
+A stretch is an epoch, that is, as many global batches as the blocks of all stores make, or the part
+of one up to a step at which weights change or a store has been read as often as it may be. Each
+store gives a fixed number of the blocks of a stretch, in proportion to the weights, so what has
+been read is known exactly where a stretch ends. Stretches are a function of the stores' sizes,
+weights, limits, the global batch size and the seed alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from calm_dist.errors import DataError
+
+Weight = float | Sequence[tuple[int, float]]
+"""A constant weight, or the weight from each of several steps on; zero before the first."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps within which blocks are drawn in one order.
+
+    Attributes:
+        number: from which the order is drawn; Streaming's epoch.
+        first: its first step, counted from 0.
+        steps: its length.
+        counts: blocks of each store in it.
+    """
+
+    number: int
+    first: int
+    steps: int
+    counts: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        """The step after its last one."""
+        return self.first + self.steps
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where an order begins: at a step, with a number, after blocks of each store were read."""
+
+    step: int = 0
+    number: int = 0
+    read: tuple[int, ...] = ()
+
+
+@dataclass
+class Mixture:
+    """The stretches of a training.
+
+    Args:
+        sizes: blocks of each store.
+        weights: of each store, relative to the others; None: in proportion to the sizes.
+        most_epochs: how often each store may be read; its share then goes to the others.
+        global_batch_size: blocks per step.
+        seed: of the order.
+        start: where the first stretch begins.
+    """
+
+    sizes: tuple[int, ...]
+    weights: tuple[Weight, ...] | None
+    most_epochs: tuple[float | None, ...]
+    global_batch_size: int
+    seed: int
+    start: Start = Start()
+    _stretches: list[Stretch] = field(default_factory=list, init=False, repr=False)
+    _ended: bool = field(default=False, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        read = self.start.read + (0,) * (len(self.sizes) - len(self.start.read))
+        self._read = np.array(read, np.int64)
+        self._initially_read = self._read.copy()
+        self._most = np.array(
+            [
+                np.iinfo(np.int64).max if most is None else int(most * size)
+                for most, size in zip(self.most_epochs, self.sizes, strict=True)
+            ]
+        )
+        self._spent = np.zeros(len(self.sizes), bool)
+        changes = {0} if self.weights is None else {s for w in self.weights for s in _steps(w)}
+        self._changes = sorted(changes)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches in an epoch."""
+        return sum(self.sizes) // self.global_batch_size
+
+    def at(self, step: int) -> Stretch:
+        """The stretch of a step.
+
+        Raises:
+            DataError: every store has been read as often as it may be before that step.
+        """
+        self._extend(step)
+        if not self._stretches or self._stretches[-1].end <= step:
+            end = self._stretches[-1].end if self._stretches else self.start.step
+            raise DataError(
+                f"data.path: with their max_epochs, the stores give data for {end} steps; raise "
+                "max_epochs, add a store, or lower training.steps"
+            )
+        low, high = 0, len(self._stretches) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self._stretches[middle].end <= step:
+                low = middle + 1
+            else:
+                high = middle
+        return self._stretches[low]
+
+    def numbered(self, number: int) -> Stretch:
+        """The stretch of this number, which must exist."""
+        while len(self._stretches) <= number - self.start.number:
+            self.at(self._stretches[-1].end if self._stretches else self.start.step)
+        return self._stretches[number - self.start.number]
+
+    def read_at(self, step: int) -> list[float]:
+        """Blocks of each store read before a step; within a stretch, in proportion."""
+        read = self._initially_read.astype(float)
+        if step > self.start.step:
+            self.at(step - 1)
+        for stretch in self._stretches:
+            part = min(1.0, max(0.0, (step - stretch.first) / stretch.steps))
+            if not part:
+                break
+            read += part * np.array(stretch.counts)
+        return [float(blocks) for blocks in read]
+
+    def weights_at(self, step: int) -> list[float]:
+        """The weights at a step, of stores that may still be read."""
+        if self.weights is None:
+            return [float(size) for size in self.sizes]
+        return [_weight_at(weight, step) for weight in self.weights]
+
+    def changes_until(self, step: int) -> list[int]:
+        """The steps from which other weights apply, up to the one before ``step``."""
+        return [change for change in self._changes if change < step]
+
+    def restarted(self, step: int, other: Mixture) -> Mixture:
+        """Another mixture, of the same stores and perhaps further ones, that follows this one: its
+        order begins at a step, and what was read by then counts."""
+        read = tuple(int(np.ceil(blocks)) for blocks in self.read_at(step))
+        self._extend(step)
+        # Those of this mixture beyond the step were never used, but their number may have been.
+        number = self.start.number + sum(stretch.first <= step for stretch in self._stretches)
+        return replace(other, start=Start(step, number, read))
+
+    def _extend(self, step: int) -> None:
+        """Compute the stretches up to that of a step."""
+        while not self._ended and (not self._stretches or self._stretches[-1].end <= step):
+            first = self._stretches[-1].end if self._stretches else self.start.step
+            stretch = self._next(first)
+            if stretch is None:
+                self._ended = True
+            else:
+                self._read += np.array(stretch.counts)
+                self._stretches.append(stretch)
+
+    def _next(self, first: int) -> Stretch | None:
+        number = self.start.number + len(self._stretches)
+        later = [change for change in self._changes if change > first]
+        longest = min(self.steps_per_epoch, later[0] - first if later else self.steps_per_epoch)
+        while True:
+            weights = np.where(self._spent, 0.0, self.weights_at(first))
+            if not weights.any():
+                return None
+            shares = weights / weights.sum()
+            with np.errstate(divide="ignore", invalid="ignore"):
+                left = np.maximum(self._most - self._read, 0)
+                room = np.where(shares > 0, left / (shares * self.global_batch_size), np.inf)
+            steps = int(min(longest, room.min()))
+            while steps and (self._counts(shares, steps) > left).any():
+                steps -= 1
+            if steps:
+                return Stretch(number, first, steps, tuple(map(int, self._counts(shares, steps))))
+            # Less than its part of one step is left of it.
+            self._spent[int(room.argmin())] = True
+
+    def _counts(self, shares: np.ndarray, steps: int) -> np.ndarray:
+        """Blocks of each store in a stretch, as Streaming computes them for a whole epoch."""
+        size = steps * self.global_batch_size
+        counts = (size * shares).astype(np.int64)
+        rng = np.random.default_rng(self.seed)
+        taking = np.flatnonzero(shares)
+        counts[rng.choice(taking, size - counts.sum(), False)] += 1
+        return counts
+
+    def identity(self) -> dict[str, Any]:
+        """What fixes the order, besides the stores, as plain values."""
+        weights = self.weights
+        values: dict[str, Any] = {
+            "weights": None if weights is None else [_plain(weight) for weight in weights],
+            "global_batch_size": self.global_batch_size,
+            "seed": self.seed,
+        }
+        # Absent in the states of earlier versions.
+        if any(most is not None for most in self.most_epochs):
+            values["max_epochs"] = list(self.most_epochs)
+        if self.start != Start():
+            values["start"] = {**asdict(self.start), "read": list(self.start.read)}
+        return values
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any], sizes: Sequence[int]) -> Mixture:
+        """The mixture whose `identity` a state holds, of stores of these sizes."""
+        weights, start = state.get("weights"), state.get("start")
+        return cls(
+            tuple(sizes),
+            None if weights is None else tuple(map(_from_plain, weights)),
+            tuple(state.get("max_epochs") or [None] * len(sizes)),
+            state["global_batch_size"],
+            state["seed"],
+            Start()
+            if start is None
+            else Start(start["step"], start["number"], tuple(start["read"])),
+        )
+
+
+def _steps(weight: Weight) -> list[int]:
+    return [0] if isinstance(weight, int | float) else [step for step, _ in weight]
+
+
+def _weight_at(weight: Weight, step: int) -> float:
+    if isinstance(weight, int | float):
+        return float(weight)
+    return next((float(value) for first, value in reversed(weight) if first <= step), 0.0)
+
+
+def _plain(weight: Weight) -> Any:
+    return weight if isinstance(weight, int | float) else [list(pair) for pair in weight]
+
+
+def _from_plain(weight: Any) -> Weight:
+    return weight if isinstance(weight, int | float) else [(step, value) for step, value in weight]

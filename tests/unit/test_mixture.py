@@ -1,0 +1,105 @@
+"""Stretches of a mixture: shares, repetition, changes of weights, and their arithmetic alone."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+
+from calm_dist.compat.streaming import Stream
+from calm_dist.data.mixture import Mixture, Stretch
+from calm_dist.errors import DataError
+
+G = 8
+
+
+def mixture(*sizes: int, **changes: Any) -> Mixture:
+    values: dict[str, Any] = {
+        "sizes": sizes, "weights": None, "most_epochs": (None,) * len(sizes),
+        "global_batch_size": G, "seed": 3, **changes,
+    }  # fmt: skip
+    return Mixture(**values)
+
+
+def stretches(found: Mixture, steps: int) -> list[Stretch]:
+    """All up to that of a step, after checking that they follow one another."""
+    result = [found.at(found.start.step)]
+    while result[-1].end <= steps:
+        result.append(found.at(result[-1].end))
+    for one, two in pairwise(result):
+        assert (two.first, two.number) == (one.end, one.number + 1)
+    for stretch in result:
+        assert sum(stretch.counts) == stretch.steps * G and stretch.steps > 0
+    return result
+
+
+@pytest.mark.parametrize("weights", [None, (1.0, 3.0, 2.0), (1e-3, 1.0, 5.0)])
+def test_constant_weights_give_the_counts_of_streaming(weights: tuple[float, ...] | None) -> None:
+    """So that the order of earlier versions stays as it was."""
+    sizes = (101, 57, 23)
+    streams = [Stream(local="x", proportion=w) for w in weights or (None,) * 3]
+    size = sum(sizes) // G * G
+    Stream.apply_weights(streams, np.array(sizes), size, 3)
+    found = stretches(mixture(*sizes, weights=weights), 100)
+    assert {stretch.counts for stretch in found} == {tuple(s.choose for s in streams)}
+    assert {stretch.steps for stretch in found} == {sum(sizes) // G}
+
+
+def test_weights_change_at_their_steps() -> None:
+    found = mixture(80, 80, weights=([(0, 1.0), (25, 0.0)], [(10, 1.0)]))
+    first, *others = stretches(found, 60)
+    assert (first.steps, first.counts) == (10, (80, 0))
+    assert (others[0].first, others[0].steps, others[0].counts) == (10, 15, (60, 60))
+    assert (others[1].first, others[1].steps, others[1].counts) == (25, 20, (0, 160))
+    assert found.read_at(25) == [140.0, 60.0]
+    assert found.read_at(35) == [140.0, 140.0]
+
+
+@pytest.mark.parametrize("sizes", [(10, 200), (37, 411), (3, 90)])
+@pytest.mark.parametrize("most", [0.5, 1.0, 2.5])
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.9])
+def test_no_store_is_read_more_often_than_it_may_be(
+    sizes: tuple[int, int], most: float, share: float
+) -> None:
+    found = mixture(*sizes, weights=(share, 1 - share), most_epochs=(most, None))
+    stretches(found, 500)
+    few, many = found.read_at(500)
+    assert few <= most * sizes[0]
+    # What is missing is less than its part of one step, or the steps were too few.
+    assert few > most * sizes[0] - max(1, share * G + 1) or few >= share * 500 * G - 60
+    assert few + many == 500 * G
+
+
+def test_data_end_where_all_limits_are_reached() -> None:
+    found = mixture(40, 80, weights=(1.0, 1.0), most_epochs=(1.0, 2.0))
+    last = stretches(found, 20)[-1]
+    assert found.read_at(20)[0] == 40
+    with pytest.raises(DataError, match="give data for 25 steps; raise max_epochs"):
+        found.at(25)
+    assert last.end <= 25 and found.read_at(25) == [40.0, 160.0]
+
+
+def test_an_order_that_begins_later_goes_on_counting() -> None:
+    before = mixture(40, most_epochs=(3.0,))
+    after = before.restarted(7, mixture(40, 80, weights=(1.0, 1.0), most_epochs=(3.0, None)))
+    assert after.at(7) == Stretch(2, 7, 15, (60, 60)) == after.numbered(2)
+    assert after.read_at(7) == [56.0, 0.0]
+    stretches(after, 100)
+    assert after.read_at(100)[0] == 120.0
+
+
+def test_states_are_plain_and_give_the_same_stretches() -> None:
+    import json
+
+    changes: dict[str, Any] = {
+        "weights": (1.0, [(5, 2.0), (9, 0.5)]),
+        "most_epochs": (None, 2.0),
+    }
+    for one in (mixture(30, 60), mixture(30, 60, **changes),
+                mixture(30).restarted(4, mixture(30, 60, **changes))):  # fmt: skip
+        state = json.loads(json.dumps(one.identity()))
+        again = Mixture.of_state(state, one.sizes)
+        assert stretches(again, 90) == stretches(one, 90)
+        assert again.identity() == one.identity()
