@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import sysconfig
 import threading
 from collections.abc import Callable, Iterator
@@ -10,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiktoken
 import tokenizers
 from tokenizer_kinds import llama2_like, metaspace, wordpiece
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from calm_dist.data import tokenizer as tokenizer_module
-from calm_dist.data.byte_pairs import LLAMA3, byte_pairs_of
+from calm_dist.data.byte_pairs import FASTER, LLAMA3, byte_pairs_of
 from calm_dist.data.tokenizer import load_tokenizer
 from calm_dist.data.tokenizing import Piece, tokenized_ahead
 
@@ -85,6 +87,25 @@ def test_tokens_are_equal(splitter: pre_tokenizers.PreTokenizer, kind: str) -> N
         else:
             assert ours == theirs
     assert set(itertools.chain(*wanted)) - {tokenizer.token_to_id("<|call|>")} <= pairs.ids
+
+
+@pytest.mark.parametrize("pattern", FASTER)
+def test_the_faster_patterns_cut_texts_at_the_same_places(pattern: str) -> None:
+    """With an entry for every string of up to four of these characters, tokens show the pieces."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for length in (2, 3, 4):
+        for characters in itertools.product(b" \n\t\ra", repeat=length):
+            ranks[bytes(characters)] = len(ranks)
+    given, faster = (
+        tiktoken.Encoding("test", pat_str=one, mergeable_ranks=ranks, special_tokens={})
+        for one in (pattern, FASTER[pattern])
+    )
+    texts = ["".join(cut) for n in range(1, 7) for cut in itertools.product(" \n\ta'", repeat=n)]
+    chance = random.Random(0)
+    some = " \n\t\r\u00a0\u3000aZ1'sltvedmSL.,#é数\u2028"
+    texts += ["".join(chance.choices(some, k=chance.randint(1, 12))) for _ in range(50_000)]
+    for text in texts:
+        assert faster.encode_ordinary(text) == given.encode_ordinary(text), repr(text)
 
 
 def test_text_without_a_piece_is_kept() -> None:
