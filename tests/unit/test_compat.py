@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from calm_dist.compat import streaming
+
 # (library, version that the names were looked up in).
 TESTED = {"mosaicml-streaming": "0.13.0", "megatron-core": "0.16.1", "deepspeed": "0.19.8"}
 
@@ -28,8 +30,6 @@ def test_versions_are_those_that_the_names_were_looked_up_in() -> None:
 
 
 def test_names_of_streaming() -> None:
-    from calm_dist.compat import streaming
-
     for name in streaming.__all__:
         assert getattr(streaming, name) is not None, name
     assert streaming.ShardState.REMOTE.name == "REMOTE"
@@ -67,7 +67,9 @@ def test_attaching_waits_until_the_memory_has_its_size() -> None:
 def attributes_of(kind: type) -> set[str]:
     """Names of a class and of what its own methods set on ``self``."""
     found = set(dir(kind))
-    for base in kind.__mro__[:-1]:
+    for base in kind.__mro__:
+        if base.__module__.split(".")[0] not in ("megatron", "deepspeed", "streaming"):
+            continue
         tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
         found |= {
             node.attr
@@ -78,6 +80,26 @@ def attributes_of(kind: type) -> set[str]:
             and node.value.id == "self"
         }
     return found
+
+
+def test_names_that_subclasses_of_streaming_use() -> None:
+    """Private attributes that datasets and streams of ours inherit, found by looking at ours."""
+    from calm_dist.data import cache, guard
+
+    ours = [cache.EvictingDataset, guard.GuardedDataset, guard._CheckedStream]
+    used: set[str] = set()
+    own: set[str] = set()
+    for kind in ours:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+        own |= set(vars(kind)) | set(getattr(kind, "__annotations__", {}))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "self":
+                stored = isinstance(node.ctx, ast.Store)
+                (own if stored else used).add(node.attr)
+    inherited = {name for name in used - own if name.startswith("_")}
+    theirs = attributes_of(streaming.StreamingDataset) | attributes_of(streaming.Stream)
+    assert {"_shard_states", "_cache_filelock_path"} <= inherited <= theirs
+    assert "_ready_thread" in own & theirs
 
 
 def test_a_fused_rotation_takes_the_place_of_transformer_engines(
