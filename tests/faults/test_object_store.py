@@ -225,7 +225,7 @@ def test_a_store_larger_than_the_disk(
         client.create_bucket(Bucket="bucket")
         for name in sizes:
             client.upload_file(str(shards / name), "bucket", f"store/{name}")
-        cache, run_dir = tmp_path / "cache", tmp_path / "remote" / "run"
+        cache, run_dir = tmp_path / "cache", tmp_path / "run"
         watch = Watch(cache)
         watch.start()
         more = {"data__cache_dir": cache, "data__cache_limit": limit}

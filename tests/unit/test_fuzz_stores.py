@@ -283,7 +283,8 @@ def read_run_files(run: Path, out: Path | None) -> None:
     [row] = list_runs([run.parent])
     table([row])
     read_records(run)
-    report_runs(Namespace(runs=[run], autoencoder=None, peak_tflops=None, out=out, json=None))
+    options = {"autoencoder": None, "peak_tflops": None, "inference": None, "json": None}
+    report_runs(Namespace(runs=[run], out=out, **options))
     with end_recorded(run):
         pass
 
