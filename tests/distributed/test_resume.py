@@ -27,10 +27,11 @@ FULL_LAYOUT = {
 }
 
 
-def launch(ranks: int, overrides: list[str]) -> subprocess.Popen[str]:
-    """Start tools/train.py under torchrun in a session of its own."""
+def launch(ranks: int, overrides: list[str], fresh: bool = True) -> subprocess.Popen[str]:
+    """Start tools/train.py under torchrun in a session of its own; only ``fresh`` processes can be
+    killed with it."""
     train = ROOT / "tools" / "train.py"
-    command = torchrun(ranks, train, recipe("calm"), *overrides, fresh=True)
+    command = torchrun(ranks, train, recipe("calm"), *overrides, fresh=fresh)
     return subprocess.Popen(
         command,
         env=environment(),
@@ -85,7 +86,7 @@ def test_killed_run_resumes_bit_for_bit_and_on_another_layout(
     # Written beside the training: on a busy machine that of step 12 may have been lost, too.
     newest = max(int(path.name[5:]) for path in run_dir.glob("checkpoints/step_????????"))
     assert newest in (8, 12)
-    output = finish(launch(1, tiny(run_dir, "calm", **common, **ALONE)))
+    output = finish(launch(1, tiny(run_dir, "calm", **common, **ALONE), fresh=False))
     assert "resumed from" in output and f"at step {newest}" in output
     resumed = training_records(run_dir)
     assert sorted(resumed) == sorted(unbroken)
@@ -99,20 +100,22 @@ def test_finished_run_is_left_alone_and_another_model_is_refused(
     tmp_path: Path, tiny: Callable[..., list[str]]
 ) -> None:
     run_dir = tmp_path / "run"
-    finish(launch(1, tiny(run_dir, "calm", training__steps=3, **ALONE)))
+    finish(launch(1, tiny(run_dir, "calm", training__steps=3, **ALONE), fresh=False))
     before = training_records(run_dir)
-    finish(launch(1, tiny(run_dir, "calm", training__steps=3, **ALONE)))
+    finish(launch(1, tiny(run_dir, "calm", training__steps=3, **ALONE), fresh=False))
     assert training_records(run_dir) == before
 
     same = tiny(run_dir, "calm", training__steps=3, **ALONE)
     for change in ("model.head.num_mlp_layers=3", "run.seed=1"):
-        process = launch(1, [*same, change])
+        process = launch(1, [*same, change], fresh=False)
         output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
         assert process.returncode != 0
         assert "written for another model, noise or tokens" in output
         assert change.split("=")[0].removesuffix(".num_mlp_layers") in output
         assert training_records(run_dir) == before
 
-    output = finish(launch(1, [*same, "training.steps=4", "training.learning_rate=1e-3"]))
+    output = finish(
+        launch(1, [*same, "training.steps=4", "training.learning_rate=1e-3"], fresh=False)
+    )
     assert "training.learning_rate: 0.002 -> 0.001, training.steps: 3 -> 4" in output
     assert sorted(training_records(run_dir)) == [1, 2, 3, 4]
