@@ -40,6 +40,10 @@ FASTER = {
     ),
 }
 
+# Anchors and flags that Oniguruma, which tokenizers uses, and Rust's library take differently (^ is
+# the start of a line or of the text), and that a sample may not tell apart.
+_AMBIGUOUS = re.compile(r"(?<![\[\\])\^|(?<!\\)\$|\\[AGKZz]|\(\?[a-z-]*[msx]")
+
 _SAMPLE_ENTRIES = 20_000
 _HARD_TEXTS = (
     "I'm we'll they've 'S 'LL 'Re don''t 'ſ 'K '\u017f x's\u0301",
@@ -160,6 +164,8 @@ def _pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
     if split["behavior"] != "Isolated" or split["invert"] or "Regex" not in split["pattern"]:
         return None
     given = split["pattern"]["Regex"]
+    if _AMBIGUOUS.search(given):
+        return None
     # tiktoken drops what no piece matches; tokenizers makes it a piece of its own.
     return FASTER.get(given) or f"(?:{given})|(?:(?!{given})[\\s\\S])+"
 

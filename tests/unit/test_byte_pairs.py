@@ -150,6 +150,10 @@ def lazy(splitter: pre_tokenizers.PreTokenizer) -> Callable[[], tokenizers.Token
         lambda: bpe(MERGES, dropout=0.1),
         # {1,3}+ is one piece of any length to tokenizers, and one of three letters to tiktoken.
         lazy(split_by(r"\p{L}{1,3}+|\P{L}")),
+        # Lines begin with ^ to tokenizers, and the text does to tiktoken; . may be a newline.
+        lazy(split_by(r"^[a-z]+|[^\n]+|\n")),
+        lazy(split_by(r"[a-z ]+$|[^$]|\$")),
+        lazy(split_by(r"(?m:.)x|(?i)a|[\s\S]")),
         # Rust has no absence operator.
         lazy(split_by(r"(?~\n)|\n")),
         lazy(split_by(LLAMA3, invert=True)),
