@@ -50,7 +50,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer", metavar="F", help="tokenizer.json or tokenizer.model")
     parser.add_argument(
         "--append-to",
-        type=Path,
         metavar="STORE",
         help="write more text for a training on STORE: tokenizer, variant, block size, patch size "
         "and autoencoder are those of STORE, which is not changed",
@@ -164,7 +163,7 @@ def settle_options(args: argparse.Namespace) -> None:
         from calm_dist.data.inspection import settings_of
         from calm_dist.errors import DataError
 
-        for name, value in settings_of(args.append_to).items():
+        for name, value in settings_of(args.append_to, args.out).items():
             given = getattr(args, name)
             if given is not None and given not in (value, "auto"):
                 option = f"--{name.replace('_', '-')}"

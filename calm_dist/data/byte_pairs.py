@@ -16,6 +16,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,10 @@ FASTER = {
         r" ?[^\s\p{L}\p{N}]++[\r\n]*+|\s*[\r\n]|\s++$|\s+(?!\S)|\s"
     ),
 }
+
+# Anchors and flags that Oniguruma, which tokenizers uses, and Rust's library take differently (^ is
+# the start of a line or of the text), and that a sample may not tell apart.
+_AMBIGUOUS = re.compile(r"(?<![\[\\])\^|(?<!\\)\$|\\[AGKZz]|\(\?[a-z-]*[msx]")
 
 _SAMPLE_ENTRIES = 20_000
 _HARD_TEXTS = (
@@ -130,6 +135,9 @@ def byte_pairs_of(tokenizer: tokenizers.Tokenizer) -> BytePairs | None:
         return None
     added = [token["content"] for token in values["added_tokens"] if not token["special"]]
     normalize = tokenizer.normalizer.normalize_str if normalizes else None
+    if normalize is not None:
+        # Those marked as normalized are found in normalized text, in their normalized form.
+        added += [normalize(content) for content in added]
     made = BytePairs(encoding, frozenset(ranks.values()), added, normalize)
     sample = list(_sample(ranks))
     expected = tokenizer.encode_batch_fast(sample, add_special_tokens=False)
@@ -156,6 +164,8 @@ def _pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
     if split["behavior"] != "Isolated" or split["invert"] or "Regex" not in split["pattern"]:
         return None
     given = split["pattern"]["Regex"]
+    if _AMBIGUOUS.search(given):
+        return None
     # tiktoken drops what no piece matches; tokenizers makes it a piece of its own.
     return FASTER.get(given) or f"(?:{given})|(?:(?!{given})[\\s\\S])+"
 
@@ -166,19 +176,32 @@ def _ranks(model: dict[str, Any]) -> dict[bytes, int] | None:
     tiktoken takes ids for ranks. So None if the ids are not in the order of the merges, or if a
     byte has no entry. Several merges in a row may give an entry, of which only one is reachable.
     """
-    byte_of = {character: byte for byte, character in enumerate(_alphabet())}
     vocabulary: dict[str, int] = model["vocab"]
-    if not byte_of.keys() <= vocabulary.keys():
+    if not set(_alphabet()) <= vocabulary.keys():
         return None
-    ranks = {bytes([byte]): vocabulary[character] for character, byte in byte_of.items()}
+    ranks = {bytes([byte]): vocabulary[character] for byte, character in enumerate(_alphabet())}
     last = -1
     for merge in model["merges"]:
         entry = "".join(merge if isinstance(merge, list) else merge.split(" "))
-        number = vocabulary[entry]
-        if number < last:
+        number, merged = vocabulary[entry], _bytes_of(entry)
+        if merged is None or number < last:
             return None
-        ranks[bytes(map(byte_of.__getitem__, entry))] = last = number
-    return ranks
+        ranks[merged] = last = number
+    # Several entries with one id would make tiktoken panic.
+    return ranks if len(set(ranks.values())) == len(ranks) else None
+
+
+def _bytes_of(entry: str) -> bytes | None:
+    """The bytes of an entry; None if it has a character that stands for none."""
+    byte_of = _byte_of()
+    if not byte_of.keys() >= set(entry):
+        return None
+    return bytes(map(byte_of.__getitem__, entry))
+
+
+@cache
+def _byte_of() -> dict[str, int]:
+    return {character: byte for byte, character in enumerate(_alphabet())}
 
 
 def _alphabet() -> str:
@@ -205,12 +228,21 @@ def _entries_merge_to_themselves(
         if number in reached:
             if [token.id for token in plain.tokenize(entry)] != [number]:
                 return False
-        elif model.get("ignore_merges"):
+        elif model.get("ignore_merges") and (text := _text_of(entry)) is not None:
             # Text that is exactly this entry may become it.
-            (encoded,) = tokenizer.encode_batch_fast([entry], add_special_tokens=False)
+            (encoded,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
             if number in encoded.ids:
                 return False
     return True
+
+
+def _text_of(entry: str) -> str | None:
+    """The text that an entry stands for; None if it is a part of characters, which no piece is."""
+    found = _bytes_of(entry)
+    try:
+        return None if found is None else found.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _sample(ranks: dict[bytes, int]) -> Iterator[str]:

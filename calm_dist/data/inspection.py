@@ -216,14 +216,19 @@ def tokenizer_of(path: str) -> tuple[StoreMeta, Tokenizer]:
         return meta, load_tokenizer(directory / meta.tokenizer.file, *names)
 
 
-def settings_of(store: Path) -> dict[str, Any]:
-    """The options of ``tools/encode_latents.py`` for a store that fits a local one.
+def settings_of(store: str, out: str) -> dict[str, Any]:
+    """The options of ``tools/encode_latents.py`` for a store ``out`` that fits a local one.
 
     Raises:
-        DataError: there is no store, or its autoencoder is not where it was.
+        DataError: there is no store, it is ``out``, or its autoencoder is not where it was.
     """
     if is_remote(store):
         raise DataError(f"--append-to {store}: give a local copy of the store")
+    if Path(store).resolve() == Path(out).resolve():
+        raise DataError(
+            f"--out {out}: is the store of --append-to, which is not changed; give a directory for "
+            "the new text, and both to a training: data.path=[…, …]"
+        )
     meta = read_meta(store)
     autoencoder = find_autoencoder(meta, None)
     if meta.autoencoder is not None and autoencoder is None:
@@ -232,7 +237,7 @@ def settings_of(store: Path) -> dict[str, Any]:
             "put it there"
         )
     return {
-        "tokenizer": str(store / meta.tokenizer.file),
+        "tokenizer": str(Path(store) / meta.tokenizer.file),
         "begin_token": meta.tokenizer.begin_token,
         "end_token": meta.tokenizer.end_token,
         "variant": meta.variant,
@@ -245,7 +250,7 @@ def settings_of(store: Path) -> dict[str, Any]:
     }
 
 
-def refuse_same_text(store: Path, plan: StorePlan) -> None:
+def refuse_same_text(store: str, plan: StorePlan) -> None:
     """Raises DataError if a planned store holds the text of another one."""
     meta = read_meta(store)
     if plan.corpus_sha256 == meta.corpus_sha256 and plan.reading == meta.reading:

@@ -281,6 +281,11 @@ def write_store(
     if overwrite and not isinstance(corpus, BegunCorpus):
         # Check corpus and options before anything is removed.
         blocks_in_shard(plan, shard_bytes)
+        if tokenizer.path.resolve().parent == out.resolve():
+            raise DataError(
+                f"--tokenizer {tokenizer.path}: is a file of the store that --overwrite removes; "
+                "copy it to another directory first"
+            )
         corpus = find_files(corpus, plan.reading)
         refuse_corpus_in_store(out, corpus)
         _check_beginning(corpus, plan, skip_faults)

@@ -99,8 +99,7 @@ class Mixture:
         Raises:
             DataError: every store has been read as often as it may be before that step.
         """
-        self._extend(step)
-        if not self._stretches or self._stretches[-1].end <= step:
+        if not self.has(step):
             end = self._stretches[-1].end if self._stretches else self.start.step
             raise DataError(
                 f"data.path: with their max_epochs, the stores give data for {end} steps; raise "
@@ -114,6 +113,16 @@ class Mixture:
             else:
                 high = middle
         return self._stretches[low]
+
+    def until(self, step: int) -> list[Stretch]:
+        """The stretches that begin at a step or before; all, if the data ends before."""
+        self._extend(step)
+        return [stretch for stretch in self._stretches if stretch.first <= step]
+
+    def has(self, step: int) -> bool:
+        """Whether there is data for a step."""
+        self._extend(step)
+        return bool(self._stretches) and step < self._stretches[-1].end
 
     def numbered(self, number: int) -> Stretch:
         """The stretch of this number, which must exist."""
@@ -176,19 +185,24 @@ class Mixture:
                 left = np.maximum(self._most - self._read, 0)
                 room = np.where(shares > 0, left / (shares * self.global_batch_size), np.inf)
             steps = int(min(longest, room.min()))
-            while steps and (self._counts(shares, steps) > left).any():
+            while steps and (self._counts(weights, steps) > left).any():
                 steps -= 1
             if steps:
-                return Stretch(number, first, steps, tuple(map(int, self._counts(shares, steps))))
+                return Stretch(number, first, steps, tuple(map(int, self._counts(weights, steps))))
             # Less than its part of one step is left of it.
             self._spent[int(room.argmin())] = True
 
-    def _counts(self, shares: np.ndarray, steps: int) -> np.ndarray:
+    def _counts(self, weights: np.ndarray, steps: int) -> np.ndarray:
         """Blocks of each store in a stretch, as Streaming computes them for a whole epoch."""
         size = steps * self.global_batch_size
-        counts = (size * shares).astype(np.int64)
+        if self.weights is None:
+            # Exactly: rounding would take a block of one store twice and none of another.
+            sizes = [int(weight) for weight in weights]
+            counts = np.array([size * one // sum(sizes) for one in sizes], np.int64)
+        else:
+            counts = (size * (weights / weights.sum())).astype(np.int64)
         rng = np.random.default_rng(self.seed)
-        taking = np.flatnonzero(shares)
+        taking = np.flatnonzero(weights)
         counts[rng.choice(taking, size - counts.sum(), False)] += 1
         return counts
 

@@ -225,6 +225,9 @@ class TrainingStream:
             raise RuntimeError("load_state_dict must be called before the first batch")
         self._step = state["steps_done"]
         note = self._continue(state)
+        if not self.mixture.has(self._step):
+            # A run that has read all that its max_epochs allow; another step is refused.
+            return note
         stretch = self.mixture.at(self._step)
         done = self._step - stretch.first
         position = {
@@ -251,7 +254,7 @@ class TrainingStream:
         before = Mixture.of_state(state, mixture.sizes[:known])
         now = replace(mixture, start=before.start)
         if known == len(self.metas):
-            if now.at(step) == before.at(step):
+            if now.until(step) == before.until(step):
                 self._dataset.mixture = now
                 return None
             changes = {*before.changes_until(step), *now.changes_until(step)}

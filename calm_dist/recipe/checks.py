@@ -75,6 +75,8 @@ def _describe(details: dict[str, Any], recipe_type: type[BaseModel]) -> str:
             "a path, or a list of paths or {path, weight}" if field == "data.path" else "a list"
         )
         return f"{field}: found {shown(value)}; give {wanted}"
+    if kind in ("byte_size", "byte_size_unit"):
+        return f"{field}: found {shown(value)}; give a number of bytes, alone or with a unit: 200GB"
     remedy = details["msg"]
     return f"{field}: found {shown(value)}; {remedy[:1].lower()}{remedy[1:]}"
 

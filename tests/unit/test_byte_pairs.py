@@ -142,9 +142,18 @@ def lazy(splitter: pre_tokenizers.PreTokenizer) -> Callable[[], tokenizers.Token
         lambda: bpe([("a", "b"), ("b", "c"), ("a", "bc")]),
         lambda: bpe(MERGES, lambda entries: entries[::-1]),
         lambda: bpe(MERGES, extra=["xyz"], ignore_merges=True),
+        # " xyz" and "ét", in the characters that stand for their bytes.
+        lambda: bpe(MERGES, extra=["Ġxyz"], ignore_merges=True),
+        lambda: bpe(MERGES, extra=["Ã©t"], ignore_merges=True),
+        # "▁" stands for no byte.
+        lambda: bpe([*MERGES, ("▁", "a")], extra=["▁"]),
         lambda: bpe(MERGES, dropout=0.1),
         # {1,3}+ is one piece of any length to tokenizers, and one of three letters to tiktoken.
         lazy(split_by(r"\p{L}{1,3}+|\P{L}")),
+        # Lines begin with ^ to tokenizers, and the text does to tiktoken; . may be a newline.
+        lazy(split_by(r"^[a-z]+|[^\n]+|\n")),
+        lazy(split_by(r"[a-z ]+$|[^$]|\$")),
+        lazy(split_by(r"(?m:.)x|(?i)a|[\s\S]")),
         # Rust has no absence operator.
         lazy(split_by(r"(?~\n)|\n")),
         lazy(split_by(LLAMA3, invert=True)),
@@ -155,6 +164,17 @@ def lazy(splitter: pre_tokenizers.PreTokenizer) -> Callable[[], tokenizers.Token
 def test_what_may_differ_is_left_to_tokenizers(make: Callable[[], tokenizers.Tokenizer]) -> None:
     assert byte_pairs_of(make()) is None
     assert byte_pairs_of(bpe(MERGES)) is not None
+
+
+def test_added_tokens_are_found_in_their_normalized_form() -> None:
+    tokenizer = bpe(MERGES)
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.add_tokens([tokenizers.AddedToken("e\u0301", normalized=True)])
+    pairs = byte_pairs_of(tokenizer)
+    assert pairs is not None and pairs.encode("ab") == expected(tokenizer, ["ab"])[0]
+    for text in ("caf\u00e9", "cafe\u0301"):
+        assert tokenizer.token_to_id("e\u0301") in expected(tokenizer, [text])[0]
+        assert pairs.encode(text) is None
 
 
 @pytest.mark.parametrize("kind", [llama2_like, metaspace, wordpiece])

@@ -306,8 +306,16 @@ def test_more_text_for_a_finished_store(
     for options, message in (
         (["--block-size", 2 * BLOCK], f"--block-size {2 * BLOCK}: {store} has {BLOCK}; leave"),
         (["--variant", "tokens"], f"--variant tokens: {store} has fp16; leave"),
+        (["--out", store, "--overwrite"], f"--out {store}: is the store of --append-to"),
+        (["--append-to", "s3://b/x"], "--append-to s3://b/x: give a local copy of the store"),
     ):
         code, _, err = run_tool(
             monkeypatch, capsys, "encode_latents", "--append-to", store, *arguments, *options
         )
         assert code == 2 and message in err
+    code, _, err = run_tool(
+        monkeypatch, capsys, "encode_latents", *given, "--autoencoder", meta.autoencoder.file,
+        "--out", store, "--overwrite",
+    )  # fmt: skip
+    assert code == 2 and "is a file of the store that --overwrite removes" in err
+    assert {file.name: file.read_bytes() for file in store.iterdir()} == before

@@ -47,6 +47,13 @@ def test_constant_weights_give_the_counts_of_streaming(weights: tuple[float, ...
     assert {stretch.steps for stretch in found} == {sum(sizes) // G}
 
 
+@pytest.mark.parametrize("sizes", [(1638, 514, 1864, 1092), (977, 907, 1773, 1071), (7, 9)])
+def test_an_epoch_of_whole_batches_has_every_block(sizes: tuple[int, ...]) -> None:
+    """Rounded shares would give one store a block too few and another one too many."""
+    found = mixture(*sizes, global_batch_size=4)
+    assert found.at(0).counts == sizes
+
+
 def test_weights_change_at_their_steps() -> None:
     found = mixture(80, 80, weights=([(0, 1.0), (25, 0.0)], [(10, 1.0)]))
     first, *others = stretches(found, 60)

@@ -122,6 +122,7 @@ def test_decay_may_fill_what_the_warm_up_leaves() -> None:
         ("data.path=[a, {path: b}]", "data.path.0: found 'a'"),
         ("data.path=[{path: a, weight: 0}]", "data.path.0.weight: found 0"),
         ("data={path: 3}", "data.path: found 3"),
+        ("data.cache_limit=1e9", "data.cache_limit: found 1000000000.0; give a number of bytes"),
         ("training=4", "training: found 4"),
         ("training.steps.more=4", "steps has no fields"),
         ("steps", "section.field=value"),

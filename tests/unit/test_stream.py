@@ -230,11 +230,33 @@ def test_weights_that_change_and_limits(stores: Path, tmp_path: Path, num_worker
     note = other.load_state_dict(stream.state_dict(20))
     assert note is not None and "other weights or limits: from step 21 on" in note
     assert (np.array(indices(other, 15))[10:] < sizes[0]).all()
-    earlier = [[(0, 3.0), (9, 2.0)], [(0, 1.0), (9, 1.0)]]
-    with pytest.raises(DataError, match="weights="):
-        open_training_stream(paths, **{**options, "weights": earlier}).load_state_dict(
-            stream.state_dict(20)
-        )
+    state = open_training_stream(paths, **{**options, "most_epochs": None}).state_dict(20)
+    # Of the present stretch, and of one that has ended.
+    for earlier in ([(0, 3.0), (9, 2.0)], [(0, 2.0), (9, 1.0)]):
+        changed = {**options, "weights": [earlier, [(0, 1.0), (9, 1.0)]]}
+        for limits in (options["most_epochs"], None):
+            with pytest.raises(DataError, match="weights="):
+                open_training_stream(paths, **{**changed, "most_epochs": limits}).load_state_dict(
+                    state
+                )
+
+
+def test_a_run_that_has_read_all_it_may_read_can_be_started_again(stores: Path) -> None:
+    def opened(most: float) -> TrainingStream:
+        return open_training_stream([stores / "tokens"], batch_size=4, most_epochs=[most])
+
+    stream = opened(1.0)
+    last = stream.steps_per_epoch
+    assert len(indices(stream, last)) == last
+    state = json.loads(json.dumps(stream.state_dict(last)))
+    again = opened(1.0)
+    assert again.load_state_dict(state) is None
+    assert "epochs read" in again.describe(last, last)[0]
+    with pytest.raises(DataError, match=f"give data for {last} steps"):
+        again.describe(last, last + 1)
+    more = opened(1.5)
+    assert more.load_state_dict(state) is not None
+    assert len(indices(more, 2)) == 2
 
 
 def test_stores_that_do_not_fit_together_are_refused(stores: Path, tmp_path: Path) -> None:
