@@ -183,7 +183,8 @@ def _prefix(cache: KeyValueCache, steps: int) -> KeyValueCache:
         layer: (F.pad(keys[:, :steps], room), F.pad(values[:, :steps], room))
         for layer, (keys, values) in cache.key_value_memory_dict.items()
     }
-    return KeyValueCache(memory, torch.tensor([steps]))
+    # Rows that are not together are padded to a fixed number, as the released code's are not.
+    return KeyValueCache(memory, torch.tensor([steps]), together=True)
 
 
 def decode(autoencoder: Autoencoder, latents: Tensor) -> Tensor:

@@ -98,6 +98,28 @@ def test_plain_brier_of_a_calm_has_the_same_expectation() -> None:
     assert (error > 0).all(), error
 
 
+def test_the_plain_form_continues_one_text_at_a_time() -> None:
+    """Nothing is padded to more rows, which would make it slower than what it stands for."""
+    models = tiny_model("transformer", vocab_size=5), tiny_model("calm", patch_size=2, noise=0.0)
+    generator = torch.Generator().manual_seed(1)
+    for tiny in models:
+        seen = []
+        tiny.backbone.register_forward_pre_hook(
+            lambda _, inputs, seen=seen: seen.append(tuple(inputs[0].shape))
+        )
+        size = tiny.recipe.model.patch_size
+        tokens, starts = torch.zeros(9 * size, dtype=torch.long), torch.arange(1, 6)
+        if size == 1:
+            plain.transformer_brier(tiny.logits, tiny.new_cache, tokens, starts, generator)
+        else:
+            assert tiny.autoencoder is not None
+            plain.calm_evaluation(
+                tiny.hidden, tiny.new_cache, tiny.head, tiny.autoencoder, tokens, starts, 2,
+                generator,
+            )  # fmt: skip
+        assert len(seen) > 1 and set(seen[1:]) == {(1, size)}
+
+
 def test_zipf_tokens_fall_as_one_over_rank() -> None:
     counts = zipf_tokens(50, 200_000, seed=0).bincount(minlength=50).double()
     expected = 200_000 / torch.arange(1, 51) / (1 / torch.arange(1, 51)).sum()
