@@ -120,6 +120,15 @@ def test_the_plain_form_continues_one_text_at_a_time() -> None:
         assert len(seen) > 1 and set(seen[1:]) == {(1, size)}
 
 
+def test_the_plain_form_keeps_its_numbers_on_the_device() -> None:
+    """Tensors of another device than the host's, which need no GPU: they have no values."""
+    tokens, pairs = torch.empty(24, device="meta"), torch.empty(2, 5, 4, device="meta")
+    cache = tiny_model().new_cache(1, 5)
+    draw: Any = None  # patches of four tokens are not continued
+    scores = plain.calm_brier(draw, cache, draw, pairs, tokens, torch.arange(1, 6))
+    assert (scores.device.type, scores.shape) == ("meta", (5, 4))
+
+
 def test_zipf_tokens_fall_as_one_over_rank() -> None:
     counts = zipf_tokens(50, 200_000, seed=0).bincount(minlength=50).double()
     expected = 200_000 / torch.arange(1, 51) / (1 / torch.arange(1, 51)).sum()
