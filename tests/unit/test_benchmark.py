@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,29 @@ def test_the_plain_form_keeps_its_numbers_on_the_device() -> None:
     draw: Any = None  # patches of four tokens are not continued
     scores = plain.calm_brier(draw, cache, draw, pairs, tokens, torch.arange(1, 6))
     assert (scores.device.type, scores.shape) == ("meta", (5, 4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["brier", "--cpu-time"], "--cpu-time: is for one thread on the CPU"),
+        (["sampling", "--runs", "runs/calm"], "--runs and --data: go together"),
+        (["inference", "runs/calm", "--temperature", "0.3"], "0.3: give 1, or 1/n"),
+        (["inference", "runs/calm", "--temperature", "0"], "--temperature"),
+    ],
+)
+def test_wrong_options_of_the_tool(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tool = runpy.run_path(str(RECIPES.parent / "tools" / "benchmark.py"))
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        tool["parse_arguments"]()
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+    assert tool["one_over_n"]("1/3") == tool["one_over_n"]("0.3333333333333333") == 1 / 3
 
 
 def test_zipf_tokens_fall_as_one_over_rank() -> None:
