@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import time
 from collections.abc import Iterable
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from calm_dist.cli.console import add_json, at_least, between, image_file, run, write_json
@@ -126,7 +128,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     inference.add_argument(
         "--temperature",
-        type=between(1e-3, 1),
+        type=one_over_n,
         default=1.0,
         help="1 (default) or 1/n, for which a CALM draws pools",
     )
@@ -146,6 +148,16 @@ def parse_arguments() -> argparse.Namespace:
     if bool(getattr(args, "runs", None)) != bool(getattr(args, "data", None)):
         parser.error("--runs and --data: go together; give both or neither")
     return args
+
+
+def one_over_n(text: str) -> float:
+    """A type for argparse: 1/n, as a fraction or a number. Without pools, draws may never end."""
+    value = between(1e-3, 1)(
+        str(float(Fraction(text)) if re.fullmatch(r"1/[1-9]\d*", text) else text)
+    )
+    if abs(1 / value - round(1 / value)) > 1e-9 / value:
+        raise argparse.ArgumentTypeError(f"{text}: give 1, or 1/n such as 1/2 or 0.5")
+    return value
 
 
 def _add_runs(parser: argparse.ArgumentParser) -> None:

@@ -230,6 +230,8 @@ for model in "${MODELS[@]}"; do
   # A run that was made again has lost its scores, although its checkpoints may be the same.
   grep -q '"eval"' "$OUT/$model/metrics.jsonl" || forget evaluation
 done
+# Earlier versions did not measure generation.
+[ -e "$OUT/evaluation/inference.json" ] || forget evaluation
 run_stage evaluation "evaluation" "$OUT/latents/test/meta.json" "${checkpoints[@]}"
 run_stage report "report" "$OUT"/autoencoder/{recipe.yaml,metrics.jsonl} "${records[@]}" \
   "$OUT/evaluation/inference.json"

@@ -127,7 +127,8 @@ def calm_evaluation(
     states = hidden(text, torch.arange(text.shape[1] // size), None, cache)[0]
     mean, log_std = (part[0] for part in encode(autoencoder, tokens[None, size:]))
     latents = _sampled(head, states, samples, generator)
-    noise = torch.randn(100, *mean.shape, generator=generator, device=mean.device)
+    # The generator is the host's.
+    noise = torch.randn(100, *mean.shape, device=mean.device)
     loss = -energy_score(latents, mean, log_std, noise).mean()
 
     def draw(states: Tensor, count: int) -> Tensor:
@@ -160,7 +161,7 @@ def calm_brier(
         pairs: two samples [2, P - 1, K] of all patches but the first.
     """
     patch_size = pairs.shape[-1]
-    scores = torch.zeros(len(starts), NGRAM, dtype=torch.float64)
+    scores = torch.zeros(len(starts), NGRAM, dtype=torch.float64, device=tokens.device)
     for row, start in enumerate(starts.tolist()):
         first = start * patch_size
         given_truth = pairs[:, start - 1 :].flatten(1)[:, :NGRAM]
@@ -183,7 +184,8 @@ def _prefix(cache: KeyValueCache, steps: int) -> KeyValueCache:
         layer: (F.pad(keys[:, :steps], room), F.pad(values[:, :steps], room))
         for layer, (keys, values) in cache.key_value_memory_dict.items()
     }
-    return KeyValueCache(memory, torch.tensor([steps]))
+    # Rows that are not together are padded to a fixed number, as the released code's are not.
+    return KeyValueCache(memory, torch.tensor([steps]), together=True)
 
 
 def decode(autoencoder: Autoencoder, latents: Tensor) -> Tensor:

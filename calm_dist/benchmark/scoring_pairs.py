@@ -159,24 +159,29 @@ def pairs_of_runs(
     store.
 
     Raises:
-        UserError: generation is asked for, and a run is no CALM that draws latents.
+        UserError: a run cannot be compared, or the blocks are too short to generate from; before
+            any is timed.
+        DataError: the store is not a run's.
     """
     blocks = open_store(store)
     tokens = torch.from_numpy(blocks[0]["tokens"].astype("int64"))
-    for run in runs:
-        model = load_model(run, device=str(device))
+    models = [load_model(run, device=str(device)) for run in runs]
+    for run, model in zip(runs, models, strict=True):
         check_store(model, blocks.meta)
-        latents = not model.has_probabilities
-        if part == "sampling":
-            if not latents:
-                raise UserError(f"{run}: draws no latents; give runs of a CALM with such a head")
-            start = min(
-                64, len(tokens) // _TEXTS // blocks.meta.patch_size * blocks.meta.patch_size
-            )
-            yield sampling_pair(model, tokens[: start * _TEXTS].view(_TEXTS, -1))
-        elif latents:
-            yield calm_pair(model, tokens, f"{run}, block {len(tokens)}")
-        elif model.kind == "transformer":
-            yield transformer_pair(model, tokens, f"{run}, block {len(tokens)}")
-        else:
+        if part == "sampling" and model.has_probabilities:
+            raise UserError(f"{run}: draws no latents; give runs of a CALM with such a head")
+        if model.kind == "calm" and model.has_probabilities:
             raise UserError(f"{run}: the released code has no tokens head to compare with")
+    size = blocks.meta.patch_size
+    length = min(64, len(tokens) // _TEXTS // size * size)
+    if part == "sampling" and length == 0:
+        raise UserError(
+            f"--data {store}: blocks of {len(tokens)} tokens; {_TEXTS} prompts need at least "
+            f"{_TEXTS * size}"
+        )
+    for run, model in zip(runs, models, strict=True):
+        if part == "sampling":
+            yield sampling_pair(model, tokens[: length * _TEXTS].view(_TEXTS, -1))
+        else:
+            pair = calm_pair if model.kind == "calm" else transformer_pair
+            yield pair(model, tokens, f"{run}, block {len(tokens)}")

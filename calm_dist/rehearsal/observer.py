@@ -97,6 +97,8 @@ class Observer(TorchDispatchMode):
         if name == "_local_scalar_dense":
             return _any_number(func, args)
         if name == "_pin_memory":
+            if _on_device(args[0]):
+                raise RuntimeError("pin_memory: only tensors on the host can be pinned")
             # It has no form for fake tensors. Copies from it wait unless they are non_blocking, as
             # all copies do here.
             return args[0]

@@ -59,7 +59,7 @@ class RehearsedTrainer(Trainer):
             self.recipe, self.topology, self.parts.chunks, self.parts.head
         )
         self.parts = replace(self.parts, forward_step=forward_step)
-        step_on(self, random_batch(self.recipe, self.topology))
+        step_on(self, random_batch(self.recipe, self.topology), self.topology.device)
 
     def kept(self) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
         parts = self.parts
@@ -94,7 +94,7 @@ class RehearsedAutoencoder(AutoencoderTrainer):
         assert recipe.model.vocab_size is not None
         shape = (rows, recipe.num_patches * recipe.model.patch_size)
         tokens = torch.randint(recipe.model.vocab_size, shape)
-        step_on(self, {"tokens": tokens, "index": torch.arange(rows)})
+        step_on(self, {"tokens": tokens, "index": torch.arange(rows)}, self.device)
 
     def kept(self) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
         yield "optimizer", optimizer_tensors(self.optimizer)
@@ -102,9 +102,9 @@ class RehearsedAutoencoder(AutoencoderTrainer):
         yield "weights", module_tensors(self.model)
 
 
-def step_on(trainer: Trainer | AutoencoderTrainer, batch: Batch) -> None:
+def step_on(trainer: Trainer | AutoencoderTrainer, batch: Batch, device: torch.device) -> None:
     """The trainer's own step on a batch, reading the same one ahead."""
-    trainer._batches = LookAhead(itertools.repeat(batch))
+    trainer._batches = LookAhead(itertools.repeat(batch), device)
     trainer._batches.read()
     trainer.train_step(trainer._batches.take())
 

@@ -118,16 +118,16 @@ def inference_section(result: Measured) -> Section:
     compared = claims(result)
     return Section(
         "Generation",
-        (explained, _beside_the_clock(result, compared)),
+        (explained, _beside_the_clock(compared)),
         (_speed_plot(result.rows),),
         ((_claims_table(compared),) if compared else ()) + (_all_rows(result.rows),),
     )
 
 
-def _beside_the_clock(result: Measured, compared: Sequence[dict[str, Any]]) -> str:
+def _beside_the_clock(compared: Sequence[dict[str, Any]]) -> str:
     if not compared:
         return ""
-    size = max(row.patch_size for row in result.rows)
+    size = round(1 / compared[0]["steps"])
     flops, seconds = (
         _span([claim[name] for claim in compared]) for name in ("flops_per_token", "seconds")
     )

@@ -202,20 +202,15 @@ class AutoencoderTrainer(TrainingRun):
         self.optimizer.zero_grad()
         # Loss, cross entropy, KL, ranks asked to stop, ranks without a next batch.
         sums = torch.zeros(5, device=self.device)
-        given = batch["tokens"]
-        if self.device.type == "cuda":
-            # Otherwise a copy waits for the device.
-            given = given.pin_memory()
         parts = list(
             zip(
-                given.split(training.micro_batch_size),
+                batch["tokens"].split(training.micro_batch_size),
                 batch["index"].split(training.micro_batch_size),
                 strict=True,
             )
         )
         for number, (tokens, index) in enumerate(parts):
             self.phases.progress()
-            tokens = tokens.to(self.device, non_blocking=True)
             noise = block_noise(self.model, tokens, index, self.recipe.run.seed, self.progress.step)
             with self._gradient_exchange(number == len(parts) - 1), self._autocast():
                 losses = self._loss(tokens, noise)

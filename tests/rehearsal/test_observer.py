@@ -112,6 +112,12 @@ def test_a_device_mismatch_is_an_error(observer: Observer) -> None:
         torch.empty(4, device="cuda") + torch.empty(4)
 
 
+def test_only_tensors_on_the_host_are_pinned(observer: Observer) -> None:
+    assert torch.empty(4).pin_memory().device.type == "cpu"
+    with pytest.raises(RuntimeError, match="pinned"):
+        torch.empty(4, device="cuda").pin_memory()
+
+
 def test_no_room_for_normal_runs_imports_the_rehearsal() -> None:
     """A normal run has nothing of it."""
     package = Path(__file__).parents[2] / "calm_dist"

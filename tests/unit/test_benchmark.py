@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,60 @@ def test_plain_brier_of_a_calm_has_the_same_expectation() -> None:
     error = ((first.var(0) + second.var(0)) / 400).sqrt()
     assert ((first.mean(0) - second.mean(0)).abs() < 4.5 * error + 1e-6).all()
     assert (error > 0).all(), error
+
+
+def test_the_plain_form_continues_one_text_at_a_time() -> None:
+    """Nothing is padded to more rows, which would make it slower than what it stands for."""
+    models = tiny_model("transformer", vocab_size=5), tiny_model("calm", patch_size=2, noise=0.0)
+    generator = torch.Generator().manual_seed(1)
+    for tiny in models:
+        seen: list[tuple[int, ...]] = []
+        tiny.backbone.register_forward_pre_hook(
+            lambda _, inputs, seen=seen: seen.append(tuple(inputs[0].shape))
+        )
+        size = tiny.recipe.model.patch_size
+        tokens, starts = torch.zeros(9 * size, dtype=torch.long), torch.arange(1, 6)
+        if size == 1:
+            plain.transformer_brier(tiny.logits, tiny.new_cache, tokens, starts, generator)
+        else:
+            assert tiny.autoencoder is not None
+            plain.calm_evaluation(
+                tiny.hidden, tiny.new_cache, tiny.head, tiny.autoencoder, tokens, starts, 2,
+                generator,
+            )  # fmt: skip
+        assert len(seen) > 1 and set(seen[1:]) == {(1, size)}
+
+
+def test_the_plain_form_keeps_its_numbers_on_the_device() -> None:
+    """Tensors of another device than the host's, which need no GPU: they have no values."""
+    tokens, pairs = torch.empty(24, device="meta"), torch.empty(2, 5, 4, device="meta")
+    cache = tiny_model().new_cache(1, 5)
+    draw: Any = None  # patches of four tokens are not continued
+    scores = plain.calm_brier(draw, cache, draw, pairs, tokens, torch.arange(1, 6))
+    assert (scores.device.type, scores.shape) == ("meta", (5, 4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["brier", "--cpu-time"], "--cpu-time: is for one thread on the CPU"),
+        (["sampling", "--runs", "runs/calm"], "--runs and --data: go together"),
+        (["inference", "runs/calm", "--temperature", "0.3"], "0.3: give 1, or 1/n"),
+        (["inference", "runs/calm", "--temperature", "0"], "--temperature"),
+    ],
+)
+def test_wrong_options_of_the_tool(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tool = runpy.run_path(str(RECIPES.parent / "tools" / "benchmark.py"))
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        tool["parse_arguments"]()
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+    assert tool["one_over_n"]("1/3") == tool["one_over_n"]("0.3333333333333333") == 1 / 3
 
 
 def test_zipf_tokens_fall_as_one_over_rank() -> None:
@@ -269,8 +325,9 @@ def test_trained_runs_are_timed_beside_the_released_form(
     names = ["evaluation, .*calm, block 64", "evaluation, .*transformer", "generation, draws agree"]
     assert all(re.match(name, pair.name) for name, pair in zip(names, pairs, strict=True))
     for part, kind in (("sampling", "transformer"), ("brier", "tokens")):
+        # Before the first one is timed.
         with pytest.raises(UserError, match=rf"{kind}: "):
-            list(pairs_of_runs(part, [runs[kind]], str(store), CPU))
+            next(pairs_of_runs(part, [runs["calm"], runs[kind]], str(store), CPU))
 
 
 def test_both_forms_of_tokenizing_give_the_same_number_of_tokens(

@@ -66,6 +66,14 @@ def test_the_claims_stand_beside_the_clock(measured: Path) -> None:
     assert summary["inference"]["claims"] == claims(result)
 
 
+def test_the_text_is_about_the_models_that_are_compared(measured: Path) -> None:
+    """The first CALM and the first Transformer, whatever else was measured."""
+    value = json.loads(measured.read_text())
+    value["rows"].append(row("larger", "calm", 1, 50.0, patch_size=8))
+    measured.write_text(json.dumps(value))
+    assert "which is 1/4 here" in inference_section(read_inference(measured)).text[1]
+
+
 def test_one_model_alone_is_compared_with_none(measured: Path) -> None:
     value = json.loads(measured.read_text())
     value["rows"] = [row("calm", "calm", 1, 5.0), row("calm", "calm", 1, 4.0, context=128)]
