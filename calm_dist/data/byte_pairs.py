@@ -174,7 +174,7 @@ def _ranks(model: dict[str, Any]) -> dict[bytes, int] | None:
     """The id of each entry that merging can give, by its bytes.
 
     tiktoken takes ids for ranks. So None if the ids are not in the order of the merges, or if a
-    byte has no entry. Several merges in a row may give an entry, of which only one is reachable.
+    byte has no entry. Several merges in a row may give one entry; only one of them is reachable.
     """
     vocabulary: dict[str, int] = model["vocab"]
     if not set(_alphabet()) <= vocabulary.keys():

@@ -69,7 +69,7 @@ def check_limit(
         spread: blocks over which a shard is spread on its path.
 
     Raises:
-        DataError: it has not; the message has the smallest limit.
+        DataError: the limit is too small; the message gives the smallest one that works.
     """
     cached = [source for source in sources if source.is_cached]
     if not cached:

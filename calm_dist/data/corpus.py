@@ -422,7 +422,7 @@ def _cut(text: str, start: int) -> int:
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Texts in groups, one of which a thread tokenizes at once."""
+    """Texts in groups; a thread tokenizes one group at a time."""
     batch: list[Piece] = []
     size = 0
     for piece in pieces:

@@ -63,7 +63,7 @@ _NO_UNKNOWN_TOKEN = (
     "byte-level tokenizer"
 )
 TIKTOKEN_AFTER_CHARACTERS = 1 << 20
-"""A tokenizer.json that has encoded more goes on in tiktoken, where both give the same tokens; the
+"""After so many characters a tokenizer.json is run by tiktoken, if both give the same tokens; the
 check takes as long as encoding a few million characters."""
 
 # More entries than any tokenizer has; a larger token id means a damaged file.

@@ -70,7 +70,7 @@ def read_inference(file: str | Path) -> Measured:
             places = (".".join(map(str, problem["loc"])) for problem in error.errors())
             why = f"missing or wrong: {listed(list(places), 3)}"
         raise UserError(
-            f"--inference {file}: is no result of tools/benchmark.py inference --json ({why})"
+            f"--inference {file}: not a result of tools/benchmark.py inference --json ({why})"
         ) from error
     if not result.rows:
         raise UserError(f"--inference {file}: has no rows; measure at least one model")

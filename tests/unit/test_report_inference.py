@@ -88,7 +88,7 @@ def test_one_model_alone_is_compared_with_none(measured: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "no result of tools/benchmark.py inference"),
+        ("{", "not a result of tools/benchmark.py inference"),
         ('{"rows": []}', "missing or wrong: device, threads, temperature"),
         ('{"device": "x", "threads": null, "temperature": 1, "rows": []}', "has no rows"),
         (
