@@ -40,9 +40,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from calm_dist.data.latents import plan_store, write_store
-    from calm_dist.data.tokenizer import train_tokenizer
     from calm_dist.interop.huggingface import save_autoencoder
     from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
+    from calm_dist.text.tokenizer import train_tokenizer
 
     directory = tmp_path_factory.mktemp("data")
     corpus = directory / "corpus.txt"

@@ -30,8 +30,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from calm_dist.data.corpus import standard_library_documents
-from calm_dist.data.tokenizer import train_tokenizer
+from calm_dist.text.corpus import standard_library_documents
+from calm_dist.text.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 WORKERS = 64
@@ -45,7 +45,8 @@ _SCHEMA = pa.schema({"text": pa.string(), "id": pa.string()})
 _FIRST_TOKEN = """
 import json, os, resource, runpy, sys, time
 started = time.time()
-from calm_dist.data import corpus, latents
+from calm_dist.data import latents
+from calm_dist.text import corpus
 original = latents.pack_blocks
 def first(*args, **kwargs):
     for block in original(*args, **kwargs):

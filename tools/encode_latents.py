@@ -31,11 +31,11 @@ from calm_dist.cli.console import add_device, announce, at_least, run
 from calm_dist.cli.corpus_options import CORPUS_HELP, add_reading, reading_from
 
 if TYPE_CHECKING:
-    from calm_dist.data.corpus_files import CorpusFiles
-    from calm_dist.data.formats import Reading
     from calm_dist.data.manifest import BegunCorpus
-    from calm_dist.data.tokenizer import Tokenizer
     from calm_dist.models.autoencoder import Autoencoder
+    from calm_dist.text.corpus_files import CorpusFiles
+    from calm_dist.text.formats import Reading
+    from calm_dist.text.tokenizer import Tokenizer
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -185,11 +185,11 @@ def load_encoder(directory: Path, device: str) -> Autoencoder:
 
 def find_corpus(args: argparse.Namespace, reading: Reading) -> CorpusFiles | BegunCorpus:
     """The corpus; that of a store which has been begun is not searched again."""
-    from calm_dist.data.corpus_files import find_files
     from calm_dist.data.latents import refuse_corpus_in_store
     from calm_dist.data.layout import is_remote
     from calm_dist.data.manifest import begun_corpus
     from calm_dist.data.parts import PARTS
+    from calm_dist.text.corpus_files import find_files
 
     if not (is_remote(args.out) or args.overwrite):
         begun = begun_corpus(Path(args.out) / PARTS, args.corpus)
@@ -203,7 +203,7 @@ def find_corpus(args: argparse.Namespace, reading: Reading) -> CorpusFiles | Beg
 
 def report_left_out(out: str, reading: Reading) -> None:
     """Say what was left out of a finished local store."""
-    from calm_dist.data.reports import REPORT, missing_id_key, summary
+    from calm_dist.text.reports import REPORT, missing_id_key, summary
 
     file = Path(out) / REPORT
     if not file.is_file():
@@ -233,8 +233,8 @@ def main() -> None:
         write_store,
     )
     from calm_dist.data.parts import begin, blocks_in_shard
-    from calm_dist.data.tokenizer import load_tokenizer
     from calm_dist.runs.checkpoints import find_checkpoint
+    from calm_dist.text.tokenizer import load_tokenizer
 
     settle_options(args)
     if args.worker is not None or args.begin:

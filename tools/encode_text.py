@@ -76,9 +76,9 @@ def main() -> None:
     announce("loading libraries ...")
 
     from calm_dist.data.text_vectors import TextVectors, decode_vectors, encode_text
-    from calm_dist.data.tokenizer import load_tokenizer
     from calm_dist.parallel.launch import own_device
     from calm_dist.released.autoencoder import load_autoencoder
+    from calm_dist.text.tokenizer import load_tokenizer
     from calm_dist.training.resolve import autoencoder_directory, autoencoder_tokenizer
 
     directory = autoencoder_directory(args.autoencoder)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calm_dist.cli.console import add_device, add_json, announce, at_least, run, write_json
-from calm_dist.data.formats import SUPPORTED
+from calm_dist.text.formats import SUPPORTED
 
 if TYPE_CHECKING:
     from calm_dist.evaluation.text import Blocks
@@ -96,9 +96,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def held_out(args: argparse.Namespace, model: LoadedModel) -> Blocks:
     """The blocks of --text, made with the model's tokenizer."""
-    from calm_dist.data.tokenizer import load_tokenizer
     from calm_dist.evaluation.text import PUBLISHED_BLOCK_SIZE, TextBlocks
     from calm_dist.inference.generate import check_tokenizer, find_tokenizer, token_names
+    from calm_dist.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer or find_tokenizer(model), *token_names(model))
     check_tokenizer(model, tokenizer)
@@ -121,7 +121,6 @@ def main() -> None:
 
     import sys
 
-    from calm_dist.data.corpus_files import find_files
     from calm_dist.data.stream import open_store
     from calm_dist.evaluation import evaluate
     from calm_dist.inference.loading import load_model
@@ -129,6 +128,7 @@ def main() -> None:
     from calm_dist.released.files import is_released
     from calm_dist.runs.checkpoints import all_checkpoints, find_checkpoint
     from calm_dist.runs.evaluation_records import RecordLog
+    from calm_dist.text.corpus_files import find_files
 
     paths = all_checkpoints(args.checkpoint) if args.all_checkpoints else []
     if is_released(args.checkpoint):

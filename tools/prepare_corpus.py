@@ -58,7 +58,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    from calm_dist.data.prepare import prepare_corpus
+    from calm_dist.text.prepare import prepare_corpus
 
     written = prepare_corpus(
         args.out,

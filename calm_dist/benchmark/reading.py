@@ -18,7 +18,7 @@ from calm_dist.data import parts
 from calm_dist.data.latents import SHARD_BYTES
 from calm_dist.data.store import AutoencoderInfo, StorePlan, TokenizerInfo
 from calm_dist.data.stream import open_training_stream
-from calm_dist.data.tokenizer import train_tokenizer
+from calm_dist.text.tokenizer import train_tokenizer
 
 BLOCKS, BATCH = 480, 4
 

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from calm_dist.benchmark.compare import Pair, Values
-from calm_dist.data.corpus import (
+from calm_dist.text.corpus import (
     ShuffledDocuments,
     iter_documents,
     pack_blocks,
     standard_library_documents,
 )
-from calm_dist.data.formats import Document
-from calm_dist.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from calm_dist.text.formats import Document
+from calm_dist.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 TEXT_BYTES = 4 << 20
 VOCAB_SIZE = 8192

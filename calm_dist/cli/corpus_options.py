@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from calm_dist.cli.console import at_least
-from calm_dist.data.formats import SUPPORTED, Reading
 from calm_dist.errors import DataError
+from calm_dist.text.formats import SUPPORTED, Reading
 
 CORPUS_HELP = (
     f"{SUPPORTED}, or directories or globs of them, here or at URLs such as s3://; - is lines of "

@@ -1,1 +1,1 @@
-"""From text to batches: corpus, tokenizer, latent stores and the guarded streaming reader."""
+"""From tokens to batches: stores of tokens and latents, and the guarded streaming reader."""

@@ -16,10 +16,10 @@ from calm_dist.data.int8 import dequantize
 from calm_dist.data.latents import describe_autoencoder
 from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.data.store import Shard, StoreMeta, StorePlan, read_meta, read_shards
-from calm_dist.data.tokenizer import Tokenizer, load_tokenizer
 from calm_dist.errors import DataError
 from calm_dist.files import file_sha256
 from calm_dist.progress import progress
+from calm_dist.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from calm_dist.models.autoencoder import Autoencoder

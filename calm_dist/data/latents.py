@@ -20,10 +20,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from calm_dist.costs.memory import UINT16_ENTRIES
-from calm_dist.data.corpus import corpus_sha256, describe_corpus, find_files, pack_blocks
-from calm_dist.data.corpus_files import CorpusFiles, CorpusPaths
-from calm_dist.data.dedup import Repetitions
-from calm_dist.data.formats import TEXT_AND_ID, Document, Reading
 from calm_dist.data.int8 import quantize
 from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.data.manifest import BegunCorpus, moved_paths, read_shares
@@ -41,8 +37,6 @@ from calm_dist.data.parts import (
     token_dtype_of,
     write_shard,
 )
-from calm_dist.data.reading import Tally, shuffled_documents
-from calm_dist.data.reports import REPORT
 from calm_dist.data.store import (
     AutoencoderInfo,
     Compression,
@@ -55,11 +49,17 @@ from calm_dist.data.store import (
     read_meta,
     read_shards,
 )
-from calm_dist.data.tokenizer import Tokenizer
-from calm_dist.data.units import Share, units_of
 from calm_dist.errors import DataError
 from calm_dist.files import file_sha256
 from calm_dist.progress import progress
+from calm_dist.text.corpus import corpus_sha256, describe_corpus, find_files, pack_blocks
+from calm_dist.text.corpus_files import CorpusFiles, CorpusPaths
+from calm_dist.text.dedup import Repetitions
+from calm_dist.text.formats import TEXT_AND_ID, Document, Reading
+from calm_dist.text.reading import Tally, shuffled_documents
+from calm_dist.text.reports import REPORT
+from calm_dist.text.tokenizer import Tokenizer
+from calm_dist.text.units import Share, units_of
 
 if TYPE_CHECKING:
     from calm_dist.models.autoencoder import Autoencoder

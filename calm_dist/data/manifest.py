@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calm_dist.data.corpus_files import STANDARD_INPUT, CorpusFiles
-from calm_dist.data.formats import CorpusFile, format_of_file
-from calm_dist.data.remote_files import is_url
 from calm_dist.data.store import StorePlan
-from calm_dist.data.units import Share, Span, shuffled_shares, units_of
 from calm_dist.errors import DataError
 from calm_dist.log import NOTE
+from calm_dist.text.corpus_files import STANDARD_INPUT, CorpusFiles
+from calm_dist.text.formats import CorpusFile, format_of_file
+from calm_dist.text.remote_files import is_url
+from calm_dist.text.units import Share, Span, shuffled_shares, units_of
 
 _log = logging.getLogger(__name__)
 

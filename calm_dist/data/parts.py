@@ -29,9 +29,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from calm_dist.data.corpus_files import CorpusFiles
 from calm_dist.data.download import MissingError
-from calm_dist.data.formats import TEXT_AND_ID
 from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.data.manifest import (
     MANIFEST,
@@ -39,7 +37,6 @@ from calm_dist.data.manifest import (
     can_continue_without,
     write_manifest,
 )
-from calm_dist.data.reports import REPORT, merged_report
 from calm_dist.data.store import (
     HASH,
     LATER_FIELDS,
@@ -50,8 +47,11 @@ from calm_dist.data.store import (
     read_meta,
     read_shards,
 )
-from calm_dist.data.tokenizer import Tokenizer
 from calm_dist.errors import DataError
+from calm_dist.text.corpus_files import CorpusFiles
+from calm_dist.text.formats import TEXT_AND_ID
+from calm_dist.text.reports import REPORT, merged_report
+from calm_dist.text.tokenizer import Tokenizer
 
 PARTS = ".parts"
 _PLAN = "plan.json"
@@ -309,7 +309,7 @@ def complete_part(
 ) -> None:
     """Mark a part as complete: all its shards exist. A part may have none.
 
-    ``report`` is what `calm_dist.data.reports` merges.
+    ``report`` is what `calm_dist.text.reports` merges.
     """
     entries = []
     for shard in range(num_shards):

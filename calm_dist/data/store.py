@@ -24,14 +24,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from calm_dist.costs.memory import UINT16_ENTRIES
-from calm_dist.data.formats import TEXT_AND_ID, Reading
 from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.errors import DataError, listed, shown
 from calm_dist.files import file_sha256, read_bounded
+from calm_dist.text.formats import TEXT_AND_ID, Reading
 
 if TYPE_CHECKING:
     from calm_dist.data.download import Downloads
-    from calm_dist.data.tokenizer import Tokenizer
+    from calm_dist.text.tokenizer import Tokenizer
 
 # The hash of every shard in the index; also Streaming's name for it.
 HASH = "sha256"
@@ -111,7 +111,7 @@ class StorePlan(_Strict):
     """Number of parts that the shuffled documents were cut into; each drops the tokens after its
     last full block."""
     order: Literal[2] | None = None
-    """2: the corpus has several units (`calm_dist.data.units`), each shuffled on its own, and
+    """2: the corpus has several units (`calm_dist.text.units`), each shuffled on its own, and
     corpus_sha256 covers the files' sizes and samples of them. None: all documents were shuffled
     together and all contents hashed, as of small corpora, and of any corpus in earlier versions."""
     reading: Reading = TEXT_AND_ID

@@ -9,9 +9,9 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
-from calm_dist.data.tokenizer import Tokenizer
 from calm_dist.errors import DataError
 from calm_dist.models.autoencoder import Autoencoder
+from calm_dist.text.tokenizer import Tokenizer
 
 _DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile)
 """What numpy raises for a file that is not in .npz format, or lacks an array."""

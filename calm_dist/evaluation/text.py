@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from calm_dist.data.corpus import Document, corpus_sha256, iter_documents, pack_blocks
-from calm_dist.data.corpus_files import find_files
 from calm_dist.data.store import StoreMeta, StorePlan, TokenizerInfo, fingerprint
 from calm_dist.errors import UserError
+from calm_dist.text.corpus import Document, corpus_sha256, iter_documents, pack_blocks
+from calm_dist.text.corpus_files import find_files
 
 if TYPE_CHECKING:
-    from calm_dist.data.tokenizer import Tokenizer
+    from calm_dist.text.tokenizer import Tokenizer
 
 TextProtocol = Literal["own", "published"]
 

@@ -78,9 +78,9 @@ def losses(run_dir: Path) -> dict[int, float]:
 def make_store(place: Path) -> None:
     """Latents of made-up text by an untrained autoencoder, in blocks of 64 tokens."""
     from calm_dist.data.latents import plan_store, write_store
-    from calm_dist.data.tokenizer import train_tokenizer
     from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
     from calm_dist.released.autoencoder import save_autoencoder
+    from calm_dist.text.tokenizer import train_tokenizer
 
     words = _TEXT.split()
     text = " ".join(words[(i * i + i // 7) % len(words)] for i in range(20_000))

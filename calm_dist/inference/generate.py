@@ -25,7 +25,7 @@ from calm_dist.recipe import CalmModel
 from calm_dist.runs import checkpoints
 
 if TYPE_CHECKING:
-    from calm_dist.data.tokenizer import Tokenizer
+    from calm_dist.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

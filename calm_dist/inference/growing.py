@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from calm_dist.data.tokenizer import Tokenizer
+    from calm_dist.text.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that are not a character, or not yet a whole one."""

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, overload
 
-from calm_dist.data.tokenizer import Tokenizer, load_tokenizer
 from calm_dist.inference.generate import Generation, find_tokenizer, generate, token_names
 from calm_dist.inference.loading import (
     LoadedModel,
@@ -23,6 +22,7 @@ from calm_dist.inference.loading import (
     single_process_topology,
     tokenizer_file,
 )
+from calm_dist.text.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "LoadedModel",

@@ -18,7 +18,6 @@ from typing import Any
 
 from torch import nn
 
-from calm_dist.data.tokenizer import Tokenizer, load_tokenizer
 from calm_dist.errors import CheckpointError, DataError, UserError
 from calm_dist.files import file_sha256
 from calm_dist.inference.loading import LoadedModel, load_model, load_released, tokenizer_file
@@ -37,6 +36,7 @@ from calm_dist.released.names import released_shapes
 from calm_dist.released.tensors import write_weights
 from calm_dist.runs import checkpoints
 from calm_dist.runs.checkpoints.run_state import RunState
+from calm_dist.text.tokenizer import Tokenizer, load_tokenizer
 from calm_dist.training.checkpoint import model_state
 from calm_dist.training.resolve import autoencoder_directory
 

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from calm_dist.data.corpus import iter_documents
-from calm_dist.data.tokenizer import train_tokenizer
 from calm_dist.errors import DataError
+from calm_dist.text.corpus import iter_documents
+from calm_dist.text.tokenizer import train_tokenizer
 
 SPLITS = ("train", "valid", "test")
 TOOLS = Path(__file__).parents[2] / "tools"

@@ -8,12 +8,12 @@ from typing import TypeVar
 from calm_dist.data.download import Downloads
 from calm_dist.data.latents import check_tokenizer
 from calm_dist.data.store import StoreMeta, read_meta
-from calm_dist.data.tokenizer import Tokenizer, load_tokenizer
 from calm_dist.errors import CheckpointError, DataError, RecipeError, shown
 from calm_dist.files import file_sha256
 from calm_dist.recipe import AutoencoderSize, Recipe, load_recipe
 from calm_dist.released.files import CONFIG_FILE, read_config, weights_file
 from calm_dist.runs.checkpoints import RECIPE_FILE, find_checkpoint, run_directory
+from calm_dist.text.tokenizer import Tokenizer, load_tokenizer
 
 KindOfRecipe = TypeVar("KindOfRecipe", bound=Recipe)
 

@@ -100,9 +100,9 @@ def make_store(out: Path) -> None:
     import torch
 
     from calm_dist.data.latents import plan_store, write_store
-    from calm_dist.data.tokenizer import train_tokenizer
     from calm_dist.interop.huggingface import save_autoencoder
     from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
+    from calm_dist.text.tokenizer import train_tokenizer
 
     (out / "autoencoder").mkdir(parents=True, exist_ok=True)
     library = sorted(Path(json.__file__).parents[1].glob("*.py"))[:60]

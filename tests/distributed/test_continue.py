@@ -64,8 +64,8 @@ def alone(kind: str) -> dict[str, object]:
 def other_store(store: Path) -> Path:
     """Half of the text in blocks of another size."""
     from calm_dist.data.latents import plan_store, write_store
-    from calm_dist.data.tokenizer import load_tokenizer
     from calm_dist.interop.huggingface import load_autoencoder
+    from calm_dist.text.tokenizer import load_tokenizer
 
     root = store.parent
     text = (root / "corpus.txt").read_text(encoding="utf-8")

@@ -22,7 +22,7 @@ from warm import warm_python
 
 from calm_dist.data.latents import plan_store, write_store
 from calm_dist.data.stream import open_store
-from calm_dist.data.tokenizer import train_tokenizer
+from calm_dist.text.tokenizer import train_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("stream_worker.py")

@@ -153,7 +153,7 @@ def test_no_command_is_overlooked() -> None:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout with a small corpus and a tokenizer, and ``small/`` beside ``recipes/``. In it
     ``login/``, one without any data, where dry runs of the large recipes work, too."""
-    from calm_dist.data.tokenizer import train_tokenizer
+    from calm_dist.text.tokenizer import train_tokenizer
 
     place = tmp_path_factory.mktemp("docs")
     (place / "login").mkdir()

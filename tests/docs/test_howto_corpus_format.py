@@ -14,8 +14,8 @@ from launches import ROOT, call
 PAGE = ROOT / "docs" / "howto" / "add_a_corpus_format.md"
 READ = """
 import sys
-from calm_dist.data import formats
-from calm_dist.data.corpus import ShuffledDocuments, iter_documents
+from calm_dist.text import formats
+from calm_dist.text.corpus import ShuffledDocuments, iter_documents
 print(formats.SUPPORTED)
 for read in (iter_documents, lambda paths: ShuffledDocuments(paths, seed=0)):
     for document in sorted(read([sys.argv[1]]), key=lambda document: document.id):
@@ -29,7 +29,7 @@ def test_the_page_adds_a_format(tmp_path: Path) -> None:
     page = PAGE.read_text(encoding="utf-8")
     (parser,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (entry,) = re.findall(r"`(\"\.md\": \w+)`", page)
-    file = tmp_path / "calm_dist" / "data" / "formats.py"
+    file = tmp_path / "calm_dist" / "text" / "formats.py"
     before, table, after = file.read_text(encoding="utf-8").partition("PARSERS: dict")
     head, brace, rest = after.partition("{\n")
     file.write_text(f"{before}{parser}\n\n{table}{head}{brace}    {entry},\n{rest}")

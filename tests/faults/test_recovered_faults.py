@@ -76,8 +76,8 @@ BAD_SHARDS: dict[str, tuple[str, dict[str, object], str]] = {
 def shards(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The store of `launches`, in shards of four blocks."""
     from calm_dist.data.latents import plan_store, write_store
-    from calm_dist.data.tokenizer import load_tokenizer
     from calm_dist.interop.huggingface import load_autoencoder
+    from calm_dist.text.tokenizer import load_tokenizer
 
     corpus, autoencoder = [str(store.parent / "corpus.txt")], store.parent / "autoencoder"
     tokenizer = load_tokenizer(store.parent / "t.json")

@@ -95,8 +95,8 @@ def test_nothing_is_changed(
 def corpus_of_another(store: Path, out: Path) -> None:
     """A store of the same tokenizer and autoencoder, of half of the text."""
     from calm_dist.data.latents import plan_store, write_store
-    from calm_dist.data.tokenizer import load_tokenizer
     from calm_dist.interop.huggingface import load_autoencoder
+    from calm_dist.text.tokenizer import load_tokenizer
 
     text = (store.parent / "corpus.txt").read_text()
     corpus = out.with_suffix(".txt")

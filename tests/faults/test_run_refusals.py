@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 
 from calm_dist.data.latents import plan_store, write_store
 from calm_dist.data.store import read_meta
-from calm_dist.data.tokenizer import load_tokenizer
 from calm_dist.errors import CheckpointError, LaunchError
 from calm_dist.files import file_sha256
 from calm_dist.recipe import Recipe, load_recipe
 from calm_dist.runs import checkpoints
 from calm_dist.runs.checkpoints.run_state import RunState
+from calm_dist.text.tokenizer import load_tokenizer
 from calm_dist.training.resolve import resolve
 from calm_dist.training.session import prepare_run_directory
 

@@ -18,9 +18,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from calm_dist.data.store import read_meta
-from calm_dist.data.tokenizer import BEGIN, END, PAD, load_tokenizer
 from calm_dist.runs.checkpoints import find_checkpoint
 from calm_dist.runs.metrics_file import read_records
+from calm_dist.text.tokenizer import BEGIN, END, PAD, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / "tools"

@@ -21,7 +21,7 @@ SMALL += ["--time=20", "--signal=B:USR1@20"]
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some of the standard library, as tools/prepare_corpus.py prepares it."""
-    from calm_dist.data.prepare import prepare_corpus
+    from calm_dist.text.prepare import prepare_corpus
 
     directory = tmp_path_factory.mktemp("corpus")
     texts = [path.read_text(encoding="utf-8") for path in Path(json.__file__).parent.glob("*.py")]

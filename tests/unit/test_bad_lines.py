@@ -15,15 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from calm_dist.data import dedup, units
-from calm_dist.data.corpus import find_files, iter_documents
-from calm_dist.data.formats import Reading
 from calm_dist.data.latents import plan_store, write_parts
-from calm_dist.data.prepare import prepare_corpus
-from calm_dist.data.reading import Tally
-from calm_dist.data.reports import summary
-from calm_dist.data.tokenizer import Tokenizer, train_tokenizer
 from calm_dist.errors import DataError
+from calm_dist.text import dedup, units
+from calm_dist.text.corpus import find_files, iter_documents
+from calm_dist.text.formats import Reading
+from calm_dist.text.prepare import prepare_corpus
+from calm_dist.text.reading import Tally
+from calm_dist.text.reports import summary
+from calm_dist.text.tokenizer import Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 BAD = {

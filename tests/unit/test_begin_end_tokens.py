@@ -17,15 +17,15 @@ from launches import language_recipe
 from tiny_models import tiny_model
 from tokenizers import decoders, models, pre_tokenizers
 
-from calm_dist.data.corpus import Document, pack_blocks
 from calm_dist.data.latents import finished_store, plan_store, read_meta, write_store
-from calm_dist.data.prepare import prepare_corpus
 from calm_dist.data.store import fingerprint
-from calm_dist.data.tokenizer import Tokenizer, load_tokenizer
 from calm_dist.errors import CheckpointError, DataError, RecipeError
 from calm_dist.evaluation.evaluate import check_store
 from calm_dist.inference.generate import token_names
 from calm_dist.recipe import LanguageModelRecipe
+from calm_dist.text.corpus import Document, pack_blocks
+from calm_dist.text.prepare import prepare_corpus
+from calm_dist.text.tokenizer import Tokenizer, load_tokenizer
 from calm_dist.training.resolve import resolve
 
 ROOT = Path(__file__).parents[2]

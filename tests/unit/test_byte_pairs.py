@@ -16,10 +16,10 @@ import tokenizers
 from tokenizer_kinds import llama2_like, metaspace, wordpiece
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from calm_dist.data import tokenizer as tokenizer_module
-from calm_dist.data.byte_pairs import FASTER, LLAMA3, byte_pairs_of
-from calm_dist.data.tokenizer import load_tokenizer
-from calm_dist.data.tokenizing import Piece, tokenized_ahead
+from calm_dist.text import tokenizer as tokenizer_module
+from calm_dist.text.byte_pairs import FASTER, LLAMA3, byte_pairs_of
+from calm_dist.text.tokenizer import load_tokenizer
+from calm_dist.text.tokenizing import Piece, tokenized_ahead
 
 ENDS = ("<s>", "</s>")
 # Qwen's, which has no faster form here.

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from warm import warm_python
 
-from calm_dist.data.tokenizer import Tokenizer, train_tokenizer
 from calm_dist.errors import CheckpointError, DataError, UserError
 from calm_dist.inference.generate import generate
 from calm_dist.inference.load import load_model
@@ -26,6 +25,7 @@ from calm_dist.interop.huggingface import load_autoencoder, load_calm
 from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
 from calm_dist.recipe import Recipe, load_recipe
 from calm_dist.runs import checkpoints
+from calm_dist.text.tokenizer import Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import zstandard
 
-from calm_dist.data import formats, prepare, splitting
-from calm_dist.data.corpus import (
+from calm_dist.errors import DataError
+from calm_dist.text import formats, prepare, splitting
+from calm_dist.text.corpus import (
     Document,
     ShuffledDocuments,
     iter_documents,
@@ -20,9 +21,8 @@ from calm_dist.data.corpus import (
     split_documents,
     standard_library_documents,
 )
-from calm_dist.data.prepare import prepare_corpus
-from calm_dist.data.tokenizer import Tokenizer, train_tokenizer
-from calm_dist.errors import DataError
+from calm_dist.text.prepare import prepare_corpus
+from calm_dist.text.tokenizer import Tokenizer, train_tokenizer
 
 WORDS = "the cat sat on a mat and saw that dog run"
 

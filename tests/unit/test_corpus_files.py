@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calm_dist.data import corpus as corpus_module
-from calm_dist.data.corpus import (
+from calm_dist.data.latents import plan_store, write_parts
+from calm_dist.errors import DataError
+from calm_dist.text import corpus as corpus_module
+from calm_dist.text.corpus import (
     ShuffledDocuments,
     find_files,
     iter_documents,
 )
-from calm_dist.data.latents import plan_store, write_parts
-from calm_dist.data.prepare import prepare_corpus
-from calm_dist.data.tokenizer import load_tokenizer, train_tokenizer
-from calm_dist.errors import DataError
+from calm_dist.text.prepare import prepare_corpus
+from calm_dist.text.tokenizer import load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from calm_dist.data.corpus import (
+from calm_dist.data.latents import plan_store, write_store
+from calm_dist.data.store import fingerprint
+from calm_dist.text.corpus import (
     ShuffledDocuments,
     corpus_sha256,
     find_files,
     iter_documents,
     split_documents,
 )
-from calm_dist.data.latents import plan_store, write_store
-from calm_dist.data.prepare import prepare_corpus
-from calm_dist.data.store import fingerprint
-from calm_dist.data.tokenizer import load_tokenizer
+from calm_dist.text.prepare import prepare_corpus
+from calm_dist.text.tokenizer import load_tokenizer
 
 
 def names(*paths: str | Path) -> list[str]:

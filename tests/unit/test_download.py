@@ -20,8 +20,8 @@ from calm_dist.data.latents import plan_store, write_store
 from calm_dist.data.parts import finished_store
 from calm_dist.data.store import read_meta
 from calm_dist.data.stream import open_training_stream
-from calm_dist.data.tokenizer import train_tokenizer
 from calm_dist.errors import DataError, UnreachableError
+from calm_dist.text.tokenizer import train_tokenizer
 
 # A busy machine answers late: only tests of silence wait for a second alone, and these allow for an
 # answer that came later than that.

@@ -13,10 +13,10 @@ import torch
 from tiny_models import VOCAB, tiny_model
 
 from calm_dist.data.text_vectors import TextVectors, decode_vectors, encode_text
-from calm_dist.data.tokenizer import Tokenizer, train_tokenizer
 from calm_dist.errors import DataError
 from calm_dist.models.autoencoder import Autoencoder
 from calm_dist.released.autoencoder import save_autoencoder
+from calm_dist.text.tokenizer import Tokenizer, train_tokenizer
 
 TOOL = Path(__file__).parents[2] / "tools" / "encode_text.py"
 

@@ -13,13 +13,13 @@ from test_evaluate_tool import VOCAB, evaluate, write_run
 from test_generate import run_tool
 from tiny_models import tiny_model
 
-from calm_dist.data.tokenizer import Tokenizer, train_tokenizer
 from calm_dist.errors import UserError
 from calm_dist.evaluation.block_scores import draw_latents, score_latent_block
 from calm_dist.evaluation.brier import NGRAM, ngram_starts
 from calm_dist.evaluation.text import TextBlocks
 from calm_dist.inference.generate import decode_latents
 from calm_dist.interop.convert import export_checkpoint
+from calm_dist.text.tokenizer import Tokenizer, train_tokenizer
 
 TEXT = [f"a small text, number {number}: {number * number}" for number in range(60)]
 

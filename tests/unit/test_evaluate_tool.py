@@ -16,12 +16,12 @@ import pytest
 from tiny_models import tiny_model
 
 from calm_dist.data.latents import plan_store, write_store
-from calm_dist.data.tokenizer import Tokenizer, train_tokenizer
 from calm_dist.inference.load import LoadedModel
 from calm_dist.released.autoencoder import save_autoencoder
 from calm_dist.reports.report import write_report
 from calm_dist.runs import checkpoints
 from calm_dist.runs.checkpoints.run_state import RunState
+from calm_dist.text.tokenizer import Tokenizer, train_tokenizer
 from calm_dist.training.checkpoint import model_state
 
 TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"

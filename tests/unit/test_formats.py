@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from calm_dist.data import compressed, formats
-from calm_dist.data.compressed import CODECS
-from calm_dist.data.corpus import ShuffledDocuments, iter_documents
-from calm_dist.data.formats import PARSERS, SUPPORTED, Reading, format_of
 from calm_dist.errors import DataError
+from calm_dist.text import compressed, formats
+from calm_dist.text.compressed import CODECS
+from calm_dist.text.corpus import ShuffledDocuments, iter_documents
+from calm_dist.text.formats import PARSERS, SUPPORTED, Reading, format_of
 
 ROOT = Path(__file__).parents[2]
 PACK: dict[str, Callable[[bytes], bytes]] = {
@@ -190,8 +190,8 @@ def test_file_that_unpacks_to_gigabytes_takes_little_memory(tmp_path: Path, name
     code = f"""
         import resource
         from itertools import islice
-        from calm_dist.data import formats
-        from calm_dist.data.corpus import iter_documents
+        from calm_dist.text import formats
+        from calm_dist.text.corpus import iter_documents
         from calm_dist.errors import DataError
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         formats.JSON_LINE_BYTES = 16 << 20

@@ -26,7 +26,6 @@ from calm_dist.cli.report_tool import report_runs
 from calm_dist.data.latents import plan_store, write_store
 from calm_dist.data.store import fingerprint, read_meta, read_shards
 from calm_dist.data.stream import open_store
-from calm_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from calm_dist.errors import DataError, UserError
 from calm_dist.files import file_sha256
 from calm_dist.recipe import LARGEST_FILE, load_recipe
@@ -35,6 +34,7 @@ from calm_dist.runs.listing import DAMAGED, list_runs, table
 from calm_dist.runs.metrics_file import read_records
 from calm_dist.runs.records import read_run
 from calm_dist.runs.wandb_id import wandb_id
+from calm_dist.text.tokenizer import load_tokenizer, train_tokenizer
 from calm_dist.training.resolve import resolve
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,6 @@ from tiny_models import VOCAB, tiny_model
 from tokenizer_kinds import llama2_like, metaspace, wordpiece
 
 from calm_dist.data.latents import plan_store, write_store
-from calm_dist.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from calm_dist.errors import CheckpointError, DataError, UserError
 from calm_dist.inference.generate import (
     Generation,
@@ -31,6 +30,7 @@ from calm_dist.inference.load import LoadedModel
 from calm_dist.inference.sampling import sample_exact, sample_from_pool
 from calm_dist.runs import checkpoints
 from calm_dist.runs.checkpoints.run_state import RunState
+from calm_dist.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from calm_dist.training.checkpoint import model_state
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,6 @@ import torch
 from test_generate import run_tool, saved
 from tiny_models import VOCAB, tiny_model
 
-from calm_dist.data.tokenizer import train_tokenizer
 from calm_dist.inference.decoding import GreedyDecoder
 from calm_dist.inference.generate import generate
 from calm_dist.inference.load import load_model
@@ -21,6 +20,7 @@ from calm_dist.inference.softmax import draw_from_softmax, draw_tokens
 from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
 from calm_dist.models.heads.energy import EnergyHead
 from calm_dist.recipe import HeadRecipe
+from calm_dist.text.tokenizer import train_tokenizer
 
 
 def test_the_tool_runs_in_bf16_and_refuses_absent_gpus(

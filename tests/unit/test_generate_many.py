@@ -12,10 +12,10 @@ from test_generate import run_tool, saved
 from tiny_models import tiny_model
 from tokenizer_kinds import llama2_like, metaspace, wordpiece
 
-from calm_dist.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from calm_dist.errors import UserError
 from calm_dist.inference.generate import generate
 from calm_dist.inference.prompts import Prompt, read_prompts
+from calm_dist.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ ROOMS = (
     *("compat", "heads", "optimizers", "recipe", "costs", "flops", "planner", "runs", "losses"),
     *(
         "models",
+        "text",
         "data",
         "released",
         "parallel",

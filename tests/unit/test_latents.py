@@ -16,14 +16,14 @@ import pytest
 import torch
 
 from calm_dist.data import latents
-from calm_dist.data.corpus import ShuffledDocuments, pack_blocks
 from calm_dist.data.latents import finished_store, plan_store, read_meta, write_store
 from calm_dist.data.stream import open_store, open_training_stream
-from calm_dist.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from calm_dist.errors import DataError
 from calm_dist.interop.huggingface import load_autoencoder, save_autoencoder
 from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
 from calm_dist.recipe import load_recipe
+from calm_dist.text.corpus import ShuffledDocuments, pack_blocks
+from calm_dist.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 BLOCK, SHARD_BYTES = 32, 4096

@@ -19,11 +19,11 @@ import pytest
 from warm import warm_python
 
 from calm_dist.data import latents, parts
-from calm_dist.data.corpus import ShuffledDocuments, pack_blocks
 from calm_dist.data.latents import finished_store, plan_store, read_meta, write_parts, write_store
 from calm_dist.data.stream import open_store
-from calm_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from calm_dist.errors import DataError
+from calm_dist.text.corpus import ShuffledDocuments, pack_blocks
+from calm_dist.text.tokenizer import load_tokenizer, train_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 TOOL = REPOSITORY / "tools" / "encode_latents.py"

@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from calm_dist.data import tables, units
-from calm_dist.data.corpus import ShuffledDocuments, find_files, iter_documents
-from calm_dist.data.formats import Reading
-from calm_dist.data.prepare import prepare_corpus
 from calm_dist.errors import DataError
+from calm_dist.text import tables, units
+from calm_dist.text.corpus import ShuffledDocuments, find_files, iter_documents
+from calm_dist.text.formats import Reading
+from calm_dist.text.prepare import prepare_corpus
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"Document {i} of a corpus.\n\nIts second paragraph, ü.\n" for i in range(7)]
@@ -204,7 +204,7 @@ def bucket() -> Iterator[str]:
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
         client.create_bucket(Bucket="corpora")
-        from calm_dist.data import remote_files
+        from calm_dist.text import remote_files
 
         remote_files._arrow_file_system.cache_clear()
         yield "s3://corpora"

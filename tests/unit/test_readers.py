@@ -18,8 +18,8 @@ from warm import warm_python
 
 from calm_dist.data.latents import plan_store, write_store
 from calm_dist.data.stream import open_training_stream
-from calm_dist.data.tokenizer import train_tokenizer
 from calm_dist.errors import DataError, UnreachableError
+from calm_dist.text.tokenizer import train_tokenizer
 
 # Reads in a world of one process, and says in how many seconds it ended, and of what.
 READ = """

@@ -15,8 +15,8 @@ from calm_dist.data.inspection import check_store, read_block
 from calm_dist.data.latents import StorePlan, plan_store, write_store
 from calm_dist.data.store import read_meta
 from calm_dist.data.stream import open_store, open_training_stream
-from calm_dist.data.tokenizer import Tokenizer, train_tokenizer
 from calm_dist.errors import DataError
+from calm_dist.text.tokenizer import Tokenizer, train_tokenizer
 
 moto_server = pytest.importorskip("moto.server", reason="needs moto[server] (extra: dev)")
 

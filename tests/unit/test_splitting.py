@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from calm_dist.data import units
-from calm_dist.data.formats import Reading
-from calm_dist.data.prepare import prepare_corpus
-from calm_dist.data.splitting import in_processes
 from calm_dist.errors import DataError, UnreachableError
+from calm_dist.text import units
+from calm_dist.text.formats import Reading
+from calm_dist.text.prepare import prepare_corpus
+from calm_dist.text.splitting import in_processes
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,7 +91,7 @@ def test_processes_end_with_their_parent(tmp_path: Path) -> None:
     script = tmp_path / "job.py"
     script.write_text(
         "import os, sys, time\n"
-        "from calm_dist.data.splitting import in_processes\n"
+        "from calm_dist.text.splitting import in_processes\n"
         "def job(number):\n"
         "    open(f'{sys.argv[1]}/{os.getpid()}', 'w').close()\n"
         "    time.sleep(600)\n"

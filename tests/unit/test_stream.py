@@ -24,10 +24,10 @@ from calm_dist.data import guard
 from calm_dist.data.latents import plan_store, write_store
 from calm_dist.data.store import fingerprint, read_meta
 from calm_dist.data.stream import TrainingStream, open_store, open_training_stream
-from calm_dist.data.tokenizer import train_tokenizer
 from calm_dist.errors import DataError, LaunchError
 from calm_dist.interop.huggingface import load_autoencoder, save_autoencoder
 from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
+from calm_dist.text.tokenizer import train_tokenizer
 
 
 def write(root: Path, name: str, *, variant: str = "tokens", block_size: int = 16) -> Path:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tokenizer_kinds import ids_of, llama2_like, metaspace, wordpiece
 
-from calm_dist.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from calm_dist.errors import DataError
+from calm_dist.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 TEXTS = ["def main():\n    return 'naïve'\n", "the cat sat on the mat. " * 20, "数 <|end|> x"]
 

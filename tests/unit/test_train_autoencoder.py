@@ -24,13 +24,13 @@ from warm import warm_python
 from calm_dist.data.latents import plan_store, write_store
 from calm_dist.data.store import read_meta
 from calm_dist.data.stream import open_training_stream
-from calm_dist.data.tokenizer import train_tokenizer
 from calm_dist.errors import CheckpointError
 from calm_dist.inference.load import load_model
 from calm_dist.interop.huggingface import load_autoencoder
 from calm_dist.parallel.launch import World, join_world
 from calm_dist.runs.checkpoints import find_checkpoint
 from calm_dist.runs.metrics_file import read_records
+from calm_dist.text.tokenizer import train_tokenizer
 from calm_dist.training.autoencoder import AutoencoderTrainer, autoencoder_config, block_noise
 from calm_dist.training.resolve import resolve
 

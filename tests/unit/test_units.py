@@ -18,16 +18,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from calm_dist.data import latents, parts, units
-from calm_dist.data.corpus import Document, corpus_sha256, find_files, iter_documents, pack_blocks
-from calm_dist.data.formats import TEXT_AND_ID, CorpusFile, Reading
+from calm_dist.data import latents, parts
 from calm_dist.data.latents import finished_store, plan_store, write_parts, write_store
 from calm_dist.data.manifest import begun_corpus
-from calm_dist.data.reading import shuffled_documents
 from calm_dist.data.store import StoreMeta, fingerprint
-from calm_dist.data.tokenizer import Tokenizer, train_tokenizer
-from calm_dist.data.units import Span, Unit, shuffled_shares, units_of
 from calm_dist.errors import DataError
+from calm_dist.text import units
+from calm_dist.text.corpus import Document, corpus_sha256, find_files, iter_documents, pack_blocks
+from calm_dist.text.formats import TEXT_AND_ID, CorpusFile, Reading
+from calm_dist.text.reading import shuffled_documents
+from calm_dist.text.tokenizer import Tokenizer, train_tokenizer
+from calm_dist.text.units import Span, Unit, shuffled_shares, units_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -235,7 +236,7 @@ def test_finished_store_of_an_earlier_version_is_known(
 def test_long_document_is_tokenized_in_pieces_and_stays_one(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from calm_dist.data import corpus as corpus_module
+    from calm_dist.text import corpus as corpus_module
 
     monkeypatch.setattr(corpus_module, "TOKENIZED_CHARACTERS", 100)
     text = "a paragraph of it\n\n" * 30 + "one line and " * 30 + "x" * 950
@@ -287,9 +288,9 @@ def test_pyarrow_is_not_imported_by_a_thread_that_ends(tmp_path: Path) -> None:
     # It crashes in the first allocation of another thread.
     script = (
         "import sys, threading\n"
-        "from calm_dist.data.corpus import find_files\n"
-        "from calm_dist.data.formats import TEXT_AND_ID\n"
-        "from calm_dist.data.units import units_of\n"
+        "from calm_dist.text.corpus import find_files\n"
+        "from calm_dist.text.formats import TEXT_AND_ID\n"
+        "from calm_dist.text.units import units_of\n"
         "files = find_files([sys.argv[1]])\n"
         "assert 'pyarrow' not in sys.modules\n"
         "units_of(files, TEXT_AND_ID)\n"

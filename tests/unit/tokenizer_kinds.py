@@ -7,7 +7,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from calm_dist.data.tokenizer import Tokenizer, load_tokenizer
+from calm_dist.text.tokenizer import Tokenizer, load_tokenizer
 
 _WORDS = ("▁The", "▁sea", "▁is", "▁the")
 

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-from calm_dist.data.formats import Reading
-from calm_dist.data.reading import Tally, span_documents
-from calm_dist.data.units import Share
 from calm_dist.progress import progress
+from calm_dist.text.formats import Reading
+from calm_dist.text.reading import Tally, span_documents
+from calm_dist.text.units import Share
 
 # 128 bits of the text's hash: two of 10^12 documents agree by chance with a probability of 10^-15.
 # The position is the unit's number, and the document's number in the unit.

@@ -25,7 +25,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from calm_dist.data.corpus import (
+from calm_dist.errors import DataError, UnreachableError
+from calm_dist.progress import progress
+from calm_dist.text.corpus import (
     SPLITS,
     CorpusFiles,
     DocumentIds,
@@ -34,12 +36,10 @@ from calm_dist.data.corpus import (
     repetitions,
     standard_library_documents,
 )
-from calm_dist.data.formats import Document, Reading
-from calm_dist.data.reading import Tally, unit_documents
-from calm_dist.data.reports import merged_report
-from calm_dist.data.units import Span, units_of
-from calm_dist.errors import DataError, UnreachableError
-from calm_dist.progress import progress
+from calm_dist.text.formats import Document, Reading
+from calm_dist.text.reading import Tally, unit_documents
+from calm_dist.text.reports import merged_report
+from calm_dist.text.units import Span, units_of
 
 _UNITS = ".units"
 _COPIED_BYTES = 1 << 20

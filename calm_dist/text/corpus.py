@@ -19,9 +19,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from calm_dist.data.corpus_files import CorpusFiles, CorpusPaths, find_files
-from calm_dist.data.dedup import Repetitions
-from calm_dist.data.formats import (
+from calm_dist.errors import DataError
+from calm_dist.files import file_sha256
+from calm_dist.randomness import key_fraction
+from calm_dist.text.corpus_files import CorpusFiles, CorpusPaths, find_files
+from calm_dist.text.dedup import Repetitions
+from calm_dist.text.formats import (
     TABLES,
     TEXT_AND_ID,
     CorpusFile,
@@ -30,10 +33,10 @@ from calm_dist.data.formats import (
     format_of_file,
     quoted,
 )
-from calm_dist.data.reading import Tally, lines_before, shuffled_documents, unit_documents
-from calm_dist.data.remote_files import is_url, open_url
-from calm_dist.data.tokenizing import Piece, tokenized_ahead
-from calm_dist.data.units import (
+from calm_dist.text.reading import Tally, lines_before, shuffled_documents, unit_documents
+from calm_dist.text.remote_files import is_url, open_url
+from calm_dist.text.tokenizing import Piece, tokenized_ahead
+from calm_dist.text.units import (
     Share,
     Span,
     file_fingerprint,
@@ -41,12 +44,9 @@ from calm_dist.data.units import (
     shuffled_shares,
     units_of,
 )
-from calm_dist.errors import DataError
-from calm_dist.files import file_sha256
-from calm_dist.randomness import key_fraction
 
 if TYPE_CHECKING:
-    from calm_dist.data.tokenizer import Tokenizer
+    from calm_dist.text.tokenizer import Tokenizer
 
 __all__ = [
     "SPLITS",
@@ -176,7 +176,7 @@ def repetitions(
 class ShuffledDocuments:
     """The documents of a corpus in an order that is a function of ``seed`` and the files.
 
-    Memory holds one chunk of text; see `calm_dist.data.units`.
+    Memory holds one chunk of text; see `calm_dist.text.units`.
 
     Raises:
         DataError: as `iter_documents`; a file changes while it is used.

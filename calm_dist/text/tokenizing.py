@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from calm_dist.data.tokenizer import Tokenizer
+    from calm_dist.text.tokenizer import Tokenizer
 
 MOST_THREADS = 8
 """One process reads and packs for about this many; more processes use more cores."""

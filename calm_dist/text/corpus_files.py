@@ -17,8 +17,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import overload
 
-from calm_dist.data.compressed import CODECS
-from calm_dist.data.formats import (
+from calm_dist.errors import DataError
+from calm_dist.log import NOTE
+from calm_dist.text.compressed import CODECS
+from calm_dist.text.formats import (
     STANDARD_INPUT_DIRECTORY,
     STANDARD_INPUT_FILE,
     SUPPORTED,
@@ -29,9 +31,7 @@ from calm_dist.data.formats import (
     holds_documents,
     unknown_format,
 )
-from calm_dist.data.remote_files import find_urls, is_url
-from calm_dist.errors import DataError
-from calm_dist.log import NOTE
+from calm_dist.text.remote_files import find_urls, is_url
 
 _log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from calm_dist.data.formats import TEXT_AND_ID, Reading
-from calm_dist.data.reading import LISTED
+from calm_dist.text.formats import TEXT_AND_ID, Reading
+from calm_dist.text.reading import LISTED
 
 REPORT = "report.json"
 

@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calm_dist.data.byte_pairs import FASTER, LLAMA3, BytePairs, byte_pairs_of
-from calm_dist.data.lost_text import LostText, SymbolCounter
 from calm_dist.errors import DataError, listed, shown
 from calm_dist.files import file_sha256, replace_text
+from calm_dist.text.byte_pairs import FASTER, LLAMA3, BytePairs, byte_pairs_of
+from calm_dist.text.lost_text import LostText, SymbolCounter
 
 if TYPE_CHECKING:
     import tiktoken

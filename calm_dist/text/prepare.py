@@ -13,23 +13,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from calm_dist.data.corpus import (
+from calm_dist.errors import DataError
+from calm_dist.files import file_sha256, replace_text
+from calm_dist.log import NOTE
+from calm_dist.progress import progress
+from calm_dist.text.corpus import (
     SPLITS,
     CorpusFiles,
     corpus_sha256,
     find_files,
     iter_documents,
 )
-from calm_dist.data.corpus_files import CorpusPaths
-from calm_dist.data.formats import TEXT_AND_ID, Reading
-from calm_dist.data.reports import REPORT, missing_id_key, summary
-from calm_dist.data.splitting import split_corpus
-from calm_dist.data.tokenizer import load_tokenizer, train_tokenizer
-from calm_dist.data.tokenizing import cores
-from calm_dist.errors import DataError
-from calm_dist.files import file_sha256, replace_text
-from calm_dist.log import NOTE
-from calm_dist.progress import progress
+from calm_dist.text.corpus_files import CorpusPaths
+from calm_dist.text.formats import TEXT_AND_ID, Reading
+from calm_dist.text.reports import REPORT, missing_id_key, summary
+from calm_dist.text.splitting import split_corpus
+from calm_dist.text.tokenizer import load_tokenizer, train_tokenizer
+from calm_dist.text.tokenizing import cores
 
 _log = logging.getLogger(__name__)
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from calm_dist.data.compressed import DamagedFileError
-from calm_dist.data.formats import (
+from calm_dist.errors import DataError
+from calm_dist.text.compressed import DamagedFileError
+from calm_dist.text.formats import (
     TABLES,
     TEXT_AND_ID,
     Document,
@@ -21,9 +22,8 @@ from calm_dist.data.formats import (
     format_of_file,
     open_file,
 )
-from calm_dist.data.records import records_in
-from calm_dist.data.units import CHUNK_BYTES, Share, Span
-from calm_dist.errors import DataError
+from calm_dist.text.records import records_in
+from calm_dist.text.units import CHUNK_BYTES, Share, Span
 
 LISTED = 100
 """Faults that a report lists; the others are only counted."""
@@ -192,7 +192,7 @@ def shuffled_documents(
     A unit is read into memory in chunks of about `CHUNK_BYTES` of text, and each is shuffled.
 
     Args:
-        shares: from `calm_dist.data.units`.
+        shares: from `calm_dist.text.units`.
         seed: seed of the order.
         reading: what becomes a document.
         tally: counts what is read and left out.

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from calm_dist.data.compressed import DamagedFileError
-from calm_dist.data.formats import (
+from calm_dist.errors import DataError
+from calm_dist.text.compressed import DamagedFileError
+from calm_dist.text.formats import (
     TABLES,
     CorpusFile,
     Reading,
@@ -27,9 +28,8 @@ from calm_dist.data.formats import (
     format_of_file,
     open_packed,
 )
-from calm_dist.data.remote_files import is_url
-from calm_dist.data.tables import groups
-from calm_dist.errors import DataError
+from calm_dist.text.remote_files import is_url
+from calm_dist.text.tables import groups
 
 CHUNK_BYTES = 64 << 20
 """Bytes of text that are in memory at once and shuffled together."""

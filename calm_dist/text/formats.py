@@ -15,10 +15,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from calm_dist.data.compressed import CODECS, Unpacked
-from calm_dist.data.remote_files import is_url, open_url
 from calm_dist.errors import DataError
 from calm_dist.redact import redact
+from calm_dist.text.compressed import CODECS, Unpacked
+from calm_dist.text.remote_files import is_url, open_url
 
 TEXT_DOCUMENT_CHARACTERS = 100_000
 """A longer text is cut into several documents, so that one large file can be split into train,
@@ -421,7 +421,7 @@ LINES = (".jsonl", ".json")
 """The kinds in which each line is a document."""
 
 TABLES = (".parquet", ".arrow")
-"""The kinds of tables, which pyarrow reads; see `calm_dist.data.tables`."""
+"""The kinds of tables, which pyarrow reads; see `calm_dist.text.tables`."""
 
 
 def _either(suffixes: list[str]) -> str:

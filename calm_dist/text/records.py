@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-from calm_dist.data.formats import (
+from calm_dist.text.formats import (
     PARSERS,
     TABLES,
     TEXT_AND_ID,
@@ -18,7 +18,7 @@ from calm_dist.data.formats import (
     open_file,
     skip_line,
 )
-from calm_dist.data.tables import rows
+from calm_dist.text.tables import rows
 
 
 def records_in(

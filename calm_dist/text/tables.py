@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from calm_dist.data.compressed import DamagedFileError
-from calm_dist.data.formats import (
+from calm_dist.errors import DataError
+from calm_dist.text.compressed import DamagedFileError
+from calm_dist.text.formats import (
     CorpusFile,
     Found,
     Problem,
@@ -18,8 +19,7 @@ from calm_dist.data.formats import (
     open_file,
     quoted,
 )
-from calm_dist.data.remote_files import is_url
-from calm_dist.errors import DataError
+from calm_dist.text.remote_files import is_url
 
 if TYPE_CHECKING:
     import pyarrow

@@ -1,0 +1,1 @@
+"""Text: corpora in all their formats, documents, tokenizers and blocks of tokens."""
