@@ -12,23 +12,20 @@ the run was resumed. A run that is resumed with more stores begins a new order a
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from operator import attrgetter
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from calm_dist.compat.streaming import LocalDataset, World, patient_attaching
 from calm_dist.data.cache import check_limit, paths_of_node, remove_abandoned
-from calm_dist.data.description import fetch_description
 from calm_dist.data.download import DEFAULT, Downloads
 from calm_dist.data.guard import (
     SHUFFLE_BLOCK_SIZE,
@@ -40,6 +37,7 @@ from calm_dist.data.guard import (
 from calm_dist.data.int8 import dequantize
 from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.data.mixture import Mixture, Weight
+from calm_dist.data.opening import check_together, check_world, on_all_ranks, open_on_all_ranks
 from calm_dist.data.readers import (
     PREFETCHED,
     batches_of,
@@ -52,28 +50,13 @@ from calm_dist.data.shared_names import RunNumber
 from calm_dist.data.store import StoreMeta
 from calm_dist.errors import (
     DataError,
-    LaunchError,
-    first_failure,
     is_lost_connection,
     listed,
-    plain_failure,
 )
 from calm_dist.redact import redact
 
 Batch = dict[str, torch.Tensor]
 T = TypeVar("T")
-
-# Properties in which the stores of one run must agree.
-_COMMON: dict[str, Callable[[StoreMeta], Any]] = {
-    **{
-        name: attrgetter(name)
-        for name in ("variant", "block_size", "patch_size", "latent_size", "vocab_size")
-    },
-    "tokenizer": attrgetter("tokenizer.sha256"),
-    "begin token": attrgetter("tokenizer.begin_id"),
-    "end token": attrgetter("tokenizer.end_id"),
-    "autoencoder": lambda meta: meta.autoencoder and meta.autoencoder.sha256,
-}
 
 
 class Store:
@@ -353,7 +336,7 @@ def open_training_stream(
             did not answer.
     """
     world = World.detect()
-    _check_world(world, replication)
+    check_world(world, replication)
     given = [str(path) for path in paths]
     if len(given) == 1:
         weights = None
@@ -361,21 +344,17 @@ def open_training_stream(
 
     readers = max(1, num_workers) * world.ranks_per_node
 
-    def check_node(sources: list[Source]) -> None:
-        metas = [source.meta for source in sources]
-        check_room(metas, batch_size, num_workers, world.ranks_per_node)
-        if num_workers:
-            check_socket_path()
-        if cache_limit is not None:
-            canonical = canonical_nodes(global_batch_size)
-            paths = paths_of_node(canonical, world.num_nodes)
-            check_limit(cache_limit, sources, readers, paths, SHUFFLE_BLOCK_SIZE)
-            for source in sources:
-                if source.is_cached:
-                    remove_abandoned(source.directory)
-
-    sources = _open_on_all_ranks(given, world, cache_dir, downloads, check_node)
-    _on_all_ranks(lambda: _check_together(sources, weights, global_batch_size))
+    check_node = partial(
+        _check_node,
+        world=world,
+        batch_size=batch_size,
+        global_batch_size=global_batch_size,
+        num_workers=num_workers,
+        cache_limit=cache_limit,
+        readers=readers,
+    )
+    sources = open_on_all_ranks(given, world, cache_dir, downloads, check_node)
+    on_all_ranks(lambda: check_together(sources, weights, global_batch_size))
     mixture = Mixture(
         tuple(source.meta.num_blocks for source in sources),
         None if weights is None else tuple(weights),
@@ -409,40 +388,28 @@ def open_training_stream(
     return TrainingStream(dataset, loader, sources, timeout_seconds)
 
 
-def _open_on_all_ranks(
-    paths: Sequence[str],
+def _check_node(
+    sources: list[Source],
+    *,
     world: World,
-    cache_dir: str | Path | None,
-    downloads: Downloads,
-    check_node: Callable[[list[Source]], None],
-) -> list[Source]:
-    """Open the stores on every rank. The first rank of each node fetches their descriptions,
-    checks their files and calls ``check_node``.
-
-    Raises:
-        DataError: on every rank, if it fails on any or the ranks see different stores.
-    """
-
-    def fetch() -> None:
-        if world.is_local_leader:
-            sources = []
-            for path in paths:
-                source = open_source(path, fetch_description(path, cache_dir, True, downloads))
-                source.check()
-                sources.append(source)
-            check_node(sources)
-
-    _on_all_ranks(fetch)
-    sources = _on_all_ranks(
-        lambda: [open_source(path, fetch_description(path, cache_dir)) for path in paths]
-    )
-    fingerprints = [source.meta.fingerprint for source in sources]
-    for rank, others in enumerate(_gather(fingerprints)):
-        if others != fingerprints:
-            raise DataError(
-                f"data store {list(paths)}: rank {rank} and {world.rank} see different stores"
-            )
-    return sources
+    batch_size: int,
+    global_batch_size: int,
+    num_workers: int,
+    cache_limit: int | None,
+    readers: int,
+) -> None:
+    """Refuse a node without room for the readers' memory, sockets or the shards of the stores."""
+    metas = [source.meta for source in sources]
+    check_room(metas, batch_size, num_workers, world.ranks_per_node)
+    if num_workers:
+        check_socket_path()
+    if cache_limit is None:
+        return
+    paths = paths_of_node(canonical_nodes(global_batch_size), world.num_nodes)
+    check_limit(cache_limit, sources, readers, paths, SHUFFLE_BLOCK_SIZE)
+    for source in sources:
+        if source.is_cached:
+            remove_abandoned(source.directory)
 
 
 def _collate(samples: list[dict[str, Any]]) -> Batch:
@@ -459,73 +426,3 @@ def _collate(samples: list[dict[str, Any]]) -> Batch:
             # Converted by torch, which takes half as long as numpy from fp16.
             batch[name] = torch.from_numpy(stacked).to(dtype)
     return hand_over(batch)
-
-
-def _check_world(world: World, replication: int) -> None:
-    """Refuse launches that Streaming would take for one node per rank, or would hang on."""
-    if world.num_ranks > 1 and "LOCAL_WORLD_SIZE" not in os.environ:
-        raise LaunchError("LOCAL_WORLD_SIZE is not set; start through calm_dist.parallel.launch")
-    if world.num_ranks > 1 and not dist.is_initialized():
-        raise LaunchError("the process group does not exist yet; join the world first")
-    if replication < 1 or world.num_ranks % replication:
-        raise LaunchError(
-            f"{world.num_ranks} ranks cannot be divided into groups of {replication} that read "
-            "the same blocks; launch a multiple of TP·CP·PP"
-        )
-
-
-def _gather(value: T) -> list[T]:
-    """``value`` of every rank."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _on_all_ranks(work: Callable[[], T]) -> T:
-    """The result of ``work`` on this rank; a DataError on one rank is raised on every rank."""
-    result: T | None = None
-    failure: DataError | None = None
-    try:
-        result = work()
-    except DataError as error:
-        failure = error
-    found = first_failure(_gather(failure and plain_failure(failure)))
-    if found is not None:
-        raise found[1]
-    return result  # type: ignore[return-value]
-
-
-def _check_together(
-    sources: Sequence[Source], weights: Sequence[Weight] | None, global_batch_size: int
-) -> None:
-    if not sources:
-        raise DataError("data store: no path was given")
-    if len({source.directory.resolve() for source in sources}) != len(sources):
-        raise DataError(
-            f"data stores {[source.path for source in sources]}: a store is named twice; name it "
-            "once with a larger weight"
-        )
-    if weights is not None and (
-        len(weights) != len(sources)
-        or not all(weight > 0 for weight in weights if isinstance(weight, int | float))
-    ):
-        raise DataError(
-            f"weights {list(weights)}: give a number above 0 for each of the {len(sources)} stores"
-        )
-    first = sources[0]
-    for source in sources[1:]:
-        for name, value in _COMMON.items():
-            if value(source.meta) != value(first.meta):
-                raise DataError(
-                    f"data stores {first.path} and {source.path}: differ in {name} "
-                    f"({value(first.meta)} and {value(source.meta)}); encode both the same way"
-                )
-    num_blocks = sum(source.meta.num_blocks for source in sources)
-    if num_blocks < global_batch_size:
-        raise DataError(
-            f"data store {', '.join(source.path for source in sources)}: holds {num_blocks} "
-            f"blocks, fewer than one global batch of {global_batch_size}; encode more text or "
-            "lower training.global_batch_size"
-        )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from calm_dist.data.download import Downloads
-from calm_dist.data.latents import check_tokenizer
+from calm_dist.data.plan import check_tokenizer
 from calm_dist.data.store import StoreMeta, read_meta
 from calm_dist.errors import CheckpointError, DataError, RecipeError, shown
 from calm_dist.files import file_sha256
