@@ -71,12 +71,15 @@ def test_it_generates_what_the_package_does(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, 150, (3, 6), generator=generator)
 
-    def expected(prompt: list[int], count: int) -> list[int]:
+    def expected(prompt: list[int], count: int, window: int = 1000) -> list[int]:
+        """``window``: the most patches that are read; beyond it, the newest half of it is."""
         config = json.loads((directory / "config.json").read_text())
         tokens = [config["bos_token_id"]] * (4 - len(prompt) % 4) + prompt
-        start = len(tokens)
+        start, first = len(tokens), max(0, len(tokens) // 4 - window)
         while len(tokens) < start + count:
-            hidden = ours.hidden(torch.tensor([tokens]))[0, -1:]
+            if len(tokens) // 4 - first > window:
+                first = len(tokens) // 4 - window // 2
+            hidden = ours.hidden(torch.tensor([tokens[first * 4 :]]))[0, -1:]
             latent = ours.head.sample(hidden, torch.zeros(1, 1, 16))[:, 0]
             patch = ours.decoder.tokens(ours.decoder.hidden(latent)[0]).tolist()
             tokens += patch
@@ -99,6 +102,10 @@ def test_it_generates_what_the_package_does(tmp_path: Path) -> None:
         assert found[0, 6:].tolist() == whole[: whole.index(end) + 1]
     several = model.generate(prompts[:1], max_new_tokens=8, eos_token_id=[-1, whole[3]])
     assert several[0, 6:].tolist() == whole[: whole.index(whole[3]) + 1]
+    model.config.max_position_embeddings = 6
+    for prompt in (known[1], known[0] * 5):
+        found = model.generate(torch.tensor([prompt]), max_new_tokens=40, eos_token_id=-1)
+        assert found[0, len(prompt) :].tolist() == expected(prompt, 40, window=5)
     # The weights of a cold pool are larger than any float.
     found = model.generate(prompts[:1], max_new_tokens=8, temperature=0.01, eos_token_id=-1)
     assert found[0, 6:].tolist() == whole

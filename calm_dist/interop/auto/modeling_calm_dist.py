@@ -239,6 +239,9 @@ class CalmForCausalLM(PreTrainedModel):
     ):
         """Continue prompts.
 
+        The model reads the newest ``max_position_embeddings`` - 1 patches of a long prompt; a text
+        that outgrows them continues from its newest half.
+
         Args:
             input_ids: prompts [B, T]; begin tokens are added up to whole patches.
             attention_mask: [B, T], 0 where a prompt is padded.
@@ -281,17 +284,23 @@ class CalmForCausalLM(PreTrainedModel):
         size = self.config.patch_size
         if self.config.bos_token_id is None:
             raise ValueError("bos_token_id: not in config.json; it fills prompts to whole patches")
-        current = F.pad(
+        # The last patch of a block predicts nothing in training.
+        window = max(1, self.config.max_position_embeddings - 1)
+        context = F.pad(
             prompts, (size - prompts.shape[1] % size, 0), value=self.config.bos_token_id
-        )
+        )[:, -window * size :]
         going = torch.ones(len(prompts), dtype=torch.bool, device=prompts.device)
-        made, cache, length = prompts[:, :0], None, 0
+        made, cache, unread, length = prompts[:, :0], None, context, 0
         while made.shape[1] < most and bool(going.any()):
-            outputs = self(current, past_key_values=cache, use_cache=True)
+            outputs = self(unread, past_key_values=cache, use_cache=True)
             cache = outputs.past_key_values
             draws = 1 if exponent == 1 else num_samples
             pools = self.sample_patches(outputs.last_hidden_state[:, -1], draws, generator)
             current = torch.stack([_choose(pool, exponent, generator) for pool in pools])
+            context, unread = torch.cat([context, current], dim=1), current
+            if context.shape[1] > window * size:
+                context = context[:, -max(1, window // 2) * size :]
+                unread, cache = context, None
             written, width = current, size
             if ends:
                 is_end = torch.isin(current, current.new_tensor(ends)).cumsum(-1) > 0
