@@ -11,8 +11,8 @@ import pytest
 
 from calm_dist.log import show_on_console
 
-# Their fixtures `store`, `tiny` and `without_flock`.
-pytest_plugins = ["launches", "no_flock"]
+# Their fixtures `store`, `tiny`, `without_flock` and `s3`.
+pytest_plugins = ["launches", "no_flock", "s3_server"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

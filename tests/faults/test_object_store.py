@@ -94,7 +94,7 @@ def train_from(
     return train(tiny, run_dir, store.url, environment, **more)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.full), 1])
 def test_a_store_that_recovers(
     shards: Path, expected: list[float], tmp_path: Path, tiny: Tiny, num_workers: int
 ) -> None:
@@ -121,7 +121,7 @@ def test_a_store_that_recovers(
         assert text in outputs[0] + outputs[1]
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.full)])
 def test_a_fault_that_outlasts_the_retries_is_met_again_by_the_same_command(
     shards: Path, expected: list[float], tmp_path: Path, tiny: Tiny, num_workers: int
 ) -> None:
@@ -199,49 +199,33 @@ def test_a_store_larger_than_the_disk(
     expected: list[float],
     tmp_path: Path,
     tiny: Tiny,
-    monkeypatch: pytest.MonkeyPatch,
+    s3: dict[str, str],
 ) -> None:
     """From an S3 server, through a cache of a fifth of its size: the same losses, also after a
     resume with reader processes, and never more on the disk."""
     import boto3
-    from moto.server import ThreadedMotoServer
 
     sizes = {file.name: file.stat().st_size for file in shards.iterdir()}
     limit, shard_bytes = sum(sizes.values()) // 5, sizes[SHARD]
 
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    environment = {
-        "S3_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    try:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        client = boto3.client("s3", endpoint_url=environment["S3_ENDPOINT_URL"])
-        client.create_bucket(Bucket="bucket")
-        for name in sizes:
-            client.upload_file(str(shards / name), "bucket", f"store/{name}")
-        cache, run_dir = tmp_path / "cache", tmp_path / "run"
-        watch = Watch(cache)
-        watch.start()
-        more = {"data__cache_dir": cache, "data__cache_limit": limit}
-        url = "s3://bucket/store"
-        codes, outputs = train(tiny, run_dir, url, environment, **more, training__steps=6)
-        assert codes == [0, 0], outputs
-        assert "downloaded more than once" in outputs[0]
-        # Eight reader processes for each rank need more.
-        codes, outputs = train(tiny, run_dir, url, environment, **more, data__num_workers=8)
-        assert codes == [BAD_INPUT, BAD_INPUT]
-        assert f"data.cache_limit={limit}: the 16 reader(s)" in outputs[0]
-        codes, outputs = train(tiny, run_dir, url, environment, **more, data__num_workers=1)
-        assert codes == [0, 0], outputs
-        watch.stop()
-    finally:
-        server.stop()
+    client = boto3.client("s3", endpoint_url=s3["S3_ENDPOINT_URL"])
+    for name in sizes:
+        client.upload_file(str(shards / name), "bucket", f"store/{name}")
+    cache, run_dir = tmp_path / "cache", tmp_path / "run"
+    watch = Watch(cache)
+    watch.start()
+    more = {"data__cache_dir": cache, "data__cache_limit": limit}
+    url = "s3://bucket/store"
+    codes, outputs = train(tiny, run_dir, url, s3, **more, training__steps=6)
+    assert codes == [0, 0], outputs
+    assert "downloaded more than once" in outputs[0]
+    # Eight reader processes for each rank need more.
+    codes, outputs = train(tiny, run_dir, url, s3, **more, data__num_workers=8)
+    assert codes == [BAD_INPUT, BAD_INPUT]
+    assert f"data.cache_limit={limit}: the 16 reader(s)" in outputs[0]
+    codes, outputs = train(tiny, run_dir, url, s3, **more, data__num_workers=1)
+    assert codes == [0, 0], outputs
+    watch.stop()
     assert losses(run_dir) == expected
     # A start compares a second copy of meta.json.
     most = limit + sizes["meta.json"]

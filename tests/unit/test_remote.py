@@ -3,7 +3,6 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,26 +17,11 @@ from calm_dist.data.stream import open_store, open_training_stream
 from calm_dist.errors import DataError
 from calm_dist.text.tokenizer import Tokenizer, train_tokenizer
 
-moto_server = pytest.importorskip("moto.server", reason="needs moto[server] (extra: dev)")
-
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    server = moto_server.ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    environment = {
-        "S3_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
+def bucket(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    boto3.client("s3", endpoint_url=environment["S3_ENDPOINT_URL"]).create_bucket(Bucket="bucket")
-    yield "s3://bucket/stores/one"
-    server.stop()
+    return "s3://bucket/stores/one"
 
 
 @pytest.fixture
