@@ -60,19 +60,23 @@ def test_a_job_survives_what_clusters_do(jobs: Jobs, tiny: Tiny, tmp_path: Path)
         logs = list(run_dir.glob(f"logs/slurm-*/rank0000.*.restart{restart}.log"))
         return bool(logs) and logs[0].read_text().count("\nstep ") >= 2
 
+    def nodes() -> str:
+        """Where the job runs, as n[1-2]."""
+        shown = jobs.call("scontrol", "show", "job", "--oneliner", number)
+        return shown.split(" NodeList=")[1].split()[0]
+
     jobs.wait(lambda: trains_on(0), number)
     jobs.call("scancel", "--batch", "--signal=USR1", number)
 
     jobs.wait(lambda: trains_on(1), number)
     after_usr1 = steps_of(run_dir)
-    # All nodes: nothing but preemption makes room for it.
-    urgent = ["--partition=urgent", f"--nodes={jobs.cluster.nodes}", "--exclusive", "--wrap=true"]
+    # Its nodes: nothing but preemption makes room for this one.
+    urgent = ["--partition=urgent", f"--nodelist={nodes()}", "--exclusive", "--wrap=true"]
     other = jobs.call("sbatch", "--parsable", *urgent).strip()
 
     jobs.wait(lambda: trains_on(2), number)
     assert jobs.states(other) == ["COMPLETED"]
-    nodes = jobs.call("scontrol", "show", "job", "--oneliner", number)
-    node = "n" + nodes.split(" NodeList=n[")[1].split("]")[0].split("-")[1].split(",")[-1]
+    node = jobs.call("scontrol", "show", "hostnames", nodes()).split()[-1]
     jobs.cluster.kill_node(node)
 
     jobs.wait(lambda: trains_on(3), number)
@@ -83,7 +87,8 @@ def test_a_job_survives_what_clusters_do(jobs: Jobs, tiny: Tiny, tmp_path: Path)
     log = jobs.log(number)
     assert log.count("USR1: the ranks are asked to write a checkpoint and end") == 2
     assert log.count("exit code 75; requeued") == 2
-    assert "requeued; the first task to end was n4: task 3: Killed" in log
+    killed = rank_log(run_dir, 3, restart=3).name.split(".")[1]
+    assert f"requeued; the first task to end was {killed}: task 3: Killed" in log
     assert "stopped after step" in log and "resumed from" in log
     assert 2 <= after_usr1 < STEPS
     assert "on 2 nodes" in log and log.count("all-reduce of 64 MiB over 2 nodes") == 2 * 5
