@@ -3,8 +3,8 @@
 Importing torch, Megatron-core, DeepSpeed and Streaming takes some 4 seconds of a core, and the
 tests start hundreds of processes. `warm_python` starts one process that imports them once, and
 returns a small program that asks it for a fork. Each fork has its own arguments, environment,
-directory and files; it dies a moment after the program and receives the program's signals, SIGSTOP
-excepted.
+directory, umask and files; it dies a moment after the program and receives the program's signals,
+SIGSTOP excepted.
 Variables that libraries read when they are imported have no effect, so tests of imports, hangs,
 installations and schedulers start Python itself.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -38,6 +39,9 @@ _WHOLE_STACK = (
     "calm_dist.inference.generate",
     "calm_dist.training.autoencoder",
     "calm_dist.training.language_model",
+    # The first training step imports them.
+    "networkx",
+    "torch._inductor.compile_fx",
     "torch.distributed.launcher.api",
 )
 
@@ -47,7 +51,10 @@ _FORWARDED = [int(getattr(signal, f"SIG{name}")) for name in ("HUP", "INT", "TER
 # Without site-packages it starts in 15 ms.
 _CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
-request = {{"arguments": sys.argv[1:], "environment": dict(os.environ), "directory": os.getcwd()}}
+mask = os.umask(0)
+os.umask(mask)
+request = {{"arguments": sys.argv[1:], "environment": dict(os.environ), "directory": os.getcwd(),
+           "umask": mask}}
 with socket.socket(socket.AF_UNIX) as connection:
     connection.connect({address!r})
     socket.send_fds(connection, [b"files"], [0, 1, 2])
@@ -94,6 +101,13 @@ def warm_python() -> str:
 def _serve(address: str) -> None:
     for module in _WHOLE_STACK:
         importlib.import_module(module)
+    # The head imports it when it is built.
+    from calm_dist.compat.deepspeed import import_deepspeed
+
+    import_deepspeed()
+    # A collection in a fork would write to every page that it shares.
+    gc.collect()
+    gc.freeze()
     if len(os.listdir("/proc/self/task")) != 1:
         raise SystemExit("an import started a thread: forks of this process would not be safe")
     listener = socket.socket(socket.AF_UNIX)
@@ -121,6 +135,7 @@ def _supervise(connection: socket.socket, program: str) -> None:
     process = os.fork()
     if process == 0:
         connection.close()
+        os.umask(request["umask"])
         _become(program, request["arguments"], request["environment"], request["directory"], files)
     for file in files:
         os.close(file)

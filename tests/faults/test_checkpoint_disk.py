@@ -10,7 +10,6 @@ import re
 import resource
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from launches import (
     start_rank,
     training_records,
 )
+from warm import warm_python
 
 WORKER = Path(__file__).with_name("fault_worker.py")
 STEPS = 12
@@ -203,7 +203,7 @@ def test_full_disk_while_an_autoencoder_trains(tmp_path: Path, store: Path) -> N
     }
     recipe = ROOT / "recipes" / "autoencoder_tiny.yaml"
     done = subprocess.run(
-        [sys.executable, WORKER, recipe, *(f"{key}={value}" for key, value in overrides.items())],
+        [warm_python(), WORKER, recipe, *(f"{key}={value}" for key, value in overrides.items())],
         env=environment(FAULT=json.dumps(fault)),
         capture_output=True,
         text=True,

@@ -6,17 +6,17 @@ from __future__ import annotations
 import json
 import stat
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from launches import ALONE, ROOT, TIMEOUT_SECONDS, environment, recipe
+from warm import warm_python
 
 
 def run(umask: int, tool: str, *arguments: str | Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)],
+        [warm_python(), str(ROOT / "tools" / tool), *map(str, arguments)],
         env=environment(),
         capture_output=True,
         text=True,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from launches import ALONE, ROOT, TIMEOUT_SECONDS, environment, recipe
+from warm import warm_python
 
 from calm_dist.files import file_sha256
 from calm_dist.runs.listing import describe
@@ -19,7 +19,7 @@ KINDS = {"calm": "train.py", "autoencoder": "train_autoencoder.py"}
 
 def start(kind: str, overrides: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / KINDS[kind]), recipe(kind), *overrides],
+        [warm_python(), str(ROOT / "tools" / KINDS[kind]), recipe(kind), *overrides],
         env=environment(),
         capture_output=True,
         text=True,

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launches import ALONE, ROOT, TIMEOUT_SECONDS, call, environment, recipe
+from launches import ALONE, ROOT, TIMEOUT_SECONDS, call, recipe
 from safetensors.torch import load_file, save_file
 
 from calm_dist.data.latents import plan_store, write_store
@@ -160,9 +160,7 @@ def test_another_encoder_is_refused(
         "data.latents=on_the_fly",
     ]
     command = [sys.executable, str(ROOT / "tools" / "train.py"), recipe("calm"), *overrides]
-    subprocess.run(
-        [*command, "training.steps=2"], env=environment(), check=True, timeout=TIMEOUT_SECONDS
-    )
+    call([*command, "training.steps=2"])
     other = tmp_path / "other"
     shutil.copytree(store.parent / "autoencoder", other)
     weights = load_file(other / "model.safetensors")
