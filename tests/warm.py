@@ -99,15 +99,17 @@ def warm_python() -> str:
 
 
 def _serve(address: str) -> None:
+    # Collections while modules are loaded find nothing, and take longer than the loading where
+    # memory is slow; one in a fork would write to every page that it shares.
+    gc.disable()
     for module in _WHOLE_STACK:
         importlib.import_module(module)
     # The head imports it when it is built.
     from calm_dist.compat.deepspeed import import_deepspeed
 
     import_deepspeed()
-    # A collection in a fork would write to every page that it shares.
-    gc.collect()
     gc.freeze()
+    gc.enable()
     if len(os.listdir("/proc/self/task")) != 1:
         raise SystemExit("an import started a thread: forks of this process would not be safe")
     listener = socket.socket(socket.AF_UNIX)
