@@ -28,6 +28,7 @@ COMMON: dict[str, object] = {
     "training__clip_grad_norm": CLIP,
     # Does not depend on training.steps: the runs that go on elsewhere stop early at first.
     "training__schedule": "constant",
+    "training__steps": STEPS,
 }
 
 # A run that has ended stays in memory, because its objects are frozen for the garbage collector,
