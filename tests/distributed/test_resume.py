@@ -20,8 +20,11 @@ from launches import (
 )
 from test_layouts import ALONE, TOLERANCE
 
-RANKS = 2
-LAYOUT = {"parallel__tensor_parallel_size": 2, "parallel__sequence_parallel": True}
+FULL_LAYOUT = {
+    "parallel__tensor_parallel_size": 2,
+    "parallel__pipeline_parallel_size": 2,
+    "parallel__sequence_parallel": True,
+}
 
 
 def launch(ranks: int, overrides: list[str], fresh: bool = True) -> subprocess.Popen[str]:
@@ -59,10 +62,10 @@ def kill_at(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
 def unbroken(
     tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., list[str]]
 ) -> dict[int, dict[str, float]]:
-    """Without interruption."""
+    """TP2 PP2 without interruption."""
     directory = tmp_path_factory.mktemp("unbroken")
-    overrides = tiny(directory / "run", "calm", training__schedule="linear", **LAYOUT)
-    run_jobs(RANKS, [("calm", overrides)], directory)
+    overrides = tiny(directory / "run", "calm", training__schedule="linear", **FULL_LAYOUT)
+    run_jobs(4, [("calm", overrides)], directory)
     return training_records(directory / "run")
 
 
@@ -71,9 +74,9 @@ def test_killed_run_resumes_bit_for_bit_and_on_another_layout(
 ) -> None:
     run_dir = tmp_path / "run"
     common = {"training__schedule": "linear", "checkpoint__every": 4}
-    full = tiny(run_dir, "calm", **common, **LAYOUT)
-    kill_at(launch(RANKS, full), run_dir, step=6)
-    kill_at(launch(RANKS, full), run_dir, step=14)
+    full = tiny(run_dir, "calm", **common, **FULL_LAYOUT)
+    kill_at(launch(4, full), run_dir, step=6)
+    kill_at(launch(4, full), run_dir, step=14)
     for step in range(1, 13):
         # Lost steps were done again; what is kept equals the unbroken run exactly.
         record = training_records(run_dir)[step]
