@@ -17,20 +17,18 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     moto_server = pytest.importorskip("moto.server", reason="needs moto[server] (extra: dev)")
     server = moto_server.ThreadedMotoServer(port=0, verbose=False)
     server.start()
-    host, port = server.get_host_and_port()
+    url = "http://{}:{}".format(*server.get_host_and_port())
     environment = {
-        "S3_ENDPOINT_URL": f"http://{host}:{port}",
+        "S3_ENDPOINT_URL": url,
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
     # Its buckets are those of this process, whatever the server.
-    reset = urllib.request.Request(
-        f"{environment['S3_ENDPOINT_URL']}/moto-api/reset", method="POST"
-    )
+    reset = urllib.request.Request(f"{url}/moto-api/reset", method="POST")
     urllib.request.urlopen(reset, timeout=30).close()
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    boto3.client("s3", endpoint_url=environment["S3_ENDPOINT_URL"]).create_bucket(Bucket="bucket")
+    boto3.client("s3", endpoint_url=url).create_bucket(Bucket="bucket")
     yield environment
     server.stop()

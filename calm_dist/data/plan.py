@@ -62,7 +62,7 @@ def plan_store(
             into blocks of its own.
         reading: what of the corpus becomes documents.
         token_dtype: type of the stored tokens; auto: that of the store in ``out``, if there is one,
-            or the smaller one that has room for the vocabulary.
+            or the smallest type that fits the vocabulary.
         compression: of the shards; only for ``tokens``.
         latent_dtype: type of the stored latents.
         out: where the store may be finished already. An earlier version, which hashed all contents

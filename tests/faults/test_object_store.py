@@ -94,7 +94,7 @@ def train_from(
     return train(tiny, run_dir, store.url, environment, **more)
 
 
-@pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.full), 1])
+@pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_store_that_recovers(
     shards: Path, expected: list[float], tmp_path: Path, tiny: Tiny, num_workers: int
 ) -> None:
@@ -121,7 +121,7 @@ def test_a_store_that_recovers(
         assert text in outputs[0] + outputs[1]
 
 
-@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_fault_that_outlasts_the_retries_is_met_again_by_the_same_command(
     shards: Path, expected: list[float], tmp_path: Path, tiny: Tiny, num_workers: int
 ) -> None:
