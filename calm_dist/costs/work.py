@@ -36,8 +36,9 @@ LAYER_KERNELS = 80
 # accesses instead of 27), and one computes SwiGLU (`models.swiglu_kernel`).
 GPU_HIDDEN, GPU_INTERMEDIATE = 15, 8
 # Kernels on GPUs are those of rehearsals of CALM-M: of a layer; of the compressor; of Megatron's
-# schedule, batch and loss; of the sums of a layer's gradients, and of those outside the layers.
-GPU_LAYER_KERNELS, GPU_COMPRESSOR_KERNELS, SCHEDULE_KERNELS = 29, 18, 22
+# schedule, batch and loss (19) and the norm after the layers (2); of the sums of a layer's
+# gradients, and of those outside the layers.
+GPU_LAYER_KERNELS, GPU_COMPRESSOR_KERNELS, SCHEDULE_KERNELS = 29, 18, 21
 SUM_KERNELS, GPU_SUM_KERNELS, GPU_OTHER_SUM_KERNELS = 12, 6, 8
 # Of the optimizer's step on GPUs: the copies of a layer's new weights, and all else; of the head's
 # engine.
