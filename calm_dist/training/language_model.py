@@ -96,6 +96,16 @@ class Trainer(TrainingRun):
             self.phases.progress()
             yield micro_batch
 
+    def run(self) -> None:
+        were_frozen = gc.get_freeze_count()
+        try:
+            super().run()
+        finally:
+            # A program that does more than this training gets its memory back, with the process
+            # groups' threads. What it had frozen itself stays so.
+            if not were_frozen:
+                gc.unfreeze()
+
     def after_step(self, updates: int) -> None:
         if not self._has_stepped:
             # In the first step, because that is slow anyway.
