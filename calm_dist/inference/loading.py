@@ -128,7 +128,7 @@ class LoadedModel:
         the last token are returned: [B, 1, V].
         """
         assert self.kind == "transformer"
-        logits = self._run(tokens, tokens.shape[1], positions, mask, cache)
+        logits = self._whole(self._run(tokens, tokens.shape[1], positions, mask, cache))
         return logits[..., : self.recipe.model.vocab_size]
 
     def outputs(
@@ -161,6 +161,17 @@ class LoadedModel:
         return tables.logits(state[:, None])[:, 0, : self.recipe.model.vocab_size]
 
     @torch.no_grad()
+    def _whole(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits [B, T, V] of all ranks from those of this one, which has a part of the words.
+
+        Every rank then has the same bits, and draws the same tokens.
+        """
+        group = parallel_state.get_tensor_model_parallel_group()
+        if group.size() == 1:
+            return logits
+        return gather_from_tensor_model_parallel_region(logits, group=group)
+
+    @torch.no_grad()
     def _run(
         self,
         tokens: torch.Tensor,
@@ -169,27 +180,8 @@ class LoadedModel:
         mask: torch.Tensor | None,
         cache: KeyValueCache | None,
     ) -> torch.Tensor:
+        """The backbone's outputs [B, steps, ...]; logits are those of this rank's words."""
         tokens = tokens.to(self.device)
-        return self._whole(self._of_this_rank(tokens, steps, positions, mask, cache))
-
-    def _whole(self, outputs: torch.Tensor) -> torch.Tensor:
-        """The outputs [B, T, ...] from those of this rank: of a Transformer's words each has some.
-
-        Every rank then has the same bits, and draws the same tokens.
-        """
-        group = parallel_state.get_tensor_model_parallel_group()
-        if self.kind != "transformer" or group.size() == 1:
-            return outputs
-        return gather_from_tensor_model_parallel_region(outputs, group=group)
-
-    def _of_this_rank(
-        self,
-        tokens: torch.Tensor,
-        steps: int,
-        positions: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        cache: KeyValueCache | None,
-    ) -> torch.Tensor:
         if cache is None or cache.together or steps > 1 or positions is not None:
             return self.backbone(tokens, steps, positions, mask, cache).transpose(0, 1)
         # One step for each text. Matrix products round differently for different numbers of rows;
