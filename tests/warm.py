@@ -108,6 +108,9 @@ def _serve(address: str) -> None:
     from calm_dist.compat.deepspeed import import_deepspeed
 
     import_deepspeed()
+    from gloo_device import share_device
+
+    share_device()
     gc.freeze()
     gc.enable()
     if len(os.listdir("/proc/self/task")) != 1:

@@ -31,8 +31,8 @@ COMMON: dict[str, object] = {
 }
 
 # A run that has ended stays in memory, because its objects are frozen for the garbage collector,
-# and with it the threads of its process groups: fifty a job, each awake a hundred times a second.
-JOBS_PER_LAUNCH = 5
+# and with it the threads of its process groups.
+JOBS_PER_LAUNCH = 10
 
 Layout = dict[str, object]
 Layouts = dict[int, dict[str, Layout]]
