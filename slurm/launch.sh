@@ -31,6 +31,17 @@ die() {
 [ -n "${SLURM_JOB_ID:-}" ] || die "this is not a Slurm job; submit it: sbatch slurm/NAME.sh"
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+# first_address : the first node's name if it resolves, otherwise the address that Slurm uses.
+first_address() {
+  local first
+  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  if getent hosts "$first" >/dev/null; then
+    echo "$first"
+  else
+    scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p'
+  fi
+}
+
 set_up() {
   if [ -n "${CALM_SETUP:-}" ]; then
     [ -r "$CALM_SETUP" ] || die "CALM_SETUP=$CALM_SETUP: no such file"
@@ -57,7 +68,11 @@ set_up() {
   # The other half reads data and writes checkpoints.
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((${SLURM_CPUS_PER_TASK:-1} + 1) / 2))}
   export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-  SRUN=(srun --kill-on-bad-exit=1 --distribution=block)
+  # Here, because images have no scontrol.
+  [ -n "${MASTER_ADDR:-}" ] || MASTER_ADDR=$(first_address)
+  export MASTER_ADDR
+  # Consecutive ranks on one node, and there on one socket, whose GPUs have consecutive numbers.
+  SRUN=(srun --kill-on-bad-exit=1 --distribution=block:block)
   if [ -n "${CALM_CONTAINER:-}" ]; then
     SRUN+=(--container-image="$CALM_CONTAINER" --container-workdir="$PWD"
       --container-mounts="${CALM_MOUNTS:-$ROOT,$PWD}")

@@ -16,10 +16,12 @@ from pathlib import Path
 
 from calm_dist.cli.console import (
     add_device,
+    add_document_tokens,
     add_json,
     announce,
     at_least,
     run,
+    utf8_text,
     writable_file,
     write_json,
 )
@@ -39,8 +41,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer", metavar="F", help="tokenizer file (default: the autoencoder's own)"
     )
+    add_document_tokens(parser)
     given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument("--text", help="text to encode")
+    given.add_argument("--text", type=utf8_text, help="text to encode")
     given.add_argument("--file", type=Path, metavar="F", help="UTF-8 text file to encode")
     given.add_argument("--vectors", metavar="F", help=".npz file of vectors to decode")
     parser.add_argument(
@@ -78,13 +81,10 @@ def main() -> None:
     from calm_dist.data.text_vectors import TextVectors, decode_vectors, encode_text
     from calm_dist.parallel.launch import own_device
     from calm_dist.released.autoencoder import load_autoencoder
-    from calm_dist.text.tokenizer import load_tokenizer
     from calm_dist.training.resolve import autoencoder_directory, autoencoder_tokenizer
 
     directory = autoencoder_directory(args.autoencoder)
-    tokenizer = (
-        load_tokenizer(args.tokenizer) if args.tokenizer else autoencoder_tokenizer(directory)
-    )
+    tokenizer = autoencoder_tokenizer(directory, args.tokenizer, args.begin_token, args.end_token)
     autoencoder = load_autoencoder(directory).to(own_device(args.device))
     if text is None:
         vectors = TextVectors.load(args.vectors)

@@ -25,7 +25,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calm_dist.cli.console import add_device, add_json, announce, at_least, run, write_json
+from calm_dist.cli.console import (
+    add_device,
+    add_document_tokens,
+    add_json,
+    announce,
+    at_least,
+    run,
+    write_json,
+)
 from calm_dist.text.formats import SUPPORTED
 
 if TYPE_CHECKING:
@@ -63,9 +71,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer", metavar="F", help="tokenizer file for --text (default: the recipe's)"
     )
+    add_document_tokens(parser)
     parser.add_argument("--autoencoder", help="autoencoder checkpoint (default: the recipe's)")
-    parser.add_argument("--blocks", type=int, help="blocks to score (default: the recipe's)")
-    parser.add_argument("--samples", type=int, help="draws per position (default: the recipe's)")
+    parser.add_argument(
+        "--blocks", type=at_least(1), help="blocks to score (default: the recipe's)"
+    )
+    parser.add_argument(
+        "--samples", type=at_least(2), help="draws per position (default: the recipe's)"
+    )
     parser.add_argument(
         "--seed", type=at_least(0), help="seed of the draws (default: the recipe's)"
     )
@@ -77,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--alignment-stride",
-        type=int,
+        type=at_least(1),
         help="Transformer: the patch size of the CALM to compare with (default: the store's)",
     )
     parser.add_argument(
@@ -86,7 +99,7 @@ def parse_arguments() -> argparse.Namespace:
     add_device(parser)
     add_json(parser, "write the results to F, or stdout for -")
     args = parser.parse_args()
-    for name in ("block_size", "tokenizer"):
+    for name in ("block_size", "tokenizer", "begin_token", "end_token"):
         if args.data and getattr(args, name) is not None:
             parser.error(f"argument --{name.replace('_', '-')}: is for --text, not for --data")
     if args.data and args.protocol != "own":
@@ -100,7 +113,8 @@ def held_out(args: argparse.Namespace, model: LoadedModel) -> Blocks:
     from calm_dist.inference.generate import check_tokenizer, find_tokenizer, token_names
     from calm_dist.text.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(args.tokenizer or find_tokenizer(model), *token_names(model))
+    names = token_names(model, args.begin_token, args.end_token)
+    tokenizer = load_tokenizer(args.tokenizer or find_tokenizer(model), *names)
     check_tokenizer(model, tokenizer)
     published = PUBLISHED_BLOCK_SIZE if args.protocol == "published" else model.recipe.block_size
     patch_size = model.recipe.model.patch_size

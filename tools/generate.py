@@ -23,10 +23,12 @@ from typing import TYPE_CHECKING
 
 from calm_dist.cli.console import (
     add_device,
+    add_document_tokens,
     add_json,
     announce,
     at_least,
     run,
+    utf8_text,
     write_json,
     write_json_lines,
 )
@@ -49,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument(
         "--prompt",
-        type=prompt,
+        type=utf8_text,
         action="append",
         help="text to continue, may be empty; repeat the option for a batch of prompts",
     )
@@ -120,12 +122,7 @@ def parse_arguments() -> argparse.Namespace:
         "depends on the batch, and can tip a draw between two tokens)",
     )
     parser.add_argument("--tokenizer", metavar="F", help="tokenizer file (default: the recipe's)")
-    for role in ("begin", "end"):
-        parser.add_argument(
-            f"--{role}-token",
-            metavar="NAME",
-            help=f"the tokenizer's token that {role}s documents (default: the recipe's)",
-        )
+    add_document_tokens(parser)
     parser.add_argument("--autoencoder", help="autoencoder checkpoint (default: the recipe's)")
     add_device(parser)
     parser.add_argument(
@@ -154,16 +151,7 @@ def stop_string(text: str) -> str:
     """A type for argparse: a string that is not empty, with \\n for a new line."""
     if not text:
         raise argparse.ArgumentTypeError("an empty string ends no text")
-    return prompt(text).replace("\\n", "\n")
-
-
-def prompt(text: str) -> str:
-    """A type for argparse: text. Bytes that are not UTF-8 arrive as lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8") from None
-    return text
+    return utf8_text(text).replace("\\n", "\n")
 
 
 def temperature(text: str) -> float:
@@ -286,31 +274,33 @@ def main() -> None:
     speaks = world.rank == 0
     size = 1 if stream else args.batch_size
     started, results = time.monotonic(), []
-    for first in range(0, len(wanted), size):
-        batch = wanted[first : first + size]
-        if stream and speaks:
-            print(("\n" if first else "") + batch[0][0], end="", flush=True)
-        results += loaded.generate(
-            [text for text, _ in batch],
-            temperature=args.temperature,
-            max_new_tokens=args.max_new_tokens,
-            seed=[seed for _, seed in batch],
-            method=args.method,
-            pool_size=args.pool_size,
-            max_draws=args.max_draws,
-            stop=args.stop or (),
-            reproducible=args.reproducible,
-            on_text=stream if speaks else None,
-            show_progress=stream is None and speaks,
-        )
-        if stream and speaks:
-            print()
-    seconds = time.monotonic() - started
-    if not speaks:
-        return
-    show(args, wanted, results, seconds, stream is not None)
-    if args.json:
-        write(args, loaded.model.step, str(loaded.model.checkpoint), wanted, results)
+    try:
+        for first in range(0, len(wanted), size):
+            batch = wanted[first : first + size]
+            if stream and speaks:
+                print(("\n" if first else "") + batch[0][0], end="", flush=True)
+            results += loaded.generate(
+                [text for text, _ in batch],
+                temperature=args.temperature,
+                max_new_tokens=args.max_new_tokens,
+                seed=[seed for _, seed in batch],
+                method=args.method,
+                pool_size=args.pool_size,
+                max_draws=args.max_draws,
+                stop=args.stop or (),
+                reproducible=args.reproducible,
+                on_text=stream if speaks else None,
+                show_progress=stream is None and speaks,
+            )
+            if stream and speaks:
+                print()
+    finally:
+        # Also the texts from before an error or Ctrl-C.
+        if results and speaks:
+            made = wanted[: len(results)]
+            show(args, made, results, time.monotonic() - started, stream is not None)
+            if args.json:
+                write(args, loaded.model.step, str(loaded.model.checkpoint), made, results)
 
 
 if __name__ == "__main__":

@@ -38,9 +38,10 @@ def main() -> None:
     args = parser.parse_args()
 
     from calm_dist.cli.data_tools import describe, show_sample
-    from calm_dist.data.inspection import check_store
+    from calm_dist.data.inspection import check_request, check_store
     from calm_dist.errors import DataError
 
+    check_request(args.store, args.block, args.autoencoder)
     check = check_store(args.store)
     documents = "" if check.documents is None else f", {check.documents:,} ends of documents"
     summary = (

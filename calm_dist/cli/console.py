@@ -146,10 +146,46 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         type=device,
+        action=_ChooseDevice,
         default="auto",
         metavar="auto|cpu|cuda[:N]",
         help="auto: a GPU if there is one (default); cuda:N: the GPU of that number",
     )
+
+
+def add_document_tokens(parser: argparse.ArgumentParser) -> None:
+    """Add the options ``--begin-token`` and ``--end-token`` of a tool that uses a model."""
+    for role in ("begin", "end"):
+        parser.add_argument(
+            f"--{role}-token",
+            metavar="NAME",
+            help=f"the tokenizer's token that {role}s documents (default: the recipe's)",
+        )
+
+
+def utf8_text(text: str) -> str:
+    """A type for argparse: text. Bytes that are not UTF-8 arrive as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8") from None
+    return text
+
+
+class _ChooseDevice(argparse.Action):
+    """Hides the GPUs if the CPU is chosen, before torch is imported: Megatron-core uses any GPU it
+    sees, which may have no memory left."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if values == "cpu":
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        setattr(namespace, self.dest, values)
 
 
 def device(text: str) -> str:

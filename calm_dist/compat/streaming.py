@@ -17,6 +17,8 @@ from multiprocessing.shared_memory import SharedMemory as BuiltinSharedMemory
 from types import ModuleType
 from typing import Any
 
+from calm_dist.errors import PeerLostError
+
 _PACKAGES = ("streaming.vision", "streaming.text", "streaming.multimodal")
 _LOADER = "streaming.base.dataloader"
 
@@ -91,6 +93,9 @@ class _PatientSharedMemory(BuiltinSharedMemory):
 
     After its creation and before its size is set, attaching fails with "cannot mmap an empty file".
     Streaming waits only 7 ms, which is not always enough on a busy node.
+
+    Raises:
+        PeerLostError: the memory is gone, because the process that had created it has ended.
     """
 
     def __init__(self, name: str | None = None, create: bool = False, size: int = 0) -> None:
@@ -99,6 +104,11 @@ class _PatientSharedMemory(BuiltinSharedMemory):
             try:
                 super().__init__(name, create, size)
                 return
+            except FileNotFoundError as error:
+                raise PeerLostError(
+                    f"the shared memory {name} is gone: the process of this node that had created "
+                    "it has ended"
+                ) from error
             except ValueError:
                 if create or time.monotonic() > deadline:
                     raise

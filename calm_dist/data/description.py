@@ -56,7 +56,8 @@ def fetch_description(
     try:
         get(META)
         present = cache / META
-        same = present.exists() and present.read_bytes() == (incoming / META).read_bytes()
+        known = present.read_bytes() if present.exists() else None
+        same = known == (incoming / META).read_bytes()
         if same and has_index(cache):
             # The index of a large store is large, and a second one may not fit on the disk.
             shutil.rmtree(incoming)
@@ -65,7 +66,8 @@ def fetch_description(
     except (DataError, OSError):
         shutil.rmtree(incoming)
         raise
-    if not same:
+    # Where there was none, another node may be putting the same files there now.
+    if known is not None and not same:
         shutil.rmtree(cache, ignore_errors=True)
     cache.mkdir(parents=True, exist_ok=True)
     for name in (INDEX, META):

@@ -16,7 +16,7 @@ from calm_dist.data.int8 import dequantize
 from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.data.plan import describe_autoencoder
 from calm_dist.data.store import Shard, StoreMeta, StorePlan, read_meta, read_shards
-from calm_dist.errors import DataError
+from calm_dist.errors import DataError, UnreachableError
 from calm_dist.files import file_sha256
 from calm_dist.progress import progress
 from calm_dist.text.tokenizer import Tokenizer, load_tokenizer
@@ -113,6 +113,8 @@ def check_store(path: str) -> StoreCheck:
                 with unpacked(shard) as samples:
                     _check_shard(samples, result)
                 drop(shard.stored.path)
+            except UnreachableError:
+                raise
             except DataError as error:
                 result.problems.append(str(error))
         if result.blocks != meta.num_blocks and not result.problems:
@@ -125,6 +127,8 @@ def check_store(path: str) -> StoreCheck:
                 result.problems.append(
                     f"{meta.tokenizer.file}: is not the tokenizer of the store; copy it again"
                 )
+        except UnreachableError:
+            raise
         except DataError as error:
             result.problems.append(str(error))
     return result
@@ -188,8 +192,7 @@ def read_block(path: str, number: int) -> dict[str, np.ndarray]:
     """
     with store_files(path) as (directory, fetch, _):
         meta = read_meta(directory)
-        if not 0 <= number < meta.num_blocks:
-            raise DataError(f"block {number}: {path} has the blocks 0 to {meta.num_blocks - 1}")
+        _check_number(path, meta, number)
         for shard in read_shards(directory, meta):
             if number < shard.samples:
                 fetch(shard.stored.path.name)
@@ -201,6 +204,23 @@ def read_block(path: str, number: int) -> dict[str, np.ndarray]:
                             return dequantize(block)
             number -= shard.samples
     raise AssertionError("read_shards has checked the number of blocks")
+
+
+def check_request(path: str, number: int, autoencoder: Path | None) -> None:
+    """Check that a store has a block and was encoded by ``autoencoder``, if one is given.
+
+    Raises:
+        DataError: it does not, or was not.
+    """
+    with store_files(path) as (directory, _, _):
+        meta = read_meta(directory)
+    _check_number(path, meta, number)
+    find_autoencoder(meta, autoencoder)
+
+
+def _check_number(path: str, meta: StoreMeta, number: int) -> None:
+    if not 0 <= number < meta.num_blocks:
+        raise DataError(f"block {number}: {path} has the blocks 0 to {meta.num_blocks - 1}")
 
 
 def tokenizer_of(path: str) -> tuple[StoreMeta, Tokenizer]:

@@ -55,6 +55,8 @@ from calm_dist.text.tokenizer import Tokenizer
 
 PARTS = ".parts"
 _PLAN = "plan.json"
+# There while a store is being removed, which may be interrupted.
+_BEING_REMOVED = ".being_removed"
 _BLOCKS = "blocks_per_shard"
 
 # MDS counts the bytes of a shard in 32 bits and overflows silently. Every sample has an offset of
@@ -450,8 +452,10 @@ def remove_parts(out: Path) -> None:
 def remove_store(out: Path) -> None:
     """Remove the files of a store, finished or not, and nothing else."""
     # The plan's existence shows that this is a store: even a damaged one is replaced.
-    if not (out / META).is_file() and not (out / PARTS / _PLAN).is_file():
+    known_by = (out / META, out / PARTS / _PLAN, out / _BEING_REMOVED)
+    if not any(file.is_file() for file in known_by):
         return
+    (out / _BEING_REMOVED).touch()
     (out / META).unlink(missing_ok=True)
     remove_parts(out)
     for pattern in (
@@ -464,6 +468,7 @@ def remove_store(out: Path) -> None:
     ):
         for file in out.glob(pattern):
             file.unlink()
+    (out / _BEING_REMOVED).unlink()
 
 
 def _marker(out: Path, part: int) -> Path:

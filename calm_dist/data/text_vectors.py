@@ -60,10 +60,11 @@ class TextVectors:
                 f"{file}: cannot be read as vectors ({error}); give an .npz file with an array "
                 '"mean" [patches, latent size]'
             ) from error
-        if mean.ndim != 2 or log_std.shape != mean.shape or not np.isfinite(mean).all():
+        is_finite = np.isfinite(mean).all() and (log_std < np.inf).all()
+        if mean.ndim != 2 or log_std.shape != mean.shape or not is_finite:
             raise DataError(
                 f"{file}: mean {mean.shape}, log_std {log_std.shape}; both must be [patches, "
-                "latent size], and the mean finite"
+                "latent size], the mean finite, and log_std finite or -inf"
             )
         return TextVectors(mean, log_std)
 

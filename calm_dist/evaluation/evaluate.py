@@ -199,7 +199,9 @@ def _summary(
         for name in results[0].means
     }
     if "cross_entropy" in means:
-        means["perplexity"] = math.exp(means["cross_entropy"])
+        # No float holds the exponential of more than 709.
+        entropy = means["cross_entropy"]
+        means["perplexity"] = math.exp(entropy) if entropy < 709 else math.inf
     of_samples: dict[str, Any] = {}
     if results[0].brier_of_samples is not None:
         rows = [r.brier_of_samples.mean(0).cpu().numpy() for r in results]  # type: ignore[union-attr]

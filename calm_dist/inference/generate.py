@@ -22,6 +22,8 @@ from calm_dist.inference.sampling import DEFAULT_MAX_DRAWS, DEFAULT_POOL_SIZE
 from calm_dist.inference.softmax import softmax_sampler
 from calm_dist.progress import progress
 from calm_dist.recipe import CalmModel
+from calm_dist.released.config import stated_special_tokens
+from calm_dist.released.files import CONFIG_FILE, RELEASED_CONFIG_FILE
 from calm_dist.runs import checkpoints
 
 if TYPE_CHECKING:
@@ -195,7 +197,7 @@ def context_note(model: LoadedModel, prompt_tokens: int, new_tokens: int) -> str
         known = f"whose configuration has positions for {block_size} tokens"
     # With begin tokens; the last step is not read.
     filled = (prompt_tokens // size + 1) * size
-    if filled > window:
+    if prompt_tokens > window:
         begun = f"the prompt has {prompt_tokens} tokens, of which the last {window} are read"
     elif filled + (-(-new_tokens // size) - 1) * size > window:
         begun = f"the text outgrows the {window} tokens that are read at once"
@@ -301,9 +303,9 @@ def check_tokenizer(model: LoadedModel, tokenizer: Tokenizer) -> None:
 
 def token_names(
     model: LoadedModel, begin_token: str | None = None, end_token: str | None = None
-) -> tuple[str | None, str | None]:
-    """Names of the begin and end tokens that a model was trained with, or the given ones if the
-    model does not record them.
+) -> tuple[str | int | None, str | int | None]:
+    """The begin and end tokens that a model was trained with, for `load_tokenizer`: the names that
+    it records; or the given ones; or the numbers that its released configuration states.
 
     Raises:
         CheckpointError: the given names differ from the model's.
@@ -316,7 +318,17 @@ def token_names(
                 f"--{role}-token {shown(given)}: {model.checkpoint} was trained with "
                 f"{shown(trained)}; leave the option out"
             )
-    return data.begin_token or begin_token, data.end_token or end_token
+    begin_id, end_id = _stated_special_tokens(model)
+    return data.begin_token or begin_token or begin_id, data.end_token or end_token or end_id
+
+
+def _stated_special_tokens(model: LoadedModel) -> tuple[int | None, int | None]:
+    """Begin and end token by the released configuration of a model, if it has one."""
+    run = checkpoints.run_directory(model.checkpoint)
+    for directory, name in ((model.checkpoint, CONFIG_FILE), (run, RELEASED_CONFIG_FILE)):
+        if directory is not None and (directory / name).is_file():
+            return stated_special_tokens(directory, name)
+    return None, None
 
 
 def find_tokenizer(model: LoadedModel) -> Path:
@@ -330,7 +342,9 @@ def find_tokenizer(model: LoadedModel) -> Path:
         return Path(data.tokenizer)
     run = checkpoints.run_directory(model.checkpoint) or model.checkpoint
     candidates = [tokenizer_file(run)]
-    for source in data.sources:
+    # Only a store that is known to have the model's tokenizer: a model that was imported without
+    # one names a store that its training may use.
+    for source in data.sources if model.tokenizer_sha256 is not None else ():
         try:
             candidates.append(Path(source.path) / read_meta(source.path).tokenizer.file)
         except DataError:
@@ -340,5 +354,6 @@ def find_tokenizer(model: LoadedModel) -> Path:
             return candidate
     raise DataError(
         f"data.tokenizer {data.tokenizer}: not found, and no copy in {run} or in data.path "
-        f"{', '.join(source.path for source in data.sources)}; give the file with --tokenizer"
+        f"{', '.join(source.path for source in data.sources)}; give the model's tokenizer with "
+        "--tokenizer"
     )

@@ -57,6 +57,10 @@ def _prompt(line: str, where: str) -> Prompt:
     text, seed = (value.get("prompt"), value.get("seed")) if isinstance(value, dict) else (None, 0)
     if not isinstance(text, str):
         raise UserError(f'{where}: {shown(line)}: has no text "prompt"; write {{"prompt": "..."}}')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: {shown(text)}: a lone surrogate is not text") from error
     if seed is not None and (type(seed) is not int or seed < 0):
         raise UserError(f"{where}: seed: {shown(seed)} must be a whole number of at least 0")
     return Prompt(text, seed)

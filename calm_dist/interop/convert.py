@@ -12,13 +12,13 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from calm_dist.errors import CheckpointError, DataError, UserError
+from calm_dist.errors import CheckpointError, DataError, UserError, shown
 from calm_dist.files import file_sha256
 from calm_dist.inference.loading import LoadedModel, load_model, load_released, tokenizer_file
 from calm_dist.models.autoencoder import Autoencoder
@@ -27,11 +27,13 @@ from calm_dist.released.autoencoder import load_autoencoder, save_autoencoder
 from calm_dist.released.calm import released_calm, released_recipe
 from calm_dist.released.config import (
     calm_config,
+    calm_values,
     is_autoencoder,
     released_head,
+    stated_special_tokens,
     stated_token_ids,
 )
-from calm_dist.released.files import CONFIG_FILE, weight_files
+from calm_dist.released.files import CONFIG_FILE, RELEASED_CONFIG_FILE, weight_files
 from calm_dist.released.names import released_shapes
 from calm_dist.released.tensors import write_weights
 from calm_dist.runs import checkpoints
@@ -41,9 +43,6 @@ from calm_dist.training.checkpoint import model_state
 from calm_dist.training.resolve import autoencoder_directory
 
 AUTOENCODER_DIRECTORY = "autoencoder"
-RELEASED_CONFIG_FILE = "released_config.json"
-"""The ``config.json`` from which a run was imported, kept next to its recipe."""
-
 AUTO_FILE = Path(__file__).parent / "auto" / "modeling_calm_dist.py"
 """The code that an exported directory carries for transformers' Auto classes."""
 AUTO_HEAD = "energy"
@@ -216,7 +215,25 @@ def _export_calm(directory: Path, target: Path, autoencoder: str | Path | None) 
         save_autoencoder(model.autoencoder, partial / AUTOENCODER_DIRECTORY, token_ids)
         if tokenizer is not None:
             shutil.copyfile(tokenizer.path, partial / _copied_name(tokenizer))
-    return _report_calm(model, directory, target, [])
+        notes = _not_exported(model.recipe.model, partial)
+    if tokenizer is None:
+        notes.append(
+            "no tokenizer was found that the model is known to be trained with: copy it to "
+            f"{target}, and set bos_token_id and eos_token_id in {CONFIG_FILE}"
+        )
+    return _report_calm(model, directory, target, notes)
+
+
+def _not_exported(model: CalmModel, exported: Path) -> list[str]:
+    """Notes on fields of the head that an import of the directory would not have."""
+    values = calm_values(exported)["model"]["head"]
+    again = type(model.head)(**{k: v for k, v in values.items() if k != "kind"})
+    return [
+        f"model.head.{field.name}: {shown(getattr(model.head, field.name))} has no place in the "
+        f"released layout; an import has {shown(getattr(again, field.name))}"
+        for field in fields(model.head)
+        if getattr(model.head, field.name) != getattr(again, field.name)
+    ]
 
 
 def _place_autoencoder(model: LoadedModel, directory: Path, token_ids: TokenIds) -> None:
@@ -249,7 +266,7 @@ def _find_tokenizer(
     if path is None:
         return None, ["no tokenizer given or found: generation needs --tokenizer"]
     try:
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(path, *stated_special_tokens(source))
         if tokenizer.vocab_size > vocab_size:
             raise DataError(
                 f"tokenizer {path}: has {tokenizer.vocab_size} entries, the model only {vocab_size}"

@@ -253,7 +253,7 @@ class Backbone(MegatronModule):
                 num_steps if positions is None else int(positions.max()) + 1, packed_seq=True
             )
             if positions is not None:
-                rotary = rotary[positions.to(rotary.device)]
+                rotary = rotary[positions.to(rotary.device, non_blocking=True)]
         else:
             following = cache.begin(num_steps)
             mask = cache.seen if mask is None else mask
@@ -263,6 +263,8 @@ class Backbone(MegatronModule):
                 positions = positions[:, None].expand(-1, tokens.shape[0])
             rotary = self.rotary(cache.max_sequence_length, packed_seq=True)
             rotary = rotary[positions.to(rotary.device)].flatten(2, 3)
+        # Megatron computes the angles on the current GPU, where the model need not be.
+        rotary = rotary.to(tokens.device)
         hidden = self.embedding(tokens) if self.embedding is not None else None
         hidden = self.decoder(
             hidden_states=hidden,

@@ -277,7 +277,8 @@ def join_world(
         rank=world.rank,
         world_size=world.size,
         timeout=timedelta(seconds=patience(timeout_seconds) + 30.0),
-        device_id=device if device.type == "cuda" else None,
+        # No device_id: with it, NCCL connects every group at once, and the whole world takes part
+        # in each of them, also in those of one rank. Without it, a group connects when it is used.
     )
     return store
 

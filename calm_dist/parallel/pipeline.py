@@ -52,6 +52,9 @@ class ForwardStep(ABC):
         # This rank's piece of the padded block.
         self._first, self._end = topology.cp_rank * length, (topology.cp_rank + 1) * length
         self._positions = torch.arange(self._first, self._end) if topology.cp_size > 1 else None
+        if self._positions is not None and topology.device.type == "cuda":
+            # Otherwise the host waits for the device with each copy.
+            self._positions = self._positions.pin_memory()
         # The last step of a block predicts nothing inside it; padding predicts nothing at all.
         valid = torch.arange(self._padded_steps, device=topology.device) < self._steps - 1
         count = recipe.training.global_batch_size * (self._steps - 1)

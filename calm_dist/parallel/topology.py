@@ -85,6 +85,8 @@ def build_topology(recipe: Recipe, device: torch.device) -> Topology:
         # context parallelism and stages, because experts would have more replicas than attention.
         expert_tensor_parallel_size=parallel.tensor_parallel_size * parallel.context_parallel_size,
         order=RANK_ORDER,
+        # On GPUs, too, through which the distributed optimizer's state is gathered on CPUs.
+        create_gloo_process_groups=recipe.parallel.distributed_optimizer,
         distributed_timeout_minutes=math.ceil(timeout / timedelta(minutes=1)),
     )
     # Megatron draws initial weights from this tracker before `models.initialize` sets them.

@@ -51,8 +51,8 @@ _PARTS = (
 
 @functools.cache
 def _part_of_file(file: str) -> str | None:
-    file = file.replace("\\", "/")
-    return next((part for pattern, part in _PARTS if pattern in file), None)
+    path = "/".join(_installed(file))
+    return next((part for pattern, part in _PARTS if pattern in path), None)
 
 
 def _frames() -> Iterator[FrameType]:
@@ -105,10 +105,20 @@ def line_here(besides: str = "") -> str:
     return " < ".join(dict.fromkeys((*lines[:1], *lines[-1:]))) or "unknown"
 
 
+def _installed(file: str) -> tuple[str, ...]:
+    """The parts of a path; of an installed module, those after the folder of packages. A checkout
+    is often called as a package is, and holds a virtual environment."""
+    parts = Path(file).parts
+    for place in range(len(parts) - 1, -1, -1):
+        if parts[place] in ("site-packages", "dist-packages"):
+            return parts[place + 1 :]
+    return parts
+
+
 @functools.cache
 def relative(file: str) -> str | None:
     """A path from its package on; None for files of other packages."""
-    parts = Path(file).parts
+    parts = _installed(file)
     for package in _PACKAGES:
         if package in parts:
             first = len(parts) - 1 - parts[::-1].index(package)

@@ -206,6 +206,17 @@ def stated_token_ids(directory: str | Path, name: str = CONFIG_FILE) -> dict[str
     return stated
 
 
+def stated_special_tokens(
+    directory: str | Path, name: str = CONFIG_FILE
+) -> tuple[int | None, int | None]:
+    """The numbers of begin and end token that a configuration file states, for `load_tokenizer`; of
+    several, the first."""
+    stated: dict[str, Any] = stated_token_ids(directory, name)
+    begin, end = (stated.get(key) for key in ("bos_token_id", "eos_token_id"))
+    begin, end = (next(iter(v), None) if isinstance(v, list) else v for v in (begin, end))
+    return begin, end
+
+
 def _architectures(config: Mapping[str, Any], path: Path) -> list[str]:
     named = config.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):

@@ -11,6 +11,8 @@ from calm_dist.errors import CheckpointError
 from calm_dist.runs.checkpoints import CHECKPOINTS, MANIFEST
 
 CONFIG_FILE = "config.json"
+RELEASED_CONFIG_FILE = "released_config.json"
+"""The ``config.json`` from which a run was imported, kept next to its recipe."""
 WEIGHTS_FILE = "model.safetensors"
 PICKLED_WEIGHTS_FILE = "pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"

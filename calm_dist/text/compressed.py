@@ -88,22 +88,26 @@ class Codec:
     """A compression.
 
     Attributes:
+        command: unpacks a file in a shell.
         decoder: makes the decoder of a frame.
         step: bytes passed to a decoder at once.
         padding: whether zero bytes may follow the last frame, as tapes and `xz` leave them.
     """
 
+    command: str
     decoder: Callable[[], Decoder]
     step: int = 1 << 16
     padding: bool = False
 
 
 CODECS = {
-    ".gz": Codec(_Gzip, padding=True),
-    ".xz": Codec(lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, _MEMORY_BYTES), padding=True),
-    ".bz2": Codec(bz2.BZ2Decompressor),
+    ".gz": Codec("zcat", _Gzip, padding=True),
+    ".xz": Codec(
+        "xzcat", lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, _MEMORY_BYTES), padding=True
+    ),
+    ".bz2": Codec("bzcat", bz2.BZ2Decompressor),
     # 4 bytes can expand to 128 KiB: a step gives at most 32 MiB.
-    ".zst": Codec(_Zstd, step=1 << 10),
+    ".zst": Codec("zstdcat", _Zstd, step=1 << 10),
 }
 """The supported compressions by suffix."""
 

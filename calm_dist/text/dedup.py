@@ -11,6 +11,7 @@ hashes, or a range of twice as many, however large the corpus.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import secrets
 import shutil
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from calm_dist.errors import DataError
 from calm_dist.progress import progress
 from calm_dist.text.formats import Reading
 from calm_dist.text.reading import Tally, span_documents
@@ -57,22 +59,33 @@ class Repetitions:
             reading, skip: what becomes a document, and whether faults are skipped.
 
         Raises:
-            DataError: as `span_documents`.
-            OSError: the disk is full or fails.
+            DataError: as `span_documents`; the disk is full or fails.
         """
         if self._found:
             return
+        try:
+            self._find(shares_of, reading, skip)
+        except OSError as error:
+            raise DataError(
+                f"--dedup exact: {self._directory}: cannot be used ({error.strerror or error}); it "
+                "needs 24 bytes for each document, in the unfinished store or in TMPDIR"
+            ) from error
+
+    def _find(
+        self, shares_of: Callable[[int], Sequence[Share]], reading: Reading, skip: bool
+    ) -> None:
         self._directory.mkdir(exist_ok=True)
         parts = self._own_first(self._parts)
         for part in progress(parts, self._parts, label="hash the documents", unit="parts"):
             if not (self._directory / f"hashes.{part:05}").is_dir():
                 self._hash(part, shares_of(part), reading, skip)
         runs = [
-            np.load(file, mmap_mode="r")
+            file
             for part in range(self._parts)
             for file in sorted((self._directory / f"hashes.{part:05}").glob("*.npy"))
         ]
-        ranges = 1 + sum(map(len, runs)) // _RANGE_DOCUMENTS
+        documents = sum(len(np.load(file, mmap_mode="r")) for file in runs)
+        ranges = 1 + documents // _RANGE_DOCUMENTS
         for number in self._own_first(ranges):
             if not self._repeated_file(number).is_file():
                 self._write(self._repeated_file(number), _repetitions(runs, number, ranges))
@@ -97,7 +110,7 @@ class Repetitions:
 
         def save() -> None:
             run = np.sort(entries[:size], order=("high", "low", "position"))
-            np.save(scratch / f"{next(runs):05}.npy", run)
+            _save(scratch / f"{next(runs):05}.npy", run)
 
         try:
             # The part in which a unit begins hashes all of it.
@@ -129,18 +142,27 @@ class Repetitions:
 
     def _write(self, file: Path, values: np.ndarray) -> None:
         partial = file.with_name(f"{file.stem}.{secrets.token_hex(4)}.tmp.npy")
-        np.save(partial, values)
+        _save(partial, values)
         partial.replace(file)
 
 
-def _repetitions(runs: Sequence[np.ndarray], number: int, ranges: int) -> np.ndarray:
+def _save(file: Path, values: np.ndarray) -> None:
+    """`np.save`, but a full disk raises an error that says so."""
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    file.write_bytes(buffer.getvalue())
+
+
+def _repetitions(runs: Sequence[Path], number: int, ranges: int) -> np.ndarray:
     """Sorted positions of the repetitions whose hashes are in a range; uint64[repetitions]."""
     low, high = ((number + i) * 2**64 // ranges for i in (0, 1))
     pieces = []
-    for run in runs:
+    for file in runs:
+        # A file is closed again, since there may be thousands.
+        run = np.load(file, mmap_mode="r")
         start = np.searchsorted(run["high"], np.uint64(low))
         end = len(run) if high == 2**64 else np.searchsorted(run["high"], np.uint64(high))
-        pieces.append(run[start:end])
+        pieces.append(np.array(run[start:end]))
     entries = np.concatenate([np.empty(0, _ENTRY), *pieces])
     order = np.lexsort((entries["position"], entries["low"], entries["high"]))
     entries = entries[order]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -328,20 +329,28 @@ def _encodable(text: str) -> bool:
 
 def _refuse_single_value(file: CorpusFile, line: bytes, reading: Reading) -> None:
     if (found := _single_value(line)) is not None:
+        values = ".[]" if "array" in found else "."
+        compression = format_of_file(file).compression
+        quoted_name = shlex.quote(file.base_name)
+        convert = f"jq -c '{values}' {quoted_name}"
+        if compression:
+            convert = f"{CODECS[compression].command} {quoted_name} | jq -c '{values}'"
         raise DataError(
             f"corpus {file.shown}: holds {found}, but must hold lines of JSON: one object like "
             f"{_example(reading)} per line; convert it, for example with "
-            f"jq -c '{'.[]' if 'array' in found else '.'}' {file.base_name} > documents.jsonl"
+            f"{convert} > documents.jsonl"
         )
 
 
 def _single_value(line: bytes) -> str | None:
-    """Contents of a .json file with this first line, in words; None for lines of JSON."""
+    """Contents of a .json file with this first line, or the beginning of a long one, in words; None
+    for lines of JSON."""
+    is_whole = len(line) < _READ_BYTES or line.endswith(b"\n")
     line = line.removeprefix(b"\xef\xbb\xbf").strip()
     if line.startswith(b"["):
         return "one JSON array"
     # A line that is a complete object cannot end like this.
-    several_lines = line.startswith(b"{") and line.endswith((b"{", b"[", b","))
+    several_lines = is_whole and line.startswith(b"{") and line.endswith((b"{", b"[", b","))
     return "one JSON object over several lines" if several_lines else None
 
 

@@ -28,7 +28,7 @@ from calm_dist.text.corpus_files import CorpusPaths
 from calm_dist.text.formats import TEXT_AND_ID, Reading
 from calm_dist.text.reports import REPORT, missing_id_key, summary
 from calm_dist.text.splitting import split_corpus
-from calm_dist.text.tokenizer import load_tokenizer, train_tokenizer
+from calm_dist.text.tokenizer import check_vocab_size, load_tokenizer, train_tokenizer
 from calm_dist.text.tokenizing import cores
 
 _log = logging.getLogger(__name__)
@@ -85,6 +85,8 @@ def prepare_corpus(
             "--begin-token, --end-token: need a tokenizer given with --tokenizer; a trained one "
             "has its own tokens"
         )
+    if tokenizer is None:
+        check_vocab_size(vocab_size)
     manifest_path = out / "corpus" / MANIFEST
     files = find_files(paths, reading) if paths else None
     if files is not None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from calm_dist.errors import DataError
+from calm_dist.errors import DataError, UnreachableError
 from calm_dist.redact import redact
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 _READ_BYTES = 1 << 20
 _ARROW = ("s3", "gs", "gcs", "abfs", "abfss")
+# Names, since none of these clients need be installed: aiohttp's, requests' and httpx'.
+_LOST_CONNECTION = ("ClientConnectionError", "ClientPayloadError", "ConnectionError", "Timeout",
+                    "TransportError")  # fmt: skip
 _ENDPOINTS = ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
 
@@ -61,7 +64,7 @@ class _Raw(io.RawIOBase):
         return int(self._file.tell())
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        with _errors(self._url):
+        with _errors(self._url, may_pass=True):
             data = self._file.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
@@ -85,8 +88,15 @@ def find_urls(url: str) -> list[tuple[str, str, int, bool]]:
     with _errors(url):
         files, path = _file_system(url)
         path = path.rstrip("/")
-        scheme = f"{url.partition('://')[0]}://"
-        start = "" if path.startswith(scheme) else scheme
+        scheme, _, rest = url.partition("://")
+        host = rest.partition("/")[0]
+
+        def to_url(place: str) -> str:
+            if scheme.lower() in _ARROW:
+                # Azure's paths begin with the container alone.
+                return f"{scheme}://{host}/{place.partition('/')[2]}"
+            return place if place.startswith(f"{scheme}://") else f"{scheme}://{place}"
+
         # A question mark begins the query of a URL and is not a wildcard.
         is_glob = "*" in path or "[" in path
         roots = sorted(files.glob(path)) if is_glob else [path]
@@ -94,28 +104,42 @@ def find_urls(url: str) -> list[tuple[str, str, int, bool]]:
         for root in roots:
             info = files.info(root)
             if info["type"] == "file":
-                found.append((start + root, root.rpartition("/")[2], int(info["size"] or 0), True))
+                # A signature in the query is none of the name, which becomes part of ids.
+                name = root.partition("?")[0].rpartition("/")[2]
+                found.append((to_url(root), name, int(info["size"] or 0), True))
                 continue
             inside = files.find(root, detail=True)
             for place in sorted(inside, key=lambda place: place.split("/")):
                 name = place.removeprefix(root.rstrip("/") + "/")
-                found.append((start + place, name, int(inside[place]["size"] or 0), False))
+                found.append((to_url(place), name, int(inside[place]["size"] or 0), False))
         return found
 
 
 @contextmanager
-def _errors(url: str) -> Iterator[None]:
+def _errors(url: str, *, may_pass: bool = False) -> Iterator[None]:
+    """Turn the errors of a client into ours.
+
+    Args:
+        may_pass: the file could be opened, so that a lost connection is a fault of the moment.
+
+    Raises:
+        UnreachableError: the connection was lost.
+        DataError: anything else.
+    """
     try:
         yield
     except DataError:
         raise
     except OSError as error:
-        raise DataError(
+        lost = may_pass and isinstance(error, ConnectionError | TimeoutError)
+        raise (UnreachableError if lost else DataError)(
             f"corpus {redact(url)}: cannot be read ({redact(error.strerror or str(error))[:300]})"
         ) from error
     # Each client has errors of its own.
     except Exception as error:
-        raise DataError(
+        bases = {base.__name__ for base in type(error).__mro__}
+        lost = may_pass and not bases.isdisjoint(_LOST_CONNECTION)
+        raise (UnreachableError if lost else DataError)(
             f"corpus {redact(url)}: cannot be read ({type(error).__name__}: "
             f"{redact(str(error))[:300]})"
         ) from error
@@ -126,7 +150,9 @@ def _file_system(url: str) -> tuple[AbstractFileSystem, str]:
 
     scheme = url.partition("://")[0].lower()
     if scheme in _ARROW:
-        return _arrow_file_system(scheme, url.split("/")[2]), url.partition("://")[2]
+        host, _, inside = url.partition("://")[2].partition("/")
+        files, root = _arrow_file_system(scheme, host)
+        return files, f"{root}/{inside}"
     try:
         files, path = url_to_fs(url)
     except ImportError as error:
@@ -137,13 +163,14 @@ def _file_system(url: str) -> tuple[AbstractFileSystem, str]:
 
 
 @lru_cache(maxsize=16)
-def _arrow_file_system(scheme: str, host: str) -> AbstractFileSystem:
+def _arrow_file_system(scheme: str, host: str) -> tuple[AbstractFileSystem, str]:
+    """The client, and the bucket or container as it names it."""
     from fsspec.implementations.arrow import ArrowFSWrapper
     from pyarrow import fs
 
     if scheme != "s3":
-        found, _ = fs.FileSystem.from_uri(f"{scheme}://{host}/")
-        return ArrowFSWrapper(found)
+        found, root = fs.FileSystem.from_uri(f"{scheme}://{host}/")
+        return ArrowFSWrapper(found), root.strip("/")
     options: dict[str, Any] = {"connect_timeout": 30, "request_timeout": 120}
     # As Streaming's client does.
     endpoint = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), None)
@@ -152,4 +179,4 @@ def _arrow_file_system(scheme: str, host: str) -> AbstractFileSystem:
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if region is None and endpoint is None:
         region = fs.resolve_s3_region(host)
-    return ArrowFSWrapper(fs.S3FileSystem(region=region or "us-east-1", **options))
+    return ArrowFSWrapper(fs.S3FileSystem(region=region or "us-east-1", **options)), host

@@ -259,8 +259,10 @@ class _Ipc:
                 self.reader = pyarrow.ipc.open_file(self._source)
                 self.schema = self.reader.schema
                 return
-            # pyarrow takes a stream that was cut between two batches for a complete one.
-            if tail != _END_OF_STREAM and tail[4:] != bytes(4):
+            # pyarrow takes a stream that was cut between two batches for a complete one. Streams
+            # from before Arrow 0.15, whose messages begin otherwise, end in four zeros only.
+            is_old = magic[:4] != _END_OF_STREAM[:4]
+            if tail != _END_OF_STREAM and not (is_old and tail[4:] == bytes(4)):
                 raise DamagedFileError(
                     f"corpus {file.shown}: is cut off: it has no end mark of an Arrow stream; copy "
                     "or write it again"

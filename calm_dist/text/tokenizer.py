@@ -89,11 +89,16 @@ class Tokenizer(ABC):
         vocab_size: int,
         special: Mapping[str, int],
         entries: Mapping[str, int],
-        begin_token: str | None,
-        end_token: str | None,
+        begin_token: str | int | None,
+        end_token: str | int | None,
     ) -> None:
         """``special``: tokens that text never becomes; ``entries``: all tokens that may be named
         as begin or end token."""
+        of_number = {number: name for name, number in special.items()}
+        if isinstance(begin_token, int):
+            begin_token = of_number.get(begin_token)
+        if isinstance(end_token, int):
+            end_token = of_number.get(end_token)
         if vocab_size > _MOST_ENTRIES:
             raise DataError(
                 f"tokenizer {path}: its largest token id is {vocab_size - 1:,}; the file is damaged"
@@ -208,14 +213,16 @@ def _number(
 
 
 def load_tokenizer(
-    path: str | Path, begin_token: str | None = None, end_token: str | None = None
+    path: str | Path, begin_token: str | int | None = None, end_token: str | int | None = None
 ) -> Tokenizer:
     """Load a Hugging Face ``tokenizer.json`` or a tiktoken-style ``tokenizer.model``.
 
     Args:
         path: the file, or a directory that holds it.
         begin_token, end_token: names of the tokens around a document, marked as special or not;
-            None: the special tokens that have these roles in published tokenizers.
+            or numbers, which count only if they are those of special tokens, since configurations
+            may state a default. None: the special tokens that have these roles in published
+            tokenizers.
 
     Raises:
         DataError: the file is missing, damaged, of another kind, or lacks a begin or end token.
@@ -247,6 +254,15 @@ def _library_errors(path: Path, problem: str) -> Iterator[None]:
         raise DataError(f"tokenizer {path}: {problem} ({reason})") from error
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Refuse a vocabulary that is too small to train; raises DataError."""
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise DataError(
+            f"vocabulary size {vocab_size}: must be at least {SMALLEST_VOCABULARY} "
+            "(256 bytes and 3 special tokens)"
+        )
+
+
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, path: str | Path, *, show_progress: bool = False
 ) -> Tokenizer:
@@ -264,11 +280,7 @@ def train_tokenizer(
     Raises:
         DataError: ``vocab_size`` is too small, or the file cannot be written.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise DataError(
-            f"vocabulary size {vocab_size}: must be at least {SMALLEST_VOCABULARY} "
-            "(256 bytes and 3 special tokens)"
-        )
+    check_vocab_size(vocab_size)
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -292,7 +304,9 @@ def train_tokenizer(
 
 
 class _HuggingFaceTokenizer(Tokenizer):
-    def __init__(self, path: Path, begin_token: str | None, end_token: str | None) -> None:
+    def __init__(
+        self, path: Path, begin_token: str | int | None, end_token: str | int | None
+    ) -> None:
         import tokenizers
 
         with _library_errors(path, "is not a Hugging Face tokenizer.json"):
@@ -376,7 +390,9 @@ def _unknown_token(tokenizer: tokenizers.Tokenizer) -> str | None:
 class _TiktokenTokenizer(Tokenizer):
     """Byte-pair ranks in base64, one per line, with Llama 3's pattern and special tokens."""
 
-    def __init__(self, path: Path, begin_token: str | None, end_token: str | None) -> None:
+    def __init__(
+        self, path: Path, begin_token: str | int | None, end_token: str | int | None
+    ) -> None:
         ranks = _load_ranks(path)
         num_reserved = _LLAMA3_NUM_SPECIAL - len(_LLAMA3_SPECIAL)
         reserved = [f"<|reserved_special_token_{2 + i}|>" for i in range(num_reserved)]

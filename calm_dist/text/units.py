@@ -166,7 +166,8 @@ def _spans_of(file: CorpusFile, reading: Reading, skip: bool) -> list[tuple[Span
             return [(Span(file), _FILE_BYTES + file.size)]
         if sizes is not None:
             return _row_spans(file, sizes)
-    if not found.can_start_anywhere or file.size <= CHUNK_BYTES:
+    # A table whose rows are unknown, such as an Arrow stream at a URL, is read from its start.
+    if found.kind in TABLES or not found.can_start_anywhere or file.size <= CHUNK_BYTES:
         factor = _UNPACKED_BYTES if found.compression else 1
         return [(Span(file), _FILE_BYTES + factor * file.size)]
     starts = range(0, file.size, CHUNK_BYTES)

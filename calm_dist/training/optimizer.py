@@ -41,6 +41,7 @@ def build_backbone_optimizer(
             overlap_param_gather=recipe.parallel.overlap_param_gather,
         ),
         chunks,
+        use_gloo_process_groups=recipe.parallel.distributed_optimizer,
     )
     for group in optimizer.param_groups:
         # Only Megatron's own scheduler would apply the multiplier that exempts norms and biases.

@@ -194,9 +194,26 @@ def _all_reduce(recipe: Recipe, world: World, timeout_seconds: float) -> str:
     join_world(world, device, timeout_seconds)
     try:
         seconds = _time_all_reduce(device, world.size)
+        if on_gpu and recipe.parallel.distributed_optimizer:
+            _try_gloo()
     finally:
         dist.destroy_process_group()
     return f"all-reduce of {_ALL_REDUCE_BYTES >> 20} MiB over {world.size} nodes {seconds:.3f} s"
+
+
+def _try_gloo() -> None:
+    """Sum over all nodes through gloo, which connects to the address of the host's name unless
+    GLOO_SOCKET_IFNAME says otherwise."""
+    import torch
+    import torch.distributed as dist
+
+    try:
+        dist.all_reduce(torch.ones(1), group=dist.new_group(backend="gloo"))
+    except RuntimeError as error:
+        raise LaunchError(
+            f"gloo cannot connect the nodes ({error}); the distributed optimizer's checkpoints "
+            "need it: set GLOO_SOCKET_IFNAME to the interface that NCCL_SOCKET_IFNAME names"
+        ) from error
 
 
 def _time_all_reduce(device: torch.device, size: int) -> float:

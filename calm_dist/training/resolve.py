@@ -78,12 +78,19 @@ def autoencoder_directory(path: str | Path) -> Path:
     return path if (path / CONFIG_FILE).is_file() else find_checkpoint(path)
 
 
-def autoencoder_tokenizer(directory: str | Path) -> Tokenizer:
+def autoencoder_tokenizer(
+    directory: str | Path,
+    given: str | Path | None = None,
+    begin_token: str | None = None,
+    end_token: str | None = None,
+) -> Tokenizer:
     """The tokenizer that an autoencoder was trained with: the file that its recipe names, or a copy
     beside it or in its run directory.
 
     Args:
         directory: from `autoencoder_directory`.
+        given: the file, if it is known.
+        begin_token, end_token: its tokens around documents, where the recipe does not name them.
 
     Raises:
         DataError: there is none.
@@ -91,10 +98,13 @@ def autoencoder_tokenizer(directory: str | Path) -> Tokenizer:
     directory = Path(directory)
     recipe, run = directory / RECIPE_FILE, run_directory(directory)
     data = load_recipe(recipe).data if recipe.is_file() else None
-    names: tuple[str | None, str | None] = (None, None)
+    names = (begin_token, end_token)
     candidates = []
     if data is not None:
-        names = (data.begin_token, data.end_token)
+        names = (data.begin_token or begin_token, data.end_token or end_token)
+    if given is not None:
+        return load_tokenizer(given, *names)
+    if data is not None:
         candidates += [Path(data.tokenizer)] if data.tokenizer else []
     places = [directory, run] if run else [directory]
     candidates += [place / n for place in places for n in ("tokenizer.json", "tokenizer.model")]

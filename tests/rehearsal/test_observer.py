@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from calm_dist.rehearsal.accounting import Part
 from calm_dist.rehearsal.observer import Observer
+from calm_dist.rehearsal.places import relative
 
 KB = 1 << 10
 
@@ -127,3 +128,12 @@ def test_no_room_for_normal_runs_imports_the_rehearsal() -> None:
         if "calm_dist.rehearsal" in file.read_text(encoding="utf-8")
     }
     assert users == {"rehearsal", "gpu_check"}
+
+
+def test_a_checkout_called_as_the_package() -> None:
+    """It holds a virtual environment, whose files are not ours."""
+    installed = "/home/me/calm_dist/.venv/lib/python3.11/site-packages"
+    assert relative(f"{installed}/torch/_dynamo/eval_frame.py") is None
+    assert relative(f"{installed}/megatron/core/utils.py") == "megatron/core/utils.py"
+    assert relative("/usr/lib/python3.12/dist-packages/calm_dist/log.py") == "calm_dist/log.py"
+    assert relative("/home/me/calm_dist/calm_dist/log.py") == "calm_dist/log.py"

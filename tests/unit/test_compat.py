@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from calm_dist.compat import streaming
+from calm_dist.errors import PeerLostError
 
 # (library, version that the names were looked up in).
 TESTED = {"mosaicml-streaming": "0.13.0", "megatron-core": "0.16.1", "deepspeed": "0.19.8"}
@@ -61,6 +62,20 @@ def test_attaching_waits_until_the_memory_has_its_size() -> None:
         thread.join()
     finally:
         path.unlink()
+    assert memory_module.BuiltinSharedMemory is SharedMemory
+
+
+def test_memory_of_a_process_that_has_ended() -> None:
+    from calm_dist.compat.streaming import SharedArray, memory_module, patient_attaching
+
+    def vanishing(name: str, create: bool, size: int) -> None:
+        """As it is for a process that meets the memory just before its creator dies."""
+        raise FileExistsError if create else FileNotFoundError(name)
+
+    with pytest.MonkeyPatch.context() as patch, patient_attaching():
+        patch.setattr(SharedMemory, "__init__", lambda self, *args: vanishing(*args))
+        with pytest.raises(PeerLostError, match="calm_test_gone is gone"):
+            SharedArray(2, np.int32, "calm_test_gone")
     assert memory_module.BuiltinSharedMemory is SharedMemory
 
 

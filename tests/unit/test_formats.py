@@ -284,3 +284,19 @@ def test_ids_that_are_no_text_name_the_line(tmp_path: Path) -> None:
     assert 'a.jsonl:2: "id" holds half of a surrogate pair' in refusal(path)
     path.write_text(json.dumps({f"key {i}": "x" * 1000 for i in range(1000)}))
     assert len(refusal(path)) < 500
+
+
+@pytest.mark.parametrize("piece", ["a, ", "a[ ", "a{ ", "ab "])
+def test_long_first_line_of_json_in_a_directory_is_read(tmp_path: Path, piece: str) -> None:
+    """Only its beginning is read to decide, wherever that ends."""
+    line = json.dumps({"text": piece * (1_300_000 // len(piece))}) + "\n"
+    for shift in range(len(piece)):
+        (tmp_path / f"{shift}.json").write_text(" " * shift + line)
+    assert len(texts(tmp_path)) == len(piece)
+
+
+def test_the_remedy_for_one_array_is_a_command_that_works(tmp_path: Path) -> None:
+    for name, packed in (("an array.json", bytes), ("b.json.gz", gzip.compress)):
+        (tmp_path / name).write_bytes(packed(b'[{"text": "a"}]'))
+    assert "jq -c '.[]' 'an array.json' > documents.jsonl" in refusal(tmp_path / "an array.json")
+    assert "zcat b.json.gz | jq -c '.[]' > documents.jsonl" in refusal(tmp_path / "b.json.gz")

@@ -6,6 +6,8 @@ import json
 import runpy
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,12 @@ import torch
 import zstandard
 from test_latents import BLOCK, inputs, plan_for, tokenizer_of, write
 
+from calm_dist.data import inspection
 from calm_dist.data.inspection import check_store, read_block
 from calm_dist.data.latents import write_store
+from calm_dist.data.parts import remove_store
 from calm_dist.data.stream import open_store, open_training_stream
-from calm_dist.errors import DataError
+from calm_dist.errors import DataError, UnreachableError
 from calm_dist.interop.huggingface import load_autoencoder, save_autoencoder
 
 ROOT = Path(__file__).parents[2]
@@ -319,3 +323,50 @@ def test_more_text_for_a_finished_store(
     )  # fmt: skip
     assert code == 2 and "is a file of the store that --overwrite removes" in err
     assert {file.name: file.read_bytes() for file in store.iterdir()} == before
+
+
+def test_wrong_request_is_refused_before_the_store_is_read(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for shard in copy.glob("shard.*"):
+        shard.unlink()
+    code, _, error = run_tool(monkeypatch, capsys, "verify_data", copy, "--block", 10**6)
+    assert code == 2 and "block 1000000: " in error and "problem(s)" not in error
+
+
+def test_store_that_cannot_be_reached_is_not_damaged(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def unreachable(path: str) -> Iterator[Any]:
+        def fetch(name: str) -> None:
+            raise UnreachableError(f"{name}: no answer")
+
+        yield Path(path), fetch, lambda file: None
+
+    monkeypatch.setattr(inspection, "store_files", unreachable)
+    with pytest.raises(UnreachableError):
+        check_store(str(copy))
+
+
+def test_removal_that_was_interrupted_is_completed(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any file: what is left is known to have been a store."""
+    (copy / "mine.txt").touch()
+    unlink, left = Path.unlink, [0]
+
+    def unlink_some(self: Path, missing_ok: bool = False) -> None:
+        if self.exists():
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink_some)
+    starts = 0
+    while any(file.name != "mine.txt" for file in copy.iterdir()):
+        left[0], starts = 1, starts + 1
+        with suppress(KeyboardInterrupt):
+            remove_store(copy)
+    assert starts > 4 and (copy / "mine.txt").exists()

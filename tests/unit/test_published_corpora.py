@@ -396,3 +396,26 @@ def test_large_row_group_takes_little_memory(tmp_path: Path) -> None:
     assert 0 < most < 50 << 20
     groups = tables.groups(find_files([tmp_path])[0], ".parquet", Reading())
     assert groups is not None and [rows for rows, _ in groups] == [100]
+
+
+def test_stream_that_is_cut_after_zeros_is_refused(tmp_path: Path) -> None:
+    """The last bytes of a batch of small numbers are zeros, as the old end mark is."""
+    table = pa.table({"text": ["a", "b"], "number": [1, 2]})
+    whole, half = tmp_path / "whole.arrow", tmp_path / "half.arrow"
+    for file, batches in ((whole, 2), (half, 1)):
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            for _ in range(batches):
+                writer.write_table(table)
+    cut = tmp_path / "cut.arrow"
+    cut.write_bytes(whole.read_bytes()[: half.stat().st_size - 8])
+    assert cut.read_bytes().endswith(bytes(4))
+    with pytest.raises(DataError, match="is cut off: it has no end mark of an Arrow stream"):
+        list(iter_documents([cut]))
+    # The format from before Arrow 0.15 has no other mark.
+    old = pa.ipc.IpcWriteOptions(use_legacy_format=True)
+    with (
+        pa.OSFile(str(half), "wb") as sink,
+        pa.ipc.new_stream(sink, table.schema, options=old) as w,
+    ):
+        w.write_table(table)
+    assert [document.text for document in iter_documents([half])] == ["a", "b"]

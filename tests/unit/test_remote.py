@@ -3,10 +3,14 @@
 import json
 import os
 import tempfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import boto3
 import pytest
 
@@ -14,7 +18,9 @@ from calm_dist.data.inspection import check_store, read_block
 from calm_dist.data.latents import StorePlan, plan_store, write_store
 from calm_dist.data.store import read_meta
 from calm_dist.data.stream import open_store, open_training_stream
-from calm_dist.errors import DataError
+from calm_dist.errors import DataError, UnreachableError
+from calm_dist.text import remote_files
+from calm_dist.text.corpus import iter_documents
 from calm_dist.text.tokenizer import Tokenizer, train_tokenizer
 
 
@@ -142,3 +148,43 @@ def test_shards_make_room_for_others(
     assert read(f"{bucket}-2", other, cache_limit=limit) == expected
     # Stores on local disk take nothing of it.
     assert read(local, other, cache_limit=1) == expected
+
+
+def test_lost_connection_may_pass() -> None:
+    """A file that could be opened: exit code 6, with which schedulers start again."""
+
+    class Lost:
+        def __init__(self, error: Exception) -> None:
+            self.error = error
+
+        def read(self, size: int) -> bytes:
+            raise self.error
+
+    for error, kind in (
+        (ConnectionResetError(104, "reset"), UnreachableError),
+        (aiohttp.ServerDisconnectedError(), UnreachableError),
+        (TimeoutError("no answer"), UnreachableError),
+        (PermissionError(13, "denied"), DataError),
+        (ValueError("damaged"), DataError),
+    ):
+        with pytest.raises(DataError, match="https://host/a: cannot be read") as caught:
+            remote_files._Raw("https://host/a", Lost(error)).readinto(memoryview(bytearray(8)))
+        assert type(caught.value) is kind, error
+
+
+def test_a_signature_is_not_part_of_a_name(tmp_path: Path) -> None:
+    """Names become parts of ids and decide splits; a signature is a secret and changes."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a.jsonl?X-Amz-Signature=AAA"
+        assert [document.id for document in iter_documents([url])] == ["a.jsonl@0"]
+        assert remote_files.find_urls(url) == [(url, "a.jsonl", 14, True)]
+        server.shutdown()
+
+
+def test_containers_of_azure() -> None:
+    """pyarrow names a file by its container; the URL names the account as well."""
+    url = "abfs://box@account.dfs.core.windows.net/dir/*.jsonl"
+    assert remote_files._file_system(url)[1] == "box/dir/*.jsonl"

@@ -23,8 +23,9 @@ from calm_dist.data.latents import finished_store, plan_store, write_parts, writ
 from calm_dist.data.manifest import begun_corpus
 from calm_dist.data.store import StoreMeta, fingerprint
 from calm_dist.errors import DataError
-from calm_dist.text import units
+from calm_dist.text import dedup, units
 from calm_dist.text.corpus import Document, corpus_sha256, find_files, iter_documents, pack_blocks
+from calm_dist.text.dedup import Repetitions
 from calm_dist.text.formats import TEXT_AND_ID, CorpusFile, Reading
 from calm_dist.text.reading import shuffled_documents
 from calm_dist.text.tokenizer import Tokenizer, train_tokenizer
@@ -302,3 +303,19 @@ def test_pyarrow_is_not_imported_by_a_thread_that_ends(tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def test_table_whose_rows_are_unknown_is_not_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places in an Arrow stream at a URL would be taken for numbers of rows."""
+    monkeypatch.setattr(units, "groups", lambda file, kind, reading: None)
+    file = CorpusFile("s3://bucket/data.arrow", "data.arrow", size=10 * units.CHUNK_BYTES)
+    assert [unit.spans for unit in units_of([file], TEXT_AND_ID)] == [(Span(file),)]
+
+
+def test_deduplication_names_the_disk_that_fails(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"--dedup exact: .*file/hashes: cannot be used .*TMPDIR"):
+        Repetitions(tmp_path / "file" / "hashes", 1).find(lambda _: [], TEXT_AND_ID, skip=False)
+    # numpy alone raises an error without a number for a full disk.
+    with pytest.raises(OSError, match="No space left on device"):
+        dedup._save(Path("/dev/full"), np.zeros(1000))

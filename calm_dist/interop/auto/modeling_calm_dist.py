@@ -326,6 +326,7 @@ def _choose(pool, exponent, generator):
     weights = [comb(counts[patch], level) for patch in patches]
     # Exact integers: they may not fit a float.
     shares = torch.tensor([weight / sum(weights) for weight in weights])
-    on_cpu = generator if generator is None or generator.device.type == "cpu" else None
-    chosen = int(torch.multinomial(shares, 1, generator=on_cpu))
+    if generator is not None:
+        shares = shares.to(generator.device)
+    chosen = int(torch.multinomial(shares, 1, generator=generator))
     return torch.tensor(patches[chosen], device=pool.device)

@@ -177,12 +177,21 @@ class _Strategy(SaveStrategy):
     target: Path
     urgent: bool
     finish: Callable[[], Callable[[], None]]
+    in_use: Any = None
 
     def change(self, request: AsyncRequest, writer: Any, metadata: Any, ranks: Any) -> AsyncRequest:
-        directory = self.target
+        directory, preload = self.target, request.preload_fn
+
+        def preload_and_keep() -> Any:
+            """Copy tensors from the GPU to pinned memory, which the forked writer shares with this
+            process instead of getting a copy of it. Until the writer has ended, the copies must not
+            return to torch's allocator, or the next batch would overwrite them."""
+            self.in_use = preload()
+            return self.in_use
 
         def finish() -> Callable[[], None]:
             """Gather the results of all ranks; returns the function with which rank 0 finishes."""
+            self.in_use = None
             results = ranks.gather_object(writer.retrieve_write_results())
 
             def write_description() -> None:
@@ -199,7 +208,8 @@ class _Strategy(SaveStrategy):
             return request
         # The first argument of Megatron's function concerns other ways to write, unused here.
         return request._replace(
-            async_fn=partial(_write_and_hash, self.urgent, request.async_fn.args[0])
+            async_fn=partial(_write_and_hash, self.urgent, request.async_fn.args[0]),
+            preload_fn=preload and preload_and_keep,
         )
 
 
