@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -226,13 +226,12 @@ def _export_calm(directory: Path, target: Path, autoencoder: str | Path | None) 
 
 def _not_exported(model: CalmModel, exported: Path) -> list[str]:
     """Notes on fields of the head that an import of the directory would not have."""
-    values = calm_values(exported)["model"]["head"]
-    again = type(model.head)(**{k: v for k, v in values.items() if k != "kind"})
+    again = type(model.head).model_validate(calm_values(exported)["model"]["head"]).model_dump()
     return [
-        f"model.head.{field.name}: {shown(getattr(model.head, field.name))} has no place in the "
-        f"released layout; an import has {shown(getattr(again, field.name))}"
-        for field in fields(model.head)
-        if getattr(model.head, field.name) != getattr(again, field.name)
+        f"model.head.{name}: {shown(value)} has no place in the released layout; an import has "
+        f"{shown(again[name])}"
+        for name, value in model.head.model_dump().items()
+        if value != again[name]
     ]
 
 

@@ -17,13 +17,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from warm import warm_python
 
+from calm_dist.data.latents import plan_store, write_store
 from calm_dist.errors import CheckpointError, DataError, UserError
 from calm_dist.inference.generate import generate
-from calm_dist.inference.load import load_model
+from calm_dist.inference.load import load_model, load_text_model
+from calm_dist.interop import convert
 from calm_dist.interop.convert import export_checkpoint, import_checkpoint
 from calm_dist.interop.huggingface import load_autoencoder, load_calm
 from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
-from calm_dist.recipe import Recipe, load_recipe
+from calm_dist.recipe import CalmModel, Recipe, load_recipe
 from calm_dist.runs import checkpoints
 from calm_dist.text.tokenizer import Tokenizer, train_tokenizer
 
@@ -428,3 +430,53 @@ def test_tool(tmp_path: Path) -> None:
     failed = run_tool("export-hf", tmp_path / "none", tmp_path / "out")
     assert failed.returncode == 2
     assert failed.stderr.startswith(f"error: {tmp_path / 'none'}")
+
+
+def test_tokens_that_a_released_configuration_states(
+    tmp_path: Path, worded: Path, tokenizer: Tokenizer
+) -> None:
+    """They are the model's, where they are special tokens; a default such as 1 and 2 is not."""
+    shutil.copytree(worded, tmp_path / "model")
+    config = json.loads((worded / "config.json").read_text())
+    config["ae_path"] = str(worded.parent / "ae_k4")
+    own = tokenizer.begin_id, tokenizer.end_id
+    for begin, end, expected in (
+        (own[1], [own[0], 5], (own[1], own[0])),
+        (own[1], None, (own[1], own[1])),
+        (40, 41, own),
+    ):
+        stated = {"bos_token_id": begin, "eos_token_id": end}
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config | stated))
+        run = tmp_path / f"run{begin}{end}"
+        import_checkpoint(tmp_path / "model", run)
+        for place in (tmp_path / "model", run):
+            loaded = load_text_model(place).tokenizer
+            assert (loaded.begin_id, loaded.end_id) == expected, (begin, end, place)
+
+
+def test_an_imported_model_takes_no_foreign_tokenizer(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store that its recipe names for further training may be there and be of another model."""
+    import_checkpoint(GOLDEN / "calm_k4", tmp_path / "run")
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("a few words of text. " * 50)
+    plan = plan_store([corpus], tokenizer, variant="tokens", block_size=16, patch_size=4)
+    monkeypatch.chdir(tmp_path)
+    write_store(tmp_path / "data" / "latents" / "train", [corpus], tokenizer, plan)
+    for place in (tmp_path / "run", GOLDEN / "calm_k4"):
+        with pytest.raises(DataError, match="give the model's tokenizer with --tokenizer"):
+            load_text_model(place)
+
+
+def test_exports_say_what_they_leave_out(tmp_path: Path) -> None:
+    import_checkpoint(GOLDEN / "calm_k4", tmp_path / "run")
+    (note,) = export_checkpoint(tmp_path / "run", tmp_path / "released")["notes"]
+    assert note.startswith("no tokenizer was found")
+    model = load_recipe(tmp_path / "run" / "recipe.yaml").model
+    assert isinstance(model, CalmModel)
+    head = model.head.model_copy(update={"posterior_samples": 7})
+    changed = model.model_copy(update={"head": head})
+    assert convert._not_exported(changed, tmp_path / "released") == [
+        "model.head.posterior_samples: 7 has no place in the released layout; an import has 100"
+    ]

@@ -119,3 +119,28 @@ def test_damaged_vectors(content: bytes, tmp_path: Path) -> None:
     np.savez(file, other=np.zeros(3))
     with pytest.raises(DataError, match="cannot be read as vectors"):
         TextVectors.load(file)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_spreads_that_are_no_numbers(value: float, tmp_path: Path) -> None:
+    np.savez(tmp_path / "v.npz", mean=np.zeros((1, 2)), log_std=np.full((1, 2), value))
+    with pytest.raises(DataError, match="log_std finite or -inf"):
+        TextVectors.load(tmp_path / "v.npz")
+
+
+def test_tokens_around_documents_can_be_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As for a tokenizer that has one special token, whose name says nothing."""
+    tokenizer = train_tokenizer(["abc"], VOCAB, tmp_path / "tokenizer.json")
+    text = tokenizer.path.read_text()
+    for role in ("begin", "end", "pad"):
+        text = text.replace(f"<|{role}|>", f"<|{role[0]}x|>")
+    tokenizer.path.write_text(text)
+    (tmp_path / "ae").mkdir()
+    save_autoencoder(copying(), tmp_path / "ae")
+    common = ("--autoencoder", tmp_path / "ae", "--tokenizer", tokenizer.path, "--text", "ab")
+    assert run(monkeypatch, *common) == 2
+    assert "--begin-token" in capsys.readouterr().err
+    assert run(monkeypatch, *common, "--begin-token", "<|bx|>", "--end-token", "<|ex|>") == 0
+    assert capsys.readouterr().out.strip() == "ab"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from tiny_models import tiny_model
 
+from calm_dist.cli.console import add_device
 from calm_dist.data.latents import plan_store, write_store
 from calm_dist.inference.load import LoadedModel
 from calm_dist.released.autoencoder import save_autoencoder
@@ -296,3 +298,32 @@ def test_an_imported_model_has_no_known_training_block_size(
     assert result["protocol"]["trained_block_size"] is None
     said = "not known, its configuration has positions for 24 tokens, and tokens after"
     assert said in result["block_size_note"] and said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--alignment-stride", "-1"], "-1: give a whole number from 1"),
+        (["--blocks", "0"], "0: give a whole number from 1"),
+        (["--samples", "1"], "1: give a whole number from 2"),
+        (["--begin-token", "<s>"], "--begin-token: is for --text, not for --data"),
+    ],
+)
+def test_wrong_options_are_refused_at_once(
+    given: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert evaluate(monkeypatch, "--checkpoint", "gone", "--data", "gone", *given) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_cpu_is_chosen_before_torch_sees_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = argparse.ArgumentParser()
+    add_device(parser)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert parser.parse_args(["--device", "cuda:0"]).device == "cuda:0"
+    assert parser.parse_args([]).device == "auto" and os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    assert parser.parse_args(["--device", "cpu"]).device == "cpu"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""

@@ -318,7 +318,9 @@ def test_what_exceeds_the_context_is_said(kind: str, tokenizer: Tokenizer) -> No
             steps_read = filled + -(-new // size) - 1
             assert (found.note is not None) == (steps_read > 8), (prompt_tokens, new)
             if filled > 8:
-                said = f"the prompt has {prompt_tokens} tokens, of which the last {8 * size} are"
+                said = f"the text outgrows the {8 * size} tokens"
+                if prompt_tokens > 8 * size:
+                    said = f"the prompt has {prompt_tokens} tokens, of which the last {8 * size} "
                 assert found.note is not None and found.note.startswith(said)
     assert f"trained on blocks of {9 * size} tokens" in str(found.note)
     imported = dataclasses.replace(model, step=0)
@@ -361,11 +363,13 @@ def test_tokenizer_is_found(tmp_path: Path) -> None:
     )
     write_store(tmp_path / "store", [tmp_path / "corpus.txt"], tokenizer, plan)
     recipe = tiny_model("transformer").recipe
+    sha256: str | None = tokenizer.fingerprint
 
     def find(place: Path = tmp_path / "nowhere", **data: str) -> Path:
         values = recipe.to_dict()
         values["data"] |= data
-        found: Any = SimpleNamespace(recipe=type(recipe).from_dict(values), checkpoint=place)
+        made = type(recipe).from_dict(values)
+        found: Any = SimpleNamespace(recipe=made, checkpoint=place, tokenizer_sha256=sha256)
         return find_tokenizer(found)
 
     own, copy = tmp_path / "tokenizer.json", tmp_path / "store" / "tokenizer.json"

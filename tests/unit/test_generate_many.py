@@ -166,6 +166,7 @@ def test_prompts_of_a_file_sampled_several_times(
         ('\n{"prompt": "a", "sed": 1}\n', r"p\.jsonl, line 2: 'sed': unknown key; write .*seed"),
         (f'{{"prompt": "a", "seed": {"1" * 5000}}}\n', r"line 1: not JSON"),
         ("[" * 100_000, r"line 1: not JSON"),
+        ('{"prompt": "a"}\n{"prompt": "\\ud800"}\n', r"line 2: .*a lone surrogate is not text"),
     ],
 )
 def test_bad_files_of_prompts(text: str, message: str, tmp_path: Path) -> None:

@@ -12,10 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
+from calm_dist.compat import megatron_cpu
+from calm_dist.parallel.launch import ALONE, join_world
 from calm_dist.parallel.processes import hurry, stand_back
+from calm_dist.training.checkpoint import forks
 from calm_dist.training.checkpoint import staging as staging_module
 from calm_dist.training.checkpoint.staging import Staging, not_forked
+from calm_dist.training.checkpoint.tensor_files import TensorWriter
 
 AUTOGROUP = Path("/proc/self/autogroup").exists()
 
@@ -122,3 +128,20 @@ def test_a_child_that_is_waited_for_stands_back_no_more() -> None:
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+def test_what_a_forked_writer_reads_is_kept_until_it_has_ended(tmp_path: Path) -> None:
+    """On GPUs these are copies in pinned memory, which a child shares: memory that is free again
+    would get the next batch while the child still writes it."""
+    megatron_cpu.install()
+    join_world(ALONE, torch.device("cpu"), 60.0)
+    state = {"weight": ShardedTensor.from_rank_offsets("weight", torch.arange(4.0))}
+    (tmp_path / "tensors").mkdir()
+    writer, calls = TensorWriter(), AsyncCallsQueue()
+    forks.schedule(calls, writer.plan(state, tmp_path / "tensors", True, lambda: None))
+    ((_, _, (_, tensors)),) = writer._strategy.in_use
+    ((_, copy),) = tensors
+    assert torch.equal(copy, torch.arange(4.0))
+    calls.maybe_finalize_async_calls(blocking=True)
+    assert writer._strategy.in_use is None
+    assert writer.ended(wait=True)
