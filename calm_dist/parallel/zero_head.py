@@ -297,6 +297,4 @@ def _engine_config(recipe: LanguageModelRecipe, head: nn.Module) -> dict[str, An
         # `JointOptimizer` has checked the gradient; a second check would wait for the device.
         config["bf16"] = {"enabled": True, "check_grad_overflow": False}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-        # As Megatron sums the backbone's: a sum of bf16 over hundreds of ranks rounds at each one.
-        config["communication_data_type"] = "fp32"
     return config
