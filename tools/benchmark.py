@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import re
 import time
 from collections.abc import Iterable
@@ -178,6 +179,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     args = parse_arguments()
+    if args.device == "cpu":
+        # Before torch is imported: Megatron-core uses any GPU that it sees.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     result, text = _ranks(args) if args.part == "ranks" else _in_process(args)
     if args.json != "-":
         print(text)

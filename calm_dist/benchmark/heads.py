@@ -17,7 +17,7 @@ from calm_dist.models.heads.tokens import TokensHead
 from calm_dist.models.patch_tokens import PatchTokens
 from calm_dist.parallel.noise import KeyedNoise
 from calm_dist.recipe import CalmModel, LanguageModelRecipe, Recipe
-from calm_dist.training.build import build_head
+from calm_dist.training.build import build_head, energy_kernel
 
 HEADS = (
     ("energy", None),
@@ -57,6 +57,8 @@ def measure_heads(
             f"model.kind: {recipe.model.kind}, model.latent_size: "
             f"{getattr(recipe.model, 'latent_size', None)}; give the recipe of a CALM with both"
         )
+    # The head that predicts tokens, which comes last, needs it.
+    flops.known_size(recipe.model, "vocab_size")
     rows = [
         _measure(recipe, kind, steps, positions, samples, repeats, device) for kind, steps in HEADS
     ]
@@ -79,6 +81,9 @@ def _measure(
     model = Recipe.from_dict(values).model
     assert isinstance(model, CalmModel) and model.latent_size is not None
     head = latent_head(build_head(model, seed=0)).to(device)
+    if model.head.spec.scores_energy:
+        # As a training on this device scores.
+        head.use_kernel(energy_kernel("auto", device))
     generator = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(positions, model.hidden_size, generator=generator, device=device)
     mean, log_std = torch.randn(2, positions, model.latent_size, generator=generator, device=device)

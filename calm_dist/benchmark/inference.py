@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from calm_dist.benchmark.pairs import random_autoencoder
+from calm_dist.benchmark.pairs import with_random_weights
 from calm_dist.benchmark.timing import environment
 from calm_dist.costs import flops
 from calm_dist.errors import UserError
@@ -26,6 +26,7 @@ from calm_dist.inference.methods import Sampler
 from calm_dist.inference.patches import patch_sampler
 from calm_dist.inference.sampling import DEFAULT_MAX_DRAWS, DEFAULT_POOL_SIZE
 from calm_dist.inference.softmax import softmax_sampler
+from calm_dist.models.autoencoder import config_of
 from calm_dist.models.backbone import transformer_config
 from calm_dist.recipe import CalmModel, LanguageModelRecipe, load_recipe
 from calm_dist.training.build import build_backbone, build_head
@@ -37,7 +38,7 @@ def open_model(path: str, device: torch.device) -> LoadedModel:
     """A trained model, or for a recipe's file one of its shape with random weights, fp32.
 
     Raises:
-        UserError: the recipe is an autoencoder's, or leaves its vocabulary to a store.
+        UserError: the recipe is an autoencoder's, or leaves its sizes to a store.
     """
     if not path.endswith((".yaml", ".yml")):
         return load_model(path, device=str(device))
@@ -50,8 +51,9 @@ def open_model(path: str, device: torch.device) -> LoadedModel:
     head, autoencoder = None, None
     if isinstance(recipe.model, CalmModel):
         head = build_head(recipe.model, 0).to(device).eval().requires_grad_(False)
-        autoencoder = random_autoencoder(given.model.vocab_size, recipe.model.patch_size)
-        autoencoder = autoencoder.to(device).eval().requires_grad_(False)
+        if recipe.model.has_latents:
+            autoencoder = with_random_weights(config_of(recipe.model))
+            autoencoder = autoencoder.to(device).eval().requires_grad_(False)
     return LoadedModel(
         recipe=recipe,
         checkpoint=Path(path),

@@ -69,6 +69,7 @@ def measure_model(
         step beyond weights and optimizer, and ``parts``: forward and backward seconds of each part
         in the profiled step (on a GPU, those of its kernels).
     """
+    flops.known_size(recipe.model, "vocab_size")
     steps = RandomSteps(recipe, single_process_topology(recipe, device))
 
     def step() -> None:

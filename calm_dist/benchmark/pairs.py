@@ -180,7 +180,11 @@ def zipf_tokens(vocab_size: int, count: int, seed: int) -> Tensor:
 
 def random_autoencoder(vocab_size: int, patch_size: int = 4) -> Autoencoder:
     """The paper's autoencoder with random weights."""
-    config = AutoencoderConfig(vocab_size, patch_size, latent_size=32 * patch_size)
+    return with_random_weights(AutoencoderConfig(vocab_size, patch_size, 32 * patch_size))
+
+
+def with_random_weights(config: AutoencoderConfig) -> Autoencoder:
+    """An autoencoder of these sizes."""
     model = Autoencoder(config)
     initialize_module(model, "autoencoder", lambda name, shape: 0.02, 0)
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +34,9 @@ def measure(check: Check) -> None:
     """Three runs at once: one that is killed and resumes, and two that are left alone, which show
     whether this device repeats its own numbers."""
     place = check.file.parent / "recovery"
-    place.mkdir(exist_ok=True)
+    # Of an earlier check, whose runs have nothing left to do.
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
     make_store(place)
     names = ("killed", "first", "second")
     recipes = {name: write_recipe(place, name, check.device) for name in names}

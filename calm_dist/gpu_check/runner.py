@@ -30,6 +30,7 @@ _REPORT = "report.json"
 class _Running:
     part: Part
     process: subprocess.Popen[bytes]
+    started: float
     end: float
 
 
@@ -95,6 +96,9 @@ def _start(part: Part, place: Path, device: str, end: float) -> _Running:
     small = ["--small"] if device == "cpu" else []
     # Torch's CUDA builds import Triton, which decides then whether to interpret its kernels.
     settings = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
+    if device == "cpu":
+        # Megatron-core uses any GPU that it sees.
+        settings["CUDA_VISIBLE_DEVICES"] = ""
     if device == "cuda" and not part.in_background:
         # As a training has them; a rehearsal makes its own.
         settings = cuda_environment(tensor_parallel_size=1)
@@ -108,7 +112,8 @@ def _start(part: Part, place: Path, device: str, end: float) -> _Running:
             # A part that is late is ended with all that it started.
             start_new_session=True,
         )
-    return _Running(part, process, min(end, time.monotonic() + part.seconds))
+    started = time.monotonic()
+    return _Running(part, process, started, min(end, started + part.seconds))
 
 
 def _wait(running: _Running, place: Path) -> None:
@@ -117,7 +122,8 @@ def _wait(running: _Running, place: Path) -> None:
     try:
         code = running.process.wait(max(0.0, running.end - time.monotonic()))
     except subprocess.TimeoutExpired:
-        _settle(file, TIMED_OUT, f"it had not ended after {running.part.seconds} s")
+        given = running.end - running.started
+        _settle(file, TIMED_OUT, f"it had not ended after {given:.0f} s")
     else:
         _settle(file, FAILED, f"its process ended with exit code {code}; see {running.part.name}"
                 ".log")  # fmt: skip

@@ -49,7 +49,10 @@ class Check:
 
     def write(self, status: str, **more: Any) -> None:
         took = round(time.perf_counter() - self.started, 2)
-        write_json({"status": status, "took_seconds": took, **more, **self.values}, self.file)
+        # Renamed into place: a kill while it is written loses nothing.
+        partial = self.file.with_suffix(".tmp")
+        write_json({"status": status, "took_seconds": took, **more, **self.values}, partial)
+        partial.replace(self.file)
 
 
 def main() -> None:

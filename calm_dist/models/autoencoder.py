@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from calm_dist.costs.flops import known_size
+from calm_dist.recipe import CalmModel
+
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
@@ -160,6 +163,21 @@ class Decoder(nn.Module):
         tokens = torch.arange(self.slots, device=latents.device)
         slot = tokens.repeat_interleave(latents.shape[-1] // self.slots)
         return (slot <= tokens[:, None]).to(latents.dtype)
+
+
+def config_of(model: CalmModel) -> AutoencoderConfig:
+    """The autoencoder of a CALM's recipe, which need not exist.
+
+    Raises:
+        RecipeError: the recipe leaves its sizes to a data store.
+    """
+    return AutoencoderConfig(
+        vocab_size=known_size(model, "vocab_size"),
+        patch_size=model.patch_size,
+        latent_size=known_size(model, "latent_size"),
+        latent_slots=model.latent_slots or 1,
+        **model.autoencoder_size.model_dump(),
+    )
 
 
 class Autoencoder(nn.Module):

@@ -46,6 +46,8 @@ class Measured:
     """Bytes/s of an all-reduce through each rank."""
     latency: float = 0.0
     """Seconds of half a small all-reduce."""
+    fp32_products: float = 0.0
+    """FLOP/s of matrix products in fp32; 0: those of ``products``."""
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype = torch.float32) -> Measured:
@@ -137,7 +139,7 @@ def cluster_of(measured: list[Measured], processes: int) -> Cluster:
     return Cluster(
         "local",
         peak_flops=values["products"],
-        fp32_flops=values["products"],
+        fp32_flops=values["fp32_products"] or values["products"],
         memory=memory,
         memory_bandwidth=values["bandwidth"],
         node_bandwidth=values["link"],
@@ -195,11 +197,13 @@ def _measure_process(rank: int, processes: int, store: str, results: object) -> 
         timeout=timedelta(seconds=TIMEOUT_SECONDS),
     )
     dist.barrier()
-    rates = measure_rates(device, torch.bfloat16 if on_gpu else torch.float32)
+    in_fp32 = measure_rates(device, torch.float32)
+    rates = measure_rates(device, torch.bfloat16) if on_gpu else in_fp32
     dist.barrier()
     link, latency = measure_links(device)
     dist.destroy_process_group()
-    results.put(Measured(**asdict(rates) | {"link": link, "latency": latency}))  # type: ignore[attr-defined]
+    more = {"link": link, "latency": latency, "fp32_products": in_fp32.products}
+    results.put(Measured(**asdict(rates) | more))  # type: ignore[attr-defined]
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

@@ -162,7 +162,7 @@ def _layouts(recipe: LanguageModelRecipe, cluster: Cluster, world: int) -> Itera
 def _context_sizes(recipe: LanguageModelRecipe, cluster: Cluster, tensor: int) -> list[int]:
     """The recipe's own, and powers of two that stay in a node and leave pieces worth a kernel."""
     longest = min(cluster.gpus_per_node // tensor, recipe.padded_length // SHORTEST_PIECE)
-    return sorted({*_powers_of_two(longest), recipe.parallel.context_parallel_size})
+    return sorted({*_powers_of_two(max(1, longest)), recipe.parallel.context_parallel_size})
 
 
 def _micro_batches(recipe: LanguageModelRecipe, replicas: int) -> list[int]:

@@ -49,7 +49,7 @@ def step_time(recipe: LanguageModelRecipe, cluster: Cluster) -> StepTime:
     number, links, counts = recipe.num_micro_batches, groups(recipe, cluster), layer_counts(recipe)
     last = len(counts) - 1
     # Stages between the first and the last are equal if they have the same number of layers.
-    kinds = [(layers, stage in (0, last) and stage) for stage, layers in enumerate(counts)]
+    kinds = [(n, stage if stage in (0, last) else None) for stage, n in enumerate(counts)]
     first = {kind: kinds.index(kind) for kind in kinds}
     known = {
         kind: _micro_batch(recipe, stage, kind[0], cluster, links) for kind, stage in first.items()

@@ -16,9 +16,9 @@ from calm_dist.benchmark.random_steps import random_batch
 from calm_dist.compat.deepspeed import averaged_gradients
 from calm_dist.compat.megatron import single_optimizers
 from calm_dist.data.stream import Batch
-from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
+from calm_dist.models.autoencoder import Autoencoder, config_of
 from calm_dist.parallel.topology import Topology
-from calm_dist.recipe import AutoencoderRecipe, LanguageModelRecipe
+from calm_dist.recipe import AutoencoderRecipe, CalmModel, LanguageModelRecipe
 from calm_dist.training import build
 from calm_dist.training.autoencoder import AutoencoderTrainer
 from calm_dist.training.batches import LookAhead
@@ -111,16 +111,8 @@ def step_on(trainer: Trainer | AutoencoderTrainer, batch: Batch, device: torch.d
 
 def untrained_encoder(recipe: LanguageModelRecipe) -> Autoencoder:
     """An autoencoder of the recipe's shape, which need not exist."""
-    model = recipe.model
-    assert model.kind == "calm" and model.vocab_size and model.latent_size
-    config = AutoencoderConfig(
-        vocab_size=model.vocab_size,
-        patch_size=model.patch_size,
-        latent_size=model.latent_size,
-        latent_slots=model.latent_slots or 1,
-        **model.autoencoder_size.model_dump(),
-    )
-    return Autoencoder(config).eval().requires_grad_(False)
+    assert isinstance(recipe.model, CalmModel)
+    return Autoencoder(config_of(recipe.model)).eval().requires_grad_(False)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:

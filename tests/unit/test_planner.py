@@ -457,3 +457,12 @@ def test_this_machine_is_measured(tmp_path: Path) -> None:
     assert 1e8 < cluster["peak_flops"] < 1e16 and 1e8 < cluster["memory_bandwidth"] < 1e14
     assert 1e6 < cluster["node_bandwidth"] < 1e13 and 0 < cluster["node_latency"] < 1
     assert 1e5 < cluster["rates"]["draws_per_second"] < 1e14
+
+
+def test_stages_between_the_first_and_the_last_have_no_table() -> None:
+    """Those with as many layers as the first one, too."""
+    overrides = ["parallel.pipeline_parallel_size=4", "parallel.world_size=1024",
+                 "training.micro_batch_size=1", "parallel.stage_layers=[4,4,4,4]"]  # fmt: skip
+    recipe = language_recipe(ROOT / "recipes" / "transformer_m.yaml", overrides)
+    first, second, third, _ = (sum(stage.values()) for stage in step_time(recipe, H100).stages)
+    assert second == third < first

@@ -14,7 +14,7 @@ from calm_dist.costs.clusters import PRESETS
 from calm_dist.errors import RecipeError
 from calm_dist.planner.full_plan import layout_overrides
 from calm_dist.planner.predict import predict
-from calm_dist.planner.search import REFINED, search
+from calm_dist.planner.search import REFINED, _context_sizes, search
 from calm_dist.planner.steptime import step_time
 from calm_dist.recipe import LanguageModelRecipe
 
@@ -132,3 +132,9 @@ def test_micro_batches_of_the_recipes_are_too_large_for_more_gpus() -> None:
         language_recipe(RECIPES / "calm_m.yaml", ["parallel.world_size=64"])
     smaller = ["parallel.world_size=64", "training.micro_batch_size=4"]
     assert language_recipe(RECIPES / "calm_m.yaml", smaller).num_micro_batches == 1
+
+
+def test_a_single_piece_is_tried_for_short_blocks() -> None:
+    overrides = ["data.block_size=1024", "parallel.context_parallel_size=2"]
+    recipe = language_recipe(RECIPES / "calm_m.yaml", overrides)
+    assert _context_sizes(recipe, H100, tensor=1) == [1, 2]
