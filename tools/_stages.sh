@@ -38,7 +38,7 @@ hash_of() {
 hash_under() {
   local folder
   for folder in "$@"; do
-    (cd "$folder" 2>/dev/null && find . -type f -print0 | sort -z | xargs -0 -r sha256sum) || true
+    (cd "$folder" 2>/dev/null && find . -type f -print0 | LC_ALL=C sort -z | xargs -0 -r sha256sum) || true
   done | sha256sum | cut -d' ' -f1
 }
 

@@ -102,7 +102,8 @@ ensure_venv() {
   export PIP_DISABLE_PIP_VERSION_CHECK=1
   if ! is_current; then
     # One installation at a time, if system and file system have flock.
-    exec 8<"$ROOT/setup.py"
+    # NFS locks only files that are open for writing.
+    if [ -w "$ROOT/setup.py" ]; then exec 8<>"$ROOT/setup.py"; else exec 8<"$ROOT/setup.py"; fi
     if command -v flock >/dev/null; then flock 8 2>/dev/null || true; fi
     is_current || make_venv
     exec 8<&-

@@ -98,8 +98,9 @@ def update_page(directory: Path, page: Path) -> None:
 
     try:
         filled = fill_page(page.read_text(encoding="utf-8"), directory)
-    except OSError as error:
-        raise UserError(f"--page {page}: {error.strerror}; give a page with comments") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"is not UTF-8 text ({error})"
+        raise UserError(f"--page {page}: {reason}; give a page with comments") from error
     for path, plot in page_plots(filled, directory).items():
         target = page.parent / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -113,6 +114,10 @@ def main() -> None:
     if (arguments.study is None) != (arguments.page is None):
         raise UserError("--study and --page: must be given together; give both")
     if arguments.page is not None:
+        for name in ("runs", "out", "json"):
+            if getattr(arguments, name):
+                option = "run" if name == "runs" else name
+                raise UserError(f"--{option}: is for a report of runs, not for a --page")
         update_page(arguments.study, Path(arguments.page))
         return
     if not arguments.runs:

@@ -216,10 +216,11 @@ choose_layout
 echo "calm_dist quickstart -> $OUT"
 # Always runs: it checks the text itself, and refuses to mix two corpora.
 always corpus
-run_stage tokens "tokens" "$OUT/corpus/manifest.json"
+# The recipes have the sizes of blocks and patches.
+run_stage tokens "tokens" "$OUT/corpus/manifest.json" "$CALM" "$AUTOENCODER"
 VOCABULARY=$(value "$OUT/tokens/train/meta.json" vocab_size)
 run_stage autoencoder "autoencoder/checkpoints" "$AUTOENCODER" "$OUT"/tokens/{train,valid}/meta.json
-run_stage latents "latents" "$OUT/corpus/manifest.json" "$OUT"/autoencoder/checkpoints/*/manifest.json
+run_stage latents "latents" "$OUT/corpus/manifest.json" "$CALM" "$OUT"/autoencoder/checkpoints/*/manifest.json
 run_stage calm "calm/checkpoints" "$CALM" "$OUT/latents/train/meta.json"
 run_stage transformer "transformer/checkpoints" "$TRANSFORMER" "$OUT/latents/train/meta.json"
 run_stage tokens_head "tokens_head/checkpoints" "$TOKENS_HEAD" "$OUT/latents/train/meta.json"

@@ -85,13 +85,15 @@ def main() -> int:
                 f"--only {arguments.only}: no run of {arguments.plan} has that in its name"
             )
     runner = Runner(plan, out)
-    if arguments.known is not None:
-        known = read_collected(arguments.known)
+    known = [] if arguments.known is None else read_collected(arguments.known)
+    if known and not arguments.list:
         print(f"{runner.adopt(known)} results taken from {arguments.known}", flush=True)
+    elsewhere = {result["name"] for result in known}
     results = {one.name: runner.result_file(one.name) for one in runs}
     if arguments.list:
         for name, file in results.items():
-            print(f"{'done' if file.is_file() else 'left'}  {name}")
+            is_done = file.is_file() or name in elsewhere
+            print(f"{'done' if is_done else 'left'}  {name}")
         return 0
     if arguments.collect:
         found = [json.loads(file.read_text()) for file in results.values() if file.is_file()]

@@ -82,8 +82,10 @@ def read_runs(
         UserError: a directory is not a run, or is of the wrong kind.
     """
     # Shell patterns may give the same directory twice.
-    once = {os.path.realpath(path): path for path in reversed(runs)}
-    models = [read_run(path) for path in reversed(once.values())]
+    once: dict[str, str | Path] = {}
+    for path in runs:
+        once.setdefault(os.path.realpath(path), path)
+    models = [read_run(path) for path in once.values()]
     for run in models:
         if run.kind == "autoencoder":
             raise UserError(f"{run.path}: is an autoencoder's run; give it with --autoencoder")

@@ -234,11 +234,11 @@ def _state(run_dir: Path, row: Row) -> tuple[str, str | None]:
             f"{ENVIRONMENT_FILE}: does not say how the run ended; start the training again, which "
             "continues from the newest checkpoint and writes it"
         ) from error
-    if ended is not None:
-        return ended["how"], None if reason is None else str(reason)
-    # Killed, or trained by a version that did not record the end.
+    # Also if it was killed after its last checkpoint, or is of a version that recorded no end.
     if row["checkpoint"] is not None and row["checkpoint"] >= row["steps"]:
         return FINISHED, None
+    if ended is not None:
+        return ended["how"], None if reason is None else str(reason)
     return FAILED, "ended unexpectedly: killed, or the node failed"
 
 

@@ -67,9 +67,10 @@ class MetricsLog:
         )
 
     def training_step(
-        self, step: int, values: dict[str, float], skipped: bool, seconds: float
+        self, step: int, values: dict[str, float], skipped: bool, seconds: float, ends: bool = False
     ) -> None:
-        """Log training step ``step`` (counted from 1) if it is due (``logging.every``).
+        """Log training step ``step`` (counted from 1) if it is due (``logging.every``), or if the
+        run ends after it.
 
         Args:
             values: loss, grad_norm, learning_rate and further numbers of the trainer.
@@ -82,7 +83,7 @@ class MetricsLog:
         self._skipped += skipped
         self._ends.append(time.monotonic())
         self._meter.advance()
-        if step % self._every and step != self._total_steps:
+        if step % self._every and step != self._total_steps and not ends:
             return
         record = {
             "step": step,

@@ -67,7 +67,7 @@ class Run:
         """Measured training tokens; None if nothing was recorded."""
         trained = [r["tokens"] for r in self.training if r.get("tokens") is not None]
         evaluated = [e["tokens_seen"] for e in self.evaluations if e.get("tokens_seen") is not None]
-        return max(trained or evaluated, default=None)
+        return max([*trained, *evaluated], default=None)
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -64,6 +64,8 @@ class Crossing:
     """The median."""
     high: float
     """The 84th percentile."""
+    then_ahead: bool
+    """Whether the first is ahead beyond the crossing, in most of the fits that cross."""
 
 
 def score(flops: float, values: Sequence[float], block_error: float, spread: float) -> Score:
@@ -120,6 +122,9 @@ def crossing(one: Growth, other: Growth, after: float | None = None) -> Crossing
         where = np.exp(behind / faster)
     if after is None:
         after = max(point.flops for point in (*one.points, *other.points))
-    where = np.where(where > after, where, np.inf)
+    crosses = where > after
+    then_ahead = bool(np.median(faster[crosses]) > 0) if crosses.any() else False
+    where = np.where(crosses, where, np.inf)
     low, middle, high = np.quantile(where, (0.16, 0.5, 0.84), method="lower")
-    return Crossing(float(np.isfinite(where).mean()), float(low), float(middle), float(high))
+    chance = float(np.isfinite(where).mean())
+    return Crossing(chance, float(low), float(middle), float(high), then_ahead)

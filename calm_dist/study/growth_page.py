@@ -79,7 +79,7 @@ def _row(one: Growth, first: Growth) -> tuple[Cell, ...]:
 
 def _crossing_text(one: Growth, first: Growth, measured: bool) -> str:
     found = crossing(one, first, None if measured else first.points[0].flops)
-    then = "ahead" if one.exponent > first.exponent else "behind"
+    then = "ahead" if found.then_ahead else "behind"
     if not measured:
         where = found.middle
         return f"{power_of_ten(where)}, then {then}" if math.isfinite(where) else "never"

@@ -169,8 +169,12 @@ def _scores(pattern: Callable[[Result], str], key: Callable[[Result], float]) ->
             return text(pattern(group[0]))
         values = [key(result) for result in group]
         mean, spread = statistics.mean(values), statistics.stdev(values)
-        blocks = pattern(group[0]).rpartition(" ± ")[2]
-        return Cell(f"{mean:.2f} ± {blocks} (seeds {spread:.2f})", mean)
+        shown = [pattern(result) for result in group]
+        mark = "*" if any("*" in text for text in shown) else ""
+        # Without an error where there is none.
+        errors = [text.partition(" ± ")[2] for text in shown if " ± " in text]
+        blocks = f" ± {errors[0]}" if errors else ""
+        return Cell(f"{mean:.2f}{mark}{blocks} (seeds {spread:.2f})", mean)
 
     return column
 

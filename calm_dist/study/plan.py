@@ -113,6 +113,9 @@ class PlannedRun:
     all_checkpoints: bool
 
 
+_SEEDS = ("run.seed", "data.seed")
+
+
 def read_plan(path: str | Path) -> tuple[Plan, list[PlannedRun]]:
     """A plan and its runs, autoencoders before the CALMs that use them.
 
@@ -122,13 +125,17 @@ def read_plan(path: str | Path) -> tuple[Plan, list[PlannedRun]]:
     path = Path(path)
     try:
         text = read_bounded(path, LARGEST_FILE, RecipeError).decode("utf-8")
-    except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror}; give the file of a plan") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"is not UTF-8 text ({error})"
+        raise RecipeError(f"{path}: {reason}; give the file of a plan") from error
     values = parse_yaml(text, source=str(path))
     try:
         plan = Plan.model_validate(values)
     except ValidationError as error:
         raise RecipeError(f"{path}: {describe_validation_errors(error, Plan)}") from error
+    for entry in plan.runs:
+        if given := [name for name in _SEEDS if name in entry.overrides or name in entry.grid]:
+            raise RecipeError(f"{path}: {entry.name}: {given[0]}: is set by seeds; use seeds")
     runs = [run for entry in plan.runs for run in _runs_of(entry, path.parent)]
     _check(runs, path)
     used = {run.autoencoder for run in runs}
@@ -141,7 +148,7 @@ def _runs_of(entry: Entry, directory: Path) -> Iterator[PlannedRun]:
         tried = [f"{field.rpartition('.')[2]}={value}" for field, value in chosen.items()]
         for seed in entry.seeds:
             parts = [entry.name, *tried, *([f"s{seed}"] if len(entry.seeds) > 1 else [])]
-            fields = {**entry.overrides, **chosen, "run.seed": seed, "data.seed": seed}
+            fields = {**entry.overrides, **chosen, **dict.fromkeys(_SEEDS, seed)}
             yield PlannedRun(
                 "-".join(parts),
                 directory / entry.recipe,

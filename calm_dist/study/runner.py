@@ -68,7 +68,13 @@ class Runner:
                         running[pool.submit(self.run_one, run)] = run
                         waiting.remove(run)
                 if not running:
-                    continue
+                    # Whatever is still waiting has an autoencoder that was not trained.
+                    for run in waiting:
+                        failed[run.name] = (
+                            f"{run.name}: its autoencoder {run.autoencoder} has no finished "
+                            f"training in {self._run_dir(str(run.autoencoder))}"
+                        )
+                    break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     run = running.pop(future)
                     try:

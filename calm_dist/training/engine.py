@@ -256,11 +256,11 @@ class TrainingRun(ABC):
             result = self.train_step(self._batches.take())
             self.after_step(self.progress.adam_steps + (not result.skipped))
             step = self.progress.step + 1
+            ends = result.stop or result.data_failed or step == last
             if self._metrics is not None:
                 seconds = time.perf_counter() - started
-                self._metrics.training_step(step, result.numbers(), result.skipped, seconds)
+                self._metrics.training_step(step, result.numbers(), result.skipped, seconds, ends)
             self._count(result.skipped)
-            ends = result.stop or result.data_failed or step == last
             if ends or step % self.recipe.checkpoint.every == 0:
                 self.save(is_last=ends)
             if ends:

@@ -151,6 +151,10 @@ def test_a_run_given_twice_is_one(experiment: dict[str, Path], tmp_path: Path) -
     (tmp_path / "link").symlink_to(calm)
     summary = write_report([calm, f"{calm}/", tmp_path / "link"], tmp_path / "report")
     assert [entry["path"] for entry in summary["models"]] == [str(calm)]
+    # The first one named stays the first.
+    other = experiment["transformer"]
+    summary = write_report([other, calm, other], tmp_path / "report2")
+    assert [entry["path"] for entry in summary["models"]] == [str(other), str(calm)]
 
 
 def test_flops_follow_the_tokens_really_seen(experiment: dict[str, Path], tmp_path: Path) -> None:

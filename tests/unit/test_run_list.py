@@ -291,3 +291,11 @@ def test_the_command(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     done = subprocess.run([*tool, str(tmp_path / "empty")], capture_output=True, text=True)
     assert done.stdout.startswith("no run directories") and done.returncode == 0
+
+
+def test_a_run_that_failed_after_its_last_checkpoint_is_finished(tmp_path: Path) -> None:
+    """Starting it again has nothing to do, and changes nothing."""
+    run_dir = make_run(tmp_path / "run")
+    add_checkpoint(run_dir, 10)
+    end(run_dir, RuntimeError("a peer was lost"))
+    assert (describe(run_dir)["state"], describe(run_dir)["reason"]) == ("finished", None)

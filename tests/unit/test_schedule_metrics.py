@@ -305,3 +305,14 @@ def test_a_full_disk_loses_no_record(tmp_path: Path, recipe: Recipe) -> None:
     assert done.stderr.count("training continues") == 1
     lines = (tmp_path / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_the_last_step_before_a_stop_is_logged(tmp_path: Path, recipe: Recipe) -> None:
+    """Otherwise the tokens of a stopped run, and its skipped steps, are those of an earlier one."""
+    values = recipe.to_dict()
+    values["logging"]["every"] = 4
+    log = MetricsLog(Recipe.from_dict(values), tmp_path, resume_step=0)
+    for step in range(1, 8):
+        log.training_step(step, VALUES, step == 6, 1.0, ends=step == 7)
+    log.close()
+    assert [(r["step"], r["skipped"]) for r in read_records(tmp_path)] == [(4, 0), (7, 1)]

@@ -13,9 +13,10 @@ import pytest
 from launches import ROOT, call, language_recipe
 
 from calm_dist.errors import DataError, RecipeError
+from calm_dist.study import runner
 from calm_dist.study.data import find_splits
 from calm_dist.study.plan import read_plan
-from calm_dist.study.runner import steps_for
+from calm_dist.study.runner import Runner, steps_for
 
 STUDY = ROOT / "recipes" / "study"
 PLANS = [path for path in sorted(STUDY.glob("*.yaml")) if "runs:" in path.read_text()]
@@ -65,6 +66,8 @@ def test_a_grid_stands_for_every_combination(tmp_path: Path) -> None:
         ([entry("a", flop=1e12)], "runs.0.flop: unknown key"),
         ([entry("a", flops=-1)], "runs.0.flops: found -1"),
         ([entry("a", grid={"run.seed": []})], "runs.0.grid.run.seed: found"),
+        ([entry("a", grid={"data.seed": [1, 2]})], "a: data.seed: is set by seeds"),
+        ([entry("a", overrides={"run.seed": 5})], "a: run.seed: is set by seeds"),
     ],
 )
 def test_faults_of_a_plan_are_named(
@@ -73,6 +76,24 @@ def test_faults_of_a_plan_are_named(
     with pytest.raises(RecipeError) as caught:
         read_plan(plan_file(tmp_path, runs=runs))
     assert message in str(caught.value)
+
+
+def test_a_plan_that_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_bytes(b"# \xe9\n")
+    with pytest.raises(RecipeError, match=r"plan\.yaml: is not UTF-8 text"):
+        read_plan(tmp_path / "plan.yaml")
+
+
+def test_a_calm_without_its_autoencoder_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that diverged has a result and no finished training: nothing waits for it."""
+    runs = [entry("ae", "autoencoder"), entry("a", autoencoder="ae")]
+    plan, planned = read_plan(plan_file(tmp_path, runs=runs))
+    monkeypatch.setattr(Runner, "run_one", lambda self, run: {"name": run.name})
+    monkeypatch.setattr(runner, "_line", str)
+    (message,) = Runner(plan, tmp_path / "out").run_all(planned, jobs=2)
+    assert message.startswith("a: its autoencoder ae has no finished training in ")
 
 
 def test_splits_of_a_corpus(tmp_path: Path) -> None:

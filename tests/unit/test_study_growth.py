@@ -40,9 +40,10 @@ def test_where_two_laws_cross() -> None:
     # 1 · x^0.4 reaches 2 · x^0.3 at x = 2^10.
     found = crossing(law(1.0, 0.4), law(2.0, 0.3))
     assert found.chance == 1
-    assert found.middle == pytest.approx(1e12 * 2**10, rel=1e-6)
+    assert found.middle == pytest.approx(1e12 * 2**10, rel=1e-6) and found.then_ahead
     # The slower one is overtaken there; asked in either order.
-    assert crossing(law(2.0, 0.3), law(1.0, 0.4)).middle == pytest.approx(1e12 * 2**10, rel=1e-6)
+    overtaken = crossing(law(2.0, 0.3), law(1.0, 0.4))
+    assert overtaken.middle == pytest.approx(1e12 * 2**10, rel=1e-6) and not overtaken.then_ahead
     # Ahead and faster, or crossed within what was measured: nowhere beyond it.
     assert crossing(law(2.0, 0.4), law(1.0, 0.3)).low == math.inf
     assert crossing(law(1.0, 0.4), law(1.01, 0.3)).chance == 0
@@ -53,6 +54,9 @@ def test_a_crossing_has_its_errors() -> None:
     # Difference of exponents 0.02, with an error of 0.022: P(Z > -0.92) = 0.82 of the fits.
     assert found.chance == pytest.approx(0.82, abs=0.03)
     assert found.low < found.middle < found.high == math.inf
+    # One that is ahead and probably faster can only be overtaken, by the fits that cross.
+    ahead = crossing(law(2.0, 0.31, error=0.05), law(1.9, 0.3, error=0.05))
+    assert 0 < ahead.chance < 0.5 and not ahead.then_ahead
 
 
 def test_best_run_of_each_budget() -> None:

@@ -125,3 +125,17 @@ def test_the_tool_fills_a_page(tmp_path: Path) -> None:
     assert "2.00 ± 0.20" in page.read_text()
     assert (tmp_path / "images" / "a.png").stat().st_size > 1000
     assert "must be given together" in call([*tool, "--study", str(tmp_path)], code=2).stderr
+
+
+def test_a_mean_of_noise_is_marked_and_no_error_is_made_up(tmp_path: Path) -> None:
+    noise = {"brier": [0.04, 0.01, 0.001, 0.0], "brier_stderr": [0.01] * 4}
+    write(
+        tmp_path,
+        result("a-s0", 0.0, **noise | {"brierlm_stderr": None}),
+        result("a-s1", 0.4, **noise | {"brierlm_stderr": 0.1}),
+        result("b-s0", 2.0),
+        result("b-s1", 0.4, **noise | {"brierlm_stderr": 0.1}),
+    )
+    filled = fill_page("<!-- results a.json: * -->\n<!-- end -->\n", tmp_path)
+    assert cells(filled, 2)[-1] == r"0.20\* ± 0.10 (seeds 0.28)"
+    assert cells(filled, 3)[-1] == r"1.20\* ± 0.20 (seeds 1.13)"
