@@ -280,9 +280,12 @@ def _layout_problems(recipe: RecipeFields) -> list[str]:
                 "overlap_grad_reduce",
                 "overlap_param_gather",
                 "overlap_p2p",
+                "recompute",
             )
             if getattr(parallel, name)
         ]
+        if parallel.stage_layers is not None:
+            problems.append("parallel.stage_layers: the autoencoder has no stages; leave it out")
         return problems
     problems += [
         f"parallel.tensor_parallel_size: {tensor} does not divide model.{name} {size}; use a "

@@ -347,3 +347,10 @@ def test_no_torch_is_imported() -> None:
     imports = "; ".join(f"import calm_dist.{module}" for module in modules)
     code = f"import sys; {imports}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("field", ["recompute=true", "stage_layers=[1,1]", "overlap_p2p=true"])
+def test_what_an_autoencoder_would_ignore_is_refused(field: str) -> None:
+    path = RECIPES / "autoencoder_tiny.yaml"
+    with pytest.raises(RecipeError, match=f"parallel.{field.partition('=')[0]}: .*leave it out"):
+        load_recipe(path, [f"parallel.{field}"])
