@@ -184,9 +184,11 @@ class Watch(threading.Thread):
 
     def _sizes(self) -> dict[Path, int]:
         sizes = {}
-        for file in self.directory.rglob("*.*"):
-            with contextlib.suppress(FileNotFoundError):
-                sizes[file] = file.stat().st_size
+        # Unlike rglob, it passes over a directory that vanishes meanwhile.
+        for directory, _, names in os.walk(self.directory):
+            for file in (Path(directory) / name for name in names):
+                with contextlib.suppress(FileNotFoundError):
+                    sizes[file] = file.stat().st_size
         return sizes
 
     def stop(self) -> None:
