@@ -4,6 +4,7 @@ numbers, or end with a code that says whether another start may help."""
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import threading
 from collections.abc import Callable
