@@ -33,15 +33,18 @@ has_gpu() {
   command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU'
 }
 
-# Hash of everything that determines the installation. It includes ROOT, since a virtual environment
-# cannot be moved.
+# wanted_state [gpu]: hash of everything that determines the installation, here or with a GPU. It
+# includes ROOT, since a virtual environment cannot be moved.
 wanted_state() {
   { cat "$ROOT/setup.py" "$ROOT/constraints.txt" && echo "$ROOT" && "$VENV/bin/python" --version &&
-    if has_gpu; then echo gpu; fi; } | sha256sum | cut -d' ' -f1
+    if [ "${1:-}" = gpu ] || has_gpu; then echo gpu; fi; } | sha256sum | cut -d' ' -f1
 }
 
 is_current() {
-  [ -x "$VENV/bin/python" ] && [ "$(cat "$VENV_STATE" 2>/dev/null)" = "$(wanted_state)" ]
+  local state
+  [ -x "$VENV/bin/python" ] && state=$(cat "$VENV_STATE" 2>/dev/null) || return 1
+  # A login node without a GPU keeps what a GPU node that shares the checkout has made.
+  [ "$state" = "$(wanted_state)" ] || [ "$state" = "$(wanted_state gpu)" ]
 }
 
 # On Linux the default torch wheels are CUDA builds with gigabytes of nvidia-* wheels; the CPU build has
@@ -55,6 +58,16 @@ install_cpu_torch() {
     die "no GPU was found (nvidia-smi), and pip found no CPU build of torch for" \
       "$("$VENV/bin/python" --version), neither in its configured sources nor at $CPU_INDEX." \
       "Put torch-$version+cpu-*.whl into a directory, set PIP_FIND_LINKS to it, and start again"
+}
+
+# pip takes an installed CPU build for the version that is wanted.
+remove_cpu_torch() {
+  if "$VENV/bin/python" -c '
+import sys
+from importlib.metadata import version
+sys.exit(not version("torch").endswith("+cpu"))' 2>/dev/null; then
+    "$VENV/bin/pip" uninstall -qq -y torch
+  fi
 }
 
 # Without a GPU a CUDA build is gigabytes of no use: make sure that no dependency has installed one.
@@ -89,7 +102,7 @@ make_venv() {
   elif [ -e "$VENV_STATE" ]; then
     echo unfinished >"$VENV_STATE"
   fi
-  if ! has_gpu && [ "$(uname -s)" = Linux ]; then install_cpu_torch; fi
+  if has_gpu; then remove_cpu_torch; elif [ "$(uname -s)" = Linux ]; then install_cpu_torch; fi
   "$VENV/bin/pip" install -qq -c "$ROOT/constraints.txt" -e "$ROOT[dev]" ||
     die "pip could not install calm_dist (see its messages above); fix the cause and start again"
   has_gpu || refuse_cuda
