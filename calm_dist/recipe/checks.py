@@ -51,7 +51,14 @@ def join_problems(problems: Sequence[str], count: int | None = None) -> str:
 
 def describe_validation_errors(error: ValidationError, recipe_type: type[BaseModel]) -> str:
     """A message with one line per pydantic error: dotted field, value, remedy."""
-    found = error.errors(include_url=False)
+    given = error.errors(include_url=False)
+    # An entry of a list that has errors of its own is missing from the list.
+    found = [
+        one
+        for one in given
+        if one["type"] != "too_short"
+        or not any(o["loc"] != one["loc"] == o["loc"][: len(one["loc"])] for o in given)
+    ]
     first = [_describe(dict(details), recipe_type) for details in found[:_MOST_PROBLEMS]]
     return join_problems(first, len(found))
 
@@ -94,19 +101,21 @@ def _dotted(location: Sequence[str | int]) -> str:
 def _suggestion(field: str, kind: str | None, recipe_type: type[BaseModel]) -> str:
     """A remedy for an unknown key: a similar key, or the same key in another section."""
     section, dot, leaf = field.rpartition(".")
+    # All entries of a list have the same keys.
+    place = ".".join(part for part in section.split(".") if not part.isdigit())
     everywhere = _field_names(recipe_type)
     if kind and field in everywhere:
         return f" for model.kind {kind}; remove it"
     siblings = [
         name.rpartition(".")[2]
         for name in _field_names(recipe_type, kind)
-        if name.rpartition(".")[0] == section
+        if name.rpartition(".")[0] == place
     ]
     if near := difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.7):
         return f"; did you mean {section}{dot}{near[0]}?"
     if elsewhere := [name for name in everywhere if name.rpartition(".")[2] == leaf]:
         return f"; did you mean {elsewhere[0]}?"
-    return f"; remove it, or use one of {', '.join(siblings)}"
+    return f"; remove it, or use one of {', '.join(siblings)}" if siblings else "; remove it"
 
 
 def _field_names(
@@ -117,15 +126,22 @@ def _field_names(
     for attribute, info in section.model_fields.items():
         name = info.alias or attribute
         names[prefix + name] = None
-        for option in get_args(info.annotation) or (info.annotation,):
-            if not (isinstance(option, type) and issubclass(option, BaseModel)):
-                continue
+        for option in _sections_in(info.annotation):
             if kind and prefix + name == "model":
                 tags = get_args(option.model_fields["kind"].annotation)
                 if kind not in tags:
                     continue
             names |= _field_names(option, kind, f"{prefix}{name}.")
     return names
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a field's type may hold, itself or in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+        return
+    for part in get_args(annotation):
+        yield from _sections_in(part)
 
 
 def impossible_combinations(recipe: RecipeFields) -> list[str]:

@@ -354,3 +354,8 @@ def test_what_an_autoencoder_would_ignore_is_refused(field: str) -> None:
     path = RECIPES / "autoencoder_tiny.yaml"
     with pytest.raises(RecipeError, match=f"parallel.{field.partition('=')[0]}: .*leave it out"):
         load_recipe(path, [f"parallel.{field}"])
+
+
+def test_a_misspelt_key_of_a_list_is_suggested() -> None:
+    found = refusal("data.path=[{path: a, wieght: 3}]")
+    assert found.endswith("data.path.0.wieght: unknown key; did you mean data.path.0.weight?")
