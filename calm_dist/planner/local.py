@@ -187,7 +187,9 @@ def _in_processes(processes: int) -> list[Measured]:
 def _measure_process(rank: int, processes: int, store: str, results: object) -> None:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
-    if not on_gpu:
+    if on_gpu:
+        torch.cuda.set_device(device)
+    else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
