@@ -235,7 +235,7 @@ train() {
   if [ "$LAUNCHER" = deepspeed ]; then
     [ "$NODES" = 1 ] || die "CALM_LAUNCHER=deepspeed: works on one node, the job has $NODES; use srun"
     run_step "$PYTHON" -m deepspeed.launcher.runner --num_accelerators "$TASKS" \
-      --master_port $((20000 + SLURM_JOB_ID % 12000)) "$ROOT/tools/$TOOL.py" "${arguments[@]}"
+      --master_port "${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}" "$ROOT/tools/$TOOL.py" "${arguments[@]}"
   else
     run_ranks "$PYTHON" "$ROOT/tools/$TOOL.py" "${arguments[@]}"
   fi
