@@ -170,9 +170,9 @@ def _scores(pattern: Callable[[Result], str], key: Callable[[Result], float]) ->
         values = [key(result) for result in group]
         mean, spread = statistics.mean(values), statistics.stdev(values)
         shown = [pattern(result) for result in group]
-        mark = "*" if any("*" in text for text in shown) else ""
-        # Without an error where there is none.
-        errors = [text.partition(" ± ")[2] for text in shown if " ± " in text]
+        mark = "*" if any("*" in score for score in shown) else ""
+        # A score of noise may have no error.
+        errors = [score.partition(" ± ")[2] for score in shown if " ± " in score]
         blocks = f" ± {errors[0]}" if errors else ""
         return Cell(f"{mean:.2f}{mark}{blocks} (seeds {spread:.2f})", mean)
 

@@ -1,4 +1,4 @@
-"""What a training leaves in a process that goes on afterwards."""
+"""What a finished training leaves in its process."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from calm_dist.training.resolve import resolve
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["nothing_frozen", "frozen_before"])
 def test_memory_is_given_back(tiny: Tiny, tmp_path: Path, frozen: bool) -> None:
-    """A training excludes its objects from garbage collections, and no longer when it has ended;
-    what the program itself had excluded stays so."""
+    """While it runs, a training excludes its objects from garbage collection; what the program
+    itself has excluded stays excluded."""
     from calm_dist.inference.load import single_process_topology
     from calm_dist.training.language_model import Trainer
 
