@@ -47,14 +47,19 @@ is_current() {
   [ "$state" = "$(wanted_state)" ] || [ "$state" = "$(wanted_state gpu)" ]
 }
 
+# Modules are compiled when they are first imported: compiling all of them takes longer than installing
+# them, and half of them belong to one cloud's SDK.
+pip_install() {
+  "$VENV/bin/pip" install -qq --no-compile -c "$ROOT/constraints.txt" "$@"
+}
+
 # On Linux the default torch wheels are CUDA builds with gigabytes of nvidia-* wheels; the CPU build has
 # the local version +cpu. Try pip's configured sources first, then PyTorch's index.
 install_cpu_torch() {
   local version
   version=$(sed -n 's/^torch==//p' "$ROOT/constraints.txt")
-  "$VENV/bin/pip" install -qq "torch==$version+cpu" -c "$ROOT/constraints.txt" 2>/dev/null ||
-    "$VENV/bin/pip" install -qq "torch==$version+cpu" -c "$ROOT/constraints.txt" \
-      --index-url "$CPU_INDEX" ||
+  pip_install "torch==$version+cpu" 2>/dev/null ||
+    pip_install "torch==$version+cpu" --index-url "$CPU_INDEX" ||
     die "no GPU was found (nvidia-smi), and pip found no CPU build of torch for" \
       "$("$VENV/bin/python" --version), neither in its configured sources nor at $CPU_INDEX." \
       "Put torch-$version+cpu-*.whl into a directory, set PIP_FIND_LINKS to it, and start again"
@@ -103,7 +108,7 @@ make_venv() {
     echo unfinished >"$VENV_STATE"
   fi
   if has_gpu; then remove_cpu_torch; elif [ "$(uname -s)" = Linux ]; then install_cpu_torch; fi
-  "$VENV/bin/pip" install -qq -c "$ROOT/constraints.txt" -e "$ROOT[dev]" ||
+  pip_install -e "$ROOT[dev]" ||
     die "pip could not install calm_dist (see its messages above); fix the cause and start again"
   has_gpu || refuse_cuda
   wanted_state >"$VENV_STATE"
@@ -122,4 +127,6 @@ ensure_venv() {
     exec 8<&-
   fi
   export PATH="$VENV/bin:$PATH" VIRTUAL_ENV="$VENV"
+  # .venv keeps what imports compile (see pip_install).
+  unset PYTHONDONTWRITEBYTECODE
 }
