@@ -103,7 +103,7 @@ def _measure(
     return {
         "kind": kind,
         "sampling_steps": model.head.steps_per_sample,
-        "evaluations_per_sample": evaluations,
+        "network_runs": evaluations * model.head_spec.runs_per_evaluation,
         "parameters": flops.head_parameters(model),
         "flops_per_sample": flops.head_flops(
             model, 1, share_condition=True, evaluations=evaluations
@@ -156,7 +156,7 @@ def _measure_tokens(
     return {
         "kind": "tokens",
         "sampling_steps": 1,
-        "evaluations_per_sample": model.patch_size,
+        "network_runs": model.head_spec.runs_per_evaluation,
         "parameters": sum(part.parameters for part in own),
         "flops_per_sample": patch_flops,
         "ms_per_sample": 1e3 * median_seconds(sample, repeats, device) / (positions * samples),
@@ -174,7 +174,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     for row in result["heads"]:
         lines.append(
-            f"| {row['kind']} | {row['sampling_steps']} | {row['evaluations_per_sample']} "
+            f"| {row['kind']} | {row['sampling_steps']} | {row['network_runs']} "
             f"| {row['parameters'] / 1e6:.1f}M | {row['flops_per_sample'] / 1e6:,.1f} "
             f"| {row['ms_per_sample']:.3g} | {row['train_flops_per_position'] / 1e6:,.0f} "
             f"| {row['train_ms_per_position']:.3g} |"

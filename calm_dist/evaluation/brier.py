@@ -177,12 +177,14 @@ def estimate_brierlm(
             brier.tolist(), None, score, None, "one block: a standard error needs at least two"
         )
     resampled = _resampled_means(values, seed, resamples)
-    brier_stderr = resampled.std(0, ddof=1).tolist()
+    # Means of resampled blocks vary by (n - 1) / n of what means of n blocks do.
+    correction = (len(values) / (len(values) - 1)) ** 0.5
+    brier_stderr = (correction * resampled.std(0, ddof=1)).tolist()
     clamped = [f"Brier-{n + 1} = {value:.3g}" for n, value in enumerate(brier) if value <= 0]
     if clamped:
         reason = f"{', '.join(clamped)}: BrierLM is clamped at 0 there"
         return BrierEstimate(brier.tolist(), brier_stderr, score, None, reason)
-    stderr = float(_brierlm_rows(resampled).std(ddof=1))
+    stderr = correction * float(_brierlm_rows(resampled).std(ddof=1))
     return BrierEstimate(brier.tolist(), brier_stderr, score, stderr, None)
 
 

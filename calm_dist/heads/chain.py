@@ -36,11 +36,15 @@ class ChainSpec(HeadSpec):
     def module_arguments(self) -> tuple[Any, ...]:
         return (self.slots,)
 
+    @property
+    def runs_per_evaluation(self) -> int:
+        return self.slots
+
     def for_patches(self, patch_size: int) -> HeadSpec:
         return ChainSpec(patch_size)
 
     def problems(self, head: HeadRecipe) -> list[str]:
-        return ENERGY.problems(head)
+        return ENERGY.score_problems(head)
 
     def latent_problems(self, latent_size: int) -> list[str]:
         if latent_size % self.slots == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from calm_dist.heads.counting import affine_parameters, layer_norm_parameters, linear_flops
-from calm_dist.heads.spec import HeadRecipe, HeadSpec, Released
+from calm_dist.heads.spec import HeadRecipe, HeadSpec, Released, unused_width
 
 # Memory accesses of element-wise kernels per sample and element of the hidden state, counted with a
 # TorchDispatchMode (see `costs.work`): in one block; before and after the blocks. The same for
@@ -24,6 +24,11 @@ class EnergySpec(HeadSpec):
     scores_energy = True
 
     def problems(self, head: HeadRecipe) -> list[str]:
+        return self.score_problems(head) + unused_width(head)
+
+    @staticmethod
+    def score_problems(head: HeadRecipe) -> list[str]:
+        """`problems` of every head that is trained with the energy score."""
         problems = []
         if head.num_samples < 2:
             problems.append(

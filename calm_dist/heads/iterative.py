@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from calm_dist.heads.counting import affine_parameters, layer_norm_parameters, linear_flops
-from calm_dist.heads.spec import HeadRecipe, HeadSpec, Released
+from calm_dist.heads.spec import HeadRecipe, HeadSpec, Released, unused_width
 
 DIFFUSION_STEPS = 1000
 """Noise levels that the diffusion head is trained on."""
@@ -32,6 +32,9 @@ class IterativeSpec(HeadSpec):
     """Number of tensors of the latent's size that the loss keeps for a sample."""
     latent_accesses: ClassVar[int]
     """Memory accesses of the loss's kernels per sample and component of the latent."""
+
+    def problems(self, head: HeadRecipe) -> list[str]:
+        return unused_width(head)
 
     def parameters(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
         d = hidden_size
@@ -109,12 +112,18 @@ class DiffusionSpec(IterativeSpec):
     latent_accesses = 340
 
     def problems(self, head: HeadRecipe) -> list[str]:
-        if (head.sampling_steps or 0) <= DIFFUSION_STEPS:
-            return []
-        return [
-            f"model.head.sampling_steps: {head.sampling_steps}, but the diffusion head is trained "
-            f"on {DIFFUSION_STEPS} steps; use at most that"
-        ]
+        problems = super().problems(head)
+        if head.steps_per_sample > DIFFUSION_STEPS:
+            problems.append(
+                f"model.head.sampling_steps: {head.sampling_steps}, but the diffusion head is "
+                f"trained on {DIFFUSION_STEPS} steps; use at most that"
+            )
+        if head.steps_per_sample < 2:
+            problems.append(
+                f"model.head.sampling_steps: {head.sampling_steps}, but the diffusion head samples "
+                "from the last noise level down to the first; use at least 2"
+            )
+        return problems
 
 
 FLOW, DIFFUSION = FlowSpec(), DiffusionSpec()

@@ -135,6 +135,12 @@ class HeadSpec(ABC):
         """Arguments of the module after fields, d and l."""
         return ()
 
+    @property
+    def runs_per_evaluation(self) -> int:
+        """How often the blocks run one after the other in an evaluation, which counts as one pass
+        in FLOPs."""
+        return 1
+
     def for_patches(self, patch_size: int) -> HeadSpec:
         """The description for patches of K tokens; self for a head that does not depend on K."""
         return self
@@ -188,6 +194,16 @@ class HeadSpec(ABC):
     def weight_std(self, init: str, name: str, shape: Sequence[int], std: float) -> float:
         """Standard deviation of an initial weight; ``std`` is what ``model.init`` gives for it."""
         return std
+
+
+def unused_width(head: HeadRecipe) -> list[str]:
+    """The message about ``width`` for a head that is as wide as the hidden states."""
+    if head.width is None:
+        return []
+    return [
+        f"model.head.width: {head.width}, but the {head.kind} head is as wide as the hidden states; "
+        "leave it out"
+    ]
 
 
 def register(spec: HeadSpec) -> None:

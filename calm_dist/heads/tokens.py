@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from calm_dist.heads.counting import affine_parameters, linear_flops
-from calm_dist.heads.spec import HeadRecipe, HeadSpec
+from calm_dist.heads.spec import HeadRecipe, HeadSpec, unused_width
 
 EXPANSION = 2
 """Inner width of a block's SwiGLU, in units of the hidden size."""
@@ -37,16 +37,26 @@ class TokensSpec(HeadSpec):
     def module_arguments(self) -> tuple[Any, ...]:
         return (self.patch_size,)
 
+    @property
+    def runs_per_evaluation(self) -> int:
+        return self.patch_size
+
     def for_patches(self, patch_size: int) -> HeadSpec:
         return TokensSpec(patch_size)
 
     def problems(self, head: HeadRecipe) -> list[str]:
-        if head.sampling_steps is None:
-            return []
-        return [
-            f"model.head.sampling_steps: {head.sampling_steps}, but the tokens head draws from its "
-            "softmax; leave it out"
-        ]
+        problems = unused_width(head)
+        if head.sampling_steps is not None:
+            problems.append(
+                f"model.head.sampling_steps: {head.sampling_steps}, but the tokens head draws from "
+                "its softmax; leave it out"
+            )
+        if self.patch_size == 1 and not head.independent:
+            problems.append(
+                "model.patch_size: 1 leaves the tokens head no earlier token of a patch to predict "
+                "from; use model.head.independent=true, or a Transformer"
+            )
+        return problems
 
     def parameters(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
         d, tokens = hidden_size, self.patch_size

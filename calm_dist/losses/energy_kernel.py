@@ -117,7 +117,8 @@ class _FusedEnergyScore(torch.autograd.Function):
 @triton.jit
 def _power_and_weight(squared, BETA: tl.constexpr):  # type: ignore[no-untyped-def]
     """‖v‖^β and β ‖v‖^(β-2) of squared norms; both zero at zero."""
-    is_positive = squared > 0
+    # NaN counts as positive, so that the loss shows it.
+    is_positive = ~(squared <= 0)
     positive = tl.where(is_positive, squared, 1.0)
     if BETA == 1.0:
         weight = tl.rsqrt(positive)
@@ -340,7 +341,7 @@ def _energy_kernel(  # type: ignore[no-untyped-def]
         sizes = _squared_norms(z)[:, None] + norms[None, :]
         squared = sizes - 2 * _products(z, x, PRECISION)
         is_pair = is_draw & (rows < num_samples)[None, :]
-        squared = tl.where(is_pair & (squared > sizes * _COINCIDING), squared, 0.0)
+        squared = tl.where(is_pair & ~(squared < sizes * _COINCIDING), squared, 0.0)
         power, weight = _power_and_weight(squared, BETA)
         to_draws += tl.sum(power)
         if NEEDS_GRADIENT:

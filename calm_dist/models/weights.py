@@ -30,7 +30,8 @@ def init_std(initialization: Initialization, num_layers: int = 0) -> InitStd:
         return lambda name, shape: initialization.initializer_range
 
     def fan_in(name: str, shape: torch.Size) -> float:
-        depth = 2 * num_layers if any(part in name for part in RESIDUAL_OUTPUTS) else 1
+        is_output = num_layers > 0 and any(part in name for part in RESIDUAL_OUTPUTS)
+        depth = 2 * num_layers if is_output else 1
         return 1.0 / math.sqrt(shape[-1] * depth)
 
     return fan_in

@@ -219,9 +219,10 @@ def _shape_problems(recipe: RecipeFields) -> list[str]:
             f"data.block_size: {block_size} is not a multiple of model.patch_size "
             f"{model.patch_size}; use {_round_up(block_size, model.patch_size)}"
         )
-    elif model.kind == "calm" and block_size == model.patch_size:
+    elif model.kind != "autoencoder" and block_size == model.patch_size:
+        unit = "patch" if model.kind == "calm" else "token"
         problems.append(
-            f"data.block_size: {block_size} is a single patch, which leaves nothing to predict; "
+            f"data.block_size: {block_size} is a single {unit}, which leaves nothing to predict; "
             f"use at least {2 * model.patch_size}"
         )
     if model.kind == "autoencoder":

@@ -469,6 +469,7 @@ class Evaluation(Section):
     samples: Annotated[int, Field(ge=2)] = 8
     """Draws per position; the Brier score needs at least two."""
     alignment: Literal["patch", "all"] = "patch"
-    """Where scored n-grams begin: at the start of each patch, or at every position."""
+    """Where scored n-grams begin: at the start of each patch, or at every position. Either way a
+    CALM draws them from the start of a patch; with K > 4 only a patch's first four tokens count."""
     seed: NonNegative = 0
     """Seed of the draws."""

@@ -69,6 +69,14 @@ def test_coinciding_samples_have_finite_gradients(beta: float) -> None:
     assert gradient.isfinite().all()
 
 
+def test_a_sample_that_is_no_number_shows_in_the_score() -> None:
+    x, mean, log_std = inputs(4, 3, 16)
+    x[2, 1, 5] = float("nan")
+    noise = torch.randn(20, 3, 16, device=DEVICE)
+    score = fused_energy_score(x, mean, log_std, noise=noise, beta=1.0)
+    assert score.isnan().tolist() == [False, True, False]
+
+
 def test_draws_are_normal_and_differ() -> None:
     """Of a single sample pair far away, ‖z - x‖² - ‖x‖² has the mean of the draws' squares. The
     score of 4,000 draws is within 5 standard errors of that of torch's."""

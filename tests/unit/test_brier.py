@@ -100,7 +100,7 @@ def test_standard_errors_against_the_closed_form() -> None:
     blocks = 400
     values = 0.2 + 0.05 * rng.standard_normal((blocks, 4))
     result = brier.estimate_brierlm(values, seed=1, resamples=4000)
-    closed = values.std(0) / blocks**0.5
+    closed = values.std(0, ddof=1) / blocks**0.5
     assert result.brier_stderr is not None
     np.testing.assert_allclose(result.brier_stderr, closed, rtol=0.06)
     # Delta method: BrierLM = 100 · exp(mean of logs), independent columns.
@@ -125,3 +125,14 @@ def test_one_block_has_no_standard_error() -> None:
     assert result.brierlm == pytest.approx(16.0)
     assert result.brierlm_stderr is None and result.brier_stderr is None
     assert result.undefined is not None and "two" in result.undefined
+
+
+@pytest.mark.parametrize("blocks", [2, 4])
+def test_standard_errors_of_few_blocks(blocks: int) -> None:
+    """The closed form s / sqrt(n); the means of resampled blocks alone vary less, by (n - 1) / n."""
+    values = 0.2 + 0.05 * np.random.default_rng(0).random((blocks, 4))
+    result = brier.estimate_brierlm(values, resamples=20_000)
+    assert result.brier_stderr is not None
+    closed = values.std(0, ddof=1) / blocks**0.5
+    # A standard deviation of 20,000 numbers has an error of 0.5%.
+    np.testing.assert_allclose(result.brier_stderr, closed, rtol=0.025)

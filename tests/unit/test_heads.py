@@ -12,6 +12,7 @@ from calm_dist.heads import all_specs
 from calm_dist.models.heads import GenerativeHead, latent_head, make_head
 from calm_dist.models.heads.diffusion import DiffusionHead, cosine_alpha_bar, schedule
 from calm_dist.models.heads.flow import FlowHead
+from calm_dist.models.weights import head_init_std
 from calm_dist.parallel.noise import KeyedNoise
 from calm_dist.recipe import HeadRecipe, load_recipe
 from calm_dist.training.build import build_head
@@ -74,14 +75,29 @@ def test_diffusion_at_the_first_level_equals_the_released_code(io: dict[str, tor
 
 def test_levels_for_sampling_lie_on_the_trained_ones() -> None:
     trained = cosine_alpha_bar()
-    for steps in (1, 2, 7, 100, 1000):
+    for steps in (2, 7, 100, 1000):
         some = schedule(steps)
         assert len(some) == steps and some.times[0] == 0
-        assert steps == 1 or some.times[-1] == 999
+        assert some.times[-1] == 999
         torch.testing.assert_close(
             some.signal.double() ** 2, trained[some.times], atol=1e-7, rtol=0
         )
         assert all(part.isfinite().all() for part in (some.log_beta, some.log_posterior_variance))
+
+
+def test_any_name_may_be_initialised() -> None:
+    """Only the backbone's projections of these names add to a residual stream."""
+    model = load_recipe(RECIPE, ["model.init=fan_in"]).model
+    assert model.kind == "calm"
+    std = head_init_std(model)
+    assert std("head.linear_fc2.weight", torch.Size([4, 16])) == 0.25
+
+
+def test_the_diffusion_head_needs_two_levels() -> None:
+    values = HeadRecipe(kind="diffusion", sampling_steps=1)
+    (problem,) = values.spec.problems(values)
+    assert problem.startswith("model.head.sampling_steps: 1") and "use at least 2" in problem
+    assert values.spec.problems(HeadRecipe(kind="diffusion", sampling_steps=2)) == []
 
 
 @pytest.mark.parametrize("kind", LATENT_HEADS)

@@ -109,6 +109,7 @@ def test_decay_may_fill_what_the_warm_up_leaves() -> None:
         ("model.patch_size=0", "model.patch_size: found 0"),
         ("model.patch_size=3", "use 513"),
         ("data.block_size=4", "use at least 8"),
+        ("model.head.width=64", "model.head.width: 64, but the energy head is as wide as"),
         ("model.num_attention_heads=3", "model.hidden_size: 128"),
         ("model.head.beta=2.5", "beta: found 2.5"),
         ("model.head.beta=2", "beta: found 2"),
@@ -245,6 +246,11 @@ def test_mixture_of_stores() -> None:
 def test_mixtures_that_cannot_be(path: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe(TINY, [f"data.path={path}"])
+
+
+def test_a_block_of_one_token_leaves_nothing_to_predict() -> None:
+    with pytest.raises(RecipeError, match="data.block_size: 1 is a single token.*use at least 2"):
+        load_recipe(SMALL_RECIPES / "transformer_4_layers.yaml", ["data.block_size=1"])
 
 
 def test_layout_numbers() -> None:

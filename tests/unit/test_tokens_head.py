@@ -76,8 +76,10 @@ def test_states_depend_on_the_tokens_before_and_on_no_others(independent: bool) 
         assert moved[place + 1 :].all() != independent or place == 3
 
 
-@pytest.mark.parametrize("patch_size", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("independent", [False, True])
+@pytest.mark.parametrize(
+    ("patch_size", "independent"),
+    [(1, True), *((size, independent) for size in (2, 3, 4, 8) for independent in (False, True))],
+)
 def test_cross_entropy_is_that_of_the_probabilities(patch_size: int, independent: bool) -> None:
     made = model(patch_size, independent=independent)
     tokens = random_block(patch_size)
@@ -243,6 +245,8 @@ def test_what_a_recipe_cannot_ask_for() -> None:
         load_recipe(calm, [tokens, "data.latents=on_the_fly"])
     with pytest.raises(RecipeError, match=r"model.head.sampling_steps: 2, but the tokens head"):
         load_recipe(calm, [tokens, "model.head.sampling_steps=2"])
+    with pytest.raises(RecipeError, match=r"model.patch_size: 1 leaves the tokens head no earlier"):
+        load_recipe(calm, [tokens, "model.patch_size=1"])
     with pytest.raises(RecipeError, match=r"training.energy_kernel: triton"):
         load_recipe(calm, [tokens, "training.energy_kernel=triton"])
 

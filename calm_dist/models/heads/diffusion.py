@@ -68,15 +68,15 @@ def cosine_alpha_bar() -> torch.Tensor:
 
 
 def schedule(num_steps: int = DIFFUSION_STEPS) -> DiffusionSchedule:
-    """``num_steps`` evenly spaced levels of training, including the first and the last."""
-    stride = (DIFFUSION_STEPS - 1) / max(num_steps - 1, 1)
+    """``num_steps`` >= 2 evenly spaced levels of training, including the first and the last."""
+    stride = (DIFFUSION_STEPS - 1) / (num_steps - 1)
     times = torch.tensor([round(number * stride) for number in range(num_steps)])
     alpha_bar = cosine_alpha_bar()[times]
     before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
     beta = 1 - alpha_bar / before
     variance = beta * (1 - before) / (1 - alpha_bar)
     # The first level's variance is zero; use the second's, so that its log exists.
-    variance[0] = variance[1] if num_steps > 1 else beta[0]
+    variance[0] = variance[1]
     coefficients = (
         alpha_bar.sqrt(),
         (1 - alpha_bar).sqrt(),

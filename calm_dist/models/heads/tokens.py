@@ -87,7 +87,9 @@ class TokensHead(Head):
             hidden: [S, d].
             previous: embeddings of the ``place`` tokens before it in the patch [S, place, d].
         """
-        view = self.views(hidden).unflatten(-1, (self.patch_size, -1))[:, place]
+        width = hidden.shape[-1]
+        rows = slice(place * width, (place + 1) * width)
+        view = F.linear(hidden, self.views.weight[rows], self.views.bias[rows])
         if not self.independent and place > 0:
             assert previous is not None
             view = view + self.from_previous[place - 1](self.norm_previous(previous).flatten(1))
