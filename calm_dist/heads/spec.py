@@ -201,8 +201,8 @@ def unused_width(head: HeadRecipe) -> list[str]:
     if head.width is None:
         return []
     return [
-        f"model.head.width: {head.width}, but the {head.kind} head is as wide as the hidden states; "
-        "leave it out"
+        f"model.head.width: {head.width}, but the {head.kind} head is as wide as the hidden "
+        "states; leave it out"
     ]
 
 

@@ -129,7 +129,7 @@ def test_one_block_has_no_standard_error() -> None:
 
 @pytest.mark.parametrize("blocks", [2, 4])
 def test_standard_errors_of_few_blocks(blocks: int) -> None:
-    """The closed form s / sqrt(n); the means of resampled blocks alone vary less, by (n - 1) / n."""
+    """The closed form s / sqrt(n); means of resampled blocks alone vary less, by (n - 1) / n."""
     values = 0.2 + 0.05 * np.random.default_rng(0).random((blocks, 4))
     result = brier.estimate_brierlm(values, resamples=20_000)
     assert result.brier_stderr is not None

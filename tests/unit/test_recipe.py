@@ -249,7 +249,7 @@ def test_mixtures_that_cannot_be(path: str, message: str) -> None:
 
 
 def test_a_block_of_one_token_leaves_nothing_to_predict() -> None:
-    with pytest.raises(RecipeError, match="data.block_size: 1 is a single token.*use at least 2"):
+    with pytest.raises(RecipeError, match=r"data.block_size: 1 is a single token.*use at least 2"):
         load_recipe(SMALL_RECIPES / "transformer_4_layers.yaml", ["data.block_size=1"])
 
 
