@@ -39,9 +39,12 @@ def mutations(rng: random.Random, data: bytes) -> Iterator[bytes]:
 
 
 def json_mutations(rng: random.Random, value: Any) -> Iterator[bytes]:
-    """Endlessly many texts of JSON: ``value`` with a part of it replaced, taken out or added."""
-    yield from (text.encode() for text in _VALUES)
+    """Endlessly many texts of JSON: ``value`` with a part of it replaced, taken out or added, and
+    some that replace it as a whole."""
     while True:
+        if rng.randrange(6) == 0:
+            yield rng.choice(_VALUES).encode()
+            continue
         changed = copy.deepcopy(value)
         places = list(_places(changed))
         container, key = rng.choice(places)

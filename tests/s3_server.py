@@ -13,9 +13,9 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """A server with the empty bucket ``bucket``; the environment of its clients, which this process
     has, too."""
     import boto3
+    from moto.server import ThreadedMotoServer
 
-    moto_server = pytest.importorskip("moto.server", reason="needs moto[server] (extra: dev)")
-    server = moto_server.ThreadedMotoServer(port=0, verbose=False)
+    server = ThreadedMotoServer(port=0, verbose=False)
     server.start()
     url = "http://{}:{}".format(*server.get_host_and_port())
     environment = {

@@ -26,7 +26,11 @@ step() {
 }
 step ruff check .
 step ruff format --check .
-step mypy
+# Beside the tests, many of which wait.
+checked=$(mktemp)
+trap 'rm -f "$checked"' EXIT
+mypy >"$checked" 2>&1 &
+mypy=$!
 # Triton compiles the energy kernel, and interprets it, without a GPU. Beside .venv and not in it:
 # other libraries look for it, and would behave as on a GPU.
 TRITON=$VENV/triton
@@ -53,7 +57,8 @@ case "$*" in
   PYTHONPATH=$TRITON step "${tests[@]}" "$@" -n "$(workers)" tests/gpu
   ;;
 esac
-# For information only: no test depends on a time.
-step python tools/benchmark.py energy
+echo "== mypy"
+wait "$mypy" || status=1
+cat "$checked"
 [ "$status" = 0 ] || echo "error: not everything passed, see the steps above (== ...)" >&2
 exit "$status"

@@ -35,7 +35,7 @@ def load_calm(
         CheckpointError: a file is missing, damaged, or from a model that the backbone does not
             support.
     """
-    # Imported here because loading is in a higher layer.
+    # Imported here because it takes seconds.
     from calm_dist.inference.loading import load_released
 
     return load_released(directory, autoencoder, device)

@@ -100,7 +100,7 @@ def fit(label: str, points: Sequence[Score]) -> Growth:
     logs = np.log([point.flops for point in points])
     values = np.array([point.brierlm for point in points])
     errors = np.array([max(point.error, 1e-9 * point.brierlm) for point in points])
-    # A draw may not be negative: far below the errors of any point that is worth fitting.
+    # A negative draw has no logarithm; the bound is far below any point that is worth fitting.
     noise = np.random.default_rng(0).normal(size=(DRAWS, len(points)))
     drawn = np.maximum(values + errors * noise, values / 100)
     rows = np.log(np.vstack([values, drawn])).T

@@ -7,6 +7,7 @@ its newest checkpoint. The same command therefore completes whatever is left.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -29,6 +30,8 @@ from calm_dist.study import data
 from calm_dist.study.plan import Plan, PlannedRun, Texts
 from calm_dist.study.result import result_of
 from calm_dist.training.resolve import resolve
+
+_log = logging.getLogger(__name__)
 
 THREADS = 1
 """Threads of each training: several trainings use several cores better than one does."""
@@ -81,10 +84,10 @@ class Runner:
                         result = future.result()
                     except UserError as error:
                         failed[run.name] = f"{run.name}: {error}"
-                        print(failed[run.name], file=sys.stderr, flush=True)
+                        _log.warning(failed[run.name])
                         continue
                     done += 1
-                    print(f"{done}/{len(runs)}  {_line(result)}", flush=True)
+                    _log.info(f"{done}/{len(runs)}  {_line(result)}")
         return list(failed.values())
 
     def _left(self, runs: list[PlannedRun]) -> list[PlannedRun]:

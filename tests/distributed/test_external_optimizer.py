@@ -6,6 +6,7 @@ train as AdamW itself does.
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -22,6 +23,8 @@ TWIN = OptimizerSpec(
     "twin", "calm_dist.optimizers.adamw:adamw", ("exp_avg", "exp_avg_sq"), accesses=(11, 15)
 )
 """
+# The stage's row of the dry run: weights, gradients, optimizer.
+OPTIMIZER_COLUMN = re.compile(r"^0 .*?% +[\d.]+ GB +[\d.]+ GB +([\d.]+) GB", re.MULTILINE)
 Tool = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -98,12 +101,22 @@ def test_an_autoencoder_with_an_installed_optimizer(
     assert run("broken", 4) == unbroken
 
 
-def test_dry_run_and_plan_count_its_state(tool: Tool) -> None:
+def test_dry_run_and_plan_count_its_state(tool: Tool, tmp_path: Path) -> None:
+    """One number for each parameter, in fp32, where AdamW has two."""
     calm_m = ROOT / "recipes" / "calm_m.yaml"
     dry = [sys.executable, ROOT / "tools" / "train.py", calm_m, "--dry-run"]
-    with_adamw, with_nesterov = (
-        tool(*dry, f"training.optimizer={name}").stdout for name in ("adamw", "nesterov")
-    )
-    assert with_adamw != with_nesterov
+    plan = [sys.executable, ROOT / "tools" / "plan.py", calm_m, "--nodes", "1"]
+    in_memory, in_checkpoint = {}, {}
+    for name in ("adamw", "nesterov"):
+        shown = tool(*dry, f"training.optimizer={name}").stdout
+        (in_memory[name],) = map(float, OPTIMIZER_COLUMN.findall(shown))
+        file = tmp_path / f"{name}.json"
+        tool(*plan, "--json", file, f"training.optimizer={name}")
+        planned = json.loads(file.read_text())
+        in_checkpoint[name] = planned["recipe"]["run"]["checkpoint"]["bytes"]
+    saved = in_checkpoint["adamw"] - in_checkpoint["nesterov"]
+    assert saved == pytest.approx(4 * planned["parameters"], rel=1e-3)
+    # In memory there is the fp32 weight, too: 8 bytes instead of 12.
+    assert in_memory["nesterov"] == pytest.approx(in_memory["adamw"] * 8 / 12, abs=0.1)
     unknown = tool(*dry, "training.optimizer=lion", code=2).stderr
     assert "training.optimizer: found 'lion'; use one of adamw, nesterov, twin" in unknown

@@ -32,3 +32,22 @@ def test_named_paths_exist(page: Path) -> None:
             gone.append(path)
     gone += [link for link in LINKED.findall(text) if not (page.parent / link).exists()]
     assert not gone
+
+
+def test_the_tree_of_the_code_names_files_that_exist() -> None:
+    """Each file in the directory under which docs/code.md's tree lists it; every room is there."""
+    page = (ROOT / "docs" / "code.md").read_text(encoding="utf-8")
+    tree = page.split("```")[1].split("recipes/ ")[0]
+    rooms: set[str] = set()
+    room, gone = "", []
+    for line in tree.splitlines():
+        if entry := re.match(r"[├└]── (\w+)(/| )", line):
+            room = entry[1] if entry[2] == "/" else ""
+            rooms.add(room)
+        directory = ROOT / "calm_dist" / room
+        for name in re.findall(r"[\w/*]+\.py\b", line):
+            if not any(directory.rglob(name)) and not (ROOT / "calm_dist" / name).is_file():
+                gone.append(f"{room}: {name}")
+    assert not gone
+    packages = {path.parent.name for path in (ROOT / "calm_dist").glob("*/__init__.py")}
+    assert packages <= rooms

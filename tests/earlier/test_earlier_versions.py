@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 HERE = Path(__file__).parent
 VERSIONS = sorted(path.name for path in HERE.iterdir() if (path / "expected.json").is_file())
+assert VERSIONS
 
 
 def tool(name: str, *arguments: str, cwd: Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -228,6 +229,8 @@ def full_disk(step: int, last: int, bytes: int) -> None:
     import signal
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    # A module's compiled form that is cut off at the limit would break every later import.
+    sys.dont_write_bytecode = True
 
     def action(trainer: Any, batch: Any) -> None:
         limit = bytes if trainer.progress.step + 1 < last else resource.RLIM_INFINITY
@@ -272,6 +275,7 @@ def _file_size_limited(limited: bool) -> Iterator[None]:
     import resource
 
     unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    sys.dont_write_bytecode = True
     if limited:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
     try:

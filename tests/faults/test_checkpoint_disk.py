@@ -10,6 +10,7 @@ import re
 import resource
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -172,6 +173,7 @@ def test_half_a_report_of_what_was_written_is_none() -> None:
 
     def report() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        sys.dont_write_bytecode = True
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
         results.put(list(range(10_000)))
 

@@ -26,7 +26,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, object]]] = {
     "autoencoder": ("autoencoder", {}),
 }
 # The first module of a rank is of its backbone, the last one of a last stage is the head.
-BODY, HEAD = 0, -1
+BACKBONE, HEAD = 0, -1
 
 
 def gradient(rank: int, part: int, value: str, last: int = BAD) -> dict[str, Any]:
@@ -48,17 +48,17 @@ ON_PURPOSE = {"kind": "skip", "rank": -1, "step": BAD}
 # With replicas every rank has backbone and head; of two stages only the last one has the head.
 FAULTS = {
     "dp2": {
-        "backbone_gradient": gradient(1, BODY, "nan"),
+        "backbone_gradient": gradient(1, BACKBONE, "nan"),
         "head_gradient": gradient(0, HEAD, "inf"),
         "batch": batch("inf"),
     },
     "pp2": {
-        "backbone_gradient": gradient(0, BODY, "-inf"),
+        "backbone_gradient": gradient(0, BACKBONE, "-inf"),
         "head_gradient": gradient(1, HEAD, "nan"),
         "batch": batch("nan"),
     },
     "autoencoder": {
-        "gradient": gradient(0, BODY, "nan"),
+        "gradient": gradient(0, BACKBONE, "nan"),
         "loss": {"kind": "bad_loss", "rank": 1, "step": BAD, "last": BAD},
     },
 }
@@ -135,7 +135,7 @@ def runs(
     for layout, faults in FAULTS.items():
         for name, fault in {"on_purpose": ON_PURPOSE, **faults}.items():
             add(f"{layout}_{name}", fault, layout)
-    hopeless = gradient(1, BODY, "nan", last=100)
+    hopeless = gradient(1, BACKBONE, "nan", last=100)
     add("hopeless", hopeless, training__steps=100, health__max_skipped_steps=2)
     jobs += [of_shards(tiny, root / f"unbroken_{kind}", kind, shards) for kind in KINDS]
     full = {"kind": "full_disk", "rank": -1, "step": 3, "last": 6, "bytes": 600}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launches import ROOT
+from launches import ROOT, call
 
 from calm_dist.costs.clusters import PRESETS
 from calm_dist.costs.memory import Memory
@@ -24,10 +24,8 @@ GPU = PRESETS["h100-sxm"]
 
 
 def rehearse(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "rehearse.py"), *arguments],
-        env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True,
-    )  # fmt: skip
+    """A rehearsal that is refused."""
+    return call([sys.executable, str(ROOT / "tools" / "rehearse.py"), *arguments], code=2)
 
 
 @pytest.mark.parametrize(
@@ -45,10 +43,7 @@ def rehearse(*arguments: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_wrong_arguments_are_refused(arguments: list[str], message: str) -> None:
-    done = rehearse(CALM_XL, *arguments)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    assert message in rehearse(CALM_XL, *arguments).stderr
 
 
 def test_a_cpu_build_says_what_to_install() -> None:
@@ -57,7 +52,6 @@ def test_a_cpu_build_says_what_to_install() -> None:
     if torch.version.cuda:
         pytest.skip("torch is a CUDA build")
     done = rehearse(CALM_XL)
-    assert done.returncode == 2
     assert f"torch {torch.__version__} is a CPU build" in done.stderr
     assert "pip install torch" in done.stderr
 

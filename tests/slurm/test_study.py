@@ -65,7 +65,7 @@ class Study:
 
 @pytest.fixture(autouse=True)
 def warm(jobs: Jobs) -> None:
-    """Its jobs are many, and short."""
+    """Many short jobs: import the stack once."""
     jobs.environment["CALM_PYTHON"] = warm_python()
 
 

@@ -273,7 +273,7 @@ def test_tensor_files_hold_what_their_description_says(
 
 
 def test_damaged_later_checkpoints_do_not_cost_a_new_one(tmp_path: Path) -> None:
-    """A run that went on from an earlier step reaches them again only later."""
+    """A run that continued from an earlier step reaches their steps again only later."""
     write(tmp_path, 5)
     for step in (20, 30):
         (write(tmp_path, step) / "state.json").write_text("damaged")

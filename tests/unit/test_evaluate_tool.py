@@ -204,6 +204,8 @@ def test_a_disk_that_fills_up_while_scoring_costs_the_record_alone(
     before = b'{"step": 1, "loss": 1.0, "bytes": "\xff"}\n' * 300
     metrics.write_bytes(before)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # A module's compiled form that is cut off at the limit would break every later import.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, limits[1]))
         assert evaluate(monkeypatch, *scored) == 2

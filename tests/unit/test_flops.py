@@ -308,9 +308,8 @@ def test_comparison_reproduces_the_natural_accounting(name: str) -> None:
 
 def test_comparison_has_the_recipes_shapes() -> None:
     rows = {row["name"]: row for row in compare_with_paper()["models"]}
-    for path in RECIPES.glob("*_[sml]*.yaml"):
-        kind, size = path.stem.split("_")
-        name = f"{'CALM' if kind == 'calm' else 'Transformer'}-{size.upper()}"
+    for name in NATURAL:
+        path = RECIPES / f"{name.lower().replace('-', '_')}.yaml"
         counts = flops.count(load_recipe(path), rows[name]["tokens"])
         assert counts.train_flops == rows[name]["train_flops"]
         assert counts.parameters == rows[name]["parameters"]

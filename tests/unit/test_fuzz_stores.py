@@ -133,7 +133,7 @@ def test_meta(made: Path, seconds: float) -> None:
 
 
 def test_index(made: Path, seconds: float) -> None:
-    """Damaged behind the fingerprint's back, as by whoever wrote both files."""
+    """The fingerprint is made to fit the damaged index."""
     file, meta = made / "index.json", made / "meta.json"
     whole = meta.read_bytes()
 

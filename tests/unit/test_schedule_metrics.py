@@ -284,6 +284,7 @@ def step(number):
 
 step(1)
 # No file of this process may grow beyond this: a full disk, half a record from here.
+sys.dont_write_bytecode = True
 resource.setrlimit(resource.RLIMIT_FSIZE, (250, resource.RLIM_INFINITY))
 step(2)
 step(3)
