@@ -309,6 +309,25 @@ class GuardedDataset(EvictingDataset):
         self._num_expected = int((ids != -1).sum())
         return ids
 
+    def resample_streams(
+        self, epoch: int, stream_id: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The blocks of a stretch before they are shuffled: how many come from each shard in turn,
+        and their numbers over all stores. Streaming's own draw knows nothing of earlier ones."""
+        if not self.mixture.passes:
+            return super().resample_streams(epoch, stream_id)
+        units, ids = [], []
+        found = self.mixture.blocks_of(self.mixture.numbered(epoch))
+        for first, num_shards, passes in zip(
+            self.shard_offset_per_stream, self.shards_per_stream, found, strict=True
+        ):
+            begins = self.sample_offset_per_shard[first : first + num_shards]
+            for blocks in passes:
+                ids.append(begins[0] + blocks)
+                per_shard = np.diff(np.searchsorted(ids[-1], begins), append=len(blocks))
+                units.append(per_shard[per_shard > 0])
+        return np.concatenate(units), np.concatenate(ids)
+
     def on_exception(self, future: Future) -> None:
         """Keep the failure of a background thread for `__iter__`; the parent only logs it."""
         error = future.exception()

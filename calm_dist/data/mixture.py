@@ -5,6 +5,11 @@ of one up to a step at which weights change or a store has been read as often as
 store gives a fixed number of the blocks of a stretch, in proportion to the weights, so what has
 been read is known exactly where a stretch ends. Stretches are a function of the stores' sizes,
 weights, limits, the global batch size and the seed alone.
+
+With weights or limits, a store's share of a stretch is seldom the whole store, so that draws of
+their own for each stretch would repeat some of its blocks and leave out others. There, each store
+is read in passes: permutations of its blocks, one after the other, of which a stretch takes what
+follows on from the stretch before. Without either, a stretch is an epoch and draws its own blocks.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from calm_dist.errors import DataError
+from calm_dist.randomness import key_seed
 
 Weight = float | Sequence[tuple[int, float]]
 """A constant weight, or the weight from each of several steps on; zero before the first."""
@@ -63,6 +69,8 @@ class Mixture:
         global_batch_size: blocks per step.
         seed: of the order.
         start: where the first stretch begins.
+        passes: whether stores are read in passes; otherwise Streaming draws the blocks of each
+            stretch, as it did for all mixtures in earlier versions.
     """
 
     sizes: tuple[int, ...]
@@ -71,6 +79,7 @@ class Mixture:
     global_batch_size: int
     seed: int
     start: Start = Start()
+    passes: bool = False
     _stretches: list[Stretch] = field(default_factory=list, init=False, repr=False)
     _ended: bool = field(default=False, init=False, repr=False)
 
@@ -129,6 +138,27 @@ class Mixture:
         while len(self._stretches) <= number - self.start.number:
             self.at(self._stretches[-1].end if self._stretches else self.start.step)
         return self._stretches[number - self.start.number]
+
+    def blocks_of(self, stretch: Stretch) -> list[list[np.ndarray]]:
+        """The blocks of a stretch, if stores are read in passes: for each store, the numbers in it
+        of those that each pass gives, int64, ascending."""
+        read = self._initially_read.copy()
+        for earlier in self._stretches[: stretch.number - self.start.number]:
+            read += np.array(earlier.counts)
+        return [
+            [self._of_pass(store, *part) for part in _by_pass(int(first), count, size)]
+            for store, (first, count, size) in enumerate(
+                zip(read, stretch.counts, self.sizes, strict=True)
+            )
+        ]
+
+    def _of_pass(self, store: int, number: int, begin: int, end: int) -> np.ndarray:
+        """The blocks at positions ``begin`` to ``end`` of a pass, ascending."""
+        size = self.sizes[store]
+        if end - begin == size:
+            return np.arange(size)
+        rng = np.random.default_rng(key_seed(self.seed, "pass", store, number))
+        return np.sort(rng.permutation(size)[begin:end])
 
     def read_at(self, step: int) -> list[float]:
         """Blocks of each store read before a step; within a stretch, in proportion."""
@@ -215,6 +245,8 @@ class Mixture:
             "seed": self.seed,
         }
         # Absent in the states of earlier versions.
+        if self.passes:
+            values["order"] = "passes"
         if any(most is not None for most in self.most_epochs):
             values["max_epochs"] = list(self.most_epochs)
         if self.start != Start():
@@ -234,7 +266,19 @@ class Mixture:
             Start()
             if start is None
             else Start(start["step"], start["number"], tuple(start["read"])),
+            state.get("order") == "passes",
         )
+
+
+def _by_pass(first: int, count: int, size: int) -> list[tuple[int, int, int]]:
+    """Where ``count`` blocks that follow the first ``first`` ones lie: number of each pass, and the
+    positions in it from which and up to which they are."""
+    end = first + count
+    return [
+        (number, max(first - number * size, 0), min(end - number * size, size))
+        for number in range(first // size, -(-end // size))
+        if count
+    ]
 
 
 def _steps(weight: Weight) -> list[int]:

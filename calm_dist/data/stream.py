@@ -4,9 +4,10 @@ MosaicML Streaming orders, distributes and downloads the samples, behind the gua
 
 Order. With G blocks in a global batch, an epoch is N // G global batches drawn from N blocks
 without repetition; each epoch leaves out a different set of N % G blocks. Weights and limits divide
-epochs into stretches (`mixture.py`). The blocks of step s are a function of the stores, their
-weights, G and the seed; they do not depend on the number of ranks, nodes or workers, or on where
-the run was resumed. A run that is resumed with more stores begins a new order at that step.
+epochs into stretches, over which each store is read pass after pass (`mixture.py`). The blocks of
+step s are a function of the stores, their weights, G and the seed; they do not depend on the number
+of ranks, nodes or workers, or on where the run was resumed. A run that is resumed with more stores
+begins a new order at that step.
 """
 
 from __future__ import annotations
@@ -235,7 +236,8 @@ class TrainingStream:
         if ours["stores"][:known] != state["stores"]:
             raise _other_data("stores", state["stores"], ours["stores"])
         before = Mixture.of_state(state, mixture.sizes[:known])
-        now = replace(mixture, start=before.start)
+        # An order that an earlier version began, or a run without limits, goes on as it was begun.
+        now = replace(mixture, start=before.start, passes=before.passes)
         if known == len(self.metas):
             if now.until(step) == before.until(step):
                 self._dataset.mixture = now
@@ -361,6 +363,7 @@ def open_training_stream(
         tuple(most_epochs or [None] * len(sources)),
         global_batch_size,
         seed,
+        passes=weights is not None or any(most is not None for most in most_epochs or ()),
     )
 
     # It warns at each epoch that its state must account for replication; ours does.

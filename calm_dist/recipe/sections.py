@@ -217,8 +217,8 @@ class DataSource(Section):
     """Share of the blocks drawn from this store, relative to the other weights; or a list of
     ``{step, weight}``, for weights that change; before the first of these steps it is 0."""
     max_epochs: PositiveFloat | None = None
-    """How often the store may be read; then the other stores take its share. Training does not
-    start if they cannot."""
+    """How often the store may be read; none of its blocks comes more often than this, rounded up.
+    Then the other stores take its share; training does not start if they cannot."""
 
     def weight_at(self, step: int) -> float:
         """The weight in a step."""

@@ -17,6 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from warm import warm_python
 
@@ -255,6 +256,8 @@ def test_weights_that_change_and_a_limit_give_every_layout_the_same_sets(
     # Two thirds, then a quarter, until less than two blocks, its part of a step, could follow.
     assert sum(second[:5]) in (26, 27)
     assert 0 <= 2 * len(open_store(stores / "two")) - sum(second) < 2 and second[-1] == 0
+    times = np.bincount(joined(steps))[size:]
+    assert times.max() == 2 and sum(times < 2) <= 1
 
 
 @pytest.mark.parametrize("ranks", [4, 2])

@@ -79,6 +79,47 @@ def test_no_store_is_read_more_often_than_it_may_be(
     assert few + many == 500 * G
 
 
+@pytest.mark.parametrize(
+    ("sizes", "changes"),
+    [
+        ((323, 107), {"weights": (1.0, 1.0), "most_epochs": (1.0, None)}),
+        ((323, 107), {"weights": ([(0, 1.0), (29, 3.0)], [(0, 1.0), (29, 0.5), (140, 0.0)])}),
+        ((90, 7, 40), {"weights": (1.0, 5.0, 0.1), "most_epochs": (None, None, 0.5)}),
+        ((41,), {"most_epochs": (30.0,)}),
+    ],
+)
+def test_a_store_is_read_whole_before_any_of_it_is_read_again(
+    sizes: tuple[int, ...], changes: dict[str, Any]
+) -> None:
+    found = mixture(*sizes, passes=True, **changes)
+    times = [np.zeros(size, np.int64) for size in sizes]
+    drawn = stretches(found, 150)
+    assert len(drawn) > 2
+    for stretch in drawn:
+        for store, passes in enumerate(found.blocks_of(stretch)):
+            assert sum(map(len, passes)) == stretch.counts[store]
+            for blocks in passes:
+                assert (np.diff(blocks) > 0).all()
+                times[store][blocks] += 1
+            assert np.ptp(times[store]) <= 1
+    for most, read in zip(found.most_epochs, times, strict=True):
+        assert most is None or read.max() <= np.ceil(most)
+
+
+def test_passes_go_on_where_an_order_begins_later() -> None:
+    before = mixture(41, most_epochs=(9.0,), passes=True)
+    end = before.at(0).end
+    changes: dict[str, Any] = {"weights": (1.0, 2.0), "most_epochs": (None, None)}
+    after = before.restarted(end, mixture(41, 64, passes=True, **changes))
+    (first,), (next_, *_) = before.blocks_of(before.at(0))[0], after.blocks_of(after.at(end))[0]
+    assert sorted([*first, *next_]) == list(range(41))
+    # Another pass, store or seed has another order.
+    assert not np.array_equal(first[:20], np.arange(20))
+    orders = [mixture(41, 41, 41, passes=True, seed=seed)._of_pass(store, number, 0, 20).tolist()
+              for seed in (3, 4) for store in (0, 1) for number in (0, 1)]  # fmt: skip
+    assert len({tuple(order) for order in orders}) == 8
+
+
 def test_data_end_where_all_limits_are_reached() -> None:
     found = mixture(40, 80, weights=(1.0, 1.0), most_epochs=(1.0, 2.0))
     last = stretches(found, 20)[-1]
@@ -104,9 +145,11 @@ def test_states_are_plain_and_give_the_same_stretches() -> None:
         "weights": (1.0, [(5, 2.0), (9, 0.5)]),
         "most_epochs": (None, 2.0),
     }
+    assert "order" not in mixture(30, 60).identity()
     for one in (mixture(30, 60), mixture(30, 60, **changes),
+                mixture(30, 60, passes=True, **changes),
                 mixture(30).restarted(4, mixture(30, 60, **changes))):  # fmt: skip
         state = json.loads(json.dumps(one.identity()))
         again = Mixture.of_state(state, one.sizes)
         assert stretches(again, 90) == stretches(one, 90)
-        assert again.identity() == one.identity()
+        assert again.identity() == one.identity() and again.passes == one.passes

@@ -241,6 +241,59 @@ def test_weights_that_change_and_limits(stores: Path, tmp_path: Path, num_worker
                 )
 
 
+MIXTURES: dict[str, dict[str, Any]] = {
+    "weights": {"weights": [1.0, 1.7]},
+    "weights that change": {"weights": [[(0, 3.0), (7, 1.0)], [(0, 1.0), (17, 0.0), (25, 2.0)]]},
+    "limit": {"weights": [4.0, 1.0], "most_epochs": [2.0, None]},
+    "limit without weights": {"most_epochs": [1.5, None]},
+}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_blocks_of_a_mixture_repeat_only_after_all_of_their_store(
+    stores: Path, tmp_path: Path, name: str, num_workers: int
+) -> None:
+    paths = [stores / "tokens", write(tmp_path, "more")]
+    sizes = [len(open_store(path)) for path in paths]
+    options = {**MIXTURES[name], "batch_size": 4, "seed": 5, "num_workers": num_workers}
+    stream = open_training_stream(paths, **options)
+    received = indices(stream, 60)
+    whole = [stretch for stretch in stream.mixture.until(59) if stretch.end <= 60]
+    assert len(whole) > 1
+    for stretch in whole:
+        times = np.bincount(np.ravel(received[: stretch.end]), minlength=sum(sizes))
+        for store in np.split(times, [sizes[0]]):
+            assert np.ptp(store) <= 1
+    most = options.get("most_epochs", [None])[0]
+    assert most is None or times[: sizes[0]].max() == np.ceil(most)
+    for step in (1, whole[0].end, whole[0].end + 2):
+        state = json.loads(json.dumps(stream.state_dict(step)))
+        again = open_training_stream(paths, **options)
+        assert again.load_state_dict(state) is None
+        assert indices(again, 25) == received[step : step + 25]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixture_of_an_earlier_version_keeps_its_order(
+    stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """In them Streaming drew the blocks of each stretch."""
+    paths = [stores / "tokens", write(tmp_path, "more")]
+    options = {**MIXTURES[name], "batch_size": 4, "seed": 5}
+    stream = open_training_stream(paths, **options)
+    state = json.loads(json.dumps(stream.state_dict(9)))
+    assert state.pop("order") == "passes"
+    later = open_training_stream(paths, **options)
+    assert later.load_state_dict(state) is None
+    assert "order" not in later.state_dict(12)
+    found = indices(later, 30)
+    assert found != indices(stream, 39)[9:]
+    with monkeypatch.context() as patch:
+        patch.delattr(guard.GuardedDataset, "resample_streams")
+        assert found == indices(open_training_stream(paths, **options), 39)[9:]
+
+
 def test_a_run_that_has_read_all_it_may_read_can_be_started_again(stores: Path) -> None:
     def opened(most: float) -> TrainingStream:
         return open_training_stream([stores / "tokens"], batch_size=4, most_epochs=[most])
