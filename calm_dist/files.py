@@ -86,9 +86,13 @@ def follow_umask(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file atomically: a reader finds the old text or all of the new one."""
+    """Write a text file atomically: a reader finds the old text or all of the new one, also after
+    a crash of the machine."""
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Self, TextIO, TypeVar
 
 from tqdm import tqdm
 
-from calm_dist.log import NOTE
+from calm_dist.log import NOTE, forgiving
 
 _log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Meter:
         if not path:
             return None
         try:
-            self._own_terminal = open(path, "w", encoding="utf-8")  # noqa: SIM115
+            self._own_terminal = forgiving(path)
         except OSError:
             return None
         return self._own_terminal

@@ -35,7 +35,7 @@ from calm_dist.files import (
     check_file_is_writable,
     finite,
 )
-from calm_dist.log import show_on_console
+from calm_dist.log import outlives_console, show_on_console
 from calm_dist.redact import redact
 
 
@@ -59,6 +59,9 @@ def run(main: Callable[[], int | None]) -> None:
         _report(error)
         code = EXIT_UNREACHABLE if isinstance(error, UnreachableError) else EXIT_BAD_INPUT
     except BrokenPipeError:
+        if outlives_console():
+            # Of another pipe: a training's output raises no errors.
+            raise
         # The reader of our output (head, less) has exited: not an error of ours.
         sys.stderr.close()
         code = 0

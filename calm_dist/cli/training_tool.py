@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from calm_dist.cli.console import add_json, write_json
 from calm_dist.errors import RecipeError, UserError
+from calm_dist.log import outlive_console
 from calm_dist.parallel.processes import die_with_launcher
 from calm_dist.recipe import Recipe, load_recipe
 
@@ -41,6 +42,7 @@ def run_training_tool(description: str | None, train: Callable[[Recipe], None]) 
             "--json: needs --dry-run; a training writes its metrics to metrics.jsonl in run.dir"
         )
     if not arguments.dry_run:
+        outlive_console()
         die_with_launcher()
         train(_recipe_for_launch(arguments.recipe, arguments.overrides))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import math
@@ -9,7 +10,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
@@ -59,6 +60,7 @@ class MetricsLog:
             _drop_records_after(self._path, resume_step)
         self._file: IO[bytes] = self._path.open("ab", buffering=0)
         self._unwritten: list[bytes] = []
+        self._torn = False
         self._skipped = 0
         self._ends: deque[float] = deque(maxlen=_STEPS_TIMED + 1)
         self._trackers = _open_trackers(recipe, run_dir, resume_step)
@@ -106,30 +108,48 @@ class MetricsLog:
     def _track(self, step: int, values: dict[str, float]) -> None:
         """Pass the finite values to the trackers."""
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        for tracker in self._trackers:
-            tracker.log(step, finite)
+        self._for_each_tracker(lambda tracker: tracker.log(step, finite))
+
+    def _for_each_tracker(self, work: Callable[[Tracker], object]) -> None:
+        """A tracker that fails is used no more: it must not end a training."""
+        for tracker in list(self._trackers):
+            try:
+                work(tracker)
+            except Exception as error:  # the libraries raise what they like
+                self._trackers.remove(tracker)
+                reason = str(error) or type(error).__name__
+                _log.warning(
+                    f"{type(tracker).__name__} failed ({reason}); training continues without it, "
+                    f"{self._path} has every record"
+                )
 
     def close(self) -> None:
         self._meter.close()
         if self._unwritten:
             _log.warning(f"{self._path}: {len(self._unwritten)} records could not be written")
-        self._file.close()
-        for tracker in self._trackers:
-            tracker.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._for_each_tracker(lambda tracker: tracker.close())
 
     def _write(self, record: Record) -> None:
-        """Append a record. A full disk must not end a training: records that cannot be written are
-        kept and written together with a later one."""
+        """Append a record. A full disk or a lost file system must not end a training: records that
+        cannot be written are kept and written together with a later one."""
         self._unwritten.append(json_line(record).encode())
         waited = len(self._unwritten) > 1
-        end = os.fstat(self._file.fileno()).st_size
+        # Half a record that could not be removed again becomes a line of its own.
+        data = b"\n" * self._torn + b"".join(self._unwritten)
+        end = None
         try:
+            end = os.fstat(self._file.fileno()).st_size
             # A single write, so that neither a reader nor a crash sees half a record.
-            written = self._file.write(b"".join(self._unwritten))
-            if written != sum(map(len, self._unwritten)):
+            if self._file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            self._file.truncate(end)
+            try:
+                if end is not None:
+                    self._file.truncate(end)
+            except OSError:
+                self._torn = True
             if not waited:
                 _log.warning(
                     f"{self._path}: {error.strerror}; training continues, records are kept in "
@@ -137,6 +157,7 @@ class MetricsLog:
                 )
             return
         self._unwritten.clear()
+        self._torn = False
 
     def _console_line(self, record: Record) -> str:
         """A training record in fewer than 80 columns."""
@@ -181,7 +202,10 @@ def compact(number: float) -> str:
 
 def _drop_records_after(path: Path, step: int) -> None:
     kept = [record for record in read_records(path.parent) if record["step"] <= step]
-    replace_text(path, "".join(json_line(record) for record in kept))
+    text = "".join(json_line(record) for record in kept)
+    # The history of a long run is not written again where it stays the same.
+    if text.encode() != path.read_bytes():
+        replace_text(path, text)
 
 
 def _open_trackers(recipe: Recipe, run_dir: Path, resume_step: int) -> list[Tracker]:

@@ -298,9 +298,11 @@ class AutoencoderTrainer(TrainingRun):
         )
 
     def save(self, is_last: bool = False) -> None:
-        # Evaluate first, so that every checkpoint has a score.
-        self._evaluate()
         step = self.progress.step
+        # First, so that every checkpoint has a score. But a run that was asked to stop may have
+        # only seconds to write one.
+        if not is_last or step == self.recipe.training.steps:
+            self._evaluate()
         self.phases.enter("checkpoint", step - 1)
         self._attempts.forget()
         temporary = checkpoints.step_directory(self.run_dir, step).with_suffix(".tmp")

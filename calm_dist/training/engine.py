@@ -180,7 +180,8 @@ class TrainingRun(ABC):
         elif self.recipe.run.init_from is not None:
             self._init_from(self.recipe.run.init_from)
         self._resumed_from = directory
-        check_room(self.recipe)
+        if self.progress.step < self.recipe.training.steps:
+            check_room(self.recipe)
         for line in self._stream.describe(self.progress.step, self.recipe.training.steps):
             self.say(line)
 
@@ -198,7 +199,8 @@ class TrainingRun(ABC):
         if self.progress.step >= last:
             self.say(f"nothing to do: training.steps={last} are done")
             return
-        self.phases.enter("data", self.progress.step)
+        # Without the step: the first batch has the time limit of the start.
+        self.phases.enter("data")
         self._batches.read()
         self._batches.check()
         self._begin()
@@ -212,7 +214,8 @@ class TrainingRun(ABC):
         self.say(self._stream.describe_read(self.progress.step))
         if self.rank == 0 and (doubt := checkpoints.doubt(self.run_dir, self.progress)):
             _log.warning(doubt)
-        if result.data_failed:
+        # A signal to all processes of a job ends its readers, too.
+        if result.data_failed and not result.stop:
             self._batches.check()
         if self.progress.step < last:
             raise StoppedError(self._stop.message(self.progress.step))

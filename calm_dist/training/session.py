@@ -186,7 +186,11 @@ def prepare_run_directory(recipe: Recipe) -> int:
     """
     run_dir = Path(recipe.run.dir)
     lock = acquire_lock(run_dir)
-    check_changes(run_dir, recipe)
+    try:
+        check_changes(run_dir, recipe)
+    except BaseException:
+        release_lock(lock)
+        raise
     return lock
 
 

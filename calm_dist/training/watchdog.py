@@ -216,7 +216,9 @@ class Watchdog:
 
         def tell() -> None:
             if message is not None:
-                os.write(2, f"error: {message}\n".encode())
+                # The console may be gone, or its disk full.
+                with contextlib.suppress(OSError):
+                    os.write(2, f"error: {message}\n".encode())
             for rank in silent or ():
                 self._peers.kill(rank)
             sys.stdout.flush()

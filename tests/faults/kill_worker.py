@@ -19,13 +19,19 @@ from calm_dist.cli.training_tool import run_training_tool
 from calm_dist.recipe import Recipe
 
 
-def die_before(before: str, call: int, having: str = "") -> None:
-    """SIGKILL this process instead of the ``call``-th call of a function."""
+def target(before: str) -> tuple[Any, str]:
+    """The module or class of "module:function" or "module:Class.method", and the name there."""
     module, _, path = before.partition(":")
     *owners, name = path.split(".")
     owner: Any = importlib.import_module(module)
     for part in owners:
         owner = getattr(owner, part)
+    return owner, name
+
+
+def die_before(before: str, call: int, having: str = "") -> None:
+    """SIGKILL this process instead of the ``call``-th call of a function."""
+    owner, name = target(before)
     original = getattr(owner, name)
     calls = 0
 

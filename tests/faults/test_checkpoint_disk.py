@@ -11,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -181,9 +182,42 @@ def test_half_a_report_of_what_was_written_is_none() -> None:
     writer.start()
     writer.join()
     assert writer.exitcode == 1
+    assert results._file is not None
     assert os.fstat(results._file.fileno()).st_size == 10_000
     with pytest.raises(queue.Empty):
         results.get_nowait()
+
+
+def test_rank_without_temporary_directory_or_descriptors_does_not_fail_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its OSError would come before a collective, in which the other ranks would wait for it."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import (
+        AsyncCallsQueue,
+        AsyncRequest,
+    )
+
+    from calm_dist.training.checkpoint import forks
+    from calm_dist.training.checkpoint.tensor_files import _ResultsFile
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    results = _ResultsFile()
+    results.put("written")
+    assert results.get_nowait() == "written"
+
+    calls, soft_and_hard = AsyncCallsQueue(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, soft_and_hard[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            os.pipe()
+        results = _ResultsFile()
+        forks.schedule(calls, AsyncRequest(None, (), []))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, soft_and_hard)
+    results.put("lost")
+    with pytest.raises(queue.Empty):
+        results.get_nowait()
+    assert calls.get_num_unfinalized_calls() == 1
 
 
 def test_full_disk_while_an_autoencoder_trains(tmp_path: Path, store: Path) -> None:

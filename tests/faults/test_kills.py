@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from kill_worker import target
 from launches import (
     ROOT,
     TIMEOUT_SECONDS,
@@ -31,8 +32,9 @@ PEER_LOST = 3
 RANKS = 2
 
 CHECKPOINT = "calm_dist.training.checkpoint"
-FILES = f"{CHECKPOINT}.directory"
-ROTATION = f"{CHECKPOINT}.rotation"
+RUNS = "calm_dist.runs.checkpoints"
+FILES = f"{RUNS}.directory"
+ROTATION = f"{RUNS}.rotation"
 PHASES = "calm_dist.training.phases:Phases"
 # What dies: the rank, and before which call of what. Each life comes as far as a checkpoint first.
 STEP_POINTS: dict[str, tuple[int, str, int, str]] = {
@@ -45,15 +47,16 @@ STEP_POINTS: dict[str, tuple[int, str, int, str]] = {
 QUEUE = "megatron.core.dist_checkpointing.strategies.async_utils:AsyncCallsQueue"
 LOAD_PLANNER = "megatron.core.dist_checkpointing.strategies.torch:MCoreLoadPlanner"
 SAVE_POINTS: dict[str, tuple[int, str, int, str]] = {
-    "begin": (0, f"{CHECKPOINT}:begin", 2, ""),
+    "begin": (0, f"{RUNS}:begin", 2, ""),
     "plan": (1, f"{CHECKPOINT}.tensor_files:TensorWriter.plan", 2, ""),
     "fork": (0, f"{QUEUE}.schedule_async_request", 2, ""),
     "writing": (1, f"{QUEUE}.maybe_finalize_async_calls", 2, ""),
     "gather": (1, f"{CHECKPOINT}.tensor_files:TensorWriter._finalize", 2, ""),
     "description": (0, f"{CHECKPOINT}.tensor_files:save_config", 2, ""),
     "commit": (0, f"{ROTATION}:Rotation.commit", 2, ""),
-    "manifest": (0, f"{FILES}:_describe_all", 2, ""),
-    "rename": (0, f"{FILES}:os.replace", 2, ".tmp"),
+    "manifest": (0, f"{FILES}:_sync", 2, "manifest.json"),
+    # The first one, because the next rename of a checkpoint is that of an old one to be removed.
+    "rename": (0, f"{FILES}:os.replace", 1, "checkpoints/step_"),
     "latest": (0, f"{ROTATION}:replace_text", 2, "latest"),
     "make room": (0, f"{ROTATION}:make_room", 3, ""),
     "loading": (1, f"{CHECKPOINT}.model_state:load", 1, ""),
@@ -171,6 +174,15 @@ def test_killed_writers_and_killed_at_points_of_step_and_save(
     assert "passed over" not in output
     finish(run, overrides(run))
     assert_same(run, unbroken)
+
+
+@pytest.mark.parametrize(
+    "before", [WRITE_ITEM, *(point[1] for point in (STEP_POINTS | SAVE_POINTS).values())]
+)
+def test_what_the_table_names_exists(before: str) -> None:
+    """The whole table is used only by the long test below."""
+    owner, name = target(before)
+    assert callable(getattr(owner, name))
 
 
 @pytest.mark.full

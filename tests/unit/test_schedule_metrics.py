@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import socket
 import struct
 import subprocess
@@ -273,10 +274,12 @@ def test_only_due_steps_and_the_last_are_logged(tmp_path: Path, recipe: Recipe) 
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
+from calm_dist.log import show_on_console
 from calm_dist.recipe import load_recipe
 from calm_dist.runs.metrics import MetricsLog
 
 directory = Path(sys.argv[1])
+show_on_console()
 log = MetricsLog(load_recipe(directory / "recipe.yaml"), directory, resume_step=0)
 
 def step(number):
@@ -306,6 +309,68 @@ def test_a_full_disk_loses_no_record(tmp_path: Path, recipe: Recipe) -> None:
     assert done.stderr.count("training continues") == 1
     lines = (tmp_path / METRICS_FILE).read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+FAILING_TRACKER = FULL_DISK.replace(
+    "step(2)\nstep(3)\n", "for number in range(2, 300):\n    step(number)\n"
+).replace("step(4)", "step(300)")
+
+
+def test_a_tracker_that_fails_is_dropped(tmp_path: Path, recipe: Recipe) -> None:
+    """TensorBoard's thread dies of a full disk, and it raises at every record from then on."""
+    values = recipe.to_dict()
+    values["logging"] |= {"tensorboard": True, "wandb": "off"}
+    text = Recipe.from_dict(values).to_yaml()
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING_TRACKER, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("warning: TensorBoardTracker failed") == 1, done.stderr
+    assert [record["step"] for record in read_records(tmp_path)] == list(range(1, 301))
+
+
+@pytest.mark.parametrize("place", ["closed", "/dev/full"])
+def test_a_lost_file_system_loses_no_record(tmp_path: Path, recipe: Recipe, place: str) -> None:
+    """A descriptor of which nothing works any more, or whose half a record cannot be removed."""
+    log = MetricsLog(recipe, tmp_path, resume_step=0)
+    log.training_step(1, VALUES, False, 1.0)
+    descriptor = log._file.fileno()
+    kept = os.dup(descriptor)
+    os.close(descriptor)
+    if place != "closed":
+        other = os.open(place, os.O_WRONLY)
+        if other != descriptor:
+            os.dup2(other, descriptor)
+            os.close(other)
+    log.training_step(2, VALUES, False, 1.0)
+    log.training_step(3, VALUES, False, 1.0)
+    os.dup2(kept, descriptor)
+    log.training_step(4, VALUES, False, 1.0)
+    os.close(descriptor)
+    log.training_step(5, VALUES, False, 1.0)
+    log.close()
+    os.close(kept)
+    assert [record["step"] for record in read_records(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_history_that_stays_the_same_is_not_written_again(tmp_path: Path, recipe: Recipe) -> None:
+    log = MetricsLog(recipe, tmp_path, resume_step=0)
+    for step in range(1, 4):
+        log.training_step(step, VALUES | {"grad_norm": math.nan}, False, 1 / 3)
+    log.close()
+    path = tmp_path / METRICS_FILE
+    before, text = path.stat().st_ino, path.read_bytes()
+    MetricsLog(recipe, tmp_path, resume_step=3).close()
+    assert (path.stat().st_ino, path.read_bytes()) == (before, text)
+    # The last line lacks only its end.
+    path.write_bytes(text[:-1])
+    MetricsLog(recipe, tmp_path, resume_step=3).close()
+    assert path.read_bytes() == text
 
 
 def test_the_last_step_before_a_stop_is_logged(tmp_path: Path, recipe: Recipe) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,11 +25,12 @@ from warm import warm_python
 from calm_dist.data.latents import plan_store, write_store
 from calm_dist.data.store import read_meta
 from calm_dist.data.stream import open_training_stream
-from calm_dist.errors import CheckpointError
+from calm_dist.errors import CheckpointError, DataError, StoppedError
 from calm_dist.inference.load import load_model
 from calm_dist.interop.huggingface import load_autoencoder
 from calm_dist.parallel.launch import World, join_world
 from calm_dist.runs.checkpoints import find_checkpoint
+from calm_dist.runs.listing import describe
 from calm_dist.runs.metrics_file import read_records
 from calm_dist.text.tokenizer import train_tokenizer
 from calm_dist.training.autoencoder import AutoencoderTrainer, autoencoder_config, block_noise
@@ -365,6 +367,53 @@ def test_a_step_that_is_not_finite_changes_nothing(trainer: AutoencoderTrainer) 
         torch.testing.assert_close(parameter.detach(), before[name], equal_nan=True)
     with pytest.raises(RuntimeError, match="3 steps in a row"):
         trainer.run()
+
+
+def test_a_run_that_is_asked_to_stop_only_writes_its_checkpoint(
+    trainer: AutoencoderTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No evaluation, although there is a held-out store. SIGTERM reached its readers, too."""
+    read, phases = trainer._batches.read, []
+
+    def read_once() -> None:
+        phases.append((trainer.phases.name, trainer.phases.step))
+        if len(phases) > 1:
+            trainer._batches._batches = iter(cut_short())
+            trainer._stop.received = "SIGTERM"
+        read()
+
+    def cut_short() -> Iterator[Any]:
+        raise DataError("a reader process was ended by SIGTERM")
+        yield
+
+    monkeypatch.setattr(trainer._batches, "read", read_once)
+    with pytest.raises(StoppedError, match="stopped after step 1 "):
+        trainer.run()
+    # The first batch has the time limit of the start.
+    assert phases == [("data", None), ("data", 0)]
+    assert find_checkpoint(trainer.run_dir).name == "step_00000001"
+    assert ["eval" in record for record in records_of(trainer.run_dir)] == [False]
+    # Where the session writes it.
+    (trainer.run_dir / "recipe.yaml").write_text(trainer.recipe.to_yaml())
+    row = describe(trainer.run_dir)
+    assert (row["checkpoint"], row["token_accuracy"]) == (1, None)
+
+
+def test_a_finished_run_needs_no_room_and_a_refused_one_lets_go_of_its_directory(
+    unbroken: Path,
+    recipe_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    usage = shutil.disk_usage(run)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert run_tool(recipe_file, f"run.dir={run}", "model.kl_clamp=0.25") == 2
+    assert run_tool(recipe_file, f"run.dir={run}", f"training.steps={STEPS + 1}") == 2
+    assert "0.0 GB free" in capsys.readouterr().err
+    assert run_tool(recipe_file, f"run.dir={run}") == 0
+    assert f"nothing to do: training.steps={STEPS} are done" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

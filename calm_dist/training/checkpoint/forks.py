@@ -31,6 +31,9 @@ def schedule(calls: AsyncCallsQueue, request: AsyncRequest) -> None:
     Raises:
         OSError: no process can be forked, or none of several started; nothing is scheduled.
     """
+    if request.async_fn is None:
+        _schedule(calls, request)
+        return
     for _ in range(_TRIES):
         reader, writer = os.pipe()
         try:
@@ -39,7 +42,7 @@ def schedule(calls: AsyncCallsQueue, request: AsyncRequest) -> None:
             writer = -1
             process = calls.async_calls[-1].async_caller.process
             # The pipe also becomes readable if the child ends without a report.
-            if process is None or _is_readable(reader, _SECONDS_UNTIL_IT_RUNS):
+            if _is_readable(reader, _SECONDS_UNTIL_IT_RUNS):
                 return
         finally:
             os.close(reader)
@@ -69,8 +72,6 @@ def _schedule(calls: AsyncCallsQueue, request: AsyncRequest) -> None:
 
 
 def _reporting(request: AsyncRequest, writer: int) -> AsyncRequest:
-    if request.async_fn is None:
-        return request
     return request._replace(async_fn=partial(_report_and_run, writer, request.async_fn))
 
 

@@ -7,14 +7,15 @@ together. A failure on one rank fails all of them, at the same point: in Megatro
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import pickle
 import queue
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -263,13 +264,21 @@ class _ResultsFile:
     """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with this queue)
+        # A rank without room for it must not fail alone, before a collective of all ranks: it takes
+        # part in that, and then has written nothing. A file in memory needs no directory.
+        self._file: IO[bytes] | None = None
+        with contextlib.suppress(OSError):
+            self._file = os.fdopen(os.memfd_create("results"), "w+b")
 
     def put(self, item: Any) -> None:
+        if self._file is None:
+            return
         pickle.dump(item, self._file)
         self._file.flush()
 
     def get_nowait(self) -> Any:
+        if self._file is None:
+            raise queue.Empty
         self._file.seek(0)
         try:
             return pickle.load(self._file)
