@@ -41,6 +41,7 @@ from calm_dist.text.units import (
     Span,
     file_fingerprint,
     in_threads,
+    sampled_sha256,
     shuffled_shares,
     units_of,
 )
@@ -103,10 +104,8 @@ def describe_corpus(
     units = units_of(files, reading, skip=skip)
     if len(units) == 1:
         return corpus_sha256(files), True
-    digest = hashlib.sha256()
-    for file, found in in_threads(file_fingerprint, files):
-        digest.update(f"{file.name}\0{found}\n".encode())
-    return digest.hexdigest(), False
+    found = {file.name: sampled for file, sampled in in_threads(file_fingerprint, files)}
+    return sampled_sha256(found), False
 
 
 def _content_sha256(file: CorpusFile) -> str:
