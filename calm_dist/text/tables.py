@@ -100,18 +100,23 @@ def _errors(file: CorpusFile) -> Iterator[None]:
 
 
 def _values(column: Any, length: int = 0) -> list[Any]:
-    """The values of a column; instead of a value that is not UTF-8, the error."""
+    """The values of a column; instead of a value that is not UTF-8, the error; instead of a time
+    that Python cannot hold, such as one with nanoseconds, its printed form."""
     if column is None:
         return [None] * length
     try:
         return list(column.to_pylist())
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):
+        import pyarrow
+
         found: list[Any] = []
         for value in column:
             try:
                 found.append(value.as_py())
             except UnicodeDecodeError as error:
                 found.append(error)
+            except (ValueError, OverflowError):
+                found.append(value.cast(pyarrow.string()).as_py())
         return found
 
 
@@ -121,9 +126,9 @@ def _column(table: Any, key: str) -> Any:
 
     if key in table.schema.names:
         return table.column(key)
-    first, *inner = key.split(".")
-    if not inner or first not in table.schema.names:
+    if _field_type(table.schema, key) is None:
         return None
+    first, *inner = key.split(".")
     return pyarrow.compute.struct_field(table.column(first), inner)
 
 

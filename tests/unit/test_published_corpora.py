@@ -315,12 +315,7 @@ def test_table_with_two_columns_of_one_name_is_refused(
 ) -> None:
     names = [*dict.fromkeys(["text", name]), name]
     table = pa.table([pa.array(["a"])] * len(names), names=names)
-    path = tmp_path / f"twice{suffix}"
-    if suffix == ".parquet":
-        pq.write_table(table, path)
-    else:
-        with pa.ipc.new_stream(path, table.schema) as stream:
-            stream.write_table(table)
+    path = write_table(tmp_path / f"twice{suffix}", table)
     with pytest.raises(DataError, match=f'has several columns "{name}"'):
         list(iter_documents([path]))
 
@@ -375,6 +370,44 @@ def test_rows_without_text_are_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r'a.parquet: row 0: its "text" is not UTF-8 \(byte 3\)'):
         list(iter_documents([tmp_path]))
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+@pytest.mark.parametrize("key", ["meta.id", "meta.id.x", "meta.text.x", "text.id", "none.id"])
+def test_missing_nested_id_is_made_from_the_place(tmp_path: Path, suffix: str, key: str) -> None:
+    """Also where the object that would hold it is there, and holds the text."""
+    table = pa.table({"text": ["a", "b"], "meta": [{"text": "a", "n": 1}, {"text": "b", "n": 2}]})
+    path = write_table(tmp_path / f"a{suffix}", table)
+    for text_key in ("text", "meta.text"):
+        found = list(iter_documents([path], Reading(text_key=text_key, id_key=key)))
+        assert [(one.id, one.text) for one in found] == [
+            (f"{path.name}@0", "a"),
+            (f"{path.name}@1", "b"),
+        ]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_times_that_python_cannot_hold_are_ids(tmp_path: Path, suffix: str) -> None:
+    expected = {
+        pa.timestamp("ns"): ["1970-01-01 00:00:00.000000005", "1970-01-01 00:00:01", None],
+        pa.timestamp("us"): ["1970-01-01 00:00:00.000005", "1970-01-01 00:16:40", None],
+        pa.duration("ns"): ["5", "0:00:01", None],
+    }
+    for kind, ids in expected.items():
+        given = pa.array([5, 1_000_000_000, None], pa.int64()).cast(kind)
+        table = pa.table({"text": ["a", "b", "c"], "id": given})
+        path = write_table(tmp_path / f"a{suffix}", table)
+        found = [document.id for document in iter_documents([path])]
+        assert found == [one or f"{path.name}@2" for one in ids], kind
+
+
+def write_table(path: Path, table: pa.Table) -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table)
+    return path
 
 
 def test_dictionary_columns_are_text(tmp_path: Path) -> None:
