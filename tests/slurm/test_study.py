@@ -114,7 +114,7 @@ def test_an_array_of_jobs_encodes_into_one_store(jobs: Jobs, corpus: Path) -> No
         (data / path.name).symlink_to(path)
     python = jobs.directory / "python"
     python.write_text(
-        '#!/bin/bash\n[[ ${SLURM_RESTART_COUNT:-0} != 0 || $* = *--begin ]] || exec sleep 600\n'
+        "#!/bin/bash\n[[ ${SLURM_RESTART_COUNT:-0} != 0 || $* = *--begin ]] || exec sleep 600\n"
         f'exec "{warm_python()}" "$@"\n'
     )
     python.chmod(0o755)
