@@ -373,7 +373,7 @@ def pack_blocks(
     of begin tokens could be followed by another begin token, which would end a generated text at
     once. Tokens after the last full block are dropped. A document of more than twice
     `TOKENIZED_CHARACTERS` is tokenized in pieces, whose tokens are joined. ``counts`` counts tokens
-    and lost text as `LostText.since` names them.
+    and lost text as `LostText.since` names them, and, after the last block, `tokens_dropped`.
 
     Yields:
         uint32 arrays of shape [block_size].
@@ -396,6 +396,8 @@ def pack_blocks(
         num_blocks = len(waiting) // block_size
         yield from waiting[: num_blocks * block_size].reshape(num_blocks, block_size)
         waiting = waiting[num_blocks * block_size :]
+    if counts is not None:
+        counts["tokens_dropped"] += len(waiting)
 
 
 def _pieces(documents: Iterable[Document]) -> Iterator[Piece]:

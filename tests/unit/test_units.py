@@ -145,6 +145,19 @@ def test_killed_workers_go_on_as_another_number_of_workers(
     assert contents(out) == unbroken
 
 
+def test_report_says_how_many_tokens_fill_no_block(
+    corpus: Path, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    tokens = len(list(pack_blocks(iter_documents([corpus]), tokenizer, 1, 4, seed=0)))
+    dropped = []
+    for number in (1, 5):
+        out = tmp_path / f"{number}"
+        meta = write_store(out, [corpus], tokenizer, plan_of([corpus], tokenizer, number))
+        dropped.append(json.loads((out / "report.json").read_text())["tokens_dropped"])
+        assert meta.num_tokens + dropped[-1] == tokens
+    assert dropped[0] < 8 and dropped[0] < dropped[1] < 5 * 8
+
+
 def test_worker_that_joins_searches_nothing(
     corpus: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
