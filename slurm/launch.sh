@@ -278,7 +278,11 @@ encode() {
     command=("$PYTHON" "$ROOT/tools/encode_latents.py" --corpus "$data/corpus/$split.jsonl"
       --tokenizer "$tokenizer" --out "$RUN_DIR/$split" "${kind[@]}" "$@")
     if [ "$split" = train ]; then
-      run_ranks "${command[@]}" --parts "${PARTS:-64}"
+      command+=(--parts "${PARTS:-64}")
+      # Otherwise every worker that starts now would search and fingerprint the corpus.
+      run_step "${SRUN[@]}" --nodes=1 --ntasks=1 "${command[@]}" --begin
+      [ "$CODE" = 0 ] || return
+      run_ranks "${command[@]}"
     else
       # One part: each part loses its tail of up to a block, which is much of a small split.
       run_step "${SRUN[@]}" --nodes=1 --ntasks=1 "${command[@]}"

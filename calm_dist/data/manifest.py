@@ -1,10 +1,13 @@
 """The manifest of a store while it is written: which part reads what of the corpus.
 
     .parts/manifest.json     what was given as the corpus, and where each part's lines begin in
-    .parts/manifest.jsonl    one line per share of a unit, part after part
+    .parts/manifest.jsonl    one line per share of a unit, part after part, with the size and the
+                             fingerprint of each file
 
 It is made once, by the first worker, and appears together with the plan. So a worker that joins
-neither searches the corpus nor reads more of the manifest than the lines of its own parts.
+neither searches the corpus nor reads more of the manifest than the lines of its own parts. Before
+it reads a part, it compares the files with their fingerprints: a file that was replaced meanwhile
+would give a store of two corpora under the fingerprint of the first.
 """
 
 from __future__ import annotations
@@ -23,9 +26,17 @@ from calm_dist.data.store import StorePlan
 from calm_dist.errors import DataError
 from calm_dist.log import NOTE
 from calm_dist.text.corpus_files import STANDARD_INPUT, CorpusFiles
-from calm_dist.text.formats import CorpusFile, format_of_file
+from calm_dist.text.formats import CorpusFile, cannot_be_read, format_of_file
 from calm_dist.text.remote_files import is_url
-from calm_dist.text.units import Share, Span, shuffled_shares, units_of
+from calm_dist.text.units import (
+    Share,
+    Span,
+    file_fingerprint,
+    in_threads,
+    sampled_sha256,
+    shuffled_shares,
+    units_of,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -52,8 +63,18 @@ def write_manifest(
     """Write the manifest of a store into its directory of parts; ``manifest.json`` comes last.
 
     ``skip`` is that of `units_of`.
+
+    Raises:
+        DataError: as `units_of`; the corpus is no longer that of the plan.
     """
     units = units_of(files, plan.reading, skip=skip)
+    fingerprints = {file.name: found for file, found in in_threads(file_fingerprint, files)}
+    # Without an order, the plan's fingerprint is that of all contents.
+    if plan.order is not None and sampled_sha256(fingerprints) != plan.corpus_sha256:
+        raise DataError(
+            f"corpus {files[0].shown}{' ...' * (len(files) > 1)}: was changed while it "
+            "was used; start again"
+        )
     shares = shuffled_shares(units, plan.seed, plan.parts)
     offsets, divided = [0], Counter[str]()
     # Several workers may do this at once.
@@ -61,7 +82,7 @@ def write_manifest(
     with scratch.open("wb") as stream:
         for of_part in shares:
             for share in of_part:
-                stream.write(json.dumps(_to_list(share)).encode() + b"\n")
+                stream.write(json.dumps(_to_list(share, fingerprints)).encode() + b"\n")
                 file = share.spans[0].file
                 if not share.is_whole and format_of_file(file).compression:
                     divided[file.name] += 1
@@ -92,10 +113,16 @@ def begun_corpus(directory: Path, given: Sequence[str]) -> BegunCorpus | None:
         plan = json.loads((directory / "plan.json").read_text(encoding="utf-8"))
         if described["given"] != _from_anywhere(given):
             return None
-        return BegunCorpus(plan["corpus_sha256"], plan.get("order"))
+        begun = BegunCorpus(plan["corpus_sha256"], plan.get("order"))
     except (OSError, ValueError, KeyError, TypeError, DataError):
         # Whoever continues it reports what is wrong.
         return None
+    _log.log(
+        NOTE,
+        f"corpus: its files as they were found when {directory.parent} was begun; files that were "
+        "added later are not read",
+    )
+    return begun
 
 
 def read_shares(directory: Path, part: int, paths: Mapping[str, str] | None = None) -> list[Share]:
@@ -108,7 +135,7 @@ def read_shares(directory: Path, part: int, paths: Mapping[str, str] | None = No
 
     Raises:
         FileNotFoundError: there is no manifest.
-        DataError: it is damaged.
+        DataError: it is damaged, or a file of the part was changed after it was made.
     """
     described = _read(directory / MANIFEST)
     try:
@@ -116,9 +143,31 @@ def read_shares(directory: Path, part: int, paths: Mapping[str, str] | None = No
         with (directory / _SHARES).open("rb") as stream:
             stream.seek(start)
             lines = stream.read(end - start).splitlines()
-        return [_from_list(json.loads(line), paths) for line in lines]
+        fingerprints: dict[CorpusFile, str] = {}
+        shares = [_from_list(json.loads(line), paths, fingerprints) for line in lines]
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise _damaged(directory / _SHARES, error) from error
+    _refuse_changed(directory.parent, fingerprints)
+    return shares
+
+
+def _refuse_changed(out: Path, fingerprints: Mapping[CorpusFile, str]) -> None:
+    def change(file: CorpusFile) -> str | None:
+        if not is_url(file.path):
+            try:
+                size = os.stat(file.path).st_size
+            except OSError as error:
+                raise cannot_be_read(file, error) from error
+            if size != file.size:
+                return f"it had {file.size} bytes, now {size}"
+        return None if file_fingerprint(file) == fingerprints[file] else "it has other contents"
+
+    for file, how in in_threads(change, list(fingerprints)):
+        if how is not None:
+            raise DataError(
+                f"corpus {file.shown}: was changed after the store in {out} was begun with it "
+                f"({how}); write the store again with --overwrite, or bring the old file back"
+            )
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -158,18 +207,27 @@ def _from_anywhere(paths: Iterable[str]) -> list[str]:
     return [path if is_url(path) else os.path.abspath(path) for path in paths]
 
 
-def _to_list(share: Share) -> list[Any]:
+def _to_list(share: Share, fingerprints: Mapping[str, str]) -> list[Any]:
     spans = [
-        [span.file.name, *_from_anywhere([span.file.path]), span.file.size, span.start, span.end]
+        [
+            *(span.file.name, *_from_anywhere([span.file.path]), span.file.size),
+            *(span.start, span.end, fingerprints[span.file.name]),
+        ]
         for span in share.spans
     ]
     return [share.unit, share.first, share.last, share.of, spans]
 
 
-def _from_list(values: list[Any], paths: Mapping[str, str] | None) -> Share:
+def _from_list(
+    values: list[Any], paths: Mapping[str, str] | None, fingerprints: dict[CorpusFile, str]
+) -> Share:
+    """A share; adds the fingerprints of its files."""
     unit, first, last, of, spans = values
     found = []
-    for name, path, size, start, end in spans:
-        now = path if paths is None else paths.get(name, path)
-        found.append(Span(CorpusFile(now, name, size), start, end))
+    for name, path, size, start, end, *more in spans:
+        file = CorpusFile(path if paths is None else paths.get(name, path), name, size)
+        # Earlier versions wrote none.
+        if more:
+            fingerprints[file] = more[0]
+        found.append(Span(file, start, end))
     return Share(unit, tuple(found), first, last, of)

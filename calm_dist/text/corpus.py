@@ -41,6 +41,7 @@ from calm_dist.text.units import (
     Span,
     file_fingerprint,
     in_threads,
+    sampled_sha256,
     shuffled_shares,
     units_of,
 )
@@ -103,10 +104,8 @@ def describe_corpus(
     units = units_of(files, reading, skip=skip)
     if len(units) == 1:
         return corpus_sha256(files), True
-    digest = hashlib.sha256()
-    for file, found in in_threads(file_fingerprint, files):
-        digest.update(f"{file.name}\0{found}\n".encode())
-    return digest.hexdigest(), False
+    found = {file.name: sampled for file, sampled in in_threads(file_fingerprint, files)}
+    return sampled_sha256(found), False
 
 
 def _content_sha256(file: CorpusFile) -> str:
@@ -374,7 +373,7 @@ def pack_blocks(
     of begin tokens could be followed by another begin token, which would end a generated text at
     once. Tokens after the last full block are dropped. A document of more than twice
     `TOKENIZED_CHARACTERS` is tokenized in pieces, whose tokens are joined. ``counts`` counts tokens
-    and lost text as `LostText.since` names them.
+    and lost text as `LostText.since` names them, and, after the last block, `tokens_dropped`.
 
     Yields:
         uint32 arrays of shape [block_size].
@@ -397,6 +396,8 @@ def pack_blocks(
         num_blocks = len(waiting) // block_size
         yield from waiting[: num_blocks * block_size].reshape(num_blocks, block_size)
         waiting = waiting[num_blocks * block_size :]
+    if counts is not None:
+        counts["tokens_dropped"] += len(waiting)
 
 
 def _pieces(documents: Iterable[Document]) -> Iterator[Piece]:

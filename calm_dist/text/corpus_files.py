@@ -133,7 +133,8 @@ def find_files(paths: CorpusPaths, reading: Reading = TEXT_AND_ID) -> CorpusFile
     Directories are searched recursively, following links; hidden files are left out. Order: as
     given, and sorted within a directory or a glob. A file is named by its base name, or by its path
     relative to the directory given; if two files would have the same name, all files are named by
-    their paths relative to their common directory. Standard input is copied to a temporary file.
+    their paths relative to their common directory, or by their URLs without query and password.
+    Standard input is copied to a temporary file.
 
     Args:
         paths: the corpus; the result of an earlier call is returned as it is.
@@ -141,8 +142,8 @@ def find_files(paths: CorpusPaths, reading: Reading = TEXT_AND_ID) -> CorpusFile
 
     Raises:
         DataError: a path does not exist or is neither a file nor a directory, a glob matches
-            nothing, a directory holds no corpus files, a file is of an unknown kind, or a file is
-            found twice.
+            nothing, a directory holds no corpus files, a file is of an unknown kind, a file is
+            found twice, or two URLs differ only in their queries.
     """
     if isinstance(paths, CorpusFiles):
         return paths
@@ -172,6 +173,7 @@ class _Search:
         names = self._names
         if len(set(names)) < len(names):
             names = _names_from_common_directory(self._paths)
+            self._refuse_equal(names)
         files = map(CorpusFile, self._paths, names, self._sizes)
         return CorpusFiles(
             tuple(files),
@@ -182,11 +184,24 @@ class _Search:
             given,
         )
 
+    def _refuse_equal(self, names: Sequence[str]) -> None:
+        """Refuse URLs that only a query or a user tells apart: their documents would share ids."""
+        known: dict[str, str] = {}
+        for path, name in zip(self._paths, names, strict=True):
+            other = known.setdefault(name, path)
+            if other != path:
+                shown = [CorpusFile(place, name).shown for place in (other, path)]
+                raise DataError(
+                    f"corpus {' and '.join(shown)}: only the query or the user of these URLs "
+                    "differs, so their documents would have the same ids; give each file once, or "
+                    "copies with different names"
+                )
+
     def _refuse_compressed_twins(self) -> None:
         """Refuse a file next to its compressed copy, as `gzip -k` leaves it: its documents would be
         read twice and end up in several splits."""
         known: dict[str, str] = {}
-        for path in self._paths:
+        for path in map(_without_secrets, self._paths):
             found = format_of(os.path.basename(path))
             plain = path if found is None else path[: len(path) - len(found.compression)]
             other = known.setdefault(plain, path)
@@ -446,7 +461,7 @@ def _match_parts(names: Sequence[str], pattern: Sequence[str]) -> bool:
 
 def _names_from_common_directory(paths: Sequence[str]) -> list[str]:
     if any(map(is_url, paths)):
-        return list(paths)
+        return [_without_secrets(path) for path in paths]
     real = {folder: os.path.realpath(folder) for folder in set(map(os.path.dirname, paths))}
     common = os.path.commonpath(real.values())
     names = [
@@ -454,6 +469,21 @@ def _names_from_common_directory(paths: Sequence[str]) -> list[str]:
         for path in paths
     ]
     return [name.encode("utf-8", "backslashreplace").decode() for name in names]
+
+
+def _without_secrets(path: str) -> str:
+    """A path, or a URL without what changes from day to day: the signature in the query of an
+    ``https`` one, and a user with a password."""
+    if not is_url(path):
+        return path
+    scheme, _, rest = path.partition("://")
+    if scheme.lower() in ("http", "https"):
+        rest = rest.partition("?")[0]
+    host, slash, inside = rest.partition("/")
+    user, at, server = host.rpartition("@")
+    # The user of an abfs URL is a container.
+    host = server if ":" in user else f"{user}{at}{server}"
+    return f"{scheme}://{host}{slash}{inside}"
 
 
 def _is_inside(path: str, directory: str) -> bool:

@@ -25,7 +25,7 @@ TEXT_DOCUMENT_CHARACTERS = 100_000
 """A longer text is cut into several documents, so that one large file can be split into train,
 valid and test, and is never held in memory as a whole."""
 
-JSON_LINE_BYTES = 256 << 20
+JSON_LINE_BYTES = 128 << 20
 """Most bytes of a line of JSON; a line is held in memory as a whole."""
 
 STANDARD_INPUT_DIRECTORY = "calm_dist_stdin_"
@@ -35,6 +35,7 @@ STANDARD_INPUT_FILE = "stdin.jsonl"
 """The name of that copy."""
 
 _READ_BYTES = 1 << 20
+_BOM = b"\xef\xbb\xbf"
 _LONGEST_QUOTE = 80
 
 
@@ -235,21 +236,27 @@ def _json_records(
     if start:
         check_first = None
     while line := stream.readline(JSON_LINE_BYTES + 1):
-        if len(line) > JSON_LINE_BYTES:
+        size = len(line)
+        if size > JSON_LINE_BYTES:
+            ends = line.endswith(b"\n")
+            del line
             yield start, Problem("line too long", (
                 f"is longer than {JSON_LINE_BYTES >> 20} MiB, the limit of a line; give each "
                 "document its own line, and split longer ones"
             ))  # fmt: skip
-            start += len(line) + (0 if line.endswith(b"\n") else skip_line(stream))
+            start += size + (0 if ends else skip_line(stream))
             continue
-        if not line.strip():
-            yield start, None
-        else:
+        found: Found = None
+        if not (line.isspace() or (not start and line.removeprefix(_BOM).isspace())):
             if check_first is not None:
                 check_first(file, line, reading)
                 check_first = None
-            yield start, _json_record(file, line, start, reading)
-        start += len(line)
+            found = _json_record(file, line, start, reading)
+        # Held until the next one is read, each would add to the largest memory.
+        del line
+        yield start, found
+        del found
+        start += size
 
 
 def _json_record(file: CorpusFile, line: bytes, offset: int, reading: Reading) -> Found:
@@ -346,7 +353,7 @@ def _single_value(line: bytes) -> str | None:
     """Contents of a .json file with this first line, or the beginning of a long one, in words; None
     for lines of JSON."""
     is_whole = len(line) < _READ_BYTES or line.endswith(b"\n")
-    line = line.removeprefix(b"\xef\xbb\xbf").strip()
+    line = line.removeprefix(_BOM).strip()
     if line.startswith(b"["):
         return "one JSON array"
     # A line that is a complete object cannot end like this.

@@ -193,6 +193,9 @@ def _check_manifest(manifest: Any) -> None:
         entry = manifest["splits"].get(split)
         if not (isinstance(entry, dict) and isinstance(entry.get("sha256"), str)):
             raise ValueError(f"no sha256 of the split {split}")
+        for count in ("documents", "characters"):
+            if type(entry.get(count)) is not int or entry[count] < 0:
+                raise ValueError(f"no number of {count} of the split {split}")
     if manifest["tokenizer"].get("file") not in _TOKENIZER_FILES:
         raise ValueError("no name of a tokenizer")
     if not isinstance(manifest["tokenizer"].get("sha256"), str):

@@ -19,6 +19,7 @@ _COUNTS = (
     "too_short",
     "duplicates",
     "tokens",
+    "tokens_dropped",
     "unknown_tokens",
     "dropped_characters",
     "special_words",

@@ -24,8 +24,9 @@ from calm_dist.text.remote_files import is_url
 if TYPE_CHECKING:
     import pyarrow
 
-# Rows decoded at a time: few, because a row may hold a book.
+# Rows decoded at a time: few, because a row may hold a book; and fewer if rows are that large.
 _ROWS = 32
+_BATCH_BYTES = 8 << 20
 _READ_BYTES = 1 << 20
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _IPC_FILE = b"ARROW1"
@@ -62,10 +63,21 @@ def rows(
     with _errors(file):
         batches = _parquet_batches if kind == ".parquet" else _arrow_batches
         row = start
-        for texts, ids in batches(file, start, end, reading):
-            for text, given in zip(_values(texts), _values(ids, len(texts)), strict=True):
-                yield row, _record(file, row, text, given, reading)
-                row += 1
+        for batch in batches(file, start, end, reading):
+            for texts, ids in _pieces(*batch):
+                for text, given in zip(_values(texts), _values(ids, len(texts)), strict=True):
+                    yield row, _record(file, row, text, given, reading)
+                    row += 1
+
+
+def _pieces(texts: Any, ids: Any) -> Iterator[tuple[Any, Any]]:
+    """Columns cut into pieces of at most `_BATCH_BYTES` of text, or of one row."""
+    half = len(texts) // 2
+    if not half or texts.nbytes <= _BATCH_BYTES:
+        yield texts, ids
+        return
+    for piece in (slice(half), slice(half, None)):
+        yield from _pieces(texts[piece], None if ids is None else ids[piece])
 
 
 def _record(file: CorpusFile, row: int, text: Any, given: Any, reading: Reading) -> Found:
@@ -100,18 +112,23 @@ def _errors(file: CorpusFile) -> Iterator[None]:
 
 
 def _values(column: Any, length: int = 0) -> list[Any]:
-    """The values of a column; instead of a value that is not UTF-8, the error."""
+    """The values of a column; instead of a value that is not UTF-8, the error; instead of a time
+    that Python cannot hold, such as one with nanoseconds, its printed form."""
     if column is None:
         return [None] * length
     try:
         return list(column.to_pylist())
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):
+        import pyarrow
+
         found: list[Any] = []
         for value in column:
             try:
                 found.append(value.as_py())
             except UnicodeDecodeError as error:
                 found.append(error)
+            except (ValueError, OverflowError):
+                found.append(value.cast(pyarrow.string()).as_py())
         return found
 
 
@@ -121,9 +138,9 @@ def _column(table: Any, key: str) -> Any:
 
     if key in table.schema.names:
         return table.column(key)
-    first, *inner = key.split(".")
-    if not inner or first not in table.schema.names:
+    if _field_type(table.schema, key) is None:
         return None
+    first, *inner = key.split(".")
     return pyarrow.compute.struct_field(table.column(first), inner)
 
 
@@ -205,14 +222,18 @@ def _row_groups(file: CorpusFile, reading: Reading) -> list[tuple[int, int]]:
         found = []
         for i in range(metadata.num_row_groups):
             group = metadata.row_group(i)
-            columns = [group.column(j) for j in range(group.num_columns)]
-            size = sum(
-                column.total_uncompressed_size
-                for column in columns
-                if column.path_in_schema == reading.text_key
-            )
-            found.append((group.num_rows, size or group.total_byte_size))
+            found.append((group.num_rows, _text_bytes(group, reading)))
         return found
+
+
+def _text_bytes(group: pyarrow.RowGroupMetaData, reading: Reading) -> int:
+    columns = [group.column(j) for j in range(group.num_columns)]
+    size = sum(
+        column.total_uncompressed_size
+        for column in columns
+        if column.path_in_schema == reading.text_key
+    )
+    return int(size or group.total_byte_size)
 
 
 def _parquet_batches(
@@ -220,13 +241,16 @@ def _parquet_batches(
 ) -> Iterator[tuple[Any, Any]]:
     with closing(_Parquet(file, reading)) as opened:
         metadata = opened.table.metadata
-        row, chosen = 0, []
+        row, chosen, rows_at_once = 0, [], _ROWS
         for i in range(metadata.num_row_groups):
+            group = metadata.row_group(i)
             if start <= row and (end is None or row < end):
                 chosen.append(i)
-            row += metadata.row_group(i).num_rows
+                fitting = _BATCH_BYTES * group.num_rows // max(1, _text_bytes(group, reading))
+                rows_at_once = min(rows_at_once, max(1, fitting))
+            row += group.num_rows
         for batch in opened.table.iter_batches(
-            _ROWS, row_groups=chosen, columns=opened.columns, use_threads=False
+            rows_at_once, row_groups=chosen, columns=opened.columns, use_threads=False
         ):
             yield _column(batch, reading.text_key), _column(batch, reading.id_key)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, islice
@@ -236,12 +236,21 @@ def file_fingerprint(file: CorpusFile) -> str:
     digest = hashlib.sha256(f"{file.size}\0".encode())
     try:
         with open_packed(file) as stream:
+            # A byte behind the end shows that the file has grown, which a URL does not tell.
             if file.size <= 3 * _SAMPLE_BYTES:
-                digest.update(stream.read(3 * _SAMPLE_BYTES))
+                digest.update(stream.read(max(3 * _SAMPLE_BYTES, file.size + 1)))
             else:
-                for place in (0, file.size // 2, file.size - _SAMPLE_BYTES):
+                for place, behind in ((0, 0), (file.size // 2, 0), (file.size - _SAMPLE_BYTES, 1)):
                     stream.seek(place)
-                    digest.update(stream.read(_SAMPLE_BYTES))
+                    digest.update(stream.read(_SAMPLE_BYTES + behind))
     except OSError as error:
         raise cannot_be_read(file, error) from error
+    return digest.hexdigest()
+
+
+def sampled_sha256(fingerprints: Mapping[str, str]) -> str:
+    """Fingerprint of a corpus from those of its files, by name, in their order."""
+    digest = hashlib.sha256()
+    for name, found in fingerprints.items():
+        digest.update(f"{name}\0{found}\n".encode())
     return digest.hexdigest()

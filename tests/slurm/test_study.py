@@ -106,22 +106,28 @@ def test_a_study_whose_first_job_fails_leaves_nothing_pending(jobs: Jobs, corpus
 
 
 def test_an_array_of_jobs_encodes_into_one_store(jobs: Jobs, corpus: Path) -> None:
-    """As one process does, to the byte, though all jobs are asked to end before they have begun."""
+    """As one process does, to the byte, though all jobs are asked to end before their ranks have
+    begun; these find the manifest and search nothing."""
     data = jobs.directory / "data"
     data.mkdir()
     for path in corpus.iterdir():
         (data / path.name).symlink_to(path)
     python = jobs.directory / "python"
     python.write_text(
-        '#!/bin/bash\n[ "${SLURM_RESTART_COUNT:-0}" != 0 ] || exec sleep 600\n'
+        "#!/bin/bash\n[[ ${SLURM_RESTART_COUNT:-0} != 0 || $* = *--begin ]] || exec sleep 600\n"
         f'exec "{warm_python()}" "$@"\n'
     )
     python.chmod(0o755)
     environment = {"STORE": "tokens", "BLOCK_SIZE": "512", "PARTS": "6", "CALM_PYTHON": str(python)}
     number = jobs.submit("encode.sh", [*SMALL, "--array=0-1"], [], **environment)
     jobs.wait(lambda: jobs.log("*").count("ranks log to") == 2)
+    assert (data / "tokens" / "train" / ".parts" / "manifest.json").is_file()
     jobs.call("scancel", "--batch", "--signal=USR1", number)
     assert set(jobs.wait_for_end(number)) == {"COMPLETED"}, jobs.log("*")
+    logs = [file.read_text() for file in (data / "logs").glob("*/rank*.restart1.log")]
+    # One that came late finds a finished store.
+    joined = ["corpus: its files as they were found" in log or "complete" in log for log in logs]
+    assert len(logs) == 4 and all(joined), logs
     # Each job itself and no other.
     assert jobs.log("*").count("exit code 75; requeued") == 2
     jobs.call(

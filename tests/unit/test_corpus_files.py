@@ -409,7 +409,12 @@ def test_every_damage_of_the_manifest_is_named_or_mended(tmp_path: Path) -> None
             else:
                 damaged[outer][inner][last] = value
             file.write_text(json.dumps(damaged))
+            # Another number of documents is for the reader alone.
+            is_number = last in ("documents", "characters") and value == 3
             try:
                 prepare_corpus(out, [path], vocab_size=280)
             except DataError as error:
-                assert str(out / "corpus") in str(error)
+                assert str(out / "corpus") in str(error) and not is_number
+            else:
+                mended = json.loads(file.read_text())
+                assert is_number or mended == whole, (outer, inner, last, value)

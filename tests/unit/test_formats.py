@@ -180,6 +180,18 @@ def test_line_of_json_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "a.jsonl:2: is longer than 1 MiB" in refusal(path)
 
 
+def test_mark_of_utf8_before_an_empty_line_is_no_fault(tmp_path: Path) -> None:
+    """As some editors write it; elsewhere it is none of JSON."""
+    path = tmp_path / "a.jsonl"
+    for start in (b"", b"\n", b" \r\n"):
+        path.write_bytes(b"\xef\xbb\xbf" + start + lines_of(0, 2))
+        assert len(texts(path)) == 2
+    path.write_bytes(b"\xef\xbb\xbf\n")
+    assert "holds no text" in refusal(path)
+    path.write_bytes(lines_of(0, 1) + b"\xef\xbb\xbf\n")
+    assert "a.jsonl:2: is not a line of JSON" in refusal(path)
+
+
 @pytest.mark.parametrize("name", ["a.jsonl.zst", "a.txt.zst", "a.jsonl.gz", "a.jsonl.xz"])
 def test_file_that_unpacks_to_gigabytes_takes_little_memory(tmp_path: Path, name: str) -> None:
     """An endless line, of which no more than the limit is held; or documents of characters."""

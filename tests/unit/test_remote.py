@@ -174,13 +174,26 @@ def test_lost_connection_may_pass() -> None:
 
 def test_a_signature_is_not_part_of_a_name(tmp_path: Path) -> None:
     """Names become parts of ids and decide splits; a signature is a secret and changes."""
-    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    for place in (tmp_path, tmp_path / "b"):
+        place.mkdir(exist_ok=True)
+        (place / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "a.jsonl.gz").write_bytes(b"")
     handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/a.jsonl?X-Amz-Signature=AAA"
         assert [document.id for document in iter_documents([url])] == ["a.jsonl@0"]
         assert remote_files.find_urls(url) == [(url, "a.jsonl", 14, True)]
+        # Files of one name are named by their whole URLs.
+        host = f"http://127.0.0.1:{server.server_port}"
+        signed = [url, f"{host}/b/a.jsonl?X-Amz-Signature=BBB"]
+        names = [f"{host}/a.jsonl", f"{host}/b/a.jsonl"]
+        assert [document.id for document in iter_documents(signed)] == [f"{n}@0" for n in names]
+        again = url.replace("AAA", "CCC")
+        with pytest.raises(DataError, match=r"Signature=\*\*\* and .*only the query .* differs"):
+            list(iter_documents([url, again]))
+        with pytest.raises(DataError, match="differ only in the compression suffix"):
+            list(iter_documents([url, f"{host}/a.jsonl.gz?X-Amz-Signature=AAA"]))
         server.shutdown()
 
 

@@ -145,6 +145,19 @@ def test_killed_workers_go_on_as_another_number_of_workers(
     assert contents(out) == unbroken
 
 
+def test_report_says_how_many_tokens_fill_no_block(
+    corpus: Path, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    tokens = len(list(pack_blocks(iter_documents([corpus]), tokenizer, 1, 4, seed=0)))
+    dropped = []
+    for number in (1, 5):
+        out = tmp_path / f"{number}"
+        meta = write_store(out, [corpus], tokenizer, plan_of([corpus], tokenizer, number))
+        dropped.append(json.loads((out / "report.json").read_text())["tokens_dropped"])
+        assert meta.num_tokens + dropped[-1] == tokens
+    assert dropped[0] < 8 and dropped[0] < dropped[1] < 5 * 8
+
+
 def test_worker_that_joins_searches_nothing(
     corpus: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,17 +201,59 @@ def test_manifest_of_relative_paths_is_read_from_anywhere(
 
 
 def test_file_that_changed_since_the_manifest_was_made_is_named(
+    corpus: Path, tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By its size or by its contents, in a directory and at a URL; not by a manifest of an earlier
+    version, which has no fingerprints. The remedy works."""
+    original = (corpus / "a.jsonl").read_bytes()
+    file = corpus / "a.jsonl"
+    places = {"path": [str(corpus)], "url": [f"local://{corpus}"]}
+    changes = {
+        "it had .* bytes, now": original + b'{"text": "more"}\n',
+        "it has other contents": original.replace(b"line", b"LINE"),
+    }
+    for place, given in places.items():
+        for number, (how, changed) in enumerate(changes.items()):
+            file.write_bytes(original)
+            files, out = find_files(given), tmp_path / f"{place}{number}"
+            plan = plan_of(files, tokenizer, 4)
+            parts.begin(out, plan, parts.blocks_in_shard(plan, 512), files)
+            begun = begun_corpus(out / ".parts", given)
+            assert begun is not None and "begun; files that were added later" in caplog.text
+            write_parts(out, begun, tokenizer, plan, worker=(0, 2), shard_bytes=512)
+            file.write_bytes(changed)
+            how = how if place == "path" else "other contents"
+            message = rf"a.jsonl: was changed after the store in {out} .*{how}.*--overwrite"
+            for corpus_now in (begun, files):
+                with pytest.raises(DataError, match=message):
+                    write_parts(out, corpus_now, tokenizer, plan, shard_bytes=512)
+            # With the whole corpus at hand, its own fingerprint is another one.
+            with pytest.raises(DataError, match="another corpus_sha256"):
+                write_parts(out, given, tokenizer, plan_of(given, tokenizer, 4), shard_bytes=512)
+    manifest = out / ".parts" / "manifest.jsonl"
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for line in lines:
+        line[4] = [span[:5] for span in line[4]]
+    offsets = [0]
+    described = json.loads((out / ".parts" / "manifest.json").read_text())
+    whole = manifest.read_bytes()
+    shorter = [json.dumps(line).encode() + b"\n" for line in lines]
+    manifest.write_bytes(b"".join(shorter))
+    for place in described["offsets"][1:]:
+        offsets.append(sum(map(len, shorter[: whole[:place].count(b"\n")])))
+    (out / ".parts" / "manifest.json").write_text(json.dumps({**described, "offsets": offsets}))
+    assert write_parts(out, begun, tokenizer, plan, shard_bytes=512) == []
+
+
+def test_corpus_that_changes_before_the_manifest_is_made_is_refused(
     corpus: Path, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     files = find_files([corpus])
-    plan = plan_of(files, tokenizer, 5)
-    parts.begin(tmp_path / "out", plan, 4, files)
-    with (corpus / "a.jsonl").open("a") as stream:
-        stream.write('{"text": "more"}\n')
-    with pytest.raises(DataError, match=r"a.jsonl: was changed while it was used"):
-        write_parts(tmp_path / "out", files, tokenizer, plan, shard_bytes=4 * plan.sample_bytes)
-    with pytest.raises(DataError, match="another corpus_sha256"):
-        write_parts(tmp_path / "out", [corpus], tokenizer, plan_of([corpus], tokenizer, 5))
+    plan = plan_of(files, tokenizer, 4)
+    (corpus / "c.txt").write_bytes((corpus / "c.txt").read_bytes().replace(b"line", b"LINE"))
+    with pytest.raises(DataError, match="was changed while it was used"):
+        write_parts(tmp_path / "out", files, tokenizer, plan)
+    assert not (tmp_path / "out" / ".parts").exists()
 
 
 def test_compressed_file_that_parts_share_is_named(
