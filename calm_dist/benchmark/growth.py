@@ -13,7 +13,7 @@ from calm_dist.benchmark.compare import Pair, compare
 from calm_dist.benchmark.pairs import autoencoder_pair, energy_pair
 from calm_dist.benchmark.random_steps import RandomSteps
 from calm_dist.benchmark.reading import write_random_store
-from calm_dist.benchmark.step import calm_recipe
+from calm_dist.benchmark.step import small_calm_recipe
 from calm_dist.data.stream import open_training_stream
 from calm_dist.inference.loading import single_process_topology
 
@@ -81,7 +81,7 @@ def _alone(
 
 def _step(device: torch.device, patch_size: int) -> Callable[[], None]:
     """A training step of 4 x 1,024 tokens with 32 components of a latent per token."""
-    recipe = calm_recipe(patch_size)
+    recipe = small_calm_recipe(patch_size)
     steps = RandomSteps(recipe, single_process_topology(recipe, device))
 
     def step() -> None:

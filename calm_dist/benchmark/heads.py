@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from calm_dist.benchmark.timing import environment, median_seconds
 from calm_dist.costs import flops
 from calm_dist.errors import RecipeError
+from calm_dist.heads import all_specs
 from calm_dist.inference.loading import single_process_recipe, single_process_topology
 from calm_dist.models.backbone import transformer_config
 from calm_dist.models.heads import latent_head
@@ -19,16 +20,8 @@ from calm_dist.parallel.noise import KeyedNoise
 from calm_dist.recipe import CalmModel, LanguageModelRecipe, Recipe
 from calm_dist.training.build import build_head, energy_kernel
 
-HEADS = (
-    ("energy", None),
-    ("chain", None),
-    ("flow", 2),
-    ("flow", 4),
-    ("flow", 10),
-    ("diffusion", 100),
-)
-"""(kind, sampling steps): for flow the paper's and the released code's, for diffusion the released
-code's."""
+MORE_STEPS = {"flow": (2, 4)}
+"""Sampling steps beside a head's own default: the paper's for flow."""
 
 TRAIN_FLOPS = 3
 """Cost of forward and backward pass, in forward passes."""
@@ -60,7 +53,10 @@ def measure_heads(
     # The head that predicts tokens, which comes last, needs it.
     flops.known_size(recipe.model, "vocab_size")
     rows = [
-        _measure(recipe, kind, steps, positions, samples, repeats, device) for kind, steps in HEADS
+        _measure(recipe, kind, steps, positions, samples, repeats, device)
+        for kind, spec in all_specs().items()
+        if spec.predicts == "latents"
+        for steps in (*MORE_STEPS.get(kind, ()), None)
     ]
     rows.append(_measure_tokens(recipe, positions, samples, repeats, device))
     sizes = {"positions": positions, "samples": samples, "repeats": repeats}

@@ -82,7 +82,7 @@ class PlainCalm(nn.Module):
 
 def step_pairs(device: torch.device) -> Iterator[Pair]:
     """Hidden 256, 4 layers, 32,000 words, 4 blocks of 1,024 tokens, K=4, latents given."""
-    recipe = calm_recipe()
+    recipe = small_calm_recipe()
     assert isinstance(recipe.model, CalmModel)
     ours = RandomSteps(recipe, single_process_topology(recipe, device))
     batch = ours.batch
@@ -111,7 +111,7 @@ def step_pairs(device: torch.device) -> Iterator[Pair]:
     yield Pair("CALM training step", step, plainly, tokens, "tokens", sizes)
 
 
-def calm_recipe(patch_size: int = PATCH) -> LanguageModelRecipe:
+def small_calm_recipe(patch_size: int = PATCH) -> LanguageModelRecipe:
     """Hidden 256, 4 layers, 4 blocks of 1,024 tokens, 32 components of a latent per token."""
     return LanguageModelRecipe.from_dict(
         {

@@ -195,6 +195,12 @@ class HeadSpec(ABC):
         """Standard deviation of an initial weight; ``std`` is what ``model.init`` gives for it."""
         return std
 
+    def vector_value(self, name: str) -> float | None:
+        """Initial value of all elements of a parameter of at most one dimension, whose ``name``
+        begins with ``head.``; what its module sets is overwritten. None: zero if the name ends in
+        ``bias``, one if it ends in ``weight``; other names are then refused."""
+        return None
+
 
 def unused_width(head: HeadRecipe) -> list[str]:
     """The message about ``width`` for a head that is as wide as the hidden states."""

@@ -8,10 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from calm_dist.errors import RecipeError
 from calm_dist.randomness import key_seed
 from calm_dist.recipe.sections import CalmModel, Initialization
 
 InitStd = Callable[[str, torch.Size], float]
+VectorValue = Callable[[str], float | None]
 
 # Projections that add to the backbone's residual stream.
 RESIDUAL_OUTPUTS = ("linear_proj", "linear_fc2")
@@ -49,10 +51,28 @@ def draw_weight(name: str, shape: torch.Size, std: float, seed: int) -> torch.Te
     return torch.randn(shape, generator=generator) * std
 
 
-def initialize_module(module: nn.Module, prefix: str, std: InitStd, seed: int) -> None:
-    """Initialise a module that is whole on every rank (autoencoder, heads)."""
+def initialize_module(
+    module: nn.Module,
+    prefix: str,
+    std: InitStd,
+    seed: int,
+    vector_value: VectorValue = lambda name: None,
+) -> None:
+    """Initialise a module that is whole on every rank (autoencoder, heads).
+
+    Args:
+        vector_value: see `HeadSpec.vector_value`; as for ``std``, names begin with ``prefix``.
+
+    Raises:
+        RecipeError: see `fill_parameter`.
+    """
     for name, parameter in module.named_parameters():
-        fill_parameter(parameter, f"{prefix}.{name}", parameter.shape, std, seed, lambda full: full)
+        full_name = f"{prefix}.{name}"
+        given = vector_value(full_name) if parameter.ndim <= 1 else None
+        if given is None:
+            fill_parameter(parameter, full_name, parameter.shape, std, seed, lambda full: full)
+        else:
+            nn.init.constant_(parameter, given)
 
 
 @torch.no_grad()
@@ -64,10 +84,22 @@ def fill_parameter(
     seed: int,
     local_part: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
-    """Initialise one parameter; this rank may hold only its ``local_part``."""
+    """Initialise one parameter; this rank may hold only its ``local_part``.
+
+    Raises:
+        RecipeError: a vector or scalar whose name does not say how it begins.
+    """
     if len(full_shape) > 1:
         full = draw_weight(name, full_shape, std(name, full_shape), seed)
         parameter.copy_(local_part(full))
+    elif name.endswith("bias"):
+        parameter.fill_(0.0)
+    elif name.endswith("weight"):
+        # Of a norm.
+        parameter.fill_(1.0)
     else:
-        # Biases start at zero, norm weights at one.
-        parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        raise RecipeError(
+            f"model: there is no rule for the initial value of the parameter {name} of shape "
+            f"{tuple(full_shape)}: vectors called bias begin at zero, those called weight at one; "
+            "give it such a name or, in a head, let HeadSpec.vector_value give its value"
+        )

@@ -28,7 +28,7 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # Keys of the authors' configurations for features that these models do not have.
 _WITHOUT = {key: NEUTRAL[key] for key in ("hidden_act", "mlp_bias")}
-_BODY_WITHOUT = _WITHOUT | {
+_BACKBONE_WITHOUT = _WITHOUT | {
     key: NEUTRAL[key]
     for key in ("attention_bias", "attention_dropout", "rope_scaling", "tie_word_embeddings")
 }
@@ -42,9 +42,13 @@ _WRITTEN: dict[str, Any] = {
 _MAX_POSITIONS = 2048
 _LARGEST_NUMBER = 2**31
 # Fields of backbone and head; optional ones with the authors' defaults.
-_BODY_KEYS = ("vocab_size", "patch_size", "latent_size", "hidden_size", "intermediate_size",
-              "num_hidden_layers", "num_attention_heads")  # fmt: skip
-_BODY_DEFAULTS = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "initializer_range": 0.02}
+_BACKBONE_KEYS = ("vocab_size", "patch_size", "latent_size", "hidden_size", "intermediate_size",
+                  "num_hidden_layers", "num_attention_heads")  # fmt: skip
+_BACKBONE_DEFAULTS = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "initializer_range": 0.02}
+# Fields of a CALM that the layout holds elsewhere, that `HeadSpec.released` decides, or that do not
+# change a trained model.
+_ELSEWHERE = ("num_key_value_heads", "kind", "head", "autoencoder", "autoencoder_size",
+              "latent_slots", "init")  # fmt: skip
 _HEAD_DEFAULTS = {"noise_size": 64, "num_samples": 8, "beta": 1.0}
 _OTHER_KEYS = ("num_mlp_layers", "num_key_value_heads", "head_dim", "rope_parameters",
                "rope_scaling", "layer_types")  # fmt: skip
@@ -66,9 +70,9 @@ def calm_values(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / CONFIG_FILE
     config = read_config(directory)
     kind = _head_kind(config, path)
-    check_keys(config, {*_BODY_KEYS, *_BODY_DEFAULTS, *_HEAD_DEFAULTS, *_OTHER_KEYS}, path)
+    check_keys(config, {*_BACKBONE_KEYS, *_BACKBONE_DEFAULTS, *_HEAD_DEFAULTS, *_OTHER_KEYS}, path)
     check_attention_kinds(config, path)
-    wanted = [*_BODY_KEYS, "num_mlp_layers", *_released_heads()[kind].required]
+    wanted = [*_BACKBONE_KEYS, "num_mlp_layers", *_released_heads()[kind].required]
     if missing := [key for key in wanted if key not in config]:
         raise CheckpointError(
             f"{path}: has no {', '.join(missing)}; it is not the configuration of a released CALM"
@@ -93,9 +97,9 @@ def calm_values(directory: str | Path) -> dict[str, Any]:
         )
     model = {
         "kind": "calm",
-        **{key: config[key] for key in _BODY_KEYS},
-        **{key: config.get(key, default) for key, default in _BODY_DEFAULTS.items()},
-        "rope_theta": rope_theta(config, _BODY_DEFAULTS["rope_theta"], path),
+        **{key: config[key] for key in _BACKBONE_KEYS},
+        **{key: config.get(key, default) for key, default in _BACKBONE_DEFAULTS.items()},
+        "rope_theta": rope_theta(config, _BACKBONE_DEFAULTS["rope_theta"], path),
         "num_key_value_heads": None if groups == heads else groups,
         "init": "released",
         "head": {
@@ -116,26 +120,50 @@ def calm_config(
         recipe: with vocabulary, latent and block size filled in.
         token_ids: the known ones of `TOKEN_IDS`.
         ae_path: directory of the autoencoder.
+
+    Raises:
+        CheckpointError: the layout has no such head, or no key for a field of the model that is not
+            at its default.
     """
     model = recipe.model
     assert isinstance(model, CalmModel)
+    _refuse_lost_fields(model)
     head = model.head
     released = released_head(head)
     return {
         "architectures": [released.architecture],
         **({} if released.model_type is None else {"model_type": released.model_type}),
         "ae_path": ae_path,
-        **{key: getattr(model, key) for key in _BODY_KEYS},
-        **{key: getattr(model, key) for key in _BODY_DEFAULTS},
+        **{key: getattr(model, key) for key in _BACKBONE_KEYS},
+        **{key: getattr(model, key) for key in _BACKBONE_DEFAULTS},
         "num_key_value_heads": model.key_value_heads,
         "num_mlp_layers": head.num_mlp_layers,
         **{key: getattr(head, key) for key in _HEAD_DEFAULTS},
         "max_position_embeddings": recipe.num_patches,
         "use_cache": True,
-        **_BODY_WITHOUT,
+        **_BACKBONE_WITHOUT,
         **_WRITTEN,
         **{key: token_ids.get(key) for key in TOKEN_IDS},
     }
+
+
+def _refuse_lost_fields(model: CalmModel) -> None:
+    """Refuse a model whose export would compute something else, although all weights have a name.
+
+    Raises:
+        CheckpointError: names fields and values.
+    """
+    lost = [
+        f"model.{name}={getattr(model, name)!r}"
+        for name, field in type(model).model_fields.items()
+        if name not in (*_BACKBONE_KEYS, *_BACKBONE_DEFAULTS, *_ELSEWHERE)
+        and getattr(model, name) != field.get_default(call_default_factory=True)
+    ]
+    if lost:
+        raise CheckpointError(
+            f"{', '.join(lost)}: the authors' released layout has no key for this, so an import "
+            "would be another model; such a model cannot be exported"
+        )
 
 
 def autoencoder_values(directory: str | Path) -> AutoencoderConfig:
@@ -182,7 +210,7 @@ def autoencoder_config(
     return {
         "architectures": [AUTOENCODER_ARCHITECTURE],
         **values,
-        "initializer_range": _BODY_DEFAULTS["initializer_range"],
+        "initializer_range": _BACKBONE_DEFAULTS["initializer_range"],
         "max_position_embeddings": _MAX_POSITIONS,
         **_WITHOUT,
         **_WRITTEN,

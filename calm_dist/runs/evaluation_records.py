@@ -18,8 +18,8 @@ from calm_dist.runs.metrics_file import METRICS_FILE, json_line, read_records
 _log = logging.getLogger(__name__)
 
 
-def run_directory(directory: Path) -> Path | None:
-    """The run directory that contains a step directory, or None if there is none."""
+def run_with_recipe(directory: Path) -> Path | None:
+    """The run directory that contains a step directory, or None if there is none with a recipe."""
     run = checkpoints.run_directory(directory.resolve())
     return run if run is not None and (run / checkpoints.RECIPE_FILE).is_file() else None
 
@@ -66,7 +66,7 @@ class RecordLog:
 
     def __init__(self, directories: Iterable[Path]) -> None:
         """Warn about runs in which results of these checkpoints cannot be recorded."""
-        runs = {run for path in directories if (run := run_directory(path)) is not None}
+        runs = {run for path in directories if (run := run_with_recipe(path)) is not None}
         reasons = {run: why_not_recorded(run) for run in sorted(runs)}
         self._writable = {run for run, reason in reasons.items() if reason is None}
         self._failures: list[str] = []
@@ -75,7 +75,7 @@ class RecordLog:
 
     def add(self, directory: Path, result: Mapping[str, Any]) -> None:
         """Record the result of a checkpoint if it belongs to a run that can be written."""
-        run = run_directory(directory)
+        run = run_with_recipe(directory)
         if run not in self._writable:
             return
         try:

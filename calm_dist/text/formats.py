@@ -154,7 +154,7 @@ class Format:
     @property
     def can_start_anywhere(self) -> bool:
         """Whether reading can start at any line or group of rows."""
-        return self.kind in TABLES or not self.compression
+        return self.kind in TABLES or not (self.compression or self.kind in WHOLE)
 
 
 def format_of(name: str) -> Format | None:
@@ -435,6 +435,10 @@ PARSERS: dict[str, Parser] = {
 
 LINES = (".jsonl", ".json")
 """The kinds in which each line is a document."""
+
+WHOLE: tuple[str, ...] = ()
+"""The kinds of text whose documents may continue past the end of any line: a file is one unit, of
+any size, and is never read from the middle."""
 
 TABLES = (".parquet", ".arrow")
 """The kinds of tables, which pyarrow reads; see `calm_dist.text.tables`."""

@@ -1,8 +1,9 @@
 """The division of a corpus into units, which are read, shuffled and assigned to workers.
 
 A unit is a part of a file, or several small files, of about `CHUNK_BYTES`. Lines and tables can be
-read from the middle; a compressed file is one unit of any size. Units depend on the files alone,
-so documents and their ids are the same whatever the number of parts and workers.
+read from the middle; a compressed file, or one of a kind in `formats.WHOLE`, is one unit of any
+size. Units depend on the files alone, so documents and their ids are the same whatever the number
+of parts and workers.
 """
 
 from __future__ import annotations

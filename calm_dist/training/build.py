@@ -16,7 +16,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer import TransformerConfig
 from torch import nn
 
-from calm_dist.costs.flops import head_sizes
+from calm_dist.costs.flops import head_parameters, head_sizes
 from calm_dist.errors import RecipeError
 from calm_dist.models.attention_kernel import attention_kernel
 from calm_dist.models.autoencoder import Autoencoder
@@ -89,9 +89,20 @@ def build_backbone(
 
 
 def build_head(model: CalmModel, seed: int) -> Head:
-    """The initialised head, fp32 on the CPU."""
+    """The initialised head, fp32 on the CPU.
+
+    Raises:
+        RecipeError: it has another number of parameters than its description says, or one without a
+            rule for its initial value.
+    """
     head = make_head(model.head, *head_sizes(model), model.patch_size)
-    initialize_module(head, "head", head_init_std(model), seed)
+    described, held = head_parameters(model), sum(p.numel() for p in head.parameters())
+    if held != described:
+        raise RecipeError(
+            f"model.head.kind: {model.head.kind}, whose module has {held:,} parameters, its "
+            f"description {described:,}; correct `parameters` in the package that registers it"
+        )
+    initialize_module(head, "head", head_init_std(model), seed, model.head_spec.vector_value)
     for layer in head.layers_from_zero(model.init):
         nn.init.zeros_(layer.weight)
     return head

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +16,10 @@ from launches import ROOT, call
 PAGE = ROOT / "docs" / "howto" / "add_a_corpus_format.md"
 READ = """
 import sys
-from calm_dist.text import formats
+from calm_dist.text import formats, units
+# So that each of the files below is a large one.
+units.CHUNK_BYTES = 4
+formats.JSON_LINE_BYTES = 1 << 20
 from calm_dist.text.corpus import ShuffledDocuments, iter_documents
 print(formats.SUPPORTED)
 for read in (iter_documents, lambda paths: ShuffledDocuments(paths, seed=0)):
@@ -32,6 +37,9 @@ def test_the_page_adds_a_format(tmp_path: Path) -> None:
     file = tmp_path / "calm_dist" / "text" / "formats.py"
     before, table, after = file.read_text(encoding="utf-8").partition("PARSERS: dict")
     head, brace, rest = after.partition("{\n")
+    (whole,) = re.findall(r"`(WHOLE: .*?)`", page)
+    rest, found = re.subn(r"^WHOLE: .*$", whole, rest, flags=re.MULTILINE)
+    assert found == 1
     file.write_text(f"{before}{parser}\n\n{table}{head}{brace}    {entry},\n{rest}")
 
     corpus = tmp_path / "corpus"
@@ -60,3 +68,15 @@ def test_the_page_adds_a_format(tmp_path: Path) -> None:
     (corpus / "bad.md").write_bytes(b"\xff")
     refused = call([*tool, *given[:3], str(tmp_path / "other")], code=2, PYTHONPATH=path).stderr
     assert "bad.md: is not UTF-8 text (byte 0)" in refused
+
+    long = tmp_path / "long.md"
+    long.write_bytes(b"#" * ((1 << 20) + 1))
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(long)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    assert done.returncode == 1
+    assert "long.md: is longer than 1 MiB, the limit of a document" in done.stderr

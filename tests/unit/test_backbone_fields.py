@@ -5,6 +5,8 @@ A field that nobody listed here fails `test_every_field_is_changed`.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from calm_dist.errors import CheckpointError
 from calm_dist.inference.load import LoadedModel
 from calm_dist.recipe import BackboneModel, CalmModel
 from calm_dist.released.calm import ReleasedCalm, released_calm
+from calm_dist.released.config import calm_config, calm_values
+from calm_dist.released.files import CONFIG_FILE
 from calm_dist.released.tensors import Tensors
 
 # Another value of each field for a model of width 16 (32 in the trainings) with 4 heads.
@@ -36,8 +40,10 @@ CHANGES: dict[str, Any] = {
     "init": "released",
     "initializer_range": 0.05,
 }
-# Those whose model the released layout cannot hold, and a weight that it would lose.
-NOT_RELEASED = {"qk_norm": "decoder.layers.0.self_attention.q_layernorm.weight"}
+# Those whose model the released layout cannot hold, and a weight that it would lose, if any.
+NOT_RELEASED: dict[str, str | None] = {
+    "qk_norm": "decoder.layers.0.self_attention.q_layernorm.weight"
+}
 UNCHANGED: dict[str, Any] = {}
 STEPS = 3
 # |a - b| <= TOLERANCE * max(1, |b|), as in test_layouts.
@@ -71,12 +77,17 @@ def test_parameters_are_counted(kind: str, field: str) -> None:
 
 @pytest.mark.parametrize("field", CHANGES)
 def test_export_and_import_keep_every_weight(tmp_path: Path, field: str) -> None:
+    """And every field."""
     change = {field: CHANGES[field]}
     model, other = tiny_model(**change), tiny_model(**change, seed=1)
     assert isinstance(model.recipe.model, CalmModel)
     backbone, head = dict(model.backbone.named_parameters()), dict(model.head.named_parameters())
     if field in NOT_RELEASED:
-        with pytest.raises(CheckpointError, match=NOT_RELEASED[field]):
+        with pytest.raises(CheckpointError, match=f"model.{field}={CHANGES[field]}"):
+            calm_config(model.recipe, {}, "")
+        if (lost := NOT_RELEASED[field]) is None:
+            return
+        with pytest.raises(CheckpointError, match=lost):
             released_calm(model.recipe.model, backbone, head)
         # The weights of a model without the field lack what this one has.
         without = tiny_model()
@@ -86,9 +97,13 @@ def test_export_and_import_keep_every_weight(tmp_path: Path, field: str) -> None
             dict(without.backbone.named_parameters()),
             dict(without.head.named_parameters()),
         )
-        with pytest.raises(CheckpointError, match=NOT_RELEASED[field]):
+        with pytest.raises(CheckpointError, match=lost):
             fill(tensors, other, tmp_path)
         return
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(calm_config(model.recipe, {}, "")))
+    again = CalmModel.model_validate(calm_values(tmp_path)["model"])
+    for name in set(BackboneModel.model_fields) - {"init"}:  # an imported model has its weights
+        assert getattr(again, name) == getattr(model.recipe.model, name), name
     # Weights that no initialisation gives, norms included.
     for parameter in (*backbone.values(), *head.values()):
         with torch.no_grad():
@@ -100,6 +115,26 @@ def test_export_and_import_keep_every_weight(tmp_path: Path, field: str) -> None
     for name, parameter in (*other.backbone.named_parameters(), *other.head.named_parameters()):
         expected = backbone[name] if name in backbone else head[name]
         assert torch.equal(parameter, expected), name
+
+
+class CappedModel(CalmModel):
+    """A model with a field that adds no weight, as a contributor would add it."""
+
+    attention_softcap: float | None = None
+
+
+def test_a_field_without_weights_is_not_lost() -> None:
+    recipe = tiny_model().recipe
+
+    def config(softcap: float | None) -> dict[str, Any]:
+        model = CappedModel(**recipe.model.model_dump(), attention_softcap=softcap)
+        return calm_config(recipe.model_copy(update={"model": model}), {}, "")
+
+    assert config(None) == calm_config(recipe, {}, "")
+    with pytest.raises(
+        CheckpointError, match=r"model\.attention_softcap=30\.0: .* released layout"
+    ):
+        config(30.0)
 
 
 def fill(tensors: dict[str, torch.Tensor], model: LoadedModel, directory: Path) -> None:
@@ -116,31 +151,38 @@ LAYOUTS = {
 }
 
 
-def changes_shapes(field: str) -> bool:
-    """Whether a model of another value has other tensors."""
+def shapes(change: dict[str, Any]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in tiny_model(**change).backbone.named_parameters()}
+
+
+def adds_modules(field: str) -> bool:
+    """Whether a model of another value has parameters of other names, numbers of layers aside."""
     before, after = (
-        {name: value.shape for name, value in tiny_model(**change).backbone.named_parameters()}
+        {re.sub(r"\.\d+\.", ".", name) for name in shapes(change)}
         for change in (UNCHANGED, {field: CHANGES[field]})
     )
     return before != after
 
 
 @pytest.mark.parametrize(
-    "fields",
-    [
-        # Those that add modules; the layouts of the others' modules are those of every test.
-        ["qk_norm"],
-        pytest.param([name for name in CHANGES if name != "qk_norm"], marks=pytest.mark.full),
-    ],
-    ids=["modules", "all"],
+    "only_modules",
+    # The layouts of modules that a field merely resizes are those of every test.
+    [True, pytest.param(False, marks=pytest.mark.full)],
+    ids=["modules", "resized"],
 )
 def test_layouts_train_the_same_model(
-    tmp_path: Path, tiny: Callable[..., list[str]], fields: list[str]
+    tmp_path: Path, tiny: Callable[..., list[str]], only_modules: bool
 ) -> None:
     """TP2 with and without sequence parallelism and PP2 against one process, for each field."""
-    # The store decides the vocabulary.
-    fields = [name for name in fields if name != "vocab_size" and changes_shapes(name)]
-    assert fields
+    fields = [
+        name
+        for name in CHANGES
+        # The store decides the vocabulary.
+        if name != "vocab_size"
+        and shapes({name: CHANGES[name]}) != shapes(UNCHANGED)
+        and adds_modules(name) == only_modules
+    ]
+    assert ("qk_norm" in fields) == only_modules
 
     def job(field: str, name: str, settings: dict[str, object]) -> dict[str, object]:
         changed = settings | {f"model__{field}": CHANGES[field]}

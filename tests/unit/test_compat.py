@@ -155,9 +155,10 @@ def test_names_of_megatron() -> None:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
     from megatron.core.tensor_parallel import random
-    from megatron.core.transformer import mlp
+    from megatron.core.transformer import attention, mlp
 
     from calm_dist.compat import megatron, megatron_cpu
+    from calm_dist.models.attention import CachedSelfAttention
 
     assert hasattr(parallel_state, "_global_process_group_list")
     assert hasattr(filesystem_async, "_results_queue")
@@ -176,6 +177,20 @@ def test_names_of_megatron() -> None:
         Float16OptimizerWithFloat16Params
     )
     assert "chained_optimizers" in attributes_of(ChainedOptimizer)
+    # Ours takes the place of theirs, which `Attention.forward` calls; a new name would bypass it.
+    adjust = attention.Attention._adjust_key_value_for_inference
+    ours = CachedSelfAttention._adjust_key_value_for_inference
+    assert ours is not adjust
+    assert list(inspect.signature(adjust).parameters)[:6] == [
+        *("self", "inference_context", "query", "key", "value", "rotary_pos_emb")
+    ]
+    assert (
+        list(inspect.signature(ours).parameters)[:6]
+        == (list(inspect.signature(adjust).parameters)[:6])
+    )
+    assert " self._adjust_key_value_for_inference(" in inspect.getsource(
+        attention.Attention.forward
+    )
     # Megatron's MLP calls it by this name, with these arguments.
     arguments = inspect.getsource(mlp.MLP.forward).split(" bias_swiglu_impl(")[1].split(",")
     assert [name.strip() for name in arguments[:2]] == ["intermediate_parallel", "bias_parallel"]

@@ -24,7 +24,7 @@ from calm_dist.evaluation.evaluate import EvaluationSettings, evaluate
 from calm_dist.inference.decoding import GreedyDecoder
 from calm_dist.inference.generate import decode_latents
 from calm_dist.recipe import CalmModel, Recipe
-from calm_dist.runs.evaluation_records import record, run_directory
+from calm_dist.runs.evaluation_records import record, run_with_recipe
 from calm_dist.scores import MARK_EXPLAINED
 from calm_dist.training.build import build_head
 
@@ -416,9 +416,9 @@ def test_results_are_recorded_once(tmp_path: Path) -> None:
 def test_run_directory_of_a_checkpoint(tmp_path: Path) -> None:
     steps = tmp_path / "checkpoints"
     (steps / "step_00000020").mkdir(parents=True)
-    assert run_directory(steps / "step_00000020") is None
+    assert run_with_recipe(steps / "step_00000020") is None
     (tmp_path / "recipe.yaml").touch()
-    assert run_directory(steps / "step_00000020") == tmp_path.resolve()
+    assert run_with_recipe(steps / "step_00000020") == tmp_path.resolve()
 
 
 @pytest.mark.usefixtures("whole_paths")

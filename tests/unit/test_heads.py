@@ -8,9 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from calm_dist.errors import RecipeError
 from calm_dist.heads import all_specs
+from calm_dist.heads.energy import EnergySpec
 from calm_dist.models.heads import GenerativeHead, latent_head, make_head
 from calm_dist.models.heads.diffusion import DiffusionHead, cosine_alpha_bar, schedule
+from calm_dist.models.heads.energy import EnergyHead
 from calm_dist.models.heads.flow import FlowHead
 from calm_dist.models.weights import head_init_std
 from calm_dist.parallel.noise import KeyedNoise
@@ -151,6 +154,50 @@ def test_gradients_reach_every_weight_after_a_step(kind: str, init: str) -> None
         optimizer.step()
     dead = [name for name, p in head.named_parameters() if p.grad is None or not p.grad.any()]
     assert dead == []
+
+
+class ScaledHead(EnergyHead):
+    """A head with learned scalar and vector, as another package may add it."""
+
+    def __init__(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> None:
+        super().__init__(head, hidden_size, latent_size)
+        self.log_scale = torch.nn.Parameter(torch.tensor(-2.0))
+        self.shift = torch.nn.Parameter(torch.zeros(latent_size))
+
+
+class ScaledSpec(EnergySpec):
+    kind = "scaled"
+    module = f"{__name__}:ScaledHead"
+
+    def parameters(self, head: HeadRecipe, hidden_size: int, latent_size: int) -> int:
+        return super().parameters(head, hidden_size, latent_size) + 1 + latent_size
+
+    def vector_value(self, name: str) -> float | None:
+        return {"head.log_scale": -2.0, "head.shift": 0.0}.get(name)
+
+
+def built_as(spec: EnergySpec, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
+    monkeypatch.setitem(all_specs(), spec.kind, spec)
+    model = load_recipe(RECIPE, [f"model.head.kind={spec.kind}"]).model
+    assert model.kind == "calm"
+    return build_head(model, seed=0)
+
+
+def test_initial_values_of_learned_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = built_as(ScaledSpec(), monkeypatch)
+    assert isinstance(head, ScaledHead)
+    assert head.log_scale == -2.0 and not head.shift.any()
+    assert (head.norm_noise.weight == 1).all() and not head.noise_embd.bias.any()
+    monkeypatch.delattr(ScaledSpec, "vector_value")
+    with pytest.raises(RecipeError, match=r"initial value of the parameter head\.log_scale of "):
+        built_as(ScaledSpec(), monkeypatch)
+
+
+def test_a_head_of_another_size_than_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = sum(p.numel() for p in built_as(ScaledSpec(), monkeypatch).parameters())
+    monkeypatch.delattr(ScaledSpec, "parameters")
+    with pytest.raises(RecipeError, match=f"scaled, whose module has {held:,} parameters, its "):
+        built_as(ScaledSpec(), monkeypatch)
 
 
 def trained_on_two_gaussians(kind: str) -> tuple[GenerativeHead, torch.Tensor]:

@@ -58,10 +58,10 @@ def source_for_all(path: str, name: str = "run.continue_from") -> Path:
 
 
 def taken_over(directory: Path, state: RunState) -> str:
-    """The log line of a run that begins with another one's weights and moments."""
+    """The log line of a run that begins with another one's weights and optimizer state."""
     return (
-        f"continuing from {directory} (step {state.step}) with its weights, Adam's moments and "
-        f"their count of {state.adam_steps} updates; data, step counter and learning-rate schedule "
+        f"continuing from {directory} (step {state.step}) with its weights, optimizer state "
+        f"and count of {state.adam_steps} updates; data, step counter and learning-rate schedule "
         "start from the beginning"
     )
 
@@ -105,8 +105,9 @@ def free_space(recipe: Recipe) -> int:
     Raises:
         CheckpointError: too few for even one checkpoint.
     """
-    # Weights and Adam's moments in fp32, and a bf16 backbone's own weights.
-    per_parameter = 12 if recipe.precision == "fp32" else 14
+    # Weights and optimizer state in fp32, and a bf16 backbone's own weights.
+    weights = 4 if recipe.precision == "fp32" else 6
+    per_parameter = weights + recipe.training.optimizer_spec.state_bytes
     needed = per_parameter * flops.count(recipe, tokens=0).parameters
     # Half-written checkpoints of killed runs are removed before the first step.
     left = Path(recipe.run.dir).glob(f"{checkpoints.CHECKPOINTS}/step_*.tmp/**/*")
