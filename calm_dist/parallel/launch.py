@@ -216,9 +216,9 @@ def cuda_environment(tensor_parallel_size: int) -> dict[str, str]:
 def full_fp32() -> None:
     """Compute fp32 products in fp32, in this process and those that it starts.
 
-    NVIDIA's images set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, which makes every product of fp32 tensors
-    one of TF32, with a relative error of 1e-3. `select_device` and `own_device` call this; a tool
-    that takes its GPU in another way must call it too.
+    NVIDIA's images set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, which computes every product of fp32
+    tensors in TF32, with a relative error of 1e-3. `select_device` and `own_device` call this; a
+    tool that takes its GPU in another way must call it too.
     """
     import torch
 
