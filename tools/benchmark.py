@@ -206,8 +206,11 @@ def _ranks(args: argparse.Namespace) -> tuple[Any, str]:
 def _in_process(args: argparse.Namespace) -> tuple[Any, str]:
     import torch
 
+    from calm_dist.parallel.launch import full_fp32
+
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU; use cpu, or a machine with a GPU")
+    full_fp32()
     device = torch.device(args.device)
     if device.type == "cpu" and args.part not in ("heads", "model"):
         torch.set_num_threads(args.threads)

@@ -48,7 +48,8 @@ COMPRESSOR_HIDDEN, COMPRESSOR_KERNELS = 40, 40
 # The frozen encoder, forward, per element of a token's hidden state and of its MLP's width: the
 # embedding, a norm and a residual; SiLU and the product.
 ENCODER_HIDDEN, ENCODER_INTERMEDIATE, ENCODER_KERNELS = 20, 6, 40
-# Energy score: accesses per element of a draw, in fp32; kernels per chunk of positions.
+# Energy score: accesses per element of a draw, in fp32; kernels per chunk of positions, about as
+# many on GPUs, where distances come from differences.
 DRAW_ACCESSES, SCORE_KERNELS = 7, 35
 # The same in one kernel on GPUs: warp instructions per component of a draw, for up to eight samples
 # (37,700 for 100 draws of 128; tests/gpu compiles it), and kernels of a micro-batch, those of the

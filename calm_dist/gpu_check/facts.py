@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import shutil
 import subprocess
@@ -32,6 +33,9 @@ def measure(check: Check) -> None:
         compiler=shutil.which("gcc") or shutil.which("cc"),
         python_headers=(Path(sysconfig.get_paths()["include"]) / "Python.h").is_file(),
         cuda=torch.version.cuda,
+        # "highest" is fp32; the variable makes it TF32 in NVIDIA's images.
+        fp32_products=torch.get_float32_matmul_precision(),
+        tf32_override=os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
         nvidia_smi=nvidia_smi() if device.type == "cuda" else None,
         gpu=gpu_properties(device) if device.type == "cuda" else platform.machine(),
     )

@@ -57,12 +57,15 @@ def run_parts(
     chosen = [part for part in PARTS if not only or part.name in only]
     for part in chosen:
         _file(place, part).unlink(missing_ok=True)
-    background = [_start(part, place, device, end) for part in chosen if part.in_background]
+    background: list[_Running] = []
     try:
-        for part in (part for part in chosen if not part.in_background):
+        for part in chosen:
             left = end - time.monotonic()
             if left < _SHORTEST:
                 _settle(_file(place, part), NOT_RUN, f"the {minutes:g} minutes were over")
+            elif part.in_background:
+                background.append(_start(part, place, device, end))
+                continue
             else:
                 _wait(_start(part, place, device, end), place)
             say(_line(part, place))

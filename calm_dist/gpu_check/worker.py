@@ -19,6 +19,7 @@ import torch
 from calm_dist.cli.console import write_json
 from calm_dist.errors import UserError
 from calm_dist.gpu_check.parts import PARTS
+from calm_dist.parallel.launch import full_fp32
 
 RUNNING, DONE, FAILED, NOT_RUN = "running", "done", "failed", "not run"
 
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true")
     arguments = parser.parse_args()
+    full_fp32()
     device = torch.device("cpu") if arguments.device == "cpu" else torch.device("cuda", 0)
     check = Check(arguments.file, device, arguments.small)
     run_part(arguments.part, check)

@@ -156,6 +156,7 @@ def select_device(world: World, device: str, field: str = "parallel.device") -> 
     """
     import torch
 
+    full_fp32()
     if device == "cpu":
         return torch.device("cpu")
     if device == "auto" and not torch.cuda.is_available():
@@ -212,6 +213,20 @@ def cuda_environment(tensor_parallel_size: int) -> dict[str, str]:
     return settings
 
 
+def full_fp32() -> None:
+    """Compute fp32 products in fp32, in this process and those that it starts.
+
+    NVIDIA's images set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, which computes every product of fp32
+    tensors in TF32, with a relative error of 1e-3. `select_device` and `own_device` call this; a
+    tool that takes its GPU in another way must call it too.
+    """
+    import torch
+
+    os.environ["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] = "0"
+    # torch read the variable when it was imported.
+    torch.set_float32_matmul_precision("highest")
+
+
 def own_device(device: str) -> torch.device:
     """The device of a tool's process, which is alone or one of several independent ones, for its
     option ``--device`` (auto, cuda, cuda:N or cpu).
@@ -221,6 +236,7 @@ def own_device(device: str) -> torch.device:
     """
     import torch
 
+    full_fp32()
     kind, _, number = device.partition(":")
     if number:
         visible = torch.cuda.device_count() if torch.cuda.is_available() else 0

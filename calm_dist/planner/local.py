@@ -185,6 +185,8 @@ def _in_processes(processes: int) -> list[Measured]:
 
 
 def _measure_process(rank: int, processes: int, store: str, results: object) -> None:
+    # As in trainings (`parallel.launch.full_fp32`).
+    torch.set_float32_matmul_precision("highest")
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     if on_gpu:

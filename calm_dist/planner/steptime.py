@@ -7,6 +7,7 @@ engine.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from calm_dist.costs import flops
@@ -18,12 +19,14 @@ from calm_dist.costs.memory import (
     last_stage_tables,
     layer_counts,
 )
-from calm_dist.costs.work import micro_batch_work, optimizer_work, positions
+from calm_dist.costs.work import Work, micro_batch_work, optimizer_work, positions
 from calm_dist.planner.collectives import Group, Groups, groups, send
 from calm_dist.recipe import LanguageModelRecipe
 
 # Fraction of a micro-batch's time during which gradients can be reduced.
 BACKWARD_SHARE = 2 / 3
+# Kernels that CUDA lets the host launch ahead of the device.
+QUEUED_LAUNCHES = 1024
 # Number of small all-reduces per step: the backbone's norm, loss and flags, the schedule's token
 # counts.
 STEP_REDUCTIONS = 4
@@ -106,8 +109,19 @@ def _micro_batch(
     if not cluster.rates.synchronous:
         # The host launches ahead; the device waits for it only if that takes longer than all work.
         launching = sum(part.launching(cluster) for part in work.values())
-        terms["kernel launches"] = max(0.0, launching - sum(terms.values()))
+        terms["kernel launches"] = max(
+            launching - sum(terms.values()), _stalls(work.values(), cluster, peak), 0.0
+        )
     return terms
+
+
+def _stalls(parts: Iterable[Work], cluster: Cluster, peak: float) -> float:
+    """Seconds of a micro-batch in which the device waits for launches: other parts hide no more of
+    a part's launches than the queue holds."""
+    ahead = QUEUED_LAUNCHES * cluster.rates.dispatch_seconds
+    return sum(
+        max(0.0, part.launching(cluster) - part.seconds(cluster, peak) - ahead) for part in parts
+    )
 
 
 def _tensor_collectives(

@@ -69,6 +69,8 @@ class Observer(TorchDispatchMode):
         self._group_name = group_name
         self._part_of_node: dict[int, str] = {}
         self._storages: dict[int, weakref.ref[Any]] = {}
+        # Of the host, in pinned memory.
+        self._pinned: dict[int, weakref.ref[Any]] = {}
 
     def restart(self) -> Counts:
         """Begin a new step; returns the counts of the last one."""
@@ -99,10 +101,14 @@ class Observer(TorchDispatchMode):
         if name == "_pin_memory":
             if _on_device(args[0]):
                 raise RuntimeError("pin_memory: only tensors on the host can be pinned")
-            # It has no form for fake tensors. Copies from it wait unless they are non_blocking, as
-            # all copies do here.
-            return args[0]
+            # It has no form for fake tensors.
+            pinned = args[0].clone() if isinstance(args[0], FakeTensor) else args[0]
+            self._pin(pinned)
+            return pinned
         result = _largest(name, args) or func(*args, **kwargs)
+        if name == "_to_copy" and kwargs.get("non_blocking") and _on_device(args[0]):
+            # To the host: torch puts such a copy into pinned memory.
+            self._pin(result)
         tensors = [tensor for tensor in _tensors(result) if _on_device(tensor)]
         for tensor in tensors:
             self._allocated(tensor, part)
@@ -132,28 +138,51 @@ class Observer(TorchDispatchMode):
             self.wait("a number is read")
         elif name in _DATA_DEPENDENT and on_device:
             self.wait(f"size of the result of {name}")
-        elif name == "_to_copy" and not kwargs.get("non_blocking"):
-            target = kwargs.get("device")
-            if target is not None:
-                self._note_copy(first.device, torch.device(target))
-        elif name == "copy_" and not (len(args) > 2 and args[2]) and not kwargs.get("non_blocking"):
-            if isinstance(args[1], torch.Tensor):
-                self._note_copy(args[1].device, first.device)
+        elif name == "_to_copy" and kwargs.get("device") is not None:
+            target = torch.device(kwargs["device"])
+            of_host = None if on_device else first
+            self._note_copy(first.device, target, of_host, kwargs.get("non_blocking"))
+        elif name == "copy_" and isinstance(args[1], torch.Tensor):
+            non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking")
+            of_host = args[1] if on_device else first
+            self._note_copy(args[1].device, first.device, of_host, non_blocking)
         elif name == "lift_fresh" and on_device:
             # torch.tensor(values, device="cuda")
-            self._note_copy(torch.device("cpu"), first.device)
+            self._note_copy(torch.device("cpu"), first.device, None, False)
 
-    def _note_copy(self, source: torch.device, target: torch.device) -> None:
+    def _note_copy(
+        self,
+        source: torch.device,
+        target: torch.device,
+        of_host: torch.Tensor | None,
+        non_blocking: bool | None,
+    ) -> None:
+        """Count a wait, unless the copy is non-blocking and its memory of the host pinned: CUDA
+        copies from and to other memory by a buffer of its own, in the order of the stream, with
+        the host.
+
+        Args:
+            of_host: the tensor of the host; None: torch makes it, in pinned memory.
+        """
         if source.type == target.type:
             return
+        if non_blocking and (of_host is None or _key(of_host) in self._pinned):
+            return
         self.wait("copy to the device" if target.type == "cuda" else "copy to the host")
+
+    def _pin(self, tensor: torch.Tensor) -> None:
+        key = _key(tensor)
+        if tensor.device.type == "cpu" and key not in self._pinned:
+            self._pinned[key] = weakref.ref(
+                tensor.untyped_storage(), lambda _: self._pinned.pop(key, None)
+            )
 
     def _allocated(self, tensor: torch.Tensor, part: Part) -> None:
         """Count the tensor's storage, if it is new, until it is released."""
         if not isinstance(tensor, FakeTensor):
             return
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = _key(tensor)
         if key in self._storages:
             return
         kind = _OTHER_MEMORY if part.name in _NOT_ACTIVATIONS else _ACTIVATIONS
@@ -181,6 +210,11 @@ class Observer(TorchDispatchMode):
 
             return FakeWork().boxed()
         return func(*args, **kwargs)
+
+
+def _key(tensor: torch.Tensor) -> int:
+    """The same for all tensors that share their storage."""
+    return tensor.untyped_storage()._cdata
 
 
 def _on_device(tensor: torch.Tensor) -> bool:

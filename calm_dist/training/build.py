@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from dataclasses import dataclass
 
@@ -39,6 +40,12 @@ from calm_dist.released.autoencoder import load_autoencoder
 from calm_dist.training.optimizer import build_backbone_optimizer
 from calm_dist.training.resolve import autoencoder_directory
 
+_log = logging.getLogger(__name__)
+
+NO_TRITON = (
+    "training.energy_kernel: auto on a GPU, but Triton is not installed: torch computes the energy "
+    "score, with many more launches; install triton, or set training.energy_kernel=torch"
+)
 # Gradients reduced together: at most Megatron's default, and at least a few buckets, so that there
 # is something to overlap.
 MAX_BUCKET_ELEMENTS, MIN_BUCKETS = 40_000_000, 4
@@ -183,15 +190,20 @@ def build_parts(recipe: LanguageModelRecipe, topology: Topology) -> Parts:
     head: ZeroHead | None = None
     model = recipe.model
     if model.kind == "calm" and topology.is_last_stage:
-        head = ZeroHead(_head_module(recipe, model, topology.device), recipe, topology)
+        head = ZeroHead(_head_module(recipe, model, topology), recipe, topology)
     forward_step = make_forward_step(recipe, topology, chunks, head)
     return Parts(config, chunks, optimizer, head, forward_step)
 
 
-def _head_module(recipe: LanguageModelRecipe, model: CalmModel, device: torch.device) -> Head:
+def _head_module(recipe: LanguageModelRecipe, model: CalmModel, topology: Topology) -> Head:
+    device, wanted = topology.device, recipe.training.energy_kernel
     module = build_head(model, recipe.run.seed).to(device)
     if model.head.spec.scores_energy:
-        latent_head(module).use_kernel(energy_kernel(recipe.training.energy_kernel, device))
+        kernel = energy_kernel(wanted, device)
+        is_first = topology.rank == topology.head_ranks[0]
+        if is_first and wanted == "auto" and device.type == "cuda" and kernel == "torch":
+            _log.warning(NO_TRITON)
+        latent_head(module).use_kernel(kernel)
     return module
 
 

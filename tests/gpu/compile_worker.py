@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,18 @@ def compile_kernel(
     size: int = 128,
     is_drawn: bool = True,
     needs_gradient: bool = True,
+    ones: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Registers, spilled bytes, shared memory and instructions of a position."""
+    """Registers, spilled bytes, shared memory and instructions of a position.
+
+    ``ones`` names integers that are 1, which become constants, as in `compile_small`; then only
+    bytes.
+    """
     kernel = energy_kernel._energy_kernel
     constants = energy_kernel.constants(samples, size) | {
         "BETA": 1.0, "IS_DRAWN": is_drawn, "NEEDS_GRADIENT": needs_gradient,
     }  # fmt: skip
+    constants |= dict.fromkeys(ones, 1)
     warps = constants.pop("num_warps")
     of_samples = {"bf16": "*bf16", "fp32": "*fp32"}[dtype]
     types = dict.fromkeys(("mean", "log_std", "noise", "score"), "*fp32")
@@ -55,6 +62,8 @@ def compile_kernel(
     compiled = triton.compile(
         source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps}
     )
+    if ones:
+        return {"bytes": len(compiled.asm["cubin"])}
     with tempfile.TemporaryDirectory() as directory:
         binary = Path(directory) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])

@@ -27,6 +27,8 @@ WORKER = Path(__file__).with_name("compile_worker.py")
 # instructions of all warps for a position, by the same count.
 TARGETS = [(80, "bf16"), (90, "bf16"), (90, "fp32"), (100, "bf16")]
 INSTRUCTIONS = 42_000
+# As docs/performance.md prints them, for each target: all that a thread can have.
+REGISTERS = 255
 # Bytes of stack, for registers that are spilled.
 STACK = 48
 SIZES = [(2, 7), (3, 33), (8, 128), (64, 256)]
@@ -60,7 +62,8 @@ def small(arch: int, size: int) -> list[dict[str, Any]]:
 
 def test_instructions_and_registers() -> None:
     variants = [{"arch": arch, "dtype": dtype} for arch, dtype in TARGETS]
-    others = [*small(80, 0), *small(90, 1), *small(100, 3)]
+    one_draw = {"arch": 90, "ones": ["num_draws"]}
+    others = [*small(80, 0), *small(90, 1), *small(100, 3), one_draw]
     results = compiled([*variants, *others])
     assert len(results) == len(variants) + len(others)
     for result in results[: len(variants)]:
@@ -68,6 +71,7 @@ def test_instructions_and_registers() -> None:
         predicted = INSTRUCTIONS_OF[result["arch"] // 10]
         assert abs(result["instructions"] / predicted - 1) < 0.15, result
         assert result["instructions"] <= INSTRUCTIONS, result
+        assert result["registers"] == REGISTERS, result
         assert result["stack"] <= STACK, result
         # Registers let no more than four blocks of 64 threads onto a multiprocessor.
         assert result["shared"] <= 164 * 1024 // 4, result

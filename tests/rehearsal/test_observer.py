@@ -86,6 +86,24 @@ def test_the_optimizers_part_of_deepspeed(observer: Observer) -> None:
         ("bool(x.any())", ["a number is read"]),
         ("x.cpu()", ["copy to the host"]),
         ("x.to('cpu', non_blocking=True)", []),
+        ("torch.empty(4).copy_(x, non_blocking=True)", ["copy to the host"]),
+        ("torch.empty(4).pin_memory().copy_(x, non_blocking=True)", []),
+        ("aten.copy_(x, torch.empty(4))", ["copy to the device"]),
+        ("aten.copy_(x, torch.empty(4), True)", ["copy to the device"]),
+        ("aten.copy_(x, torch.empty(4).pin_memory(), True)", []),
+        ("aten._to_copy(torch.empty(4), device='cuda', non_blocking=True)", ["copy to the device"]),
+        ("aten._to_copy(torch.empty(4).pin_memory(), device='cuda')", ["copy to the device"]),
+        ("aten._to_copy(torch.empty(4).pin_memory(), device='cuda', non_blocking=True)", []),
+        ("aten._to_copy(torch.empty(4).pin_memory()[1:], device='cuda', non_blocking=True)", []),
+        (
+            "y = torch.empty(4); y.pin_memory(); aten.copy_(x, y, True)",
+            ["copy to the device"],
+        ),
+        (
+            "aten.copy_(x, x.to('cpu', non_blocking=True), True)",
+            [],
+        ),
+        ("torch.tensor([1.0, 2.0], device='cuda')", ["copy to the device"]),
         ("x.to(torch.float64)", []),
         ("torch.ones(4).sum().item()", []),
     ],
@@ -93,7 +111,8 @@ def test_the_optimizers_part_of_deepspeed(observer: Observer) -> None:
 def test_waits_have_their_line(observer: Observer, body: str, what: list[str]) -> None:
     x = torch.empty(4, device="cuda")
     observer.restart()
-    in_file("calm_dist/training/optimizer.py", body, x=x)()
+    # torch's own operations: those of a CPU build refuse a GPU as the target of a copy.
+    in_file("calm_dist/training/optimizer.py", body, x=x, aten=torch.ops.aten)()
     waits = observer.restart().waits
     assert [wait.what for wait in waits] == what
     assert {wait.where for wait in waits} <= {"calm_dist/training/optimizer.py:2"}

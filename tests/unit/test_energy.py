@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from calm_dist.losses import energy
 from calm_dist.losses.energy import energy_score, energy_score_reference
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -35,6 +37,14 @@ def gradient(score: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
     return torch.autograd.grad((score * weight).sum(), samples)[0]
 
 
+@pytest.fixture(params=["products", "differences"])
+def both_forms(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The form of distances for CPUs and that for GPUs."""
+    form = getattr(energy, f"_squared_by_{request.param}")
+    monkeypatch.setattr(energy, "_squared_distances_on", lambda device: form)
+
+
+@pytest.mark.usefixtures("both_forms")
 @pytest.mark.parametrize("beta", [0.25, 0.5, 1.0, 1.5, 1.9])
 @pytest.mark.parametrize("positions", [1, 127, 300])
 def test_score_and_gradient_equal_the_formula(beta: float, positions: int) -> None:
@@ -70,6 +80,7 @@ def test_golden(beta: float) -> None:
     assert (score - expected).abs().max() / expected.abs().max() < 1e-5
 
 
+@pytest.mark.usefixtures("both_forms")
 @pytest.mark.parametrize("beta", [0.1, 0.5, 1.0, 1.9])
 def test_gradient_is_finite_where_samples_meet(beta: float) -> None:
     samples, mean, log_std, noise = inputs(positions=3)
@@ -82,6 +93,31 @@ def test_gradient_is_finite_where_samples_meet(beta: float) -> None:
         assert torch.isfinite(gradient(score, samples)).all()
 
 
+@pytest.mark.usefixtures("both_forms")
+@pytest.mark.parametrize("beta", [0.5, 1.0, 1.5])
+def test_score_and_gradient_where_samples_coincide_or_nearly(beta: float) -> None:
+    samples, mean, log_std, noise = inputs(positions=70)
+    samples[1] = samples[0]
+    samples[3] = samples[2] + 1e-2 * samples[3]
+    samples[4] = mean + (noise[0] + 1e-2 * noise[1]) * log_std.exp()
+    samples.requires_grad_()
+    ours = energy_score(samples, mean, log_std, noise, beta)
+    formula = energy_score_reference(samples, mean, log_std, noise, beta)
+    torch.testing.assert_close(ours, formula, rtol=1e-5, atol=1e-5)
+    expected = gradient(formula, samples)
+    error = (gradient(ours, samples) - expected).abs().max() / expected.abs().max()
+    assert error < 1e-4
+
+
+def test_the_form_for_gpus_depends_on_no_number() -> None:
+    """A fake tensor has none to read."""
+    with FakeTensorMode(), torch.no_grad():
+        x, z = torch.empty(3, 8, 16, device="cuda"), torch.empty(3, 100, 16, device="cuda")
+        value, gradients = energy._mean_power(x, z, 1.0, needs_gradient=True)
+        assert value.shape == (3,) and gradients is not None and gradients.shape == x.shape
+
+
+@pytest.mark.usefixtures("both_forms")
 def test_near_draws_do_not_lose_digits() -> None:
     """A distance of 1e-3 between vectors of size 100, where a product would cancel."""
     samples, mean, log_std, noise = inputs(positions=8, size=4)

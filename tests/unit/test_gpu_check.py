@@ -66,7 +66,7 @@ def test_wrong_use_is_refused(tmp_path: Path) -> None:
         return done.stderr
 
     assert "torch finds no GPU on this machine" in refused()
-    assert "'calm': is not a part; give some of rehearsal, facts" in refused("--only", "calm")
+    assert "'calm': is not a part; give some of facts, kernel" in refused("--only", "calm")
     page = tmp_path / "page.md"
     page.touch()
     assert "report.json: cannot be read" in refused("--page", str(page))

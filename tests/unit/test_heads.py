@@ -12,7 +12,12 @@ from calm_dist.errors import RecipeError
 from calm_dist.heads import all_specs
 from calm_dist.heads.energy import EnergySpec
 from calm_dist.models.heads import GenerativeHead, latent_head, make_head
-from calm_dist.models.heads.diffusion import DiffusionHead, cosine_alpha_bar, schedule
+from calm_dist.models.heads.diffusion import (
+    DiffusionHead,
+    DiffusionSchedule,
+    cosine_alpha_bar,
+    schedule,
+)
 from calm_dist.models.heads.energy import EnergyHead
 from calm_dist.models.heads.flow import FlowHead
 from calm_dist.models.weights import head_init_std
@@ -94,6 +99,29 @@ def test_any_name_may_be_initialised() -> None:
     assert model.kind == "calm"
     std = head_init_std(model)
     assert std("head.linear_fc2.weight", torch.Size([4, 16])) == 0.25
+
+
+@torch.no_grad()
+def test_the_diffusion_head_copies_its_tables_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each copy to a GPU is a wait of the host; the device of shapes stands for one."""
+    copies: list[torch.device] = []
+    real = DiffusionSchedule.to
+
+    def copied(self: DiffusionSchedule, device: torch.device) -> DiffusionSchedule:
+        copies.append(device)
+        return real(self, device)
+
+    monkeypatch.setattr(DiffusionSchedule, "to", copied)
+    head = make_head(HeadRecipe(kind="diffusion", num_mlp_layers=1), 8, 4).to("meta")
+    assert isinstance(head, DiffusionHead)
+    hidden, latents = torch.empty(3, 8, device="meta"), torch.empty(2, 3, 4, device="meta")
+    levels = torch.zeros(2, 3, dtype=torch.int64, device="meta")
+    noise = torch.empty(head.num_steps + 1, 2, 3, 4, device="meta")
+    for _ in range(2):
+        assert head.level_loss(hidden, latents, latents, levels).is_meta
+        assert head.sample(hidden, noise).is_meta
+    # One for training and one for sampling.
+    assert copies == [torch.device("meta")] * 2
 
 
 def test_the_diffusion_head_needs_two_levels() -> None:

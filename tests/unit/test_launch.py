@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 from torch.distributed import TCPStore
@@ -82,6 +84,24 @@ def test_allocated_gpus_without_cuda_are_no_cpu_run(monkeypatch: pytest.MonkeyPa
     assert select_device(world, "cpu").type == "cpu"
     with pytest.raises(LaunchError, match=r"8 GPUs on gpu07, but torch finds no CUDA.*device=cpu"):
         select_device(world, "auto")
+
+
+@pytest.mark.parametrize("take", ["select_device(read_world({}), 'cpu')", "own_device('cpu')"])
+def test_an_image_that_makes_fp32_products_inexact_is_overruled(take: str) -> None:
+    """NVIDIA's images set the variable, which torch reads when it is imported."""
+    code = f"""
+import os, torch
+from calm_dist.parallel.launch import own_device, read_world, select_device
+print(torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32)
+{take}
+print(torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32)
+print(os.environ["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"},
+    )  # fmt: skip
+    assert done.stdout.split() == ["high", "True", "highest", "False", "0"]
 
 
 @pytest.mark.parametrize(

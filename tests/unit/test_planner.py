@@ -134,6 +134,17 @@ def test_launches_and_waits_cost_what_nothing_hides() -> None:
     assert "kernel launches" not in step_time(language_recipe(path), H100).terms
 
 
+def test_launches_of_a_part_are_hidden_as_far_as_the_queue_goes() -> None:
+    """The energy score by torch has 35 launches for every 64 positions: more than CUDA holds."""
+    recipe = language_recipe(ROOT / "recipes/calm_m.yaml", ["training.energy_kernel=torch"])
+    launched = 35 * 8 * 2048 / 64 * H100.rates.dispatch_seconds
+    found = step_time(recipe, H100)
+    (stage,) = found.stages
+    expected = launched - stage["energy score"] - 1024 * H100.rates.dispatch_seconds
+    assert stage["kernel launches"] == pytest.approx(expected)
+    assert expected > 0.05
+
+
 def test_recomputation_costs_a_forward_pass_of_the_layers() -> None:
     plain, again = (
         step_time(language_recipe(XL, [f"parallel.recompute={value}"]), IDEAL)

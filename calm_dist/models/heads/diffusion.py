@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
@@ -52,6 +52,24 @@ class DiffusionSchedule:
 
     def __len__(self) -> int:
         return len(self.times)
+
+    def to(self, device: torch.device) -> DiffusionSchedule:
+        """A copy on a device."""
+        # A copy made in inference mode could not be used in a later training.
+        with torch.inference_mode(False):
+            return DiffusionSchedule(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
+class _Schedules:
+    """One schedule on every device on which it was used: a copy makes the host wait."""
+
+    def __init__(self, num_steps: int) -> None:
+        self._on = {torch.device("cpu"): schedule(num_steps)}
+
+    def on(self, device: torch.device) -> DiffusionSchedule:
+        if device not in self._on:
+            self._on[device] = self._on[torch.device("cpu")].to(device)
+        return self._on[device]
 
 
 def cosine_alpha_bar() -> torch.Tensor:
@@ -98,7 +116,7 @@ class DiffusionHead(GenerativeHead):
         self.num_steps = head.steps_per_sample
         self.net = ConditionalMLP(latent_size, hidden_size, 2 * latent_size, head.num_mlp_layers)
         # Not buffers, which a bf16 engine would round.
-        self._training, self._sampling = schedule(), schedule(self.num_steps)
+        self._training, self._sampling = _Schedules(DIFFUSION_STEPS), _Schedules(self.num_steps)
 
     def layers_from_zero(self, init: str) -> Iterable[nn.Linear]:
         """The same for every ``init``: this is part of the method."""
@@ -116,11 +134,10 @@ class DiffusionHead(GenerativeHead):
         """hidden [S, d], noise [sampling_steps + 1, N, S, l] -> latent samples [N, S, l]."""
         condition = self.net.cond_embed(hidden)
         x = noise[0].float()
+        table = self._sampling.on(x.device)
         for level in reversed(range(self.num_steps)):
-            time = self._sampling.times[level].to(x.device)
-            output = self.net(x, time, condition)
-            at = torch.tensor(level)
-            x, log_variance = _denoised(self._sampling, at, x, output)
+            output = self.net(x, table.times[level], condition)
+            x, log_variance = _denoised(table, level, x, output)
             if level > 0:
                 x = x + (0.5 * log_variance).exp() * noise[self.num_steps - level].float()
         return x
@@ -160,8 +177,8 @@ class DiffusionHead(GenerativeHead):
         Returns:
             fp32 [N, S], both terms averaged over l.
         """
-        table = self._training
-        signal, amount = (_at(part, levels, target) for part in (table.signal, table.noise))
+        table, levels = self._training.on(target.device), levels.to(target.device)
+        signal, amount = (_at(part, levels) for part in (table.signal, table.noise))
         noisy = signal * target + amount * added
         output = self.net(noisy, levels, self.net.cond_embed(hidden))
         predicted, variance = output.chunk(2, dim=-1)
@@ -170,26 +187,26 @@ class DiffusionHead(GenerativeHead):
         return squared + _bound(table, levels, target, noisy, frozen)
 
 
-def _at(table: torch.Tensor, levels: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A coefficient for each latent: levels [...] -> [..., 1] on the latents' device."""
-    return table.to(like.device)[levels.to(like.device)][..., None]
+def _at(table: torch.Tensor, levels: torch.Tensor | int) -> torch.Tensor:
+    """A coefficient for each latent: levels [...], on the table's device, -> [..., 1]."""
+    return table[levels][..., None]
 
 
 def _denoised(
-    table: DiffusionSchedule, levels: torch.Tensor, noisy: torch.Tensor, output: torch.Tensor
+    table: DiffusionSchedule, levels: torch.Tensor | int, noisy: torch.Tensor, output: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and log variance of p(x_{t-1} | x_t) from the network's output [..., 2l]."""
     predicted, fraction = output.chunk(2, dim=-1)
-    signal = _at(table.signal, levels, noisy)
-    start = noisy / signal - _at(table.noise, levels, noisy) / signal * predicted
+    signal = _at(table.signal, levels)
+    start = noisy / signal - _at(table.noise, levels) / signal * predicted
     mean = (
-        _at(table.posterior_of_start, levels, noisy) * start
-        + _at(table.posterior_of_noisy, levels, noisy) * noisy
+        _at(table.posterior_of_start, levels) * start
+        + _at(table.posterior_of_noisy, levels) * noisy
     )
     # The network's output in -1..1 interpolates between the smaller and the larger variance.
     share = (fraction + 1) / 2
-    low = _at(table.log_posterior_variance, levels, noisy)
-    return mean, share * _at(table.log_beta, levels, noisy) + (1 - share) * low
+    low = _at(table.log_posterior_variance, levels)
+    return mean, share * _at(table.log_beta, levels) + (1 - share) * low
 
 
 def _bound(
@@ -202,10 +219,10 @@ def _bound(
     """One term of the variational bound, bits per dimension: KL(q(x_{t-1} | x_t, x_0) || p), or
     -log p(x_0 | x_1) at the first level."""
     true_mean = (
-        _at(table.posterior_of_start, levels, noisy) * target
-        + _at(table.posterior_of_noisy, levels, noisy) * noisy
+        _at(table.posterior_of_start, levels) * target
+        + _at(table.posterior_of_noisy, levels) * noisy
     )
-    true_log = _at(table.log_posterior_variance, levels, noisy)
+    true_log = _at(table.log_posterior_variance, levels)
     mean, log_variance = _denoised(table, levels, noisy, output)
     kl = 0.5 * (
         log_variance

@@ -46,7 +46,8 @@ class FlowHead(GenerativeHead):
         x = noise.float()
         step_size = 1.0 / self.num_steps
         for step in range(self.num_steps):
-            time = torch.tensor(step / self.num_steps, device=x.device)
+            # A kernel fills it; a tensor of the host would be copied, with a wait.
+            time = torch.full((), step / self.num_steps, device=x.device)
             middle = x + 0.5 * step_size * self._velocity(x, time, condition)
             x = x + step_size * self._velocity(middle, time + 0.5 * step_size, condition)
         return x
