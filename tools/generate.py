@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from calm_dist.cli.console import (
     add_device,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from calm_dist.inference.generate import Generation
+    from calm_dist.inference.loading import LoadedModel
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -133,8 +136,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_json(
         parser,
-        "write the result (a list for several texts, lines if F ends in .jsonl) to F, or stdout "
-        "for -",
+        "write the result to F, or stdout for -: a list for several texts; lines, batch by batch, "
+        "if F ends in .jsonl, and to stdout with --prompts",
     )
     args = parser.parse_args()
     args.seed = args.seed or [0]
@@ -216,27 +219,26 @@ def show(
     for number, result in enumerate(results, start=1):
         if result.note:
             print(f"note: text {number}: {result.note}", file=sys.stderr)
-    if len(results) > 1:
+    if len(results) > 1 or args.prompts:
         made = sum(len(result.tokens) for result in results)
         print(
-            f"{len(results)} texts, {made:,} tokens in {seconds:.1f} s, "
+            f"{len(results)} text{'s' * (len(results) > 1)}, {made:,} tokens in {seconds:.1f} s, "
             f"{made / seconds:,.0f} tokens/s",
             file=sys.stderr,
         )
 
 
-def write(
+def facts(
     args: argparse.Namespace,
-    step: int,
-    checkpoint: str,
+    model: LoadedModel,
     wanted: list[tuple[str, int]],
     results: list[Generation],
-) -> None:
-    """Write what ``--json`` asks for."""
-    facts = [
+) -> list[dict[str, Any]]:
+    """What ``--json`` holds of each text."""
+    return [
         {
-            "checkpoint": checkpoint,
-            "step": step,
+            "checkpoint": str(model.checkpoint),
+            "step": model.step,
             "prompt": text,
             "temperature": args.temperature,
             "seed": seed,
@@ -244,10 +246,22 @@ def write(
         | asdict(result)
         for (text, seed), result in zip(wanted, results, strict=True)
     ]
-    if str(args.json).endswith(".jsonl"):
-        write_json_lines(facts, args.json)
-    else:
-        write_json(facts if len(facts) > 1 else facts[0], args.json)
+
+
+def note_equal_seeds(wanted: list[tuple[str, int]]) -> None:
+    """Say if texts have a seed in common, and with it their random numbers."""
+    seed, times = Counter(seed for _, seed in wanted).most_common(1)[0]
+    if times > 1:
+        print(
+            f"note: {times} texts have the seed {seed}, and thus the same random numbers; with "
+            "--num-samples N, give seeds that are N apart",
+            file=sys.stderr,
+        )
+
+
+def end_at(signal_number: int, frame: object) -> NoReturn:
+    """End as by an error, so that what is finished is shown and written."""
+    sys.exit(128 + signal_number)
 
 
 def main() -> None:
@@ -272,14 +286,19 @@ def main() -> None:
     stream = streamer(args, wanted)
     # Every process makes the same calls; the first one prints.
     speaks = world.rank == 0
+    if speaks:
+        note_equal_seeds(wanted)
+    # Lines are written batch by batch: a job that is killed keeps what it finished.
+    lines = str(args.json).endswith(".jsonl") or (args.json == "-" and args.prompts is not None)
     size = 1 if stream else args.batch_size
     started, results = time.monotonic(), []
+    previous = signal.signal(signal.SIGTERM, end_at)
     try:
         for first in range(0, len(wanted), size):
             batch = wanted[first : first + size]
             if stream and speaks:
                 print(("\n" if first else "") + batch[0][0], end="", flush=True)
-            results += loaded.generate(
+            made = loaded.generate(
                 [text for text, _ in batch],
                 temperature=args.temperature,
                 max_new_tokens=args.max_new_tokens,
@@ -292,15 +311,22 @@ def main() -> None:
                 on_text=stream if speaks else None,
                 show_progress=stream is None and speaks,
             )
+            results += made
             if stream and speaks:
                 print()
+            if lines and speaks:
+                write_json_lines(
+                    facts(args, loaded.model, batch, made), args.json, append=first > 0
+                )
     finally:
-        # Also the texts from before an error or Ctrl-C.
+        signal.signal(signal.SIGTERM, previous)
+        # Also the texts from before an error, Ctrl-C or SIGTERM.
         if results and speaks:
-            made = wanted[: len(results)]
-            show(args, made, results, time.monotonic() - started, stream is not None)
-            if args.json:
-                write(args, loaded.model.step, str(loaded.model.checkpoint), made, results)
+            finished = wanted[: len(results)]
+            show(args, finished, results, time.monotonic() - started, stream is not None)
+            if args.json and not lines:
+                values = facts(args, loaded.model, finished, results)
+                write_json(values if len(values) > 1 else values[0], args.json)
 
 
 if __name__ == "__main__":

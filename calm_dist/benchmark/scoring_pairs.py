@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -74,9 +75,11 @@ def transformer_pair(model: LoadedModel, tokens: Tensor, name: str, stride: int 
     on_device, at = tokens.to(model.device), starts.to(model.device)
     generator = torch.Generator(model.device).manual_seed(0)
     block = {"tokens": tokens.numpy()}
+    # How many paths go on depends on the seed; the plain form draws anew in each turn, too.
+    seeds = itertools.count()
 
     def ours() -> None:
-        score_softmax_block(model, block, starts, samples=1, seed=0)
+        score_softmax_block(model, block, starts, samples=1, seed=next(seeds))
 
     def looped() -> None:
         plain.transformer_brier(model.logits, model.new_cache, on_device, at, generator)
@@ -92,9 +95,10 @@ def calm_pair(model: LoadedModel, tokens: Tensor, name: str) -> Pair:
     on_device, at = tokens.to(model.device), starts.to(model.device) // size
     generator = torch.Generator().manual_seed(0)
     block = {"tokens": tokens.numpy()}
+    seeds = itertools.count()
 
     def ours() -> None:
-        score_latent_block(model, block, starts, samples=2, seed=0)
+        score_latent_block(model, block, starts, samples=2, seed=next(seeds))
 
     def looped() -> None:
         plain.calm_evaluation(

@@ -254,20 +254,22 @@ def write_json(value: Any, target: str | Path) -> None:
     _write(json.dumps(finite(value), indent=2, allow_nan=False) + "\n", target)
 
 
-def write_json_lines(values: Iterable[Any], target: str | Path) -> None:
-    """As `write_json`, each value on a line of its own."""
+def write_json_lines(values: Iterable[Any], target: str | Path, *, append: bool = False) -> None:
+    """As `write_json`, each value on a line of its own, after what a file holds if ``append``."""
     lines = (json.dumps(finite(value), allow_nan=False) for value in values)
-    _write("".join(f"{line}\n" for line in lines), target)
+    _write("".join(f"{line}\n" for line in lines), target, append)
 
 
-def _write(text: str, target: str | Path) -> None:
+def _write(text: str, target: str | Path, append: bool = False) -> None:
     if str(target) == "-":
         sys.stdout.write(text)
+        sys.stdout.flush()
         return
     try:
         path = Path(target)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        with path.open("a" if append else "w", encoding="utf-8") as stream:
+            stream.write(text)
     except OSError as error:
         raise UserError(
             f"--json {target}: cannot write ({error.strerror}); "

@@ -16,7 +16,7 @@ from calm_dist.text.tokenizer import Tokenizer
 _DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile)
 """What numpy raises for a file that is not in .npz format, or lacks an array."""
 _PATCHES_AT_ONCE = 256
-"""Patches whose logits are in memory at a time."""
+"""Patches that are encoded, or whose logits are in memory, at a time."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ class TextVectors:
 def encode_text(autoencoder: Autoencoder, tokenizer: Tokenizer, text: str) -> TextVectors:
     """The vectors of a text; its first patch is filled with begin tokens, as in generation.
 
+    Each patch is encoded on its own, so the memory does not grow with the text.
+
     Raises:
         DataError: the tokenizer has more entries than the autoencoder.
     """
@@ -83,7 +85,9 @@ def encode_text(autoencoder: Autoencoder, tokenizer: Tokenizer, text: str) -> Te
         empty = np.empty((0, autoencoder.config.latent_size), np.float32)
         return TextVectors(empty, empty)
     device = autoencoder.output_weight.device
-    mean, log_std = autoencoder.encode(torch.tensor([tokens], device=device))
+    pieces = torch.tensor([tokens]).split(_PATCHES_AT_ONCE * autoencoder.patch_size, dim=1)
+    encoded = [autoencoder.encode(piece.to(device)) for piece in pieces]
+    mean, log_std = (torch.cat(parts, dim=1) for parts in zip(*encoded, strict=True))
     return TextVectors(mean[0].float().cpu().numpy(), log_std[0].float().cpu().numpy())
 
 

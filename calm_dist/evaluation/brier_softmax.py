@@ -32,9 +32,10 @@ _LEAST = -40.0
 rounding of the sum. MKL's exponential takes 10 times as long where its result is not a normal
 number."""
 
-_SMALLEST_PRODUCT = 1 / 64
+_SMALLEST_PRODUCT = 1 / 8
 """A sampled path whose product c_1 · ... · c_n is smaller than this continues with a probability in
-proportion to it."""
+proportion to it. Large, since a pass for one path costs nearly as much as one for many, and the
+paths' noise is small beside that of a block's text."""
 
 
 class TokenLogits(Protocol):

@@ -37,6 +37,11 @@ if TYPE_CHECKING:
 FURTHER = ("cross_entropy", "perplexity", "energy_loss", "reconstruction_accuracy")
 """Measures other than BrierLM that `table` shows if a result has them."""
 
+_NO_RELEASED = (
+    "no score of the released estimator, which needs two draws of latents: this model has "
+    "probabilities, from which the score is computed"
+)
+
 
 @dataclass(frozen=True)
 class EvaluationSettings:
@@ -110,15 +115,17 @@ def evaluate(
         A JSON-able dict: kind, checkpoint, step, tokens_seen, brier [4], brier_stderr, brierlm,
         brierlm_stderr (None with the reason in stderr_undefined), noisy_brier (see
         `scores.noisy_brier`), released_estimator (if the settings ask for it: {brier [4], brierlm,
-        samples}), block_size_note (see `scores.block_size_note`; absent if there is nothing to
-        note), protocol, data_fingerprint, seed. The protocol is {block_size, trained_block_size
-        (None for an imported model), patch_size, samples, alignment, blocks, positions, starts
-        {first, last, stride, per_block}, estimator}, and for CALM the kind of its head.
+        samples}; released_estimator_note if the model has no draws of latents), block_size_note
+        (see `scores.block_size_note`; absent if there is nothing to note), protocol,
+        data_fingerprint, seed. The protocol is {block_size, trained_block_size (None for an
+        imported model), patch_size, samples, alignment, blocks, positions, starts {first, last,
+        stride, per_block}, estimator}, and for CALM the kind of its head.
         Transformer, and CALM with the tokens head: cross_entropy (nats per token, over all tokens
         of a block except those of the first step) and perplexity; the CALM also brierlm_of_samples,
         brier_of_samples and their standard errors, from draws as for any other CALM. Other CALM:
         energy_loss of the head's samples, and reconstruction_accuracy of the tokens from samples
-        of their posterior and (reconstruction_accuracy_mean) from its mean.
+        of their posterior and (reconstruction_accuracy_mean) from its mean, in at most 64 patches
+        of a block.
 
     Raises:
         DataError: the store does not fit the checkpoint.
@@ -217,7 +224,7 @@ def _summary(
         **({"stderr_undefined": undefined} if undefined else {}),
         **means,
         **of_samples,
-        **_as_released(results),
+        **_as_released(settings, results),
         **({"block_size_note": note} if note else {}),
         "protocol": protocol,
         "data_fingerprint": meta.fingerprint,
@@ -225,12 +232,13 @@ def _summary(
     }
 
 
-def _as_released(results: list[BlockScores]) -> dict[str, Any]:
+def _as_released(settings: EvaluationSettings, results: list[BlockScores]) -> dict[str, Any]:
     """The scores of the released script: Brier-n from two draws, and their product before it is
-    clamped, so that two negative ones give a positive BrierLM."""
+    clamped, so that two negative ones give a positive BrierLM. A note if the settings ask for them
+    and the model draws no latents."""
     rows = [result.released.mean(0).numpy() for result in results if result.released is not None]
     if not rows:
-        return {}
+        return {"released_estimator_note": _NO_RELEASED} if settings.released_estimator else {}
     brier = np.stack(rows).mean(0)
     score = 100 * max(float(brier.prod()), 0.0) ** (1 / NGRAM)
     return {"released_estimator": {"brier": brier.tolist(), "brierlm": score, "samples": 2}}
@@ -288,6 +296,8 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
                 f"          released script: BrierLM {released['brierlm']:.3f} of Brier-n x100 "
                 f"{four} (two draws, product before the clamp)"
             )
+        if "released_estimator_note" in result:
+            lines.append(f"          {result['released_estimator_note']}")
         if "stderr_undefined" in result:
             lines.append(f"          no standard error: {result['stderr_undefined']}")
     notes = (result.get("block_size_note") for result in results)

@@ -215,6 +215,7 @@ def _export_calm(directory: Path, target: Path, autoencoder: str | Path | None) 
         save_autoencoder(model.autoencoder, partial / AUTOENCODER_DIRECTORY, token_ids)
         if tokenizer is not None:
             shutil.copyfile(tokenizer.path, partial / _copied_name(tokenizer))
+            _write_tokenizer_config(tokenizer, partial)
         notes = _not_exported(model.recipe.model, partial)
     if tokenizer is None:
         notes.append(
@@ -222,6 +223,23 @@ def _export_calm(directory: Path, target: Path, autoencoder: str | Path | None) 
             f"{target}, and set bos_token_id and eos_token_id in {CONFIG_FILE}"
         )
     return _report_calm(model, directory, target, notes)
+
+
+def _write_tokenizer_config(tokenizer: Tokenizer, directory: Path) -> None:
+    """What AutoTokenizer needs beside a ``tokenizer.json``: its class, which it cannot know from a
+    model type of our own, and the tokens around documents."""
+    if tokenizer.path.suffix != ".json":
+        return
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "bos_token": tokenizer.begin_token,
+        "eos_token": tokenizer.end_token,
+    }
+    if tokenizer.pad_id is not None:
+        config["pad_token"] = tokenizer.pad_token
+    text = json.dumps(config, indent=2) + "\n"
+    (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
 def _not_exported(model: CalmModel, exported: Path) -> list[str]:

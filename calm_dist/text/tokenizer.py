@@ -79,7 +79,7 @@ class Tokenizer(ABC):
         vocab_size: largest id + 1, special tokens included.
         begin_token, end_token: the tokens around a document; may be the same.
         begin_id, end_id: their ids.
-        pad_id: id of the padding token, or None.
+        pad_token, pad_id: the padding token and its id, or None.
         lost: counts the text lost in encoding.
     """
 
@@ -110,7 +110,8 @@ class Tokenizer(ABC):
         self.end_token = end_token or _own(path, "end", _END_NAMES, special, entries)
         self.begin_id = _number(path, "begin", self.begin_token, special, entries)
         self.end_id = _number(path, "end", self.end_token, special, entries)
-        self.pad_id = next((special[name] for name in _PAD_NAMES if name in special), None)
+        self.pad_token = next((name for name in _PAD_NAMES if name in special), None)
+        self.pad_id = None if self.pad_token is None else special[self.pad_token]
         self.lost = LostText()
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_evaluate_tool import write_run
+from tiny_models import tiny_model
 
 from calm_dist.interop.convert import export_checkpoint, import_checkpoint
 from calm_dist.interop.huggingface import load_calm
+from calm_dist.text.tokenizer import load_tokenizer, train_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -113,6 +117,31 @@ def test_it_generates_what_the_package_does(tmp_path: Path) -> None:
         model.generate(prompts, temperature=0.7)
     with pytest.raises(ValueError, match=r"num_samples 3: temperature 0.2 needs 5"):
         model.generate(prompts, temperature=0.2, num_samples=3)
+    # As callers of other models write it; what would change the samples is refused.
+    found = model.generate(prompts, do_sample=True, max_new_tokens=9, eos_token_id=-1)
+    assert found[:, 6:].tolist() == [expected(row, 9) for row in prompts.tolist()]
+    for options in ({"do_sample": False}, {"top_p": 0.9, "num_beams": 2}):
+        with pytest.raises(ValueError, match=f"generate: {', '.join(options)}.*: not for this"):
+            model.generate(prompts, **options)
+
+
+def test_the_tokenizer_is_exported_for_auto_tokenizer(tmp_path: Path) -> None:
+    """It gives the tokens that the package's gives, and names those around documents."""
+    from transformers import AutoTokenizer
+
+    ours = train_tokenizer(["the sea and the sky"], 270, tmp_path / "tokenizer.json")
+    model = tiny_model(vocab_size=ours.vocab_size)
+    values = model.recipe.to_dict()
+    values["data"]["tokenizer"] = str(ours.path)
+    model = dataclasses.replace(model, recipe=type(model.recipe).from_dict(values))
+    write_run(model, tmp_path / "run", ours.fingerprint)
+    export_checkpoint(tmp_path / "run", out := tmp_path / "out")
+    found = AutoTokenizer.from_pretrained(out)
+    text = "the sea, é and 海"
+    assert found(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
+    assert found.bos_token_id == ours.begin_id and found.eos_token_id == ours.end_id
+    assert found.pad_token_id == ours.pad_id
+    assert load_tokenizer(out).fingerprint == ours.fingerprint
 
 
 def test_another_precision_and_saved_again(tmp_path: Path) -> None:

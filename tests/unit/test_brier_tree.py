@@ -155,7 +155,7 @@ def test_softmax_scores_are_exact_where_they_should_be() -> None:
     torch.testing.assert_close(result.nats.double(), expected_nats, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("smallest", [0.0, 1 / 64, 0.9])
+@pytest.mark.parametrize("smallest", [0.0, 1 / 64, 1 / 8, 0.9])
 def test_softmax_scores_are_unbiased(smallest: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the sum over all continuations, at 13 starts, in several forwards; whether no, some
     or nearly all paths may end early."""

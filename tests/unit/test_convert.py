@@ -143,7 +143,8 @@ def test_export_import_export_gives_the_same_files(tmp_path: Path, worded: Path)
     before = files_of(tmp_path / "released")
     both = ["config.json", "model.safetensors"]
     inside = {f"autoencoder/{name}" for name in both}
-    assert before.keys() == {"tokenizer.json", "modeling_calm_dist.py", *both, *inside}
+    tokenizer_files = {"tokenizer.json", "tokenizer_config.json"}
+    assert before.keys() == {*tokenizer_files, "modeling_calm_dist.py", *both, *inside}
     ae_path = json.loads(before["config.json"])["ae_path"]
     assert Path(ae_path).samefile(tmp_path / "released" / "autoencoder")
     # The table has rows that pad it to shards; the released one has none.

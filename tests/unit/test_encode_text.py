@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_models import VOCAB, tiny_model
 
+from calm_dist.data import text_vectors
 from calm_dist.data.text_vectors import TextVectors, decode_vectors, encode_text
 from calm_dist.errors import DataError
 from calm_dist.models.autoencoder import Autoencoder
@@ -76,6 +77,25 @@ def test_vectors_are_the_encoders(tokenizer: Tokenizer) -> None:
     np.testing.assert_allclose(noise, normal, atol=1e-3)
     with pytest.raises(DataError, match=r"vectors \(2, 5\): the autoencoder's are \[patches, 6\]"):
         decode_vectors(model, tokenizer, np.zeros((2, 5), np.float32))
+
+
+def test_a_text_is_encoded_in_pieces(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their size, and whether or not it divides the text, to the same vectors."""
+    model = tiny_model().autoencoder
+    assert model is not None
+    text = "the sea and the sky " * 5
+    whole = encode_text(model, tokenizer, text)
+    lengths: list[int] = []
+    encode = model.encode
+    model.encode = lambda tokens: lengths.append(tokens.shape[1]) or encode(tokens)  # type: ignore[method-assign,func-returns-value]
+    for patches in (1, 5, 7, 25):
+        monkeypatch.setattr(text_vectors, "_PATCHES_AT_ONCE", patches)
+        lengths.clear()
+        found = encode_text(model, tokenizer, text)
+        assert max(lengths) == patches * model.patch_size
+        # A product of few rows may add in another order.
+        np.testing.assert_allclose(found.mean, whole.mean, atol=1e-6, rtol=1e-5)
+        np.testing.assert_allclose(found.log_std, whole.log_std, atol=1e-6, rtol=1e-5)
 
 
 def test_text_to_vectors_to_text(

@@ -305,6 +305,26 @@ def test_losses_belong_to_the_stored_patches_whatever_ngrams_are_scored() -> Non
         assert patch[name] == every[name]
 
 
+def test_few_patches_of_a_block_are_reconstructed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most the limit, evenly spaced from the first; their tokens are compared with the text's at
+    the same places."""
+    decoded: list[Tensor] = []
+
+    def watched(model: Any, latents: Tensor) -> Tensor:
+        decoded.append(latents)
+        return decode_latents(model, latents)
+
+    monkeypatch.setattr(block_scores, "decode_latents", watched)
+    for limit, places in ((64, range(6)), (6, range(6)), (4, (0, 2, 4)), (1, (0,))):
+        monkeypatch.setattr(block_scores, "_RECONSTRUCTED_PATCHES", limit)
+        decoded.clear()
+        store = TinyStore(1)
+        result = evaluate(rule_calm(), store, EvaluationSettings(samples=2))
+        assert result["reconstruction_accuracy"] == result["reconstruction_accuracy_mean"] == 1.0
+        mean = torch.from_numpy(store.blocks[0]["mean"]).float()
+        assert torch.equal(decoded[1], mean[list(places)])
+
+
 @pytest.mark.parametrize("kind", ["energy", "flow", "diffusion"])
 def test_heads_of_all_kinds_are_scored(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their noise is drawn for as many positions at once as fit the limit."""

@@ -116,6 +116,14 @@ def test_a_released_directory_is_scored_as_published(
     printed, result = capsys.readouterr(), json.loads(out.read_text())
     assert result["protocol"]["block_size"] == 36 and "released_estimator" not in result
     assert "warning" not in printed.out
+
+    # A model with probabilities has no two draws of latents.
+    write_run(tiny_model("transformer", vocab_size=VOCAB), common_run := tmp_path / "transformer",
+              tokenizer.fingerprint)  # fmt: skip
+    common[1] = common_run
+    assert evaluate(monkeypatch, *common, *published) == 0
+    result, said = json.loads(out.read_text()), "no score of the released estimator"
+    assert said in capsys.readouterr().out and said in result["released_estimator_note"]
     assert run_tool(
         monkeypatch, "--checkpoint", str(released), "--tokenizer", str(tokenizer.path),
         "--prompt", "a small", "--max-new-tokens", "4",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tokenizer_kinds import llama2_like, metaspace, wordpiece
 
 from calm_dist.errors import UserError
 from calm_dist.inference.generate import generate
+from calm_dist.inference.load import TextModel
 from calm_dist.inference.prompts import Prompt, read_prompts
 from calm_dist.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
@@ -152,6 +154,65 @@ def test_prompts_of_a_file_sampled_several_times(
     assert printed_at_once == printed.out
     total = sum(len(line["tokens"]) for line in lines)
     assert f"9 texts, {total} tokens in " in printed.err and " tokens/s" in printed.err
+
+
+def test_what_a_killed_job_finished_is_kept(
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Lines are in the file before the next batch begins; an array is written at SIGTERM."""
+    model = tiny_model("transformer", vocab_size=tokenizer.vocab_size)
+    run = saved(model, tokenizer, tmp_path / "run")
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    prompts.write_text('{"prompt": "the s"}\n' * 5)
+    out.write_text("of an earlier job\n")
+    given = ["--checkpoint", str(run), "--tokenizer", str(tokenizer.path), "--max-new-tokens", "4"]
+    given += ["--prompts", str(prompts), "--batch-size", "2", "--json"]
+    held: list[int] = []
+    once = TextModel.generate
+
+    def watched(self: TextModel, *args: Any, **options: Any) -> Any:
+        held.append(len(out.read_text().splitlines()))
+        if len(held) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return once(self, *args, **options)
+
+    monkeypatch.setattr(TextModel, "generate", watched)
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_tool(monkeypatch, *given, str(out)) == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert held == [1, 2, 4]
+    assert [json.loads(line)["seed"] for line in out.read_text().splitlines()] == [0, 1, 2, 3]
+    assert "4 texts, " in capsys.readouterr().err
+    held.clear()
+    array = tmp_path / "texts.json"
+    assert run_tool(monkeypatch, *given, str(array)) == 128 + signal.SIGTERM
+    assert [text["seed"] for text in json.loads(array.read_text())] == [0, 1, 2, 3]
+
+
+def test_lines_to_stdout_one_prompt_and_equal_seeds(
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = tiny_model("transformer", vocab_size=tokenizer.vocab_size)
+    run = saved(model, tokenizer, tmp_path / "run")
+    given = ["--checkpoint", str(run), "--tokenizer", str(tokenizer.path), "--max-new-tokens", "4"]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "the s"}\n')
+    of_file = [*given, "--prompts", str(tmp_path / "p.jsonl"), "--json", "-"]
+    assert run_tool(monkeypatch, *of_file) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["seed"] == 0 and printed.out.count("\n") == 1
+    assert "1 text, " in printed.err and " tokens/s" in printed.err and "seed" not in printed.err
+    assert run_tool(monkeypatch, *of_file, "--num-samples", "3", "--batch-size", "2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["seed"] for line in lines] == [0, 1, 2]
+    both = ["--prompt", "a", "--prompt", "b", "--seed", "1", "--seed", "2", "--num-samples", "2"]
+    assert run_tool(monkeypatch, *given, *both) == 0
+    assert "note: 2 texts have the seed 2, and thus the same random" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

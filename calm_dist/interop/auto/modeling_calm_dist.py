@@ -4,9 +4,11 @@
     tokens = model.generate(input_ids, max_new_tokens=64, temperature=0.5)
 
 One file, which needs torch and transformers only. Modules have the names of the released layout.
-Written for transformers 4.57. For training and evaluation use the package that wrote this file.
+Written for transformers 4.57, tried with 5.24.0. For training and evaluation use the package that
+wrote this file.
 """
 
+import inspect
 import json
 from collections import Counter
 from math import comb
@@ -21,6 +23,9 @@ from transformers.utils import cached_file
 _LAYER_NORM_EPS = 1e-6
 _ROWS_AT_ONCE = 256
 """Tokens whose logits are in memory at a time."""
+_FORWARD_NAMES = inspect.signature(LlamaModel.forward).parameters
+_CACHE = "cache" if "cache" in _FORWARD_NAMES else "past_key_values"
+"""What transformers calls keys and values: 5.24 warns of the name that 4.57 has."""
 
 
 class CalmConfig(LlamaConfig):
@@ -212,10 +217,10 @@ class CalmForCausalLM(PreTrainedModel):
         embedded = self.transformer.embed_tokens(input_ids).unflatten(1, (-1, size)).flatten(2)
         outputs = self.transformer(
             inputs_embeds=self.embed_proj(embedded),
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{_CACHE: past_key_values},
         )
-        return BaseModelOutputWithPast(outputs.last_hidden_state, outputs.past_key_values)
+        return BaseModelOutputWithPast(outputs.last_hidden_state, getattr(outputs, _CACHE))
 
     def sample_patches(self, hidden, num_samples, generator=None):
         """Hidden states [B, d] -> independent draws of the next patch, tokens [B, N, K]."""
@@ -236,6 +241,8 @@ class CalmForCausalLM(PreTrainedModel):
         eos_token_id=None,
         pad_token_id=None,
         generator=None,
+        do_sample=True,
+        **options,
     ):
         """Continue prompts.
 
@@ -248,11 +255,20 @@ class CalmForCausalLM(PreTrainedModel):
             temperature: 1, or 1/n for a whole n, by a pool of ``num_samples`` draws.
             eos_token_id, pad_token_id: override the configuration's; several end tokens as a list.
             generator: random numbers, on the model's device.
+            do_sample: True; there is no other way to generate.
+
+        Raises:
+            ValueError: other options of transformers' models.
 
         Returns:
             tokens [B, T + new], each prompt followed by its continuation; after the end token they
             are padded.
         """
+        if not do_sample or options:
+            raise ValueError(
+                f"generate: {', '.join(options) or f'do_sample={do_sample}'}: not for this model, "
+                "which has no logits; it samples at a temperature of 1/n"
+            )
         exponent = round(1 / temperature) if 0 < temperature <= 1 else 0
         if exponent < 1 or abs(exponent * temperature - 1) > 1e-6:
             raise ValueError(f"temperature {temperature}: must be 1/n for a whole n")
@@ -293,7 +309,7 @@ class CalmForCausalLM(PreTrainedModel):
         made, cache, unread, length = prompts[:, :0], None, context, 0
         while made.shape[1] < most and bool(going.any()):
             outputs = self(unread, past_key_values=cache, use_cache=True)
-            cache = outputs.past_key_values
+            cache = getattr(outputs, _CACHE)
             draws = 1 if exponent == 1 else num_samples
             pools = self.sample_patches(outputs.last_hidden_state[:, -1], draws, generator)
             current = torch.stack([_choose(pool, exponent, generator) for pool in pools])
