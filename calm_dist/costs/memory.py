@@ -11,7 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from calm_dist.costs import flops
-from calm_dist.costs.chunks import LOGITS, SCORE_POSITIONS, ZERO_BUCKET_ELEMENTS
+from calm_dist.costs.chunks import (
+    LOGITS,
+    SCORE_POSITIONS,
+    ZERO_BUCKET_ELEMENTS,
+    output_logits,
+    rows_at_once,
+)
 from calm_dist.costs.stages import chunk_sizes
 from calm_dist.recipe import (
     AutoencoderRecipe,
@@ -103,7 +109,8 @@ def stage_memory(
     after = last + head.head_samples
     # When the backward pass of the last layer begins, the activations after the layers are freed.
     backbone += max(last, again - head.head_samples)
-    buffers = _gathered_sequence(recipe, model) + max(0, again + gradients - max(after, again))
+    most = max(after + _output_loss(recipe, stage, on_cpu), again + gradients)
+    buffers = _gathered_sequence(recipe, model) + max(0, most - max(after, again))
     # The backward pass of the embedding comes last, when little else is there.
     buffers = max(buffers, embedding - backbone - head.head_samples - head.energy_score)
     return memory + head + Memory(activations=backbone, buffers=buffers)
@@ -225,20 +232,36 @@ def _backbone_activations(
     if stage == parallel.pipeline_parallel_size - 1:
         last = positions * norm / along_sequence
         if last_stage_tables(model):
-            # The softmax of each token, in fp32; in bf16 the logits are kept as well.
-            copies = FP32_BYTES + (width if width < FP32_BYTES else 0)
-            tokens = positions * model.patch_size
-            last += tokens * (table_parameters(recipe) // d) * copies
-            if width == FP32_BYTES:
-                # The gradients of the table and of the states. In bf16 the logits have been freed.
-                last += (table_parameters(recipe) + tokens * d) * width
-            if model.kind == "calm":
-                # States of all positions, gathered for the output layer.
-                last += tokens * d * width
+            # The loss makes the gradients of the output layer, in fp32, and of the states.
+            last += table_parameters(recipe) * FP32_BYTES + positions * model.patch_size * d * width
     # Gradients of the MLP's input and output, of SiLU, and of gate and up, which are there twice
     # while they are joined; the product and its gradient have been freed.
     gradients = positions * width * (2 * d + 3 * model.intermediate_size / tensor)
     return int(total), int(last), int(layer), int(gradients)
+
+
+def _output_loss(recipe: LanguageModelRecipe, stage: int, on_cpu: bool) -> int:
+    """Bytes of a chunk of the output layer's loss on the last stage, beside the gradients that it
+    leaves; 0 on other stages."""
+    model = recipe.model
+    if stage < recipe.parallel.pipeline_parallel_size - 1 or not last_stage_tables(model):
+        return 0
+    rows = recipe.training.micro_batch_size * recipe.padded_length * model.patch_size
+    rows //= recipe.parallel.context_parallel_size
+    words = table_parameters(recipe) // model.hidden_size
+    at_once = rows_at_once(rows, words, output_logits(on_cpu))
+    chunk = _chunk_of_loss(at_once * words, table_parameters(recipe), element_bytes(recipe))
+    # A CALM's states were gathered from the ranks' shards.
+    gathered = model.kind == "calm" and recipe.parallel.tensor_parallel_size > 1
+    return chunk + gathered * rows * model.hidden_size * element_bytes(recipe)
+
+
+def _chunk_of_loss(logits: int, table: int, width: int) -> int:
+    """Bytes of a chunk of `losses.linear_cross_entropy`: its logits, which become their gradient in
+    place; in bf16 the product before it, the gradient after it, and that of the table, too."""
+    if width == FP32_BYTES:
+        return logits * FP32_BYTES
+    return logits * (FP32_BYTES + 2 * width) + table * width
 
 
 def _embedding_gradient(recipe: LanguageModelRecipe, kept: int) -> int:
@@ -322,22 +345,15 @@ def _autoencoder(recipe: AutoencoderRecipe) -> Memory:
     patches = recipe.training.micro_batch_size * recipe.num_patches
     words = flops.known_size(model, "vocab_size")
     tokens, table = patches * patch_size, words * model.hidden_size
-    # Equal chunks, of whole rows.
-    chunk = -(-tokens // -(-tokens // max(1, LOGITS // words))) * words
+    chunk = rows_at_once(tokens, words, LOGITS) * words
     activations = int(patches * elements * width) + table * FP32_BYTES
     # Embeddings of the distinct words (at most all) and of all tokens; states and their gradient,
     # which the loss makes in the forward pass.
     activations += 4 * tokens * model.hidden_size * FP32_BYTES
-    if width == FP32_BYTES:
-        # The last chunk may be smaller, and then exists beside the one before it.
-        activations += 2 * chunk * width
-    else:
+    activations += _chunk_of_loss(chunk, table, width)
+    if width < FP32_BYTES:
         # The weights as autocast keeps them, and inputs and outputs of norms, in fp32.
         activations += parameters * width + int(patches * rows * 2 * model.hidden_size * width)
-        # Logits of two chunks in fp32, products and gradients in bf16; or those of one chunk, and
-        # its gradient of the weight.
-        two = chunk * 2 * (FP32_BYTES + width)
-        activations += max(two, chunk * (FP32_BYTES + 2 * width) + table * width)
     # With DDP, the sums of the earlier micro-batches beside the buckets that are reduced.
     copies = 2 if recipe.data_parallel_size > 1 and recipe.num_micro_batches > 1 else 1
     return Memory(

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from calm_dist.costs import flops
-from calm_dist.costs.chunks import SCORE_POSITIONS
+from calm_dist.costs.chunks import SCORE_POSITIONS, output_logits, rows_at_once
 from calm_dist.costs.clusters import Cluster
 from calm_dist.costs.memory import (
     FP32_BYTES,
@@ -55,8 +55,8 @@ DRAW_ACCESSES, SCORE_KERNELS = 7, 35
 # (37,700 for 100 draws of 128; tests/gpu compiles it), and kernels of a micro-batch, those of the
 # noise included.
 FUSED_INSTRUCTIONS, FUSED_KERNELS = 2.9, 6
-# Cross entropy: accesses per logit, in fp32.
-LOGIT_ACCESSES, LOGIT_KERNELS = 10, 40
+# Cross entropy: accesses per logit, in fp32; kernels of a chunk, and those around all of them.
+LOGIT_ACCESSES, LOGIT_KERNELS, LOSS_KERNELS = 8, 25, 15
 # DeepSpeed's copies of the head's gradient when it reduces it, per parameter; and adding the
 # gradient of another micro-batch to the local sums (`parallel.local_gradients`).
 ZERO_ACCESSES, LOCAL_SUM_ACCESSES = 13, 3
@@ -124,7 +124,7 @@ def micro_batch_work(
             if model.head.spec.scores_energy:
                 parts["energy score"] = _score(recipe, model, cluster)
         if last_stage_tables(model):
-            parts["output layer"] = _output_layer(recipe, model)
+            parts["output layer"] = _output_layer(recipe, model, cluster)
     return parts
 
 
@@ -252,17 +252,25 @@ def _score(recipe: LanguageModelRecipe, model: CalmModel, cluster: Cluster) -> W
     )
 
 
-def _output_layer(recipe: LanguageModelRecipe, model: CalmModel | TransformerModel) -> Work:
-    """Logits and cross entropy of every token that a position predicts."""
-    rows = positions(recipe) * model.patch_size
-    words = table_parameters(recipe) // model.hidden_size
-    width = element_bytes(recipe)
-    # In bf16, logits and their gradient are also converted.
-    accesses = LOGIT_ACCESSES * FP32_BYTES + (0 if width == FP32_BYTES else 2 * (width + 4))
+def _output_layer(
+    recipe: LanguageModelRecipe, model: CalmModel | TransformerModel, cluster: Cluster
+) -> Work:
+    """Logits and cross entropy of every token that a position predicts, chunk by chunk."""
+    rows, table = positions(recipe) * model.patch_size, table_parameters(recipe)
+    words, width = table // model.hidden_size, element_bytes(recipe)
+    chunks = -(-rows // rows_at_once(rows, words, output_logits(cluster.on_cpu)))
+    traffic = LOGIT_ACCESSES * FP32_BYTES * words * rows
+    # The table's gradient in fp32 is cleared and scaled.
+    traffic += 3 * FP32_BYTES * table
+    if width < FP32_BYTES:
+        # Logits and their gradient are also converted, each chunk's gradient of the table is added,
+        # and their sum converted.
+        traffic += 2 * (width + FP32_BYTES) * words * rows
+        traffic += (chunks * (width + 2 * FP32_BYTES) + FP32_BYTES + width) * table
     return Work(
         flops.BACKWARD_AND_FORWARD * flops.linear_flops(model.hidden_size, words) * rows,
-        traffic=accesses * words * rows,
-        kernels=LOGIT_KERNELS,
+        traffic=traffic,
+        kernels=LOGIT_KERNELS * chunks + LOSS_KERNELS,
     )
 
 

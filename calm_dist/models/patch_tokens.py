@@ -63,8 +63,22 @@ class PatchTokens(MegatronModule):
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """States [P / tensor_parallel_size, n, d] of this rank's shard of the positions -> logits
         [P, n, V / tensor_parallel_size] of all positions."""
+        return self.output_layer(self._gathered(states))
+
+    def loss(
+        self, states: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        """The states' weighted cross entropy, see `OutputLayer.forward`.
+
+        Args:
+            states: [P / tensor_parallel_size, n, d] of this rank's shard of the positions.
+            targets: [n, P] of all positions.
+            weight: [P] of all positions.
+        """
+        return self.output_layer(self._gathered(states), targets, weight)
+
+    def _gathered(self, states: torch.Tensor) -> torch.Tensor:
         # The output layer sums the gradient over the ranks; each takes its own positions' part.
-        whole = gather_from_sequence_parallel_region(
+        return gather_from_sequence_parallel_region(
             states, tensor_parallel_output_grad=False, group=self.tp_group
         )
-        return self.output_layer(whole)

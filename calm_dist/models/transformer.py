@@ -18,7 +18,8 @@ class Transformer(Backbone):
     The last stage returns logits [T, B, V / tensor_parallel_size] (untied output layer, no bias);
     those of rows that only pad the vocabulary to equal shards are -inf. With a cache and no
     ``positions``, it returns only the logits of the last step, [1, B, V], which is all that a long
-    prompt needs.
+    prompt needs. With ``targets`` [B, T] and their ``weight`` [T], it returns the loss instead, as
+    `OutputLayer.forward` does.
     """
 
     def __init__(
@@ -47,10 +48,12 @@ class Transformer(Backbone):
         positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         cache: KeyValueCache | None = None,
+        targets: torch.Tensor | None = None,
+        weight: torch.Tensor | None = None,
     ) -> torch.Tensor:
         hidden = super().forward(tokens, num_steps, positions, mask, cache)
         if self.output_layer is None:
             return hidden
         if cache is not None and positions is None:
             hidden = hidden[-1:]
-        return self.output_layer(hidden)
+        return self.output_layer(hidden, targets, weight)

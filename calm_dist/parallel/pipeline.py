@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 
-from calm_dist.losses.cross_entropy import next_token_loss
 from calm_dist.models.autoencoder import Autoencoder
 from calm_dist.models.heads.base import NoiseSource
 from calm_dist.models.patch_tokens import PatchTokens
@@ -80,8 +79,13 @@ class ForwardStep(ABC):
         padding = (self._padded_steps - self._steps) * self._patch_size
         tokens = F.pad(batch["tokens"], (0, padding))
         tokens = tokens[:, self._first * self._patch_size : self._end * self._patch_size]
-        output = model(tokens, self._end - self._first, self._positions)
+        length = self._end - self._first
+        output = model(tokens, length, self._positions, **self._model_inputs(batch))
         return output, partial(self._loss, batch)
+
+    def _model_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """What else the model takes."""
+        return {}
 
     @abstractmethod
     def _loss(
@@ -91,18 +95,21 @@ class ForwardStep(ABC):
 
 
 class TransformerForwardStep(ForwardStep):
-    """Vocabulary-parallel cross entropy of the next token, in nats."""
+    """Vocabulary-parallel cross entropy of the next token in nats, which the model computes itself
+    so that no logits leave it."""
+
+    def _model_inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        # The target of the last step of a piece is in the next piece.
+        targets = F.pad(batch["tokens"], (0, self._padded_steps + 1 - self._steps))
+        targets = targets[:, self._first + 1 : self._end + 1]
+        return {"targets": targets, "weight": self._weight[self._first : self._end]}
 
     def _loss(
         self, batch: Batch, output: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        # The target of the last step of a piece is in the next piece.
-        targets = F.pad(batch["tokens"], (0, self._padded_steps + 1 - self._steps))
-        targets = targets[:, self._first + 1 : self._end + 1]
-        loss = next_token_loss(output, targets, self._weight[self._first : self._end])
         # Every tensor-parallel rank has the whole loss; count it once.
-        counted = loss.detach() if self._topology.tp_rank == 0 else torch.zeros_like(loss)
-        return loss * self._schedule_factor, {"loss": counted}
+        counted = output.detach() if self._topology.tp_rank == 0 else torch.zeros_like(output)
+        return output * self._schedule_factor, {"loss": counted}
 
 
 class HeadForwardStep(ForwardStep):
@@ -214,9 +221,10 @@ class TokensForwardStep(HeadForwardStep):
             last_micro_batch=self._is_last_micro_batch(),
         )
         # [positions of this shard * B, K, d] -> [positions of this shard, B * K, d]
-        logits = self._tables.logits(states.unflatten(0, hidden.shape[:2]).flatten(1, 2))
         weight = self._weight[self._first : self._end] / self._patch_size
-        loss = next_token_loss(logits, targets.flatten(1).T, weight)
+        loss = self._tables.loss(
+            states.unflatten(0, hidden.shape[:2]).flatten(1, 2), targets.flatten(1).T, weight
+        )
         # Every tensor-parallel rank has the whole loss; count it once.
         counted = loss.detach() if self._topology.tp_rank == 0 else torch.zeros_like(loss)
         return loss * self._schedule_factor, {"loss": counted}

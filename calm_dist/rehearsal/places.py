@@ -31,7 +31,6 @@ _PARTS = (
     ("calm_dist/models/patch_tokens.py", "embedding"),
     ("megatron/core/models/common/embeddings/language_model_embedding", "embedding"),
     ("calm_dist/models/output_layer.py", "output layer and loss"),
-    ("calm_dist/losses/cross_entropy.py", "output layer and loss"),
     ("calm_dist/losses/linear_cross_entropy.py", "output layer and loss"),
     ("calm_dist/models/", "backbone"),
     ("megatron/core/transformer/", "backbone"),

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from calm_dist.losses import linear_cross_entropy as module
-from calm_dist.losses.linear_cross_entropy import linear_cross_entropy
+from calm_dist.benchmark.compare import peak_mib
+from calm_dist.costs import chunks
+from calm_dist.losses.linear_cross_entropy import linear_cross_entropy, weighted_cross_entropy
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -29,12 +30,59 @@ def with_gradients(loss: torch.Tensor, hidden: torch.Tensor, weight: torch.Tenso
 def test_equals_the_plain_form(
     rows: int, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LOGITS", 37 * rows_at_once)
+    monkeypatch.setattr(chunks, "LOGITS", 37 * rows_at_once)
     hidden, weight, targets = inputs(rows)
     ours = with_gradients(linear_cross_entropy(hidden, weight, targets), hidden, weight)
     plain = with_gradients(F.cross_entropy(hidden @ weight.T, targets), hidden, weight)
     for found, expected in zip(ours, plain, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_weight_shared_with_the_embedding_gets_both_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chunks, "LOGITS", 37 * 3)
+    _, weight, targets = inputs(7)
+    words = targets.flip(0)
+    (ours,) = torch.autograd.grad(linear_cross_entropy(weight[words], weight, targets), weight)
+    (plain,) = torch.autograd.grad(F.cross_entropy(weight[words] @ weight.T, targets), weight)
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_without_weight_do_not_count() -> None:
+    """Nor do words that only pad the layer."""
+    hidden, weight, targets = inputs(9)
+    targets = targets.clamp(max=29)
+    row_weight = torch.tensor([0.0, 1.0, 0.5] * 3)
+    ours = with_gradients(
+        weighted_cross_entropy(hidden, weight, targets, row_weight, at_once=37 * 2, real_words=30),
+        hidden,
+        weight,
+    )
+    losses = F.cross_entropy(hidden @ weight[:30].T, targets, reduction="none")
+    plain = with_gradients((losses * row_weight).sum(), hidden, weight)
+    for found, expected in zip(ours, plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert not ours[1][::3].any() and not ours[2][30:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_that_of_a_chunk(dtype: torch.dtype) -> None:
+    rows, words, size, chunk = 1024, 4096, 8, 64
+    hidden = torch.randn(rows, size, dtype=dtype).requires_grad_()
+    weight = torch.randn(words, size, dtype=dtype).requires_grad_()
+    targets, row_weight = torch.randint(0, words, (rows,)), torch.ones(rows)
+
+    def step() -> None:
+        loss = weighted_cross_entropy(hidden, weight, targets, row_weight, at_once=chunk * words)
+        torch.autograd.grad(loss, (hidden, weight))
+
+    step()
+    peak, _ = peak_mib(step, torch.device("cpu"))
+    # In bf16 also the products before and the gradient after it; beside them the two gradients and
+    # what the allocator keeps. All logits in fp32 are 16 MiB.
+    logits = chunk * words * (4 if dtype == torch.float32 else 8) / 2**20
+    assert peak is not None and peak < logits + 3
 
 
 def test_large_logits_stay_finite() -> None:
