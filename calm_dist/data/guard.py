@@ -382,6 +382,12 @@ class GuardedDataset(EvictingDataset):
                 yield sample
         except Exception as error:
             raise self._problem(error) from error
+        finally:
+            # An iteration that is given up leaves the parent's threads waiting for its reader, each
+            # of which wakes 140 times a second until the process ends. Do not wait for them here:
+            # one may be in a download.
+            if hasattr(self, "_iterator"):
+                self._iterator.non_blocking_exit()
         if self._event.is_set():
             raise self._problem(None)
         if received != self._num_expected:

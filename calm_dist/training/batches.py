@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,7 @@ class LookAhead:
         Args:
             device: where the batches are used; None: they stay on the CPU.
         """
-        self._batches = iter(stream)
+        self._batches: Iterator[Batch] = iter(stream)
         self._device = device
         on_gpu = device is not None and device.type == "cuda" and torch.cuda.is_available()
         self._copies = torch.cuda.Stream(device) if on_gpu else None
@@ -55,6 +55,11 @@ class LookAhead:
             return
         with torch.cuda.stream(self._copies):
             self._next = copied(batch, self._device)
+
+    def close(self) -> None:
+        """End the reading; a batch or a failure that has been read stays."""
+        # A generator ends with its last reference.
+        self._batches = iter(())
 
     def take(self) -> Batch:
         """The batch that `read` has read."""

@@ -204,7 +204,10 @@ class TrainingRun(ABC):
         self._batches.read()
         self._batches.check()
         self._begin()
-        result = self._train_to(last)
+        try:
+            result = self._train_to(last)
+        finally:
+            self._batches.close()
         self.phases.enter("checkpoint", self.progress.step - 1)
         try:
             self.finish_saving()

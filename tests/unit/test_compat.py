@@ -36,6 +36,7 @@ def test_names_of_streaming() -> None:
     assert streaming.ShardState.REMOTE.name == "REMOTE"
     assert streaming.shared_path(3, "locals") == "000003_locals"
     assert callable(streaming.dataset_module.get_shm_prefix)
+    assert callable(streaming.dataset_module._Iterator.non_blocking_exit)
 
 
 def test_attaching_waits_until_the_memory_has_its_size() -> None:

@@ -9,11 +9,13 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from threading import Event, Thread
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -130,6 +132,30 @@ def test_epochs_are_permutations_of_whole_batches(stores: Path, batch_size: int)
     assert np.corrcoef(received[0], np.arange(len(received[0])))[0, 1] < 0.9
     other = open_training_stream([stores / "tokens"], batch_size=batch_size, seed=3)
     assert indices(other, stream.steps_per_epoch) != received[0].reshape(-1, batch_size).tolist()
+
+
+def reading_threads() -> int:
+    """Threads of Streaming that read ahead in this process."""
+    count = 0
+    for frame in sys._current_frames().values():
+        at: FrameType | None = frame
+        while at is not None and at.f_code.co_name not in ("_prepare_thread", "_ready_thread"):
+            at = at.f_back
+        count += at is not None
+    return count
+
+
+def test_reading_that_is_given_up_leaves_no_threads(stores: Path) -> None:
+    """They would wake 140 times a second each until the process ends."""
+    before = reading_threads()
+    batches = iter(open_training_stream([stores / "tokens"], batch_size=1))
+    next(batches)
+    assert reading_threads() == before + 2
+    del batches
+    deadline = time.monotonic() + 60
+    while reading_threads() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert reading_threads() <= before
 
 
 @pytest.mark.parametrize("steps_done", [0, 3, 12, 30])
