@@ -105,7 +105,7 @@ class Observer(TorchDispatchMode):
             pinned = args[0].clone() if isinstance(args[0], FakeTensor) else args[0]
             self._pin(pinned)
             return pinned
-        result = _largest(name, args) or func(*args, **kwargs)
+        result: Any = _largest(name, args) or func(*args, **kwargs)
         if name == "_to_copy" and kwargs.get("non_blocking") and _on_device(args[0]):
             # To the host: torch puts such a copy into pinned memory.
             self._pin(result)

@@ -75,7 +75,7 @@ def both_forms(job: dict[str, Any], given: Any, topology: Any) -> dict[str, torc
     part = data["hidden"].to(dtype)
     if job["sequence_parallel"]:
         part = part.chunk(topology.tp_size)[topology.tp_rank]
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for form in ("chunks", "plain"):
         hidden = part.clone().requires_grad_()
         layer.weight.grad = None

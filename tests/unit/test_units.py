@@ -242,6 +242,7 @@ def test_file_that_changed_since_the_manifest_was_made_is_named(
     for place in described["offsets"][1:]:
         offsets.append(sum(map(len, shorter[: whole[:place].count(b"\n")])))
     (out / ".parts" / "manifest.json").write_text(json.dumps({**described, "offsets": offsets}))
+    assert begun is not None
     assert write_parts(out, begun, tokenizer, plan, shard_bytes=512) == []
 
 
