@@ -383,9 +383,8 @@ class GuardedDataset(EvictingDataset):
         except Exception as error:
             raise self._problem(error) from error
         finally:
-            # An iteration that is given up leaves the parent's threads waiting for its reader, each
-            # of which wakes 140 times a second until the process ends. Do not wait for them here:
-            # one may be in a download.
+            # If the iteration is abandoned, the parent's two threads would poll 140 times a second
+            # until the process ends. Do not wait for them here: one may be downloading.
             if hasattr(self, "_iterator"):
                 self._iterator.non_blocking_exit()
         if self._event.is_set():

@@ -8,8 +8,8 @@ weights, limits, the global batch size and the seed alone.
 
 With weights or limits, a store's share of a stretch is seldom the whole store, so that draws of
 their own for each stretch would repeat some of its blocks and leave out others. There, each store
-is read in passes: permutations of its blocks, one after the other, of which a stretch takes what
-follows on from the stretch before. Without either, a stretch is an epoch and draws its own blocks.
+is read in passes: permutations of its blocks, one after the other, and each stretch continues where
+the one before it stopped. Without either, a stretch is an epoch and draws its own blocks.
 """
 
 from __future__ import annotations
