@@ -23,8 +23,8 @@ def main() -> int:
     arguments = _parser().parse_intermixed_args()
 
     from calm_dist.rehearsal.rehearse import rehearse
-    from calm_dist.rehearsal.report import format_rehearsal
     from calm_dist.rehearsal.request import recipe_to_rehearse
+    from calm_dist.rehearsal.terminal import format_rehearsal
 
     recipe = recipe_to_rehearse(arguments.recipe, arguments.overrides, arguments.world)
     values = rehearse(recipe, PRESETS[arguments.gpu], arguments.rank, announce)

@@ -21,7 +21,7 @@ from calm_dist.evaluation.block_scores import (
     score_softmax_block,
 )
 from calm_dist.evaluation.brier import ngram_starts
-from calm_dist.evaluation.evaluate import check_store
+from calm_dist.evaluation.evaluate import check_store_fits
 from calm_dist.inference.generate import continue_texts
 from calm_dist.inference.growing import GrowingText
 from calm_dist.inference.loading import LoadedModel, load_model
@@ -171,7 +171,7 @@ def pairs_of_runs(
     tokens = torch.from_numpy(blocks[0]["tokens"].astype("int64"))
     models = [load_model(run, device=str(device)) for run in runs]
     for run, model in zip(runs, models, strict=True):
-        check_store(model, blocks.meta)
+        check_store_fits(model, blocks.meta)
         if part == "sampling" and model.has_probabilities:
             raise UserError(f"{run}: draws no latents; give runs of a CALM with such a head")
         if model.kind == "calm" and model.has_probabilities:

@@ -35,7 +35,7 @@ _LEAST_SHARDS = 4
 _ABANDONED_SECONDS = 6 * 3600.0
 
 
-class Source(Protocol):
+class CacheableStore(Protocol):
     """A `guard.Source`."""
 
     @property
@@ -51,13 +51,13 @@ class Source(Protocol):
     def is_cached(self) -> bool: ...
 
 
-def overhead_bytes(source: Source) -> int:
+def overhead_bytes(source: CacheableStore) -> int:
     """Bytes of a store's description, which stays in the cache."""
     return sum((source.directory / name).stat().st_size for name in (INDEX, META))
 
 
 def check_limit(
-    limit: int, sources: Sequence[Source], readers: int, paths: int, spread: int
+    limit: int, sources: Sequence[CacheableStore], readers: int, paths: int, spread: int
 ) -> None:
     """Check that a limit has room for what the readers of a node need at once.
 

@@ -62,7 +62,7 @@ def canonical_nodes(global_batch_size: int) -> int:
 
 
 @dataclass(frozen=True)
-class Source:
+class OpenedStore:
     """An opened store: the path as given, the directory of its files (now or after download), its
     description and its shards."""
 
@@ -104,14 +104,14 @@ class Source:
                 shard.check()
 
 
-def open_source(path: str, directory: Path) -> Source:
+def open_source(path: str, directory: Path) -> OpenedStore:
     """Read and check the description of the store in ``directory``, but not its shards.
 
     Raises:
         DataError: see `read_meta` and `read_shards`.
     """
     meta = read_meta(directory)
-    return Source(path, directory, meta, read_shards(directory, meta))
+    return OpenedStore(path, directory, meta, read_shards(directory, meta))
 
 
 class _CheckedStream(Stream):
@@ -122,7 +122,7 @@ class _CheckedStream(Stream):
     _first: int
     _stopping: Callable[[], bool]
 
-    def __init__(self, source: Source, downloads: Downloads, limited: bool) -> None:
+    def __init__(self, source: OpenedStore, downloads: Downloads, limited: bool) -> None:
         super().__init__(
             remote=source.path if source.is_cached else None,
             local=str(source.directory),
@@ -250,7 +250,7 @@ class GuardedDataset(EvictingDataset):
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[OpenedStore],
         mixture: Mixture,
         *,
         batch_size: int,
@@ -419,7 +419,7 @@ class GuardedDataset(EvictingDataset):
 
 
 def _blocks_ahead(
-    sources: Sequence[Source], batch_size: int, cache_limit: int | None, readers: int
+    sources: Sequence[OpenedStore], batch_size: int, cache_limit: int | None, readers: int
 ) -> int:
     """Blocks whose shards a reader downloads ahead: Streaming's default, or fewer under a limit, so
     that they are not evicted before they are read, even if each block is in another shard."""

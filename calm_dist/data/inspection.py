@@ -14,8 +14,8 @@ import numpy as np
 
 from calm_dist.data.int8 import dequantize
 from calm_dist.data.layout import INDEX, META, is_remote
-from calm_dist.data.plan import describe_autoencoder
 from calm_dist.data.store import Shard, StoreMeta, StorePlan, read_meta, read_shards
+from calm_dist.data.store_plan import describe_autoencoder
 from calm_dist.errors import DataError, UnreachableError
 from calm_dist.files import file_sha256
 from calm_dist.progress import progress

@@ -34,13 +34,13 @@ from calm_dist.data.parts import (
     remove_store,
     write_shard,
 )
-from calm_dist.data.plan import plan_store
 from calm_dist.data.store import (
     StoreMeta,
     StorePlan,
     read_meta,
     read_shards,
 )
+from calm_dist.data.store_plan import plan_store
 from calm_dist.errors import DataError
 from calm_dist.progress import progress
 from calm_dist.text.corpus import find_files, pack_blocks

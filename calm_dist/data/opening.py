@@ -13,7 +13,7 @@ import torch.distributed as dist
 from calm_dist.compat.streaming import World
 from calm_dist.data.description import fetch_description
 from calm_dist.data.download import Downloads
-from calm_dist.data.guard import Source, open_source
+from calm_dist.data.guard import OpenedStore, open_source
 from calm_dist.data.mixture import Weight
 from calm_dist.data.store import StoreMeta
 from calm_dist.errors import DataError, LaunchError, first_failure, plain_failure
@@ -38,8 +38,8 @@ def open_on_all_ranks(
     world: World,
     cache_dir: str | Path | None,
     downloads: Downloads,
-    check_node: Callable[[list[Source]], None],
-) -> list[Source]:
+    check_node: Callable[[list[OpenedStore]], None],
+) -> list[OpenedStore]:
     """Open the stores on every rank. The first rank of each node fetches their descriptions,
     checks their files and calls ``check_node``.
 
@@ -106,7 +106,7 @@ def on_all_ranks(work: Callable[[], T]) -> T:
 
 
 def check_together(
-    sources: Sequence[Source], weights: Sequence[Weight] | None, global_batch_size: int
+    sources: Sequence[OpenedStore], weights: Sequence[Weight] | None, global_batch_size: int
 ) -> None:
     if not sources:
         raise DataError("data store: no path was given")

@@ -41,7 +41,7 @@ def batch_bytes(meta: StoreMeta, batch_size: int) -> int:
     return batch_size * (8 + 8 * meta.block_size + latents)
 
 
-def check_room(
+def check_shared_memory(
     metas: Sequence[StoreMeta], batch_size: int, num_workers: int, num_ranks: int
 ) -> None:
     """Check that the node's shared memory has room for the prefetched batches of its readers and

@@ -31,7 +31,7 @@ from calm_dist.data.download import DEFAULT, Downloads
 from calm_dist.data.guard import (
     SHUFFLE_BLOCK_SIZE,
     GuardedDataset,
-    Source,
+    OpenedStore,
     canonical_nodes,
     open_source,
 )
@@ -42,7 +42,7 @@ from calm_dist.data.opening import check_together, check_world, on_all_ranks, op
 from calm_dist.data.readers import (
     PREFETCHED,
     batches_of,
-    check_room,
+    check_shared_memory,
     check_socket_path,
     hand_over,
     poll_seconds,
@@ -137,7 +137,7 @@ class TrainingStream:
         self,
         dataset: GuardedDataset,
         loader: DataLoader,
-        sources: Sequence[Source],
+        sources: Sequence[OpenedStore],
         timeout_seconds: float,
     ) -> None:
         self._timeout_seconds = timeout_seconds
@@ -392,7 +392,7 @@ def open_training_stream(
 
 
 def _check_node(
-    sources: list[Source],
+    sources: list[OpenedStore],
     *,
     world: World,
     batch_size: int,
@@ -403,7 +403,7 @@ def _check_node(
 ) -> None:
     """Refuse a node without room for the readers' memory, sockets or the shards of the stores."""
     metas = [source.meta for source in sources]
-    check_room(metas, batch_size, num_workers, world.ranks_per_node)
+    check_shared_memory(metas, batch_size, num_workers, world.ranks_per_node)
     if num_workers:
         check_socket_path()
     if cache_limit is None:

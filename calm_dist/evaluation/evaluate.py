@@ -131,7 +131,7 @@ def evaluate(
         DataError: the store does not fit the checkpoint.
         UserError: the blocks are too short.
     """
-    check_store(model, store.meta)
+    check_store_fits(model, store.meta)
     patch_size = settings.alignment_stride or store.meta.patch_size
     if model.kind == "calm":
         patch_size = calm_recipe(model).patch_size
@@ -244,7 +244,7 @@ def _as_released(settings: EvaluationSettings, results: list[BlockScores]) -> di
     return {"released_estimator": {"brier": brier.tolist(), "brierlm": score, "samples": 2}}
 
 
-def check_store(model: LoadedModel, meta: StoreMeta) -> None:
+def check_store_fits(model: LoadedModel, meta: StoreMeta) -> None:
     """Refuse a store that was made for another tokenizer, autoencoder or patch size.
 
     The tokenizer of an imported checkpoint is unknown and not compared. The model's vocabulary may

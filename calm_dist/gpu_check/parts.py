@@ -13,7 +13,7 @@ ENERGY_INSTRUCTIONS = {8: 38_400, 9: 37_700, 10: 37_000}
 
 
 @dataclass(frozen=True)
-class Part:
+class CheckPart:
     """One part of a check, which runs in a process of its own."""
 
     name: str
@@ -57,24 +57,26 @@ VARIANTS = (
 )
 
 
-def _of_variant(variant: Variant) -> Part:
-    return Part(variant.name, variant.title, 75, "model.measure_variant", {"variant": variant.name})
+def _of_variant(variant: Variant) -> CheckPart:
+    return CheckPart(
+        variant.name, variant.title, 75, "model.measure_variant", {"variant": variant.name}
+    )
 
 
 PARTS = (
-    Part("facts", "the machine and its limits", 60, "facts.measure"),
-    Part("kernel", "the energy kernel", 90, "kernel.measure"),
+    CheckPart("facts", "the machine and its limits", 60, "facts.measure"),
+    CheckPart("kernel", "the energy kernel", 90, "kernel.measure"),
     *map(_of_variant, VARIANTS[:2]),
-    Part("parity", "20 steps against those of a CPU", 90, "parity.measure"),
+    CheckPart("parity", "20 steps against those of a CPU", 90, "parity.measure"),
     # Nothing else checks this: not last, where the time may be over.
-    Part("recovery", "a killed run resumes", 120, "recovery.measure"),
-    Part("attention", "attention kernels", 60, "attention.measure"),
+    CheckPart("recovery", "a killed run resumes", 120, "recovery.measure"),
+    CheckPart("attention", "attention kernels", 60, "attention.measure"),
     *map(_of_variant, VARIANTS[2:]),
     # Not beside the steps that are timed: their launches need the host.
-    Part("rehearsal", "rehearsals of the models", 400, "rehearsed.rehearse_variants",
+    CheckPart("rehearsal", "rehearsals of the models", 400, "rehearsed.rehearse_variants",
          in_background=True),
-    Part("autoencoder", "the autoencoder", 60, "inference.measure_autoencoder"),
-    Part("inference", "evaluation and generation", 60, "inference.measure_models"),
+    CheckPart("autoencoder", "the autoencoder", 60, "inference.measure_autoencoder"),
+    CheckPart("inference", "evaluation and generation", 60, "inference.measure_models"),
 )  # fmt: skip
 
 

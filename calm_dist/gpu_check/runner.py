@@ -17,7 +17,7 @@ from typing import Any
 import calm_dist
 from calm_dist.cli.console import write_json
 from calm_dist.errors import UserError
-from calm_dist.gpu_check.parts import PARTS, Part
+from calm_dist.gpu_check.parts import PARTS, CheckPart
 from calm_dist.parallel.launch import cuda_environment
 
 RUNNING, FAILED, NOT_RUN, TIMED_OUT = "running", "failed", "not run", "timed out"
@@ -28,7 +28,7 @@ _REPORT = "report.json"
 
 @dataclass
 class _Running:
-    part: Part
+    part: CheckPart
     process: subprocess.Popen[bytes]
     started: float
     end: float
@@ -93,7 +93,7 @@ def read_results(directory: Path) -> dict[str, Any]:
     return values
 
 
-def _start(part: Part, place: Path, device: str, end: float) -> _Running:
+def _start(part: CheckPart, place: Path, device: str, end: float) -> _Running:
     package = str(Path(calm_dist.__file__).parents[1])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH", ""))))
     small = ["--small"] if device == "cpu" else []
@@ -152,13 +152,13 @@ def _read(file: Path) -> dict[str, Any]:
     return values
 
 
-def _report(directory: Path, chosen: list[Part]) -> dict[str, Any]:
+def _report(directory: Path, chosen: list[CheckPart]) -> dict[str, Any]:
     results = {part.name: _read(_file(directory / "parts", part)) for part in chosen}
     write_json({name: values for name, values in results.items() if values}, directory / _REPORT)
     return results
 
 
-def _line(part: Part, place: Path) -> str:
+def _line(part: CheckPart, place: Path) -> str:
     values = _read(_file(place, part))
     why = " ".join(str(values.get("why") or values.get("error") or "").split())
     return (
@@ -166,5 +166,5 @@ def _line(part: Part, place: Path) -> str:
     )
 
 
-def _file(place: Path, part: Part) -> Path:
+def _file(place: Path, part: CheckPart) -> Path:
     return place / f"{part.name}.json"

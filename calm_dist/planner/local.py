@@ -29,7 +29,7 @@ TIMEOUT_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredRates:
     """Rates of one process while all processes run."""
 
     products: float
@@ -50,7 +50,7 @@ class Measured:
     """FLOP/s of matrix products in fp32; 0: those of ``products``."""
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype = torch.float32) -> Measured:
+def measure_rates(device: torch.device, dtype: torch.dtype = torch.float32) -> MeasuredRates:
     """Time products, attention, element-wise kernels, draws and launches in this process."""
     scale = 8 if device.type == "cuda" else 1
 
@@ -86,7 +86,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype = torch.float32) -> M
 
     flops = 6 * x.shape[0] * HIDDEN * INTERMEDIATE * scale**2
     pairs = q.shape[0] * q.shape[1] * q.shape[2] ** 2 / 2
-    return Measured(
+    return MeasuredRates(
         products=flops / _seconds(products, device),
         # Two products forward, five backward, over half of all pairs.
         attention=7 * 2 * pairs * q.shape[3] / _seconds(attention, device),
@@ -128,7 +128,7 @@ def local_cluster(processes: int) -> Cluster:
     return cluster_of(_in_processes(processes), processes)
 
 
-def cluster_of(measured: list[Measured], processes: int) -> Cluster:
+def cluster_of(measured: list[MeasuredRates], processes: int) -> Cluster:
     """A cluster whose rates are the medians over the processes that measured them."""
     values = {name: median(asdict(one)[name] for one in measured) for name in asdict(measured[0])}
     on_gpu = torch.cuda.is_available()
@@ -161,7 +161,7 @@ def cluster_of(measured: list[Measured], processes: int) -> Cluster:
     )
 
 
-def _in_processes(processes: int) -> list[Measured]:
+def _in_processes(processes: int) -> list[MeasuredRates]:
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as directory:
@@ -207,7 +207,7 @@ def _measure_process(rank: int, processes: int, store: str, results: object) -> 
     link, latency = measure_links(device)
     dist.destroy_process_group()
     more = {"link": link, "latency": latency, "fp32_products": in_fp32.products}
-    results.put(Measured(**asdict(rates) | more))  # type: ignore[attr-defined]
+    results.put(MeasuredRates(**asdict(rates) | more))  # type: ignore[attr-defined]
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

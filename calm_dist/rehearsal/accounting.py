@@ -57,7 +57,7 @@ class MemoryLedger:
 
 
 @dataclass(frozen=True)
-class Part:
+class KernelOrigin:
     """A part of the model or of the step that launches kernels."""
 
     name: str
@@ -82,17 +82,17 @@ class Collective:
 
 
 @dataclass
-class Counts:
+class EventCounts:
     """What one step, or a part of it, does on a rank."""
 
-    kernels: Counter[Part] = field(default_factory=Counter)
+    kernels: Counter[KernelOrigin] = field(default_factory=Counter)
     waits: Counter[Wait] = field(default_factory=Counter)
     calls: Counter[Collective] = field(default_factory=Counter)
     bytes: Counter[Collective] = field(default_factory=Counter)
 
-    def combined(self, other: Counts, mine: float, theirs: float) -> Counts:
+    def combined(self, other: EventCounts, mine: float, theirs: float) -> EventCounts:
         """``mine`` times these counts plus ``theirs`` times the others, without zeros."""
-        result = Counts()
+        result = EventCounts()
         for name in (one.name for one in fields(self)):
             ours, others = getattr(self, name), getattr(other, name)
             for key in dict.fromkeys([*ours, *others]):
@@ -106,15 +106,15 @@ class Counts:
 class StepCounts:
     """What a step does: once, and for each of its micro-batches."""
 
-    each: Counts
-    once: Counts
+    each: EventCounts
+    once: EventCounts
 
-    def step(self, micro_batches: int) -> Counts:
+    def step(self, micro_batches: int) -> EventCounts:
         """Counts of a step of that many micro-batches."""
         return self.once.combined(self.each, 1, micro_batches)
 
 
-def separate(one: Counts, size: int, other: Counts, other_size: int) -> StepCounts:
+def separate(one: EventCounts, size: int, other: EventCounts, other_size: int) -> StepCounts:
     """Separate the work of a step from that of a micro-batch, given two steps of different numbers
     of micro-batches, in which the work grows with their number."""
     difference = other_size - size

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from calm_dist.rehearsal.accounting import Collective, Counts, MemoryLedger, Part, Wait
+from calm_dist.rehearsal.accounting import Collective, EventCounts, KernelOrigin, MemoryLedger, Wait
 from calm_dist.rehearsal.places import ENGINE, OPTIMIZER, OTHER, is_inside, line_here, part_here
 
 # Operations without a kernel that their schema does not show to be views.
@@ -65,16 +65,16 @@ class Observer(TorchDispatchMode):
         """
         super().__init__()
         self.memory = MemoryLedger()
-        self.counts = Counts()
+        self.counts = EventCounts()
         self._group_name = group_name
         self._part_of_node: dict[int, str] = {}
         self._storages: dict[int, weakref.ref[Any]] = {}
         # Of the host, in pinned memory.
         self._pinned: dict[int, weakref.ref[Any]] = {}
 
-    def restart(self) -> Counts:
+    def restart(self) -> EventCounts:
         """Begin a new step; returns the counts of the last one."""
-        last, self.counts = self.counts, Counts()
+        last, self.counts = self.counts, EventCounts()
         self._part_of_node.clear()
         self.memory.restart()
         return last
@@ -116,7 +116,7 @@ class Observer(TorchDispatchMode):
             self.counts.kernels[part] += 1
         return result
 
-    def _part(self, known: str | None) -> Part:
+    def _part(self, known: str | None) -> KernelOrigin:
         """The part that is at work, by the stack or, in the backward pass, by the node of the
         graph that is computed: it belongs to the part that made it."""
         node = torch._C._current_autograd_node()
@@ -127,7 +127,7 @@ class Observer(TorchDispatchMode):
             self._part_of_node.setdefault(made, part or OTHER)
         elif part is None:
             part = self._part_of_node.get(node._sequence_nr(), "gradient accumulation")
-        return Part(part or OTHER, backward=node is not None)
+        return KernelOrigin(part or OTHER, backward=node is not None)
 
     def _note_waits(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first = args[0] if args and isinstance(args[0], torch.Tensor) else None
@@ -177,7 +177,7 @@ class Observer(TorchDispatchMode):
                 tensor.untyped_storage(), lambda _: self._pinned.pop(key, None)
             )
 
-    def _allocated(self, tensor: torch.Tensor, part: Part) -> None:
+    def _allocated(self, tensor: torch.Tensor, part: KernelOrigin) -> None:
         """Count the tensor's storage, if it is new, until it is released."""
         if not isinstance(tensor, FakeTensor):
             return

@@ -22,7 +22,7 @@ from calm_dist.errors import UserError
 from calm_dist.parallel.launch import read_world, select_device
 from calm_dist.parallel.topology import Topology, build_topology
 from calm_dist.recipe import AutoencoderRecipe, LanguageModelRecipe, Recipe
-from calm_dist.rehearsal.accounting import Counts
+from calm_dist.rehearsal.accounting import EventCounts
 from calm_dist.rehearsal.libraries import adapt, join_fake_world
 from calm_dist.rehearsal.observer import Observer
 from calm_dist.rehearsal.places import relative
@@ -102,7 +102,7 @@ def _group_names(topology: Topology) -> dict[str, str]:
     }
 
 
-def _plain(counts: Counts) -> dict[str, Any]:
+def _plain(counts: EventCounts) -> dict[str, Any]:
     """Counts as values of JSON."""
     parts = dict.fromkeys(part.name for part in counts.kernels)
     return {

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from calm_dist.costs.flops import count_autoencoder, peak_flops
-from calm_dist.runs.records import CPU, Record, Run, conditions
+from calm_dist.runs.records import CPU, Record, RecordedRun, conditions
 from calm_dist.scores import noisy_brier
 
 MIN_CORRELATED = 3
@@ -50,7 +50,7 @@ class Point:
         }
 
 
-def common_conditions(models: Sequence[Run]) -> tuple[str, ...] | None:
+def common_conditions(models: Sequence[RecordedRun]) -> tuple[str, ...] | None:
     """The conditions of evaluation that most runs share; of several, those of the first run.
 
     None if no run was evaluated.
@@ -65,7 +65,7 @@ def common_conditions(models: Sequence[Run]) -> tuple[str, ...] | None:
     return shared.most_common(1)[0][0] if shared else None
 
 
-def compared_evaluations(models: Sequence[Run]) -> list[tuple[list[Record], bool]]:
+def compared_evaluations(models: Sequence[RecordedRun]) -> list[tuple[list[Record], bool]]:
     """For each run, the evaluations under the `common_conditions`, and True; for a run without any,
     those under the conditions of its last evaluation, and False."""
     wanted = common_conditions(models)
@@ -77,7 +77,7 @@ def compared_evaluations(models: Sequence[Run]) -> list[tuple[list[Record], bool
     return found
 
 
-def evaluated_points(models: Sequence[Run]) -> list[Point]:
+def evaluated_points(models: Sequence[RecordedRun]) -> list[Point]:
     """The checkpoints of the `compared_evaluations`."""
     return [
         Point(
@@ -100,7 +100,7 @@ def evaluated_points(models: Sequence[Run]) -> list[Point]:
     ]
 
 
-def _training_flops(run: Run, tokens: int | None) -> tuple[float | None, float | None]:
+def _training_flops(run: RecordedRun, tokens: int | None) -> tuple[float | None, float | None]:
     """As the released code and as this package execute them; None where the tokens are unknown."""
     if not tokens:
         return None, None
@@ -161,7 +161,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return (np.cumsum(sizes) - (sizes - 1) / 2)[group]
 
 
-def executed_flops_per_token(run: Run) -> float:
+def executed_flops_per_token(run: RecordedRun) -> float:
     """Training FLOPs that this package executes for a token, without recomputation; including the
     frozen encoder's if latents are computed on the fly."""
     flops, model = run.counts().train_flops_per_token_ours, run.recipe.model
@@ -170,7 +170,9 @@ def executed_flops_per_token(run: Run) -> float:
     return flops
 
 
-def training_totals(run: Run, autoencoder_train_flops: float | None) -> dict[str, float | None]:
+def training_totals(
+    run: RecordedRun, autoencoder_train_flops: float | None
+) -> dict[str, float | None]:
     """Total FLOPs of a training, including the autoencoder's; None if a part is unknown.
 
     ``encoding_flops`` are those of the frozen encoder over every token seen: exact on the fly and
@@ -205,7 +207,7 @@ def training_totals(run: Run, autoencoder_train_flops: float | None) -> dict[str
     return dict(zip(names, values, strict=True))
 
 
-def efficiency(run: Run, peak_tflops: float | None) -> dict[str, Any]:
+def efficiency(run: RecordedRun, peak_tflops: float | None) -> dict[str, Any]:
     """Throughput relative to the hardware's peak, and the cost of the run; None if unknown.
 
     Args:

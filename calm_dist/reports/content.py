@@ -11,7 +11,7 @@ from typing import Any
 
 from calm_dist.reports.plots import Plot
 from calm_dist.reports.tables import MISSING, Table, compact
-from calm_dist.runs.records import CPU, Record, Run, conditions, first_of_kind
+from calm_dist.runs.records import CPU, Record, RecordedRun, conditions, first_of_kind
 from calm_dist.scores import MARK_EXPLAINED, block_size_note, brier_text, brierlm_text
 
 
@@ -27,7 +27,7 @@ class Fact:
 
 
 @dataclass(frozen=True)
-class Section:
+class ReportSection:
     """A part of the report under a heading."""
 
     title: str
@@ -44,7 +44,7 @@ class Content:
     lead: str
     facts: tuple[Fact, ...]
     notes: tuple[str, ...]
-    sections: tuple[Section, ...]
+    sections: tuple[ReportSection, ...]
     sources: tuple[str, ...]
     """The run directories."""
 
@@ -110,7 +110,7 @@ def _times(value: float | None) -> str:
 
 
 def missing_and_incomparable(
-    summary: dict[str, Any], models: Sequence[Run], autoencoder: Run | None
+    summary: dict[str, Any], models: Sequence[RecordedRun], autoencoder: RecordedRun | None
 ) -> tuple[str, ...]:
     """Notes to read before comparing: missing data of runs, and differences between them."""
     notes = []
@@ -148,7 +148,7 @@ def missing_and_incomparable(
     return tuple(notes)
 
 
-def _lacks(run: Run) -> list[str]:
+def _lacks(run: RecordedRun) -> list[str]:
     """Data missing from a run's files."""
     lacks = list(run.damage)
     if not run.training:

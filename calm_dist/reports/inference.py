@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, Validati
 
 from calm_dist.errors import UserError, listed
 from calm_dist.reports import plots
-from calm_dist.reports.content import Section
+from calm_dist.reports.content import ReportSection
 from calm_dist.reports.plots import Draw, Palette, Plot
 from calm_dist.reports.tables import Table, compact, number, short, text
 
@@ -44,7 +44,7 @@ class Row(BaseModel):
         return path.parents[1].name if path.parent.name == "checkpoints" else path.name
 
 
-class Measured(BaseModel):
+class MeasuredInference(BaseModel):
     """The benchmark's JSON."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -55,7 +55,7 @@ class Measured(BaseModel):
     rows: tuple[Row, ...]
 
 
-def read_inference(file: str | Path) -> Measured:
+def read_inference(file: str | Path) -> MeasuredInference:
     """The result of ``tools/benchmark.py inference --json FILE``.
 
     Raises:
@@ -63,7 +63,7 @@ def read_inference(file: str | Path) -> Measured:
     """
     try:
         value = json.loads(Path(file).read_text(encoding="utf-8"))
-        result = Measured.model_validate(value)
+        result = MeasuredInference.model_validate(value)
     except (OSError, ValueError) as error:
         why = str(error)
         if isinstance(error, ValidationError):
@@ -77,7 +77,7 @@ def read_inference(file: str | Path) -> Measured:
     return result
 
 
-def claims(result: Measured) -> list[dict[str, Any]]:
+def claims(result: MeasuredInference) -> list[dict[str, Any]]:
     """The first CALM over the first Transformer at each context and number of texts: ``steps`` for
     a token, ``seconds`` for a token by the clock, ``flops_per_token``, ``cache_bytes_per_text`` and
     ``first_token_seconds``. Empty if one of them was not measured."""
@@ -106,7 +106,7 @@ def claims(result: Measured) -> list[dict[str, Any]]:
     return found
 
 
-def inference_section(result: Measured) -> Section:
+def inference_section(result: MeasuredInference) -> ReportSection:
     """Tables of speed and memory, the paper's claims beside the clock, and a plot."""
     where = result.device if result.threads is None else f"{result.device}, {result.threads} thread"
     explained = (
@@ -116,7 +116,7 @@ def inference_section(result: Measured) -> Section:
         "step. Cache: keys and values of one text. FLOPs: counted, of a token after this context."
     )
     compared = claims(result)
-    return Section(
+    return ReportSection(
         "Generation",
         (explained, _beside_the_clock(compared)),
         (_speed_plot(result.rows),),

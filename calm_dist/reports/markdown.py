@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from calm_dist import __version__
-from calm_dist.reports.content import Content, Section
+from calm_dist.reports.content import Content, ReportSection
 from calm_dist.reports.tables import Table
 
 
@@ -33,7 +33,7 @@ def render_markdown(content: Content, *, images: bool = True) -> str:
     return "\n".join(lines)
 
 
-def render_section(section: Section, images: bool) -> list[str]:
+def render_section(section: ReportSection, images: bool) -> list[str]:
     """The lines of a section; ``images`` as in `render_markdown`."""
     lines = [f"## {_plain(section.title)}", ""]
     for plot in section.plots:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from calm_dist import __version__
-from calm_dist.reports.content import Content, Fact, Section
+from calm_dist.reports.content import Content, Fact, ReportSection
 from calm_dist.reports.page_style import CSS, SCRIPT
 from calm_dist.reports.plots import Plot
 from calm_dist.reports.tables import Cell, Table
@@ -50,7 +50,7 @@ def _notes(notes: tuple[str, ...]) -> str:
     return f'<div class="notes"><ul>{items}</ul></div>'
 
 
-def _section(section: Section) -> str:
+def _section(section: ReportSection) -> str:
     """Open tables first, then plots, then text, then folded tables."""
     open_tables = "".join(_table(table) for table in section.tables if not table.folded)
     folded = "".join(

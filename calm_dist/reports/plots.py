@@ -20,7 +20,7 @@ import numpy as np
 from calm_dist.costs.flops import Part
 from calm_dist.reports.analysis import Point
 from calm_dist.reports.tables import compact, power_of_ten
-from calm_dist.runs.records import Run
+from calm_dist.runs.records import RecordedRun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -287,7 +287,7 @@ def shown_parts(runs: Sequence[tuple[str, Sequence[Part]]], measure: str) -> tup
     return tuple(label for name, label in PART_NAMES.items() if name in costly)
 
 
-def curves(runs: Sequence[tuple[int, Run]], field: str, label: str, *, zero: bool) -> Draw:
+def curves(runs: Sequence[tuple[int, RecordedRun]], field: str, label: str, *, zero: bool) -> Draw:
     """A field of the training records over the tokens seen: logged steps faint, their running mean
     strong. ``runs`` are given with their position in the report."""
 
@@ -317,7 +317,7 @@ def curves(runs: Sequence[tuple[int, Run]], field: str, label: str, *, zero: boo
     return draw
 
 
-def reconstruction_error(run: Run) -> Draw:
+def reconstruction_error(run: RecordedRun) -> Draw:
     """Token error of the autoencoder over training."""
 
     def draw(axis: Axes, palette: Palette) -> None:

@@ -20,10 +20,10 @@ from calm_dist.reports.analysis import (
     training_totals,
 )
 from calm_dist.reports.content import Content, headline, missing_and_incomparable
-from calm_dist.reports.inference import Measured, claims, inference_section
+from calm_dist.reports.inference import MeasuredInference, claims, inference_section
 from calm_dist.reports.markdown import render_markdown
 from calm_dist.reports.page import render_page
-from calm_dist.runs.records import Run, conditions, first_of_kind, read_run
+from calm_dist.runs.records import RecordedRun, conditions, first_of_kind, read_run
 from calm_dist.scores import noisy_brier
 
 AUTOENCODER_FACTS = (
@@ -75,7 +75,7 @@ def write_report(
 
 def read_runs(
     runs: Sequence[str | Path], autoencoder: str | Path | None
-) -> tuple[list[Run], Run | None]:
+) -> tuple[list[RecordedRun], RecordedRun | None]:
     """The models' runs, each once and with a unique name, and the autoencoder's.
 
     Raises:
@@ -101,7 +101,10 @@ def read_runs(
 
 
 def write_files(
-    summary: dict[str, Any], models: Sequence[Run], autoencoder: Run | None, out: Path
+    summary: dict[str, Any],
+    models: Sequence[RecordedRun],
+    autoencoder: RecordedRun | None,
+    out: Path,
 ) -> None:
     """Write the files of a report; see `write_report`."""
     content = report_content(summary, models, autoencoder)
@@ -120,7 +123,7 @@ def write_files(
 
 
 def report_content(
-    summary: dict[str, Any], models: Sequence[Run], autoencoder: Run | None
+    summary: dict[str, Any], models: Sequence[RecordedRun], autoencoder: RecordedRun | None
 ) -> Content:
     """The content of a report's page and text."""
     title, lead, facts = headline(summary)
@@ -140,17 +143,17 @@ def report_content(
             sections.cost_section(models, autoencoder, costs),
             sections.flops_section(models, autoencoder, summary["models"]),
             sections.autoencoder_section(summary["autoencoder"], autoencoder),
-            *([inference_section(Measured.model_validate(measured))] if measured else []),
+            *([inference_section(MeasuredInference.model_validate(measured))] if measured else []),
         ),
         tuple(str(run.path) for run in (*models, *([autoencoder] if autoencoder else []))),
     )
 
 
 def summarize(
-    models: Sequence[Run],
-    autoencoder: Run | None,
+    models: Sequence[RecordedRun],
+    autoencoder: RecordedRun | None,
     peak_tflops: float | None = None,
-    inference: Measured | None = None,
+    inference: MeasuredInference | None = None,
 ) -> dict[str, Any]:
     """The content of report.json. Missing values of a run are null.
 
@@ -187,7 +190,7 @@ def _plain(point: Any) -> dict[str, Any]:
     return values
 
 
-def _autoencoder_entry(run: Run | None, peak_tflops: float | None) -> dict[str, Any]:
+def _autoencoder_entry(run: RecordedRun | None, peak_tflops: float | None) -> dict[str, Any]:
     evaluation = run.last_evaluation if run is not None else {}
     entry: dict[str, Any] = {name: evaluation.get(name) for name in AUTOENCODER_FACTS}
     entry["step"] = evaluation.get("step")
@@ -202,7 +205,7 @@ def _autoencoder_entry(run: Run | None, peak_tflops: float | None) -> dict[str, 
     return entry
 
 
-def _model_entry(run: Run) -> dict[str, Any]:
+def _model_entry(run: RecordedRun) -> dict[str, Any]:
     counts, evaluation, recipe = run.counts(), run.last_evaluation, run.recipe
     return {
         "name": run.name,
@@ -235,7 +238,7 @@ def _model_entry(run: Run) -> dict[str, Any]:
 
 
 def _comparison(
-    entries: Sequence[dict[str, Any]], models: Sequence[Run]
+    entries: Sequence[dict[str, Any]], models: Sequence[RecordedRun]
 ) -> dict[str, float | bool | None]:
     """FLOPs of the first CALM over those of the first Transformer, and whether their last BrierLM
     are comparable (None if one has none); the control's FLOPs over the Transformer's."""

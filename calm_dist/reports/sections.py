@@ -8,7 +8,7 @@ from typing import Any
 from calm_dist.costs.flops import Part
 from calm_dist.reports import plots
 from calm_dist.reports.analysis import Point, compared_evaluations
-from calm_dist.reports.content import Section
+from calm_dist.reports.content import ReportSection
 from calm_dist.reports.plots import Plot
 from calm_dist.reports.tables import (
     MISSING,
@@ -21,7 +21,7 @@ from calm_dist.reports.tables import (
     short,
     text,
 )
-from calm_dist.runs.records import CPU, Record, Run
+from calm_dist.runs.records import CPU, Record, RecordedRun
 from calm_dist.scores import brier, brier_text, brierlm_text
 
 NOTHING = "No run has records to show here."
@@ -41,7 +41,7 @@ _ALL_PARTS = {**plots.PART_NAMES, "encoder": "encoder", "decoder": "decoder"}
 _TABLE_ROWS = 12
 
 
-def models_section(entries: Sequence[dict[str, Any]]) -> Section:
+def models_section(entries: Sequence[dict[str, Any]]) -> ReportSection:
     """A table with one row per model: its properties and its scores."""
     rows = [
         (
@@ -79,7 +79,7 @@ def models_section(entries: Sequence[dict[str, Any]]) -> Section:
         "authors' code needs more for a CALM (see below)."
     )
     tables = (Table("Models", heads, tuple(rows)), _scores(entries))
-    return Section("Models", (explained,), tables=tables)
+    return ReportSection("Models", (explained,), tables=tables)
 
 
 def _scores(entries: Sequence[dict[str, Any]]) -> Table:
@@ -103,12 +103,12 @@ def _scores(entries: Sequence[dict[str, Any]]) -> Table:
 
 
 def brierlm_section(
-    models: Sequence[Run], points: Sequence[Point], front: Sequence[Point]
-) -> Section:
+    models: Sequence[RecordedRun], points: Sequence[Point], front: Sequence[Point]
+) -> ReportSection:
     title = "BrierLM against training FLOPs"
     drawn = [point for point in points if point.train_flops_ours is not None]
     if not points:
-        return Section(title, (NOTHING,))
+        return ReportSection(title, (NOTHING,))
     rows = tuple(
         (
             text(p.name),
@@ -140,7 +140,7 @@ def brierlm_section(
         f"{measured}." if measured else "",
     )
     table = Table("Evaluated checkpoints", (*heads, "on the Pareto front"), rows, folded=True)
-    return Section(title, explained, (plot,) if drawn else (), (table,))
+    return ReportSection(title, explained, (plot,) if drawn else (), (table,))
 
 
 def _brier(evaluation: Record, n: int, pattern: str = "{:.2f}") -> Cell:
@@ -152,7 +152,7 @@ def _marked(point: Point) -> str:
     return brierlm_text(point.evaluation).split()[0]
 
 
-def _protocols(models: Sequence[Run]) -> str:
+def _protocols(models: Sequence[RecordedRun]) -> str:
     """The protocols of the evaluations, each with the runs that used it."""
     ways: dict[str, list[str]] = {}
     for run, (evaluations, _) in zip(models, compared_evaluations(models), strict=True):
@@ -172,10 +172,10 @@ def _protocol(evaluation: Record) -> str:
     )
 
 
-def correlation_section(points: Sequence[Point], correlation: Record) -> Section:
+def correlation_section(points: Sequence[Point], correlation: Record) -> ReportSection:
     title = "Cross entropy against BrierLM"
     if correlation["undefined"]:
-        return Section(title, (f"No correlation: {correlation['undefined']}.",))
+        return ReportSection(title, (f"No correlation: {correlation['undefined']}.",))
     both = [p for p in points if p.comparable and p.cross_entropy is not None]
     found = (
         f"Over {correlation['points']} evaluations: Pearson {correlation['pearson']:.3f}, Spearman "
@@ -192,10 +192,10 @@ def correlation_section(points: Sequence[Point], correlation: Record) -> Section
         f"{found} Only models with a softmax have a cross entropy. The paper reports -0.966 and "
         "-0.991 for its Transformers."
     )
-    return Section(title, (explained,), (plot,))
+    return ReportSection(title, (explained,), (plot,))
 
 
-def loss_section(models: Sequence[Run], autoencoder: Run | None) -> Section:
+def loss_section(models: Sequence[RecordedRun], autoencoder: RecordedRun | None) -> ReportSection:
     """A plot for each kind of loss, since different kinds are not comparable."""
     title = "Training loss"
     trained = [(number, run) for number, run in enumerate(models) if run.training]
@@ -203,7 +203,7 @@ def loss_section(models: Sequence[Run], autoencoder: Run | None) -> Section:
         # It has a plot of its own.
         trained.append((len(KINDS) - 1, autoencoder))
     if not trained:
-        return Section(title, (NOTHING,))
+        return ReportSection(title, (NOTHING,))
     shown = []
     for kind, label in LOSSES.items():
         own = [(number, run) for number, run in trained if run.kind == kind]
@@ -235,17 +235,19 @@ def loss_section(models: Sequence[Run], autoencoder: Run | None) -> Section:
         "Faint: logged steps; strong: running mean. Losses of different kinds of model have "
         "different units and are not comparable."
     )
-    return Section(title, (explained,), tuple(shown), (Table("Losses", heads, rows, folded=True),))
+    return ReportSection(
+        title, (explained,), tuple(shown), (Table("Losses", heads, rows, folded=True),)
+    )
 
 
-def _last_loss(run: Run) -> str:
+def _last_loss(run: RecordedRun) -> str:
     loss = run.training[-1]["loss"]
     return "not finite" if loss is None else f"{loss:.3f}"
 
 
 def cost_section(
-    models: Sequence[Run], autoencoder: Run | None, costs: Sequence[dict[str, Any]]
-) -> Section:
+    models: Sequence[RecordedRun], autoencoder: RecordedRun | None, costs: Sequence[dict[str, Any]]
+) -> ReportSection:
     """``costs``: `analysis.efficiency` of each model, and of the autoencoder if there is one."""
     runs = [*models, *([autoencoder] if autoencoder else [])]
     fast = [(number, run) for number, run in enumerate(models) if run.tokens_per_second]
@@ -282,10 +284,10 @@ def cost_section(
         "pipeline × data parallel, and the ZeRO stage of the head's engine."
     )
     table = Table("Throughput and cost", heads, rows)
-    return Section("Throughput and cost", (explained,), (plot,) if fast else (), (table,))
+    return ReportSection("Throughput and cost", (explained,), (plot,) if fast else (), (table,))
 
 
-def _cost_row(run: Run, cost: Record) -> tuple[Cell, ...]:
+def _cost_row(run: RecordedRun, cost: Record) -> tuple[Cell, ...]:
     parallel = run.recipe.parallel
     layout = (
         f"{parallel.tensor_parallel_size} × {parallel.pipeline_parallel_size} × "
@@ -310,8 +312,10 @@ def _cost_row(run: Run, cost: Record) -> tuple[Cell, ...]:
 
 
 def flops_section(
-    models: Sequence[Run], autoencoder: Run | None, entries: Sequence[dict[str, Any]]
-) -> Section:
+    models: Sequence[RecordedRun],
+    autoencoder: RecordedRun | None,
+    entries: Sequence[dict[str, Any]],
+) -> ReportSection:
     """``entries``: with the `analysis.training_totals` of each model."""
     title = "FLOPs by part"
     named = [(run.name, run.counts().parts) for run in models]
@@ -367,7 +371,7 @@ def flops_section(
         "models; here its full cost is added to each."
     )
     table = Table("FLOPs per token by part", heads, rows, folded=True)
-    return Section(title, (explained, totals_explained), shown, (_totals(entries), table))
+    return ReportSection(title, (explained, totals_explained), shown, (_totals(entries), table))
 
 
 def _totals(entries: Sequence[dict[str, Any]]) -> Table:
@@ -398,10 +402,10 @@ def _largest(named: Sequence[tuple[str, Sequence[Part]]], measure: str) -> str:
     return " ".join(words)
 
 
-def autoencoder_section(entry: Record, run: Run | None) -> Section:
+def autoencoder_section(entry: Record, run: RecordedRun | None) -> ReportSection:
     title = "Autoencoder"
     if run is None or not run.evaluations:
-        return Section(title, ("There is no evaluation of an autoencoder to show.",))
+        return ReportSection(title, ("There is no evaluation of an autoencoder to show.",))
     explained = (
         f"At step {entry['step']} the autoencoder reconstructs "
         f"{_filled(entry['token_accuracy'], '{:.3%}')} of held-out tokens from sampled latents, "
@@ -443,7 +447,7 @@ def autoencoder_section(entry: Record, run: Run | None) -> Section:
     )
     heads = ("step", "accuracy, sampled latent", "accuracy, mean latent", "collapsed dimensions")
     table = Table("Reconstruction", heads, rows, folded=True)
-    return Section(title, explained, tuple(shown), (table,))
+    return ReportSection(title, explained, tuple(shown), (table,))
 
 
 def _filled(value: float | None, pattern: str) -> str:

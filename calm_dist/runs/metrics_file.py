@@ -29,7 +29,7 @@ class Protocol(TypedDict, total=False):
     samples: int
 
 
-class Evaluation(TypedDict, total=False):
+class EvaluationScores(TypedDict, total=False):
     """Scores of a checkpoint; see `evaluation.evaluate.evaluate` and, for an autoencoder,
     `losses.reconstruction.Reconstruction.summary`."""
 
@@ -70,7 +70,7 @@ class Record(TypedDict):
     tokens_per_second: NotRequired[float | None]
     step_seconds: NotRequired[float | None]
     skipped: NotRequired[int | None]
-    eval: NotRequired[Evaluation]
+    eval: NotRequired[EvaluationScores]
 
 
 def json_line(record: Mapping[str, Any]) -> str:

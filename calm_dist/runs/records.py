@@ -22,7 +22,7 @@ CPU = "cpu"
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """A run directory as read from disk."""
 
     path: Path
@@ -117,7 +117,7 @@ def conditions(evaluation: Record) -> tuple[str, ...]:
     return tuple(map(str, values))
 
 
-def read_run(path: str | Path) -> Run:
+def read_run(path: str | Path) -> RecordedRun:
     """Read a run directory. Metrics may be missing or damaged; the recipe may not.
 
     Raises:
@@ -147,7 +147,7 @@ def read_run(path: str | Path) -> Run:
         count(recipe, tokens=0)
     except RecipeError as error:
         raise UserError(f"{path / 'recipe.yaml'}: {error}") from error
-    return Run(
+    return RecordedRun(
         path,
         recipe,
         [training[step] for step in sorted(training)],

@@ -40,7 +40,7 @@ from calm_dist.schema import Positive, PositiveFloat, Section, Seed, Text
 Values = Annotated[tuple[Any, ...], Field(strict=False, min_length=1)]
 
 
-class Evaluation(Section):
+class Scoring(Section):
     """How the runs of a plan are scored."""
 
     split: Literal["valid", "test"] = "valid"
@@ -95,7 +95,7 @@ class Plan(Section):
     """Entries of a BPE that is trained on the corpus; if absent, a tokenizer must be given."""
     block_size: Positive
     """Tokens of a block."""
-    evaluation: Evaluation = Evaluation()
+    evaluation: Scoring = Scoring()
     texts: Texts | None = None
     runs: Annotated[tuple[Entry, ...], Field(strict=False, min_length=1)]
 

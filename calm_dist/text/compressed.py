@@ -25,7 +25,7 @@ class DamagedFileError(DataError):
     """A file is damaged or cut off; reading it again will not help."""
 
 
-class Decoder(Protocol):
+class FrameDecoder(Protocol):
     """Decodes one frame (gzip: member; xz and bzip2: stream), like `bz2.BZ2Decompressor`."""
 
     @property
@@ -38,7 +38,7 @@ class Decoder(Protocol):
 
 
 class _Adapted:
-    """Wraps a library's decompressor; a subclass adds the rest of `Decoder`."""
+    """Wraps a library's decompressor; a subclass adds the rest of `FrameDecoder`."""
 
     needs_input = True
 
@@ -95,7 +95,7 @@ class Codec:
     """
 
     command: str
-    decoder: Callable[[], Decoder]
+    decoder: Callable[[], FrameDecoder]
     step: int = 1 << 16
     padding: bool = False
 
@@ -124,7 +124,7 @@ class Unpacked(io.RawIOBase):
     def __init__(self, path: str, source: io.BufferedReader, suffix: str) -> None:
         self._path, self._source, self._suffix = path, source, suffix
         self._codec = CODECS[suffix]
-        self._decoder: Decoder | None = None
+        self._decoder: FrameDecoder | None = None
         self._frames = 0
         self._position = 0
         """Bytes read from the file, without those in `_ahead`."""

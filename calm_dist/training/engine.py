@@ -26,7 +26,7 @@ from calm_dist.runs.run_progress import RunProgress
 from calm_dist.training.batches import LookAhead
 from calm_dist.training.changes import latents_sha256
 from calm_dist.training.checkpoint.restart import (
-    check_room,
+    check_checkpoint_room,
     newest_valid_for_all,
     source_for_all,
     taken_over,
@@ -181,7 +181,7 @@ class TrainingRun(ABC):
             self._init_from(self.recipe.run.init_from)
         self._resumed_from = directory
         if self.progress.step < self.recipe.training.steps:
-            check_room(self.recipe)
+            check_checkpoint_room(self.recipe)
         for line in self._stream.describe(self.progress.step, self.recipe.training.steps):
             self.say(line)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from calm_dist.data.download import Downloads
-from calm_dist.data.plan import check_tokenizer
 from calm_dist.data.store import StoreMeta, read_meta
+from calm_dist.data.store_plan import check_autoencoder_tokenizer
 from calm_dist.errors import CheckpointError, DataError, RecipeError, shown
 from calm_dist.files import file_sha256
 from calm_dist.recipe import AutoencoderSize, Recipe, load_recipe
@@ -151,7 +151,7 @@ def _check_autoencoder(recipe: Recipe, meta: StoreMeta) -> None:
     if autoencoder is None or not Path(autoencoder).is_dir():
         return
     directory = autoencoder_directory(autoencoder)
-    check_tokenizer(directory, meta.tokenizer.sha256, "data.path")
+    check_autoencoder_tokenizer(directory, meta.tokenizer.sha256, "data.path")
     if meta.autoencoder is None:
         entries = read_config(directory).get("vocab_size", 0)
         if entries < meta.vocab_size:

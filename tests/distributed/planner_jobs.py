@@ -77,13 +77,13 @@ def compare_bytes(job: dict[str, Any], ranks: int) -> list[dict[str, int]]:
 
 def compare_seconds(job: dict[str, Any], ranks: int) -> tuple[float, float, float]:
     """Medians of measured and predicted seconds of a step, and of their ratio step by step."""
-    from calm_dist.planner.local import Measured, cluster_of
+    from calm_dist.planner.local import MeasuredRates, cluster_of
     from calm_dist.planner.steptime import step_time
 
     recipe, found = planned(job, ranks), measured(job)
     seconds, predicted = [], []
     for number in range(job["steps"]):
-        rates = [Measured(**rank["rates"][number]) for rank in found]
+        rates = [MeasuredRates(**rank["rates"][number]) for rank in found]
         cluster: Cluster = cluster_of(rates, ranks)
         seconds.append(max(rank["seconds"][number] for rank in found))
         predicted.append(step_time(recipe, cluster).seconds)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from calm_dist.rehearsal.accounting import Collective, Counts, MemoryLedger, Part, Wait, separate
+from calm_dist.rehearsal.accounting import (
+    Collective,
+    EventCounts,
+    KernelOrigin,
+    MemoryLedger,
+    Wait,
+    separate,
+)
 
-HEAD = Part("head")
+HEAD = KernelOrigin("head")
 WAIT = Wait("a number is read", "calm_dist/x.py:1")
 REDUCE = Collective("all-reduce", "DP (8)")
 
@@ -38,8 +45,8 @@ def test_a_new_peak_begins_with_what_is_live() -> None:
     assert {label: size for label, size in ledger.at_peak.items() if size} == {"weights": 1024}
 
 
-def counts(kernels: int, waits: int, calls: int) -> Counts:
-    found = Counts()
+def counts(kernels: int, waits: int, calls: int) -> EventCounts:
+    found = EventCounts()
     found.kernels[HEAD] = kernels
     found.waits[WAIT] = waits
     found.calls[REDUCE] = calls

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from calm_dist.rehearsal.accounting import Part
+from calm_dist.rehearsal.accounting import KernelOrigin
 from calm_dist.rehearsal.observer import Observer
 from calm_dist.rehearsal.places import relative
 
@@ -64,9 +64,9 @@ def test_kernels_are_counted_by_part(observer: Observer) -> None:
     # Not on the device.
     in_file("calm_dist/models/backbone.py", "torch.ones(3) + 1")()
     assert observer.restart().kernels == {
-        Part("head"): 2,
-        Part("energy score"): 1,
-        Part("backbone"): 1,
+        KernelOrigin("head"): 2,
+        KernelOrigin("energy score"): 1,
+        KernelOrigin("backbone"): 1,
     }
 
 
@@ -76,7 +76,10 @@ def test_the_optimizers_part_of_deepspeed(observer: Observer) -> None:
     update = in_file("site-packages/deepspeed/runtime/zero.py", "x.mul_(2)", x=x)
     in_file("calm_dist/training/optimizer.py", "update()", update=update)()
     in_file("calm_dist/parallel/pipeline.py", "update()", update=update)()
-    assert observer.restart().kernels == {Part("optimizer"): 1, Part("head's ZeRO engine"): 1}
+    assert observer.restart().kernels == {
+        KernelOrigin("optimizer"): 1,
+        KernelOrigin("head's ZeRO engine"): 1,
+    }
 
 
 @pytest.mark.parametrize(

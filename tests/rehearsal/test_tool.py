@@ -17,7 +17,7 @@ from calm_dist.errors import UserError
 from calm_dist.recipe import LanguageModelRecipe, load_recipe
 from calm_dist.rehearsal import stand_in
 from calm_dist.rehearsal.rehearse import NOT_PROVEN, compare, first_ranks, layout, stage_of
-from calm_dist.rehearsal.report import format_rehearsal
+from calm_dist.rehearsal.terminal import format_rehearsal
 
 CALM_XL = str(ROOT / "recipes" / "calm_xl_tp2pp2.yaml")
 GPU = PRESETS["h100-sxm"]

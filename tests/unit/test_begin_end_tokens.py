@@ -20,7 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from calm_dist.data.latents import finished_store, plan_store, read_meta, write_store
 from calm_dist.data.store import fingerprint
 from calm_dist.errors import CheckpointError, DataError, RecipeError
-from calm_dist.evaluation.evaluate import check_store
+from calm_dist.evaluation.evaluate import check_store_fits
 from calm_dist.inference.generate import token_names
 from calm_dist.recipe import LanguageModelRecipe
 from calm_dist.text.corpus import Document, pack_blocks
@@ -166,7 +166,7 @@ def test_the_store_says_which_tokens_and_all_use_them(
                 "vocab_size": 1}
     )  # fmt: skip
     with pytest.raises(DataError, match=r"begin_token: <s> in the store, <\|endoftext\|> in"):
-        check_store(model, other)
+        check_store_fits(model, other)
 
 
 def test_stores_of_earlier_versions(corpus: Path, tmp_path: Path) -> None:

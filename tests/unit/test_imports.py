@@ -54,7 +54,7 @@ WITHOUT_TORCH = (
     "calm_dist.gpu_check.page",
     "calm_dist.gpu_check.runner",
     "calm_dist.rehearsal.rehearse",
-    "calm_dist.rehearsal.report",
+    "calm_dist.rehearsal.terminal",
     "calm_dist.reports.report",
     "calm_dist.runs.listing",
     "calm_dist.scores",
@@ -106,6 +106,16 @@ def test_imports_go_one_way(file: Path) -> None:
 def test_every_room_has_a_place() -> None:
     rooms = {file.relative_to(PACKAGE).parts[0].removesuffix(".py") for file in FILES}
     assert rooms == {*BASE, *ROOMS}
+
+
+def test_public_classes_have_names_of_their_own() -> None:
+    """Two things with one name are told apart by nothing but an import at the top of a file."""
+    homes: dict[str, list[str]] = {}
+    for file in FILES:
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(str(file.relative_to(PACKAGE)))
+    assert {name: files for name, files in homes.items() if len(files) > 1} == {}
 
 
 def test_no_circles_between_modules() -> None:

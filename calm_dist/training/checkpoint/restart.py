@@ -120,7 +120,7 @@ def free_space(recipe: Recipe) -> int:
     return free
 
 
-def check_room(recipe: Recipe) -> None:
+def check_checkpoint_room(recipe: Recipe) -> None:
     """Check the free disk space before the training starts; a collective of the world.
 
     Raises:

@@ -145,7 +145,7 @@ def _fitting_autoencoder(
             f"tokenizer {tokenizer.path}: has {tokenizer.vocab_size} entries, more than the "
             f"{sizes['vocab_size']} of the autoencoder {autoencoder}; use its own tokenizer"
         )
-    check_tokenizer(autoencoder, tokenizer.fingerprint, f"tokenizer {tokenizer.path}")
+    check_autoencoder_tokenizer(autoencoder, tokenizer.fingerprint, f"tokenizer {tokenizer.path}")
     return sizes, info
 
 
@@ -194,7 +194,7 @@ def describe_autoencoder(directory: Path) -> tuple[dict[str, int], AutoencoderIn
     raise DataError(f"autoencoder {directory}: holds no model.safetensors or pytorch_model.bin")
 
 
-def check_tokenizer(autoencoder: Path, tokenizer_sha256: str, source: str) -> None:
+def check_autoencoder_tokenizer(autoencoder: Path, tokenizer_sha256: str, source: str) -> None:
     """Refuse a tokenizer that the autoencoder was not trained with.
 
     Tokenizers of the same size still number tokens differently. Autoencoders in the released
