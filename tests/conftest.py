@@ -1,10 +1,9 @@
-"""Which tests run: the quick ones always, the long ones with ``--full``, GPU tests on a GPU."""
+"""Which tests run: the quick ones always, the long ones with ``--full``."""
 
 from __future__ import annotations
 
 import gc
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 
@@ -24,19 +23,15 @@ def pytest_configure(config: pytest.Config) -> None:
     # As the tools do: tests read what the package says from stdout and stderr.
     show_on_console()
     config.addinivalue_line("markers", "full: takes long; runs only with --full")
-    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped where there is none")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    skips = {}
-    if not config.getoption("--full"):
-        skips["full"] = pytest.mark.skip(reason="long: runs with --full")
-    if any("gpu" in item.keywords for item in items) and not _has_gpu():
-        skips["gpu"] = pytest.mark.skip(reason="no NVIDIA GPU on this machine")
+    if config.getoption("--full"):
+        return
+    skip = pytest.mark.skip(reason="long: runs with --full")
     for item in items:
-        for name, skip in skips.items():
-            if item.get_closest_marker(name) is not None:
-                item.add_marker(skip)
+        if item.get_closest_marker("full") is not None:
+            item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -59,11 +54,3 @@ def own_world() -> Iterator[None]:
     dist.destroy_process_group()
     # Each group that is still referred to has threads, one of which wakes up 100 times a second.
     gc.collect()
-
-
-def _has_gpu() -> bool:
-    if shutil.which("nvidia-smi") is None:
-        return False
-    import torch
-
-    return torch.cuda.is_available()
