@@ -34,7 +34,7 @@ from calm_dist.cli.console import (
     run,
     write_json,
 )
-from calm_dist.text.formats import SUPPORTED
+from calm_dist.text.formats import SUPPORTED, Reading
 
 if TYPE_CHECKING:
     from calm_dist.evaluation.text import Blocks
@@ -55,6 +55,11 @@ def parse_arguments() -> argparse.Namespace:
     scored.add_argument("--data", help="held-out store, made by encode_latents.py")
     scored.add_argument(
         "--text", nargs="+", metavar="PATH", help=f"held-out text: {SUPPORTED}, directories, globs"
+    )
+    parser.add_argument(
+        "--text-key",
+        metavar="NAME",
+        help="key or column of the text in --text; dots separate nested keys (default text)",
     )
     parser.add_argument(
         "--protocol",
@@ -99,7 +104,9 @@ def parse_arguments() -> argparse.Namespace:
     add_device(parser)
     add_json(parser, "write the results to F, or stdout for -")
     args = parser.parse_args()
-    for name in ("block_size", "tokenizer", "begin_token", "end_token"):
+    if args.text_key == "":
+        parser.error("argument --text-key: is empty; name a key or column")
+    for name in ("text_key", "block_size", "tokenizer", "begin_token", "end_token"):
         if args.data and getattr(args, name) is not None:
             parser.error(f"argument --{name.replace('_', '-')}: is for --text, not for --data")
     if args.data and args.protocol != "own":
@@ -126,6 +133,7 @@ def held_out(args: argparse.Namespace, model: LoadedModel) -> Blocks:
         block_size=args.block_size or published,
         patch_size=patch_size,
         protocol=args.protocol,
+        reading=Reading(text_key=args.text_key or "text"),
     )
 
 
@@ -152,7 +160,7 @@ def main() -> None:
     # A mistake in the paths is found before a model is loaded.
     store: Blocks | None = open_store(args.data) if args.data else None
     if args.text:
-        find_files(args.text)
+        find_files(args.text, Reading(text_key=args.text_key or "text"))
     device = own_device(args.device)
     world = tensor_parallel_world()
     log = RecordLog(paths) if world.rank == 0 else None

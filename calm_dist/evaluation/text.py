@@ -18,6 +18,7 @@ from calm_dist.data.store import StoreMeta, StorePlan, TokenizerInfo, fingerprin
 from calm_dist.errors import UserError
 from calm_dist.text.corpus import Document, corpus_sha256, iter_documents, pack_blocks
 from calm_dist.text.corpus_files import find_files
+from calm_dist.text.formats import TEXT_AND_ID, Reading
 
 if TYPE_CHECKING:
     from calm_dist.text.tokenizer import Tokenizer
@@ -53,6 +54,7 @@ class TextBlocks:
         protocol: ``own``: 1..K begin tokens before and one end token after each document (K is
             ``patch_size``; see `data.corpus.pack_blocks`). ``published``: one begin token before
             each document and no end token, as the authors' tokenizer does it.
+        reading: what of the files is a document.
 
     Raises:
         DataError: a file cannot be read, or the text cannot be encoded.
@@ -67,13 +69,14 @@ class TextBlocks:
         block_size: int,
         patch_size: int,
         protocol: TextProtocol = "own",
+        reading: Reading = TEXT_AND_ID,
     ) -> None:
         if block_size % patch_size:
             raise UserError(
                 f"block size {block_size}: is not a multiple of the patch size {patch_size}"
             )
-        files = find_files(list(paths))
-        documents = iter_documents(files)
+        files = find_files(list(paths), reading)
+        documents = iter_documents(files, reading)
         if protocol == "published":
             blocks = _published_blocks(documents, tokenizer, block_size)
         else:

@@ -40,7 +40,7 @@ class Variant:
     overrides: tuple[str, ...] = ()
 
 
-# As many blocks as a GPU of the recipe's eight takes in a step.
+# As many blocks as a GPU of the recipe's eight takes in a step; of the Transformer's, a quarter.
 VARIANTS = (
     Variant("calm_m", "CALM-M, the recipe", CALM, 8, 4),
     Variant("calm_m_16", "CALM-M, micro-batches of 16", CALM, 16, 2),

@@ -347,8 +347,9 @@ class Parallel(Section):
     """``auto``: GPUs if there are any. A node whose GPUs torch does not find ends the run."""
     attention: Literal["auto", "sdpa", "flash"] = "auto"
     """``sdpa``: torch's own attention; ``flash``: the flash-attn package, for bf16 on GPUs;
-    ``auto``: flash-attn where it is installed and faster by a rule (before Hopper, for heads larger
-    than 128, and with context parallelism), else ``sdpa``. environment.json says which."""
+    ``auto``: flash-attn where it is installed and faster by a rule (before Hopper; on Hopper for
+    heads larger than 128, and with context parallelism), else ``sdpa``, always on Blackwell.
+    environment.json says which."""
     recompute: bool = False
     """Recompute each layer's activations in the backward pass instead of keeping them."""
 
