@@ -180,8 +180,8 @@ def test_softmax_scores_are_unbiased(smallest: float, monkeypatch: pytest.Monkey
     expected = torch.stack([exact_scores(model, tokens, start) for start in starts.tolist()])
     assert largest_z(runs, expected) < SIGMAS
     assert (runs.std(0)[:, 1:] > 0).all()
-    # A bias that would move BrierLM by about 0.2 is noticed.
-    assert largest_z(runs, expected + 0.002) > SIGMAS
+    # A bias that would move BrierLM by about 0.2 is noticed, not only in Brier-1, which is exact.
+    assert largest_z(runs[..., 2:], expected[:, 2:] + 0.002) > SIGMAS
 
 
 def test_a_transformer_that_always_agrees_with_itself() -> None:
