@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from calm_dist.data.layout import is_remote
@@ -25,6 +26,8 @@ from calm_dist.recipe.sections import Data
 from calm_dist.redact import MASK, redact
 
 if TYPE_CHECKING:
+    from botocore.loaders import Loader
+
     from calm_dist.compat.streaming import CloudDownloader
 
 _log = logging.getLogger(__name__)
@@ -300,6 +303,15 @@ def downloader_for(remote: str) -> CloudDownloader:
     return _s3_downloader() if remote.startswith("s3://") else CloudDownloader.get(remote)
 
 
+@cache
+def _service_descriptions(place: str | None) -> Loader:
+    """What botocore reads of its files, and of those in the directories ``place``, to make a
+    client: nearly all of the time that it takes, which each file and each attempt would take."""
+    from botocore.loaders import create_loader
+
+    return create_loader(place)
+
+
 def _s3_downloader() -> CloudDownloader:
     from calm_dist.compat.streaming import S3Downloader
 
@@ -312,9 +324,9 @@ def _s3_downloader() -> CloudDownloader:
         """
 
         def _create_s3_client(self, unsigned: bool = False, timeout: float = 60.0) -> Any:
-            from boto3.session import Session
             from botocore import UNSIGNED
             from botocore.config import Config
+            from botocore.session import get_session
 
             config = Config(
                 connect_timeout=timeout,
@@ -322,7 +334,11 @@ def _s3_downloader() -> CloudDownloader:
                 retries={"mode": "standard", "total_max_attempts": 1},
                 **({"signature_version": UNSIGNED} if unsigned else {}),
             )
-            self._s3_client = Session().client(
+            # Not shared either: a session is for one thread.
+            session = get_session()
+            place = session.get_config_variable("data_path")
+            session.register_component("data_loader", _service_descriptions(place))
+            self._s3_client = session.create_client(
                 "s3", config=config, endpoint_url=os.environ.get("S3_ENDPOINT_URL")
             )
             return self._s3_client

@@ -16,6 +16,7 @@ import torch
 from launches import ROOT, call, language_recipe, recipe
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
+from warm import warm_python
 
 from calm_dist.errors import RecipeError
 from calm_dist.inference.load import single_process_topology
@@ -123,7 +124,7 @@ def installation(directory: Path) -> FlashAttention:
     )
     path = os.pathsep.join((str(directory), str(ROOT)))
     done = subprocess.run(
-        [sys.executable, "-c", script],
+        [warm_python(), "-c", script],
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -169,10 +170,7 @@ def test_run_on_a_cpu(tmp_path: Path, tiny: Callable[..., list[str]]) -> None:
     }
     settings = tiny(tmp_path / "run", "transformer", **alone)
     bf16 = ["precision=bf16", "parallel.attention=flash"]
-    refused = subprocess.run(
-        [*train, *settings, *bf16], capture_output=True, text=True, check=False
-    )
-    assert refused.returncode == 2
+    refused = call([*train, *settings, *bf16], code=2)
     assert "parallel.attention: flash, but the device is a CPU" in refused.stderr
     assert not (tmp_path / "run" / "environment.json").exists()
     call([*train, *settings])

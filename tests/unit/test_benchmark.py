@@ -46,7 +46,7 @@ def test_a_comparison_measures_time_memory_and_difference() -> None:
 
 def test_plain_brier_has_the_same_expectation() -> None:
     """Brier-1..4 of a Transformer at five starts, within 4.5 standard errors of 300 runs."""
-    tiny = tiny_model("transformer", block_steps=12)
+    tiny = tiny_model("transformer", block_steps=12, num_hidden_layers=1)
     tiny.backbone.output_layer.weight.data.mul_(20)
     tokens = torch.randint(VOCAB, (12,), generator=torch.Generator().manual_seed(0))
     starts = torch.arange(2, 7)
@@ -67,7 +67,9 @@ def test_plain_brier_has_the_same_expectation() -> None:
 
 def test_plain_brier_of_a_calm_has_the_same_expectation() -> None:
     """Brier-1..4 with patches of two tokens at three starts, within 4.5 standard errors."""
-    tiny = tiny_model("calm", patch_size=2, block_steps=6, vocab_size=5, noise=0.3)
+    tiny = tiny_model(
+        "calm", patch_size=2, block_steps=6, vocab_size=5, noise=0.3, num_hidden_layers=1
+    )
     tokens = torch.randint(5, (12,), generator=torch.Generator().manual_seed(0))
     starts = torch.arange(1, 4)
     generator = torch.Generator().manual_seed(1)
@@ -76,10 +78,11 @@ def test_plain_brier_of_a_calm_has_the_same_expectation() -> None:
         latents = draw_latents(tiny, hidden, number, generator)
         return decode_latents(tiny, latents.flatten(0, 1)).view(number, len(hidden), -1)
 
+    cache = tiny.new_cache(1, cache_size(5, 2))
+    hidden = tiny.hidden(tokens[None, :10], torch.arange(5), None, cache)[0]
+    target = tokens[2 * starts[:, None] + torch.arange(4)]
+
     def ours() -> torch.Tensor:
-        cache = tiny.new_cache(1, cache_size(5, 2))
-        hidden = tiny.hidden(tokens[None, :10], torch.arange(5), None, cache)[0]
-        target = tokens[2 * starts[:, None] + torch.arange(4)]
         return scores_from_patches(
             tiny.hidden, cache, lambda h, starts, depth: draw(h, 2), draw(hidden, 2), starts, target
         )

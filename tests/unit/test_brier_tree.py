@@ -15,6 +15,7 @@ from calm_dist.evaluation import brier, brier_softmax, brier_tree
 
 VOCAB = 5
 RUNS = 300
+RUNS_THAT_NOTICE = 120
 SIGMAS = 4.5
 """A correct estimator deviates further with probability < 1e-5 (Student t, 299 degrees of
 freedom) for each of the four values of a test, < 4e-5 for a test with any seed."""
@@ -159,25 +160,28 @@ def test_softmax_scores_are_exact_where_they_should_be() -> None:
 def test_softmax_scores_are_unbiased(smallest: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the sum over all continuations, at 13 starts, in several forwards; whether no, some
     or nearly all paths may end early."""
-    monkeypatch.setattr(brier_tree, "_STEPS_AT_ONCE", 16)
+    monkeypatch.setattr(brier_tree, "_STEPS_AT_ONCE", 128)
     monkeypatch.setattr(brier_softmax, "_SMALLEST_PRODUCT", max(smallest, 1e-12))
     model = TinyTransformer()
     tokens = random_tokens(VOCAB, 20, seed=4)
     starts = brier.ngram_starts(20, 4, "all")
     assert len(starts) == 13
-    runs = torch.stack(
-        [
-            brier_softmax.scores_from_softmax(
-                model, TinyCache, tokens, starts, num_draws=4, seed=run
-            ).scores
-            for run in range(RUNS)
-        ]
-    )
+    # The paths of a start that is given again are others: each call is as many runs as it has
+    # copies of the starts.
+    copies = 20
+    calls = [
+        brier_softmax.scores_from_softmax(
+            model, TinyCache, tokens, starts.repeat(copies), num_draws=4, seed=seed
+        ).scores.unflatten(0, (copies, -1))
+        for seed in range(RUNS // copies)
+    ]
+    runs = torch.cat(calls)
+    assert runs.shape == (RUNS, len(starts), 4)
     expected = torch.stack([exact_scores(model, tokens, start) for start in starts.tolist()])
     assert largest_z(runs, expected) < SIGMAS
     assert (runs.std(0)[:, 1:] > 0).all()
-    # A bias that would move BrierLM by about 0.2 is noticed.
-    assert largest_z(runs, expected + 0.002) > SIGMAS
+    # A bias that would move BrierLM by about 0.2 is noticed, not only in Brier-1, which is exact.
+    assert largest_z(runs[..., 2:], expected[:, 2:] + 0.002) > SIGMAS
 
 
 def test_a_transformer_that_always_agrees_with_itself() -> None:
@@ -217,10 +221,11 @@ def run_scores(
     *,
     seed: int,
     num_draws: int,
+    count: int = RUNS,
     first: Sampler = independent,
     further: Sampler = independent,
 ) -> Tensor:
-    """Scores ``[RUNS, S, 4]`` of independent runs of the estimator for CALM."""
+    """Scores ``[count, S, 4]`` of independent runs of the estimator for CALM."""
     generator = torch.Generator().manual_seed(seed)
     hidden = model(tokens[None])[0]
     target = tokens[model.patch_size * patches[:, None] + torch.arange(brier.NGRAM)]
@@ -235,7 +240,7 @@ def run_scores(
             brier_tree.scores_from_patches(
                 model, cache, draw, first(model, hidden, num_draws, generator), patches, target
             )
-            for _ in range(RUNS)
+            for _ in range(count)
         ]
     )
 
@@ -266,14 +271,16 @@ def test_patch_scores_are_unbiased(patch_size: int, vocab: int, num_draws: int, 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(("patch_size", "vocab"), [(1, 3), (2, 3), (3, 2), (4, 2), (8, 2)])
 def test_biased_patch_scores_are_noticed(patch_size: int, vocab: int, seed: int) -> None:
-    """Pairs of a draw with itself, in the first patch or only in the continuation."""
+    """Pairs of a draw with itself, in the first patch or only in the continuation: with fewer
+    runs than those that show that there are none."""
     model, tokens, patches = enumerable_calm(patch_size, vocab)
     starts = (patch_size * patches).tolist()
     expected = torch.stack([exact_scores(model, tokens, start) for start in starts])
-    runs = run_scores(model, tokens, patches, seed=seed, num_draws=4, first=repeated)
+    given: dict[str, Any] = {"seed": seed, "num_draws": 4, "count": RUNS_THAT_NOTICE}
+    runs = run_scores(model, tokens, patches, first=repeated, **given)
     assert largest_z(runs, expected) > SIGMAS
     if patch_size < brier.NGRAM:
-        runs = run_scores(model, tokens, patches, seed=seed, num_draws=4, further=repeated)
+        runs = run_scores(model, tokens, patches, further=repeated, **given)
         assert largest_z(runs[..., patch_size:], expected[:, patch_size:]) > SIGMAS
         assert largest_z(runs[..., :patch_size], expected[:, :patch_size]) < SIGMAS
 

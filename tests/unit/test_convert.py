@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -386,10 +384,14 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path) -> None:
             import_checkpoint(source, targets / "run")
     # Files cannot grow beyond 100 KiB: the writing of the tensors fails halfway.
     command = ["import-hf", str(GOLDEN / "calm_k4"), str(targets / "run")]
-    failed = subprocess.run(
-        ["bash", "-c", 'ulimit -f 100; exec "$@"', "bash", sys.executable, str(TOOL), *command],
+    limited = (
+        "import resource, runpy, sys; del sys.argv[0]; size = 100 << 10;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (size, size));"
         # A module's compiled form that is cut off at the limit would break every later import.
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        "sys.dont_write_bytecode = True; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    failed = subprocess.run(
+        [warm_python(), "-c", limited, str(TOOL), *command],
         capture_output=True,
         text=True,
         timeout=300,

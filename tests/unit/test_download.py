@@ -95,6 +95,15 @@ def test_description_after_faults_that_pass(
         assert kind in lines[0]
 
 
+def test_a_second_client_reads_no_files_of_botocore(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have some MB of JSON, and each attempt to download a description has a new client."""
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    downloader: Any = download.downloader_for("s3://bucket/store")
+    first = downloader._create_s3_client()
+    monkeypatch.setattr("botocore.loaders.JSONFileLoader.load_file", None)
+    assert downloader._create_s3_client() is not first
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_every_shard_after_another_fault(
     stored: Path, use: Use, num_workers: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import resource
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 from tiny_models import tiny_model
+from warm import warm_python
 
 from calm_dist.cli.console import add_device
 from calm_dist.data.latents import plan_store, write_store
@@ -149,10 +149,18 @@ def scored(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> list[str | Pat
     return [*arguments, "--json", tmp_path / "scores.json"]
 
 
-def without_override() -> None:
-    """Permission bits apply to root as well: CAP_DAC_OVERRIDE (1) leaves the set of what a new
-    program can have (PR_CAPBSET_DROP, 24). Others have never had it, and may not drop it."""
-    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
+# Permission bits apply to root as well: CAP_DAC_OVERRIDE (1) leaves the three sets of capabilities,
+# of which the words after the first three are for capabilities from 32 on.
+WITHOUT_OVERRIDE = """
+import ctypes, runpy, sys
+libc, header, sets = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522), (ctypes.c_uint32 * 6)()
+assert libc.capget(header, sets) == 0
+for number in range(3):
+    sets[number] &= ~(1 << 1)
+assert libc.capset(header, sets) == 0
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def test_a_run_that_cannot_be_written_is_scored_and_shown(
@@ -161,9 +169,8 @@ def test_a_run_that_cannot_be_written_is_scored_and_shown(
     run = tmp_path / "run"
     run.chmod(0o555)
     done = subprocess.run(
-        [sys.executable, TOOL, *scored],
+        [warm_python(), "-c", WITHOUT_OVERRIDE, TOOL, *scored],
         env=os.environ | {"PYTHONPATH": str(TOOL.parents[1])},
-        preexec_fn=without_override,
         capture_output=True,
         text=True,
         timeout=300,

@@ -109,7 +109,9 @@ def test_recomputation_repeats_the_layers_forward_pass() -> None:
 
 
 def test_grouped_query_attention() -> None:
-    recipe = language_recipe(CALMS[0], [*ALONE, "model.num_key_value_heads=2"])
+    recipe = language_recipe(
+        CALMS[0].with_name("calm_tiny.yaml"), [*ALONE, "model.num_key_value_heads=2"]
+    )
     assert recipe.model.kind == "calm" and recipe.model.key_value_heads == 2
     forward, _ = run_backbone(recipe, recipe.num_patches)
     # The head, and the output layer of one that predicts tokens, run after the backbone.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from launches import ROOT, call
+from warm import warm_python
 
 from calm_dist.errors import UserError
 from calm_dist.gpu_check import attention, parity, recovery, runner
@@ -36,7 +36,7 @@ def values_of(file: Path) -> dict[str, Any]:
 
 def test_parts_end_on_a_cpu_and_become_a_section_of_a_page(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    arguments = [sys.executable, str(TOOL), "--out", str(out)]
+    arguments = [warm_python(), str(TOOL), "--out", str(out)]
     done = call([*arguments, "--device", "cpu", "--only", "facts,attention"])
     assert "facts         done" in done.stdout and "| cuDNN | 64 | - |" in done.stdout
     results = values_of(out / "report.json")
@@ -58,7 +58,7 @@ def test_parts_end_on_a_cpu_and_become_a_section_of_a_page(tmp_path: Path) -> No
 def test_wrong_use_is_refused(tmp_path: Path) -> None:
     def refused(*more: str) -> str:
         done = subprocess.run(
-            [sys.executable, str(TOOL), "--out", str(tmp_path / "out"), *more],
+            [warm_python(), str(TOOL), "--out", str(tmp_path / "out"), *more],
             capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": ""},
         )  # fmt: skip
         assert done.returncode == 2 and "Traceback" not in done.stderr

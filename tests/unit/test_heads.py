@@ -112,7 +112,8 @@ def test_the_diffusion_head_copies_its_tables_once(monkeypatch: pytest.MonkeyPat
         return real(self, device)
 
     monkeypatch.setattr(DiffusionSchedule, "to", copied)
-    head = make_head(HeadRecipe(kind="diffusion", num_mlp_layers=1), 8, 4).to("meta")
+    recipe = HeadRecipe(kind="diffusion", num_mlp_layers=1, sampling_steps=5)
+    head = make_head(recipe, 8, 4).to("meta")
     assert isinstance(head, DiffusionHead)
     hidden, latents = torch.empty(3, 8, device="meta"), torch.empty(2, 3, 4, device="meta")
     levels = torch.zeros(2, 3, dtype=torch.int64, device="meta")
