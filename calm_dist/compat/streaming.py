@@ -9,7 +9,9 @@ on first use afterwards, for all code in this process.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,6 +89,43 @@ from streaming.base.world import World  # noqa: E402
 _LONGEST_WAIT = 60.0
 """Seconds to wait until the creating process has set the size of the shared memory."""
 
+_LONGEST_PAUSE = 0.05
+"""Seconds until a thread that reads ahead looks again whether it may, at the latest."""
+
+
+class _Progress:
+    """Of the reader in the main thread; it wakes the threads that read ahead."""
+
+    moved = threading.Condition()
+
+    @classmethod
+    def has_moved(cls) -> None:
+        with cls.moved:
+            cls.moved.notify_all()
+
+    @classmethod
+    def pause(cls, seconds: float) -> None:
+        """What the dataset does in place of `sleep`.
+
+        Its two threads look 140 times a second each whether the reader has caught up. Of the time
+        that small trainings on a busy machine take, that is up to 14%.
+        """
+        if threading.current_thread() is threading.main_thread():
+            time.sleep(seconds)
+            return
+        with cls.moved:
+            cls.moved.wait(_LONGEST_PAUSE)
+
+    @classmethod
+    def after_fork(cls) -> None:
+        # A thread that is not in the child may hold it.
+        cls.moved = threading.Condition()
+
+
+dataset_module.sleep = _Progress.pause  # type: ignore[assignment]
+os.register_at_fork(after_in_child=_Progress.after_fork)
+reader_has_moved = _Progress.has_moved
+
 
 class _PatientSharedMemory(BuiltinSharedMemory):
     """Shared memory that can be attached to while another process is creating it.
@@ -148,5 +187,6 @@ __all__ = [
     "dataset_module",
     "memory_module",
     "patient_attaching",
+    "reader_has_moved",
     "shared_path",
 ]

@@ -24,6 +24,7 @@ from calm_dist.compat.streaming import (
     SharedScalar,
     Stream,
     World,
+    reader_has_moved,
 )
 from calm_dist.data.cache import EvictingDataset, overhead_bytes
 from calm_dist.data.download import (
@@ -376,15 +377,19 @@ class GuardedDataset(EvictingDataset):
         # The parent's threads and loops end when this event is set.
         self._event = _NodeEvent(self._failed_shard)
         received = 0
+        # Its threads stay ahead by at least three quarters of what they may.
+        wake_every = max(1, (self.predownload or 0) // 4)
         try:
             for sample in super().__iter__():
                 received += 1
+                if received % wake_every == 0:
+                    reader_has_moved()
                 yield sample
         except Exception as error:
             raise self._problem(error) from error
         finally:
-            # If the iteration is abandoned, the parent's two threads would poll 140 times a second
-            # until the process ends. Do not wait for them here: one may be downloading.
+            # If the iteration is abandoned, the parent's two threads would poll until the process
+            # ends. Do not wait for them here: one may be downloading.
             if hasattr(self, "_iterator"):
                 self._iterator.non_blocking_exit()
         if self._event.is_set():

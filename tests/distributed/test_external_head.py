@@ -63,7 +63,8 @@ def test_an_installed_head_works_in_every_tool(
     for name, ranks, layout in (("alone", 1, ALONE), ("cut", 4, {})):
         overrides = tiny(tmp_path / name, "calm", training__steps=3, **layout)
         train = ROOT / "tools" / "train.py"
-        tool(*torchrun(ranks, train, recipe("calm"), *overrides, *HEAD))
+        command = torchrun(ranks, train) if ranks > 1 else [sys.executable, train]
+        tool(*command, recipe("calm"), *overrides, *HEAD)
         records = training_records(tmp_path / name)
         losses.append([records[step]["loss"] for step in (1, 2, 3)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -32,7 +32,7 @@ RUN = [
     r"python tools/(prepare_corpus|runs|evaluate|generate|encode_text|report|flops_report)\.py\b"
     r"(?!.* (runs/ablation|--checkpoint CALM-M|--inference)).*",
     r"python tools/(verify|inspect)_data\.py .*",
-    r"python tools/plan\.py (?!.*--gpu local).*",
+    r"python tools/plan\.py (?!.*--gpu local|--scaling \S+$).*",
     r"for split in (?!.* runs/ablation).*encode_latents.*done",
     r"torchrun --nproc_per_node 8 tools/train_autoencoder\.py recipes/autoencoder\.yaml",
     r"deepspeed --quiet tools/train\.py recipes/calm_m\.yaml",
@@ -55,6 +55,7 @@ FULL = [
     r"deepspeed --quiet tools/train\.py runs/calm_m/recipe\.yaml .*",
 ]
 NOT_RUN = {
+    r"python tools/plan\.py --scaling \S+": "a minute: the same with --json is run",
     r"bash tools/quickstart\.sh.*": "minutes: tests/quickstart does, with --full",
     r"bash tools/run_tests\.sh.*": "it runs this test",
     r"python3\.11 -m venv .*|pip install .*": "tools/_venv.sh has installed what runs this test",
@@ -78,7 +79,12 @@ SMALLER = [
     (r"/data/books", "text"),
     (r"tokenizer\.model", "tokenizer.json"),
     (r"--block-size [0-9]+", "--block-size 64"),
-    (r"torchrun --nproc_per_node 8", "torchrun --standalone --nproc_per_node 2"),
+    # `python` has the stack imported, and so have the ranks that it starts. That `deepspeed` has
+    # not shows what a user sees of the imports.
+    (
+        r"torchrun --nproc_per_node 8",
+        'python "$(command -v torchrun)" --standalone --nproc_per_node 2',
+    ),
     (r"^deepspeed", "deepspeed --master_port PORT"),
     (r"^(?!.*(?:--dry-run|tools/plan))(.*)recipes/", r"\1small/"),
     (r"docs/scaling\.svg", "scaling.svg"),
@@ -234,7 +240,7 @@ def run(command: str, place: Path) -> str:
         cwd=place / "login" if re.search(r"train.py .*--dry-run|tools/plan", command) else place,
         env={
             **os.environ,
-            # `python` with the stack imported; torchrun and deepspeed start the real one.
+            # `python` with the stack imported; deepspeed starts the real one.
             "PATH": os.pathsep.join(
                 [
                     str(Path(warm_python()).parent),

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
+from warm import warm_python
 
 from calm_dist.data.store import read_meta
 from calm_dist.runs.checkpoints import find_checkpoint
@@ -48,11 +49,14 @@ def tool(name: str, *arguments: str | Path) -> None:
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
 
 
-def deepspeed(directory: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def deepspeed(
+    directory: Path, *arguments: str | Path, python: str = sys.executable
+) -> subprocess.CompletedProcess[str]:
     """Launch ``tools/train.py`` in a directory on one process, away from the default port."""
     launcher = Path(sys.executable).with_name("deepspeed")
     port = 20_000 + os.getpid() % 10_000
-    return run([launcher, "--master_port", str(port), TOOLS / "train.py", *arguments], directory)
+    command = [python, launcher, "--master_port", str(port), TOOLS / "train.py", *arguments]
+    return run(command, directory)
 
 
 def write_tokenizer(path: Path) -> None:
@@ -115,7 +119,7 @@ def test_calm_m_trains_a_step(paper_size_store: Path, tmp_path: Path) -> None:
 
 def test_without_data_it_says_what_to_set_and_how_to_make_it(tmp_path: Path) -> None:
     small = ("training.steps=1", "training.micro_batch_size=1", "training.global_batch_size=1")
-    done = deepspeed(tmp_path, CALM_M, *small)
+    done = deepspeed(tmp_path, CALM_M, *small, python=warm_python())
     assert done.returncode == 2
     (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "data/latents/train: no such directory" in message

@@ -146,7 +146,7 @@ def reading_threads() -> int:
 
 
 def test_reading_that_is_given_up_leaves_no_threads(stores: Path) -> None:
-    """They would wake 140 times a second each until the process ends."""
+    """They would wake again and again until the process ends."""
     before = reading_threads()
     batches = iter(open_training_stream([stores / "tokens"], batch_size=1))
     next(batches)
