@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -54,7 +53,8 @@ def wait_for_step(run_dir: Path, step: int, ranks: list[subprocess.Popen[str]]) 
         if any(rank.poll() is not None for rank in ranks):
             pytest.fail(f"the run ended too early: {ends(ranks)}")
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        # Each look reads all records of a run that makes many steps a second.
+        time.sleep(0.1)
 
 
 def ends(ranks: list[subprocess.Popen[str]]) -> tuple[list[int], str]:
@@ -64,11 +64,11 @@ def ends(ranks: list[subprocess.Popen[str]]) -> tuple[list[int], str]:
 
 
 @contextlib.contextmanager
-def two_ranks(overrides: list[str], **more: str) -> Iterator[list[subprocess.Popen[str]]]:
+def two_ranks(
+    overrides: list[str], python: str | None = None, **more: str
+) -> Iterator[list[subprocess.Popen[str]]]:
     port = free_port()
-    ranks = [
-        start_rank(rank, 2, port, overrides, WORKER, sys.executable, **more) for rank in (0, 1)
-    ]
+    ranks = [start_rank(rank, 2, port, overrides, WORKER, python, **more) for rank in (0, 1)]
     try:
         yield ranks
     finally:
@@ -132,7 +132,9 @@ def test_stopped_rank_is_named_and_ended(
 ) -> None:
     """Rank 0 serves the store through which ranks know of each other."""
     run_dir = tmp_path / "run"
-    with two_ranks(hanging_run(tiny, run_dir), **fault("nothing", rank=-1, step=0)) as ranks:
+    nothing = fault("nothing", rank=-1, step=0)
+    # Only an interpreter of its own is stopped itself.
+    with two_ranks(hanging_run(tiny, run_dir), sys.executable, **nothing) as ranks:
         wait_for_step(run_dir, 3, ranks)
         ranks[rank].send_signal(signal.SIGSTOP)
         started = time.monotonic()
@@ -161,26 +163,26 @@ def is_running(pid: int) -> bool:
     return state != "Z"
 
 
-def torchrun_at_work(overrides: list[str], run_dir: Path) -> subprocess.Popen[str]:
-    """A launch of two ranks that has trained three steps since it was started."""
-    before = max(training_records(run_dir), default=0)
-    process = subprocess.Popen(
-        torchrun(2, WORKER, recipe("calm"), *overrides, fresh=True),
-        env=environment(**fault("nothing", rank=-1, step=0)),
+def start_torchrun(
+    overrides: list[str], given: dict[str, str], *, fresh: bool
+) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        torchrun(2, WORKER, recipe("calm"), *overrides, fresh=fresh),
+        env=environment(**given),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
-    wait_for_step(run_dir, before + 3, [process])
-    return process
 
 
 def test_run_under_torchrun(tmp_path: Path, tiny: Callable[..., list[str]]) -> None:
     """A second run is refused, ranks die with their launcher, a stopped rank ends the run."""
     run_dir = tmp_path / "run"
     overrides = hanging_run(tiny, run_dir, checkpoint__every=1)
-    launcher = torchrun_at_work(overrides, run_dir)
+    # Fresh: forks of the warm process have another parent than their launcher.
+    launcher = start_torchrun(overrides, fault("nothing", rank=-1, step=0), fresh=True)
+    wait_for_step(run_dir, 3, [launcher])
     ranks = children_of(launcher)
     assert len(ranks) == 2
 
@@ -202,15 +204,16 @@ def test_run_under_torchrun(tmp_path: Path, tiny: Callable[..., list[str]]) -> N
         time.sleep(0.02)
     assert row["state"] == "failed" and "ended unexpectedly" in row["reason"]
 
-    # Neither port nor run directory are held by what was left.
-    launcher = torchrun_at_work(overrides, run_dir)
-    ranks = children_of(launcher)
-    os.kill(ranks[1], signal.SIGSTOP)
+    # Neither port nor run directory are held by what was left. After some steps, rank 1 stops.
+    at = max(training_records(run_dir)) + 4
+    stop = fault("nothing", rank=1, step=0, signal=signal.SIGSTOP, at=at)
+    launcher = start_torchrun(overrides, stop, fresh=False)
+    # It has an end only when no rank is left that could write to it.
     output, _ = launcher.communicate(timeout=TIMEOUT_SECONDS)
     assert launcher.returncode != 0
+    assert max(training_records(run_dir)) == at - 1
     assert "gives no sign of life" in verdict(output)
     assert f"exitcode  : {HUNG}" in output
-    assert not any(map(is_running, ranks))
 
 
 @pytest.mark.full
