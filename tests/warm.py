@@ -108,6 +108,9 @@ def _serve(address: str) -> None:
     from calm_dist.compat.deepspeed import import_deepspeed
 
     import_deepspeed()
+    # Its engine imports them when it is built.
+    for module in ("module_inject.auto_ep_layer", "runtime.zero.muon.muon_optimizer"):
+        importlib.import_module(f"deepspeed.{module}")
     from gloo_device import share_device
 
     share_device()
