@@ -144,7 +144,7 @@ def test_a_prompt_in_a_batch_is_continued_as_alone(tokenizer: Tokenizer) -> None
 def test_texts_of_a_batch_keep_their_own_randomness(method: Any, tokenizer: Tokenizer) -> None:
     """Without ``reproducible`` only rounding differs, which rarely tips a draw: of 40 texts at
     least 38 are those that each gives alone, whatever else is in the batch."""
-    layers = {"num_hidden_layers": 1}  # draws are what differs
+    layers: dict[str, Any] = {"num_hidden_layers": 1}  # draws are what differs
     for model in (tiny_model(noise=0.5, **layers), tiny_model("transformer", **layers)):
         options: dict[str, Any] = {"method": method, "max_new_tokens": 12, "temperature": 0.5}
         prompts, seeds = PROMPTS * 10, list(range(40))
