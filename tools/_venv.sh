@@ -59,7 +59,7 @@ install_cpu_torch() {
   local version
   version=$(sed -n 's/^torch==//p' "$ROOT/constraints.txt")
   pip_install "torch==$version+cpu" 2>/dev/null ||
-    pip_install "torch==$version+cpu" --index-url "$CPU_INDEX" ||
+    pip_install "torch==$version+cpu" --extra-index-url "$CPU_INDEX" ||
     die "no GPU was found (nvidia-smi), and pip found no CPU build of torch for" \
       "$("$VENV/bin/python" --version), neither in its configured sources nor at $CPU_INDEX." \
       "Put torch-$version+cpu-*.whl into a directory, set PIP_FIND_LINKS to it, and start again"

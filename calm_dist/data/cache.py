@@ -36,7 +36,7 @@ _ABANDONED_SECONDS = 6 * 3600.0
 
 
 class CacheableStore(Protocol):
-    """A `guard.Source`."""
+    """A `guard.OpenedStore`."""
 
     @property
     def directory(self) -> Path: ...
