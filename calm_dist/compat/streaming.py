@@ -107,8 +107,8 @@ class _Progress:
     def pause(cls, seconds: float) -> None:
         """What the dataset does in place of `sleep`.
 
-        Its two threads look 140 times a second each whether the reader has caught up. Of the time
-        that small trainings on a busy machine take, that is up to 14%.
+        Its two threads would each check 140 times a second whether the reader has caught up, which
+        takes up to 14% of the CPU time of small trainings on a busy machine.
         """
         if threading.current_thread() is threading.main_thread():
             time.sleep(seconds)

@@ -271,8 +271,8 @@ def test_patch_scores_are_unbiased(patch_size: int, vocab: int, num_draws: int, 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(("patch_size", "vocab"), [(1, 3), (2, 3), (3, 2), (4, 2), (8, 2)])
 def test_biased_patch_scores_are_noticed(patch_size: int, vocab: int, seed: int) -> None:
-    """Pairs of a draw with itself, in the first patch or only in the continuation: with fewer
-    runs than those that show that there are none."""
+    """Pairs of a draw with itself, in the first patch or only in the continuation, are noticed
+    in fewer runs than the unbiased estimator is tested with."""
     model, tokens, patches = enumerable_calm(patch_size, vocab)
     starts = (patch_size * patches).tolist()
     expected = torch.stack([exact_scores(model, tokens, start) for start in starts])

@@ -149,8 +149,8 @@ def scored(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> list[str | Pat
     return [*arguments, "--json", tmp_path / "scores.json"]
 
 
-# Permission bits apply to root as well: CAP_DAC_OVERRIDE (1) leaves the three sets of capabilities,
-# of which the words after the first three are for capabilities from 32 on.
+# Permission bits apply to root as well: CAP_DAC_OVERRIDE (1) is cleared in the three sets of
+# capabilities; the last three of the six words hold the capabilities from 32 on.
 WITHOUT_OVERRIDE = """
 import ctypes, runpy, sys
 libc, header, sets = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522), (ctypes.c_uint32 * 6)()
