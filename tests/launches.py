@@ -32,6 +32,9 @@ ALONE: dict[str, object] = {
     "parallel__pipeline_parallel_size": 1,
     "parallel__sequence_parallel": False,
 }
+# For tests of what happens around the steps: a small model, which each of two replicas gets all of
+# its samples at once.
+SMALL: dict[str, object] = {"model__num_hidden_layers": 1, "training__micro_batch_size": 4}
 
 
 @pytest.fixture(scope="session")

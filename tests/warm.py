@@ -115,6 +115,9 @@ def _serve(address: str) -> None:
 
     share_device()
     gc.freeze()
+    # A training asks whether there are any; to count a million takes a tenth of a second.
+    frozen = gc.get_freeze_count()
+    gc.get_freeze_count = lambda: frozen
     gc.enable()
     if len(os.listdir("/proc/self/task")) != 1:
         raise SystemExit("an import started a thread: forks of this process would not be safe")

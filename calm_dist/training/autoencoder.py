@@ -179,6 +179,7 @@ class AutoencoderTrainer(TrainingRun):
         self._held_out = open_held_out(recipe, self._stream.metas[0])
         self._attempts = Attempts()
         self._rotation = checkpoints.Rotation(self.run_dir, recipe.checkpoint)
+        self._recipe_text = recipe.to_yaml()
         self.phases.enter("load the checkpoint")
         self.resume()
         if self.rank == 0:
@@ -346,7 +347,7 @@ class AutoencoderTrainer(TrainingRun):
         except SafetensorError as error:
             raise CheckpointError(f"the tensors cannot be written ({error})") from error
         self.run_state().write(temporary)
-        (temporary / checkpoints.RECIPE_FILE).write_text(self.recipe.to_yaml(), encoding="utf-8")
+        (temporary / checkpoints.RECIPE_FILE).write_text(self._recipe_text, encoding="utf-8")
         self._rotation.commit(temporary)
 
     def _announce(self) -> None:

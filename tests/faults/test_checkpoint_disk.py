@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from launches import (
     ROOT,
+    SMALL,
     TIMEOUT_SECONDS,
     data_parallel,
     environment,
@@ -99,7 +100,7 @@ def test_full_disk_while_training(
     fault, message = DISKS[name]
     run = tmp_path / "run"
     overrides = data_parallel(
-        tiny, run, training__steps=STEPS, checkpoint__every=3, checkpoint__keep=9
+        tiny, run, **SMALL, training__steps=STEPS, checkpoint__every=3, checkpoint__keep=9
     )
     overrides.append(f"checkpoint.async={str(asynchronous).lower()}")
     ended = train(overrides, **fault)
@@ -119,7 +120,7 @@ def test_writer_that_never_runs_is_forked_again(
     """CPython 3.11 can lose a child in the fork; its checkpoint is written by another one."""
     run = tmp_path / "run"
     overrides = data_parallel(
-        tiny, run, training__steps=STEPS, checkpoint__every=3, checkpoint__keep=9
+        tiny, run, **SMALL, training__steps=STEPS, checkpoint__every=3, checkpoint__keep=9
     )
     ended = train(overrides, kind="lost_forks", rank=0, step=6, times=1)
     assert [code for code, _ in ended] == [0, 0], ended
@@ -134,7 +135,7 @@ def test_last_checkpoint_that_fails_is_an_error_and_is_made_up_for(
 ) -> None:
     run = tmp_path / "run"
     overrides = data_parallel(
-        tiny, run, training__steps=STEPS, checkpoint__every=5, checkpoint__keep=2
+        tiny, run, **SMALL, training__steps=STEPS, checkpoint__every=5, checkpoint__keep=2
     )
     ended = train(overrides, kind="no_directory", rank=-1, step=STEPS)
     assert [code for code, _ in ended] == [2, 2], ended

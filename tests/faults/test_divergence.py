@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from launches import (
     ALONE,
+    SMALL,
     TIMEOUT_SECONDS,
     data_parallel,
     free_port,
@@ -47,6 +49,18 @@ DIVERGED, STOPPED = 4, 75
 WORKER = Path(fault_worker.__file__)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def frozen_libraries() -> Iterator[None]:
+    """A training leaves frozen what it finds frozen, so that the next one need not collect a
+    million objects of the libraries again."""
+    from calm_dist.training import autoencoder, language_model  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def faultless() -> Iterator[None]:
     """Takes every fault out again."""
@@ -72,14 +86,15 @@ def make(tiny: Callable[..., list[str]]) -> Callable[..., Recipe]:
     def resolved(run_dir: Path, kind: str, **more: object) -> Recipe:
         values: dict[str, object] = {
             "training__steps": STEPS,
+            "training__micro_batch_size": 8,
             "health__max_skipped_steps": 6,
             "checkpoint__every": 2,
             "checkpoint__async": False,
             "logging__every": 1,
             "parallel__device": "cpu",
         }
-        layout = ALONE if kind == "calm" else {}
-        return resolve(load_recipe(recipe(kind), tiny(run_dir, kind, **(values | layout | more))))
+        layout = ALONE | SMALL if kind == "calm" else {}
+        return resolve(load_recipe(recipe(kind), tiny(run_dir, kind, **(layout | values | more))))
 
     return resolved
 
@@ -293,6 +308,7 @@ def test_two_ranks_killed_while_they_skip(tmp_path: Path, tiny: Callable[..., li
     overrides = data_parallel(
         tiny,
         run_dir,
+        **SMALL,
         training__steps=STEPS,
         training__schedule="constant",
         checkpoint__every=2,

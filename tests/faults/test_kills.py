@@ -13,6 +13,8 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -65,7 +67,25 @@ SAVE_POINTS: dict[str, tuple[int, str, int, str]] = {
 # In the process that a rank forks to write, for each tensor.
 WRITE_ITEM = "megatron.core.dist_checkpointing.strategies.filesystem_async:_write_item"
 LOST = "there is no checkpoint of this step, earlier ones are unchanged"
-STEPS = 60
+# The long tests need a checkpoint for each life.
+STEPS, MANY_STEPS = 24, 60
+Overrides = Callable[[Path, int], list[str]]
+"""The fixture `overrides`, of a run directory and the number of steps."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A run that was never killed."""
+
+    records: dict[int, dict[str, float]]
+    before_training: float
+    """Seconds until the first step is done."""
+    training: float
+    """Seconds from there to the end."""
+
+
+Unbroken = Callable[[int], Whole]
+"""The fixture `unbroken`, of the number of steps."""
 
 
 def life(overrides: list[str], script: Path = TRAIN, **more: str) -> list[subprocess.Popen[str]]:
@@ -81,12 +101,14 @@ def end(ranks: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
 
 
 @pytest.fixture(scope="module")
-def overrides(tiny: Callable[..., list[str]]) -> Callable[[Path], list[str]]:
-    def of_run(run_dir: Path) -> list[str]:
+def overrides(tiny: Callable[..., list[str]]) -> Overrides:
+    def of_run(run_dir: Path, steps: int) -> list[str]:
         return data_parallel(
             tiny,
             run_dir,
-            training__steps=STEPS,
+            # What is tested does not depend on how large a model is.
+            model__num_hidden_layers=1,
+            training__steps=steps,
             training__schedule="linear",
             checkpoint__every=3,
             checkpoint__keep=2,
@@ -98,18 +120,25 @@ def overrides(tiny: Callable[..., list[str]]) -> Callable[[Path], list[str]]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(
-    tmp_path_factory: pytest.TempPathFactory, overrides: Callable[[Path], list[str]]
-) -> dict[int, dict[str, float]]:
-    run_dir = tmp_path_factory.mktemp("unbroken") / "run"
-    assert [code for code, _ in end(life(overrides(run_dir)))] == [0, 0]
-    return training_records(run_dir)
+def unbroken(tmp_path_factory: pytest.TempPathFactory, overrides: Overrides) -> Unbroken:
+    @cache
+    def of_length(steps: int) -> Whole:
+        run_dir = tmp_path_factory.mktemp("unbroken") / "run"
+        started = time.monotonic()
+        ranks = life(overrides(run_dir, steps))
+        while not training_records(run_dir) and ranks[0].poll() is None:
+            time.sleep(0.02)
+        first = time.monotonic()
+        assert [code for code, _ in end(ranks)] == [0, 0]
+        return Whole(training_records(run_dir), first - started, time.monotonic() - first)
+
+    return of_length
 
 
-def assert_same(run_dir: Path, unbroken: dict[int, dict[str, float]]) -> None:
+def assert_same(run_dir: Path, whole: Whole, steps: int) -> None:
     records = training_records(run_dir)
-    assert sorted(records) == sorted(unbroken) == list(range(1, STEPS + 1))
-    for step, expected in unbroken.items():
+    assert sorted(records) == sorted(whole.records) == list(range(1, steps + 1))
+    for step, expected in whole.records.items():
         for name in ("loss", "grad_norm", "learning_rate", "tokens", "skipped"):
             assert records[step][name] == expected[name], (step, name)
 
@@ -150,30 +179,29 @@ def kill_at_points(
     return outputs
 
 
-def finish(run_dir: Path, overrides: list[str]) -> None:
+def finish(run_dir: Path, overrides: list[str], steps: int) -> None:
     ended = end(life(overrides))
     assert [code for code, _ in ended] == [0, 0], ended
     left = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
-    assert left == ["latest", f"step_{STEPS - 3:08d}", f"step_{STEPS:08d}"]
+    assert left == ["latest", f"step_{steps - 3:08d}", f"step_{steps:08d}"]
 
 
 def test_killed_writers_and_killed_at_points_of_step_and_save(
-    tmp_path: Path,
-    overrides: Callable[[Path], list[str]],
-    unbroken: dict[int, dict[str, float]],
+    tmp_path: Path, overrides: Overrides, unbroken: Unbroken
 ) -> None:
     run = tmp_path / "run"
+    given = overrides(run, STEPS)
     points = {
         name: (STEP_POINTS | SAVE_POINTS)[name]
         for name in ("forming groups", "optimizer", "reading", "writing")
     }
-    kill_writers(run, overrides(run))
-    output = kill_at_points(run, overrides(run), points)["optimizer"]
+    kill_writers(run, given)
+    output = kill_at_points(run, given, points)["optimizer"]
     # The checkpoint of step 12 that was not finished is not even looked at.
     assert f"resumed from {run / 'checkpoints' / 'step_00000009'} at step 9" in output
     assert "passed over" not in output
-    finish(run, overrides(run))
-    assert_same(run, unbroken)
+    finish(run, given, STEPS)
+    assert_same(run, unbroken(STEPS), STEPS)
 
 
 @pytest.mark.parametrize(
@@ -187,44 +215,31 @@ def test_what_the_table_names_exists(before: str) -> None:
 
 @pytest.mark.full
 def test_killed_at_every_point_of_step_and_save(
-    tmp_path: Path,
-    overrides: Callable[[Path], list[str]],
-    unbroken: dict[int, dict[str, float]],
+    tmp_path: Path, overrides: Overrides, unbroken: Unbroken
 ) -> None:
     run = tmp_path / "run"
-    kill_at_points(run, overrides(run), STEP_POINTS | SAVE_POINTS)
-    finish(run, overrides(run))
-    assert_same(run, unbroken)
+    given = overrides(run, MANY_STEPS)
+    kill_at_points(run, given, STEP_POINTS | SAVE_POINTS)
+    finish(run, given, MANY_STEPS)
+    assert_same(run, unbroken(MANY_STEPS), MANY_STEPS)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    ("kills", "steps"), [(2, STEPS), pytest.param(30, MANY_STEPS, marks=pytest.mark.full)]
+)
 def test_killed_at_random_moments(
-    tmp_path: Path,
-    overrides: Callable[[Path], list[str]],
-    unbroken: dict[int, dict[str, float]],
-    kills: int,
+    tmp_path: Path, overrides: Overrides, unbroken: Unbroken, kills: int, steps: int
 ) -> None:
     """Moments from before the first import to the end of the training; one rank, or both."""
-    run, chance = tmp_path / "run", random.Random(kills)
-    before_training, training = durations(overrides(tmp_path / "timed"))
+    run, chance, whole = tmp_path / "run", random.Random(kills), unbroken(steps)
+    given = overrides(run, steps)
+    before = whole.before_training
     for _ in range(kills):
-        ranks = life(overrides(run))
-        time.sleep(chance.uniform(0.5 * before_training, before_training + 0.5 * training))
+        ranks = life(given)
+        time.sleep(chance.uniform(0.5 * before, before + 0.5 * whole.training))
         for rank in chance.choice([[0], [1], [0, 1]]):
             ranks[rank].kill()
         for code, output in end(ranks):
             assert code in (-signal.SIGKILL, PEER_LOST, 0), output[-3000:]
-    finish(run, overrides(run))
-    assert_same(run, unbroken)
-
-
-def durations(overrides: list[str]) -> tuple[float, float]:
-    """Seconds until the first step is done, and from there to the end."""
-    run_dir = Path(overrides[0].removeprefix("run.dir="))
-    started = time.monotonic()
-    ranks = life(overrides)
-    while not training_records(run_dir) and ranks[0].poll() is None:
-        time.sleep(0.02)
-    first = time.monotonic()
-    assert [code for code, _ in end(ranks)] == [0, 0]
-    return first - started, time.monotonic() - first
+    finish(run, given, steps)
+    assert_same(run, whole, steps)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
 from launches import (
     TIMEOUT_SECONDS,
     data_parallel,
@@ -18,6 +20,23 @@ from launches import (
 )
 
 BAD_INPUT, PEER_LOST = 2, 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ranks_0_and_2(
+    tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., list[str]]
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """Of four; started first, because they wait for the others while the other tests run."""
+    # Long enough for both to meet on a busy machine.
+    overrides = data_parallel(
+        tiny, tmp_path_factory.mktemp("missing") / "run", health__timeout_seconds=30.0
+    )
+    port = free_port()
+    ranks = [start_rank(rank, 4, port, overrides) for rank in (0, 2)]
+    yield ranks
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
 
 
 def test_port_in_use_is_named(tmp_path: Path, tiny: Callable[..., list[str]]) -> None:
@@ -30,18 +49,6 @@ def test_port_in_use_is_named(tmp_path: Path, tiny: Callable[..., list[str]]) ->
     assert process.returncode == BAD_INPUT, output[-3000:]
     assert f"127.0.0.1:{port}" in output and "MASTER_PORT" in output
     assert "Traceback" not in output
-
-
-def test_missing_ranks_are_named(tmp_path: Path, tiny: Callable[..., list[str]]) -> None:
-    # Long enough for ranks 0 and 2 to meet on a busy machine.
-    overrides = data_parallel(tiny, tmp_path / "run", health__timeout_seconds=30.0)
-    port = free_port()
-    ranks = [start_rank(rank, 4, port, overrides) for rank in (0, 2)]
-    outputs = [process.communicate(timeout=TIMEOUT_SECONDS)[0] for process in ranks]
-    for process, output in zip(ranks, outputs, strict=True):
-        assert process.returncode == PEER_LOST, output[-3000:]
-    assert "ranks 1, 3 did not connect" in outputs[0]
-    assert "Traceback" not in outputs[0]
 
 
 def test_dead_peer_is_named(tmp_path: Path, tiny: Callable[..., list[str]]) -> None:
@@ -68,3 +75,11 @@ def test_wrong_number_of_ranks_names_the_field(
     output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == BAD_INPUT, output[-3000:]
     assert "parallel.world_size" in output and "Traceback" not in output
+
+
+def test_missing_ranks_are_named(ranks_0_and_2: list[subprocess.Popen[str]]) -> None:
+    outputs = [process.communicate(timeout=TIMEOUT_SECONDS)[0] for process in ranks_0_and_2]
+    for process, output in zip(ranks_0_and_2, outputs, strict=True):
+        assert process.returncode == PEER_LOST, output[-3000:]
+    assert "ranks 1, 3 did not connect" in outputs[0]
+    assert "Traceback" not in outputs[0]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from launches import ALONE, ROOT, TIMEOUT_SECONDS, environment, recipe, training_records
+from launches import ALONE, ROOT, SMALL, TIMEOUT_SECONDS, environment, recipe, training_records
 from warm import warm_python
 
 WORKER = Path(__file__).with_name("fault_worker.py")
@@ -47,7 +47,7 @@ def test_training_outlives_its_console_and_keeps_its_exit_code(
     tmp_path: Path, tiny: Callable[..., list[str]], console: int
 ) -> None:
     run = tmp_path / "run"
-    overrides = tiny(run, "calm", **ALONE, training__steps=STEPS)
+    overrides = tiny(run, "calm", **ALONE, **SMALL, training__steps=STEPS)
     fault = {"kind": "signal_in", "rank": 0, "step": 2, "number": signal.SIGTERM}
     assert train(overrides, console, WORKER, FAULT=json.dumps(fault)) == STOPPED
     assert sorted(training_records(run)) == [1, 2]

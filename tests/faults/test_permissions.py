@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launches import ALONE, ROOT, TIMEOUT_SECONDS, environment, recipe
+from launches import ALONE, ROOT, SMALL, TIMEOUT_SECONDS, environment, recipe
 from warm import warm_python
 
 
@@ -42,7 +42,7 @@ def test_files_follow_the_umask(
 ) -> None:
     root = tmp_path / "all"
     short = {"training__steps": 2, "checkpoint__every": 1, "logging__every": 1}
-    calm = tiny(root / "calm", "calm", **(ALONE | short))
+    calm = tiny(root / "calm", "calm", **(ALONE | SMALL | short))
     run(umask, "train.py", recipe("calm"), *calm)
     autoencoder = tiny(root / "autoencoder", "autoencoder", **short)
     run(umask, "train_autoencoder.py", recipe("autoencoder"), *autoencoder)

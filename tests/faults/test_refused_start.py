@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launches import ALONE, ROOT, TIMEOUT_SECONDS, environment, recipe
+from launches import ALONE, ROOT, SMALL, TIMEOUT_SECONDS, environment, recipe
 from warm import warm_python
 
 from calm_dist.files import file_sha256
@@ -47,7 +47,7 @@ def stopped(
     and which has left records behind its last one and a half-written directory."""
     kind = request.param
     run_dir = tmp_path_factory.mktemp("stopped") / "run"
-    layout = ALONE if kind == "calm" else {}
+    layout = ALONE | SMALL if kind == "calm" else {}
     more = {"checkpoint__every": 2, "training__steps": 6, "logging__every": 1}
     overrides = tiny(run_dir, kind, **(layout | more))
     done = start(kind, overrides)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launches import ALONE, ROOT, TIMEOUT_SECONDS, call, recipe
+from launches import ALONE, ROOT, SMALL, TIMEOUT_SECONDS, call, recipe
 from safetensors.torch import load_file, save_file
 
 from calm_dist.data.latents import plan_store, write_store
@@ -155,7 +155,7 @@ def test_another_encoder_is_refused(
     plan = plan_store([corpus], tokenizer, variant="tokens", block_size=64, patch_size=4)
     write_store(tokens, [corpus], tokenizer, plan)
     overrides = [
-        *tiny(tmp_path / "run", "calm", training__schedule="constant", **ALONE),
+        *tiny(tmp_path / "run", "calm", training__schedule="constant", **ALONE, **SMALL),
         f"data.path={tokens}",
         "data.latents=on_the_fly",
     ]
@@ -203,7 +203,7 @@ def test_training_without_flock(
     run_dir = tmp_path / "run"
     scratch = tmp_path / "tmp"
     scratch.mkdir()
-    overrides = tiny(run_dir, "calm", training__steps=2, **ALONE)
+    overrides = tiny(run_dir, "calm", training__steps=2, **ALONE, **SMALL)
     command = [sys.executable, str(ROOT / "tools" / "train.py"), recipe("calm"), *overrides]
     done = subprocess.run(
         command,

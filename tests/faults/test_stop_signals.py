@@ -63,9 +63,11 @@ def test_one_rank_is_told_and_all_stop(
 
     # The stopped run and one that was never stopped end in the same numbers.
     steps = last + 2
-    for name in ("run", "unbroken"):
-        again = data_parallel(tiny, tmp_path / name, training__steps=steps)
-        run_jobs(2, [("calm", [*again, "training.schedule=constant"])], tmp_path)
+    again = [
+        data_parallel(tiny, tmp_path / name, training__steps=steps, training__schedule="constant")
+        for name in ("run", "unbroken")
+    ]
+    run_jobs(2, [("calm", overrides) for overrides in again], tmp_path)
     stopped, unbroken = (training_records(tmp_path / name) for name in ("run", "unbroken"))
     assert sorted(stopped) == sorted(unbroken) == list(range(1, steps + 1))
     assert stopped[steps]["loss"] == unbroken[steps]["loss"]

@@ -66,8 +66,12 @@ class TensorWriter:
 
     def __init__(self, replicas: dist.ProcessGroup | None = None) -> None:
         self._strategy = _Strategy("torch_dist", 1, thread_count=1, cached_metadata=True)
-        self._shared = FullyParallelSaveStrategyWrapper(
-            self._strategy, replicas, do_cache_distribution=True
+        # Without other replicas, this would gather and compare the shapes of all ranks for each
+        # checkpoint, because it has no distribution that it could keep.
+        self._sharing = (
+            FullyParallelSaveStrategyWrapper(self._strategy, replicas, do_cache_distribution=True)
+            if dist.get_world_size(replicas) > 1
+            else None
         )
         self._common = _CommonFile("torch", 1)
         # Rank 0 writes the parts of a state dict that are not tensors (the optimizer's groups).
@@ -85,7 +89,8 @@ class TensorWriter:
         """Do the work that only the first write needs: compare the shapes of all ranks, distribute
         the writing, and allocate memory for the copies. A collective of the world."""
         tensors, _ = save_preprocess(state, validate_access_integrity=True)
-        self._shared.apply_saving_parallelization(tensors)
+        if self._sharing is not None:
+            self._sharing.apply_saving_parallelization(tensors)
         self._validated = True
         mine = [
             entry.data
@@ -122,7 +127,7 @@ class TensorWriter:
             request = dist_checkpointing.save(
                 state,
                 str(directory),
-                sharded_strategy=self._shared,
+                sharded_strategy=self._sharing or self._strategy,
                 # This gathers the shapes of all ranks, which do not change.
                 validate_access_integrity=not self._validated,
                 async_sharded_save=True,
