@@ -12,9 +12,10 @@ ENV TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=0
 
 WORKDIR /opt/calm_dist
 COPY . .
+# Editable: tools/gpu_check.py and tools/study.py look for recipes/ and tools/ beside the package.
 # Without dependencies: Streaming asks for an older numpy than the image's. docker/requirements.py
 # lists what both need besides what the image has.
-RUN pip install --no-deps -c constraints.txt mosaicml-streaming .
+RUN pip install --no-deps -c constraints.txt mosaicml-streaming -e .
 RUN python docker/requirements.py > /tmp/requirements.txt \
  && python docker/requirements.py --constraints > /tmp/constraints.txt \
  && pip install -c /tmp/constraints.txt -r /tmp/requirements.txt \

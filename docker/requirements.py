@@ -1,6 +1,6 @@
 """Requirements and constraints for an image that has its own torch; see the Dockerfile.
 
-pip install --no-deps -c constraints.txt mosaicml-streaming .
+pip install --no-deps -c constraints.txt mosaicml-streaming -e .
 python docker/requirements.py > requirements.txt
 python docker/requirements.py --constraints > image_constraints.txt
 pip install -c image_constraints.txt -r requirements.txt

@@ -29,6 +29,7 @@ die() {
 }
 
 [ -n "${SLURM_JOB_ID:-}" ] || die "this is not a Slurm job; submit it: sbatch slurm/NAME.sh"
+unset CDPATH
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # first_address : the first node's name if it resolves, otherwise the address that Slurm uses.
@@ -54,6 +55,8 @@ set_up() {
   [[ $MAX_FAILURES =~ ^[1-9][0-9]*$ ]] || die "CALM_MAX_FAILURES=$MAX_FAILURES: give a number from 1"
   [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || die "CALM_MAX_RESTARTS=$MAX_RESTARTS: give a number from 0"
   [[ $LAUNCHER =~ ^(srun|deepspeed)$ ]] || die "CALM_LAUNCHER=$LAUNCHER: give srun or deepspeed"
+  [ -z "${CALM_CONTAINER:-}" ] || [ "$LAUNCHER" = srun ] ||
+    die "CALM_CONTAINER: needs CALM_LAUNCHER=srun; deepspeed would run outside the image"
   PYTHON=${CALM_PYTHON:-$ROOT/.venv/bin/python}
   [ -n "${CALM_PYTHON:-}${CALM_CONTAINER:-}" ] || [ -x "$PYTHON" ] || PYTHON=python3
   # With --nodes=MIN-MAX of sbatch, the number of nodes is known only now.
@@ -63,6 +66,8 @@ set_up() {
     "$PER_NODE tasks each; give --nodes and --ntasks-per-node instead"
   # The steps need this environment, even after sbatch --export=NONE.
   export SLURM_EXPORT_ENV=ALL
+  # The checkout's package, not the one that an image or python3 has installed.
+  export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
   # srun does not inherit it from sbatch.
   [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
   # The other half reads data and writes checkpoints.
@@ -179,6 +184,8 @@ finish() {
     end "$failures starts in a row made no progress (CALM_MAX_FAILURES=$MAX_FAILURES)"
   [ "$RESTART" -lt "$MAX_RESTARTS" ] ||
     end "restarted $RESTART times (CALM_MAX_RESTARTS=$MAX_RESTARTS)"
+  [[ $(scontrol show job "$SLURM_JOB_ID" 2>/dev/null) != *Requeue=0* ]] ||
+    end "it was submitted with --no-requeue"
   say "exit code $CODE; requeued${FIRST:+; the first task to end was $FIRST}"
   ask_slurm scontrol requeue "$JOB" || end "scontrol cannot requeue it"
   # Slurm ends this script.
@@ -212,13 +219,15 @@ show_failures() {
 }
 
 train() {
-  local arguments=("${RECIPE:-$ROOT/$1}" "${@:2}" "parallel.world_size=$TASKS") once=()
+  local arguments=("${RECIPE:-$ROOT/$1}" "${@:2}" "parallel.world_size=$TASKS") once=() code
   [ -z "${CALM_CONTAINER:-}" ] || once=("${SRUN[@]}" --nodes=1 --ntasks=1)
   RUN_DIR=$("${once[@]}" "$PYTHON" "$ROOT/tools/preflight.py" "${arguments[@]}" | tail -n 1)
-  case $? in
+  code=$?
+  case $code in
     0) ;;
     # The object store does not answer. There is no run directory yet: count failures under logs/.
-    6) CODE=6 && open_logs "logs" && finish ;;
+    # Or it was killed, for memory or at a preemption (srun passes Slurm's TERM on).
+    6 | 137 | 143) CODE=$code && open_logs "logs" && finish ;;
     *) exit 2 ;;
   esac
   # preflight.py prints it with escapes, since a name may contain line breaks.
@@ -257,6 +266,8 @@ encode() {
   if [ "$store" = tokens ]; then
     kind=(--variant tokens --patch-size "${PATCH_SIZE:-4}" --block-size "${BLOCK_SIZE:-2048}")
   fi
+  [ -z "${BEGIN_TOKEN:-}" ] || kind+=("--begin-token=$BEGIN_TOKEN")
+  [ -z "${END_TOKEN:-}" ] || kind+=("--end-token=$END_TOKEN")
   tokenizer=${TOKENIZER:-$(find "$data" -maxdepth 1 -name 'tokenizer.*' 2>/dev/null | head -n 1)}
   for split in ${SPLITS:-train valid test}; do
     [ -r "$data/corpus/$split.jsonl" ] ||

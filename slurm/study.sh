@@ -14,10 +14,12 @@
 #   key=value      override for every training; NAME:key=value: for the recipe NAME only
 #
 # DATA (default: data) is a corpus made by tools/prepare_corpus.py; RUNS (default: runs) gets a run
-# directory for each recipe, and report/. Finished jobs are not submitted again, and jobs that are
+# directory for each recipe, and report/; TOKENIZER, BEGIN_TOKEN and END_TOKEN are those of
+# slurm/encode.sh. Finished jobs are not submitted again, and jobs that are
 # still queued or running are waited for: after any failure, run the same command again.
 set -euo pipefail
 
+unset CDPATH
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 MODELS='calm_s calm_m calm_l calm_xl transformer_s transformer_m transformer_l'
 declare -A FACTS=()
@@ -205,9 +207,9 @@ for model in $MODELS; do
     *) train "$model" "$tokens" ;;
   esac
   trained=$ID
-  case $model in calm_*) test=latents ;; *) test=tokens ;; esac
   if [ "$trained" != done ] || ! already "score of $model" "$STUDY/$model/evaluation.json"; then
-    SETTINGS=("CHECKPOINT=$STUDY/$model" "TEST=$DATA/$test/test" "LOGS=$STUDY/$model/logs")
+    # The same blocks for all models: scores on different blocks are not comparable.
+    SETTINGS=("CHECKPOINT=$STUDY/$model" "TEST=$DATA/tokens/test" "LOGS=$STUDY/$model/logs")
     submit "score-$model" "$trained" evaluate.sh --json "$STUDY/$model/evaluation.json" \
       ${DEVICE[@]+"${DEVICE[@]}"}
   fi

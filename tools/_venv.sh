@@ -1,6 +1,8 @@
 # Sourced by quickstart.sh and run_tests.sh: `ensure_venv` creates .venv in the checkout.
 # shellcheck shell=bash
 
+# With CDPATH, cd prints, and may go elsewhere.
+unset CDPATH
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$ROOT/.venv
 # Records what .venv was made from; "unfinished" while it is being made.
@@ -30,7 +32,8 @@ sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; then
 }
 
 has_gpu() {
-  command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU'
+  # Not into grep -q, which ends before nvidia-smi: with pipefail that is a failure.
+  [[ $'\n'$(nvidia-smi -L 2>/dev/null) == *$'\n'GPU* ]]
 }
 
 # wanted_state [gpu]: hash of everything that determines the installation, here or with a GPU. It
@@ -75,6 +78,16 @@ sys.exit(not version("torch").endswith("+cpu"))' 2>/dev/null; then
   fi
 }
 
+# Whether .venv holds a torch that is no CPU build: made by hand or on a GPU node that shares the
+# checkout, whose jobs may be using it.
+has_gpu_torch() {
+  [ "$(cat "$VENV_STATE" 2>/dev/null)" != unfinished ] && [ -x "$VENV/bin/python" ] &&
+    "$VENV/bin/python" -c '
+import sys
+from importlib.metadata import version
+sys.exit(version("torch").endswith("+cpu"))' 2>/dev/null
+}
+
 # Without a GPU a CUDA build is gigabytes of no use: make sure that no dependency has installed one.
 refuse_cuda() {
   local found
@@ -93,8 +106,9 @@ PY
 }
 
 make_venv() {
-  local python started=$SECONDS
+  local python gpu='' started=$SECONDS
   python=$(find_python)
+  if has_gpu || has_gpu_torch; then gpu=gpu; fi
   # Remove only what this script left unfinished: pip treats half-written packages as installed.
   if [ "$(cat "$VENV_STATE" 2>/dev/null)" = unfinished ] || [ ! -x "$VENV/bin/python" ]; then
     rm -rf "$VENV"
@@ -107,11 +121,11 @@ make_venv() {
   elif [ -e "$VENV_STATE" ]; then
     echo unfinished >"$VENV_STATE"
   fi
-  if has_gpu; then remove_cpu_torch; elif [ "$(uname -s)" = Linux ]; then install_cpu_torch; fi
+  if [ -n "$gpu" ]; then remove_cpu_torch; elif [ "$(uname -s)" = Linux ]; then install_cpu_torch; fi
   pip_install -e "$ROOT[dev]" ||
     die "pip could not install calm_dist (see its messages above); fix the cause and start again"
-  has_gpu || refuse_cuda
-  wanted_state >"$VENV_STATE"
+  [ -n "$gpu" ] || refuse_cuda
+  wanted_state $gpu >"$VENV_STATE"
   echo "installed in $((SECONDS - started)) s"
 }
 

@@ -108,9 +108,11 @@ def test_settings_that_contradict_are_refused(jobs: Jobs) -> None:
         jobs.submit("calm_s.sh", ["--ntasks=2"], []),
         jobs.submit("calm_s.sh", [], [], CALM_MAX_FAILURES="none"),
         jobs.submit("calm_s.sh", [], [], CALM_LAUNCHER="mpirun"),
+        jobs.submit("calm_s.sh", [], [], CALM_LAUNCHER="deepspeed", CALM_CONTAINER="image.sif"),
     ]
-    assert jobs.wait_for_end(*numbers) == ["FAILED"] * 3
-    tasks, failures, launcher = map(jobs.log, numbers)
+    assert jobs.wait_for_end(*numbers) == ["FAILED"] * 4
+    tasks, failures, launcher, container = map(jobs.log, numbers)
     assert "error: --ntasks=2: 1 nodes have 8 tasks each" in tasks
     assert "error: CALM_MAX_FAILURES=none: give a number from 1" in failures
     assert "error: CALM_LAUNCHER=mpirun: give srun or deepspeed" in launcher
+    assert "error: CALM_CONTAINER: needs CALM_LAUNCHER=srun" in container

@@ -90,6 +90,7 @@ def test_the_study_runs_to_its_report_though_a_node_dies(jobs: Jobs, corpus: Pat
     report = json.loads((study.runs / "report" / "report.json").read_text())
     assert {model["kind"] for model in report["models"]} == {"calm", "transformer"}
     assert all(model["train_flops"] > 0 for model in report["models"])
+    assert report["comparison"]["brierlm_compares"] is True
     assert report["autoencoder"]["token_accuracy"] > 0
 
     again = study.start()

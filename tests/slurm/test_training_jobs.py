@@ -122,28 +122,38 @@ def test_deepspeed_launches_on_one_node(jobs: Jobs, tiny: Tiny, tmp_path: Path) 
 def test_a_job_that_gets_nowhere_is_not_requeued_for_ever(
     jobs: Jobs, tiny: Tiny, tmp_path: Path
 ) -> None:
-    """Every start of its ranks fails before the first step."""
-    python = tmp_path / "python"
-    python.write_text(
-        f'#!/bin/bash\ncase "$1" in *tools/train.py) echo "Error: no luck"; exit 1 ;; esac\n'
-        f'exec "{jobs.environment["CALM_PYTHON"]}" "$@"\n'
-    )
-    python.chmod(0o755)
-    settings = {"RECIPE": recipe("calm"), "CALM_PYTHON": str(python), "CALM_PREFLIGHT": "0"}
-    number = jobs.submit(
-        "calm_s.sh",
-        TWO_BY_TWO,
-        overrides(tiny, tmp_path / "run"),
-        **settings,
-        CALM_MAX_FAILURES="2",
-    )
-    assert jobs.wait_for_end(number) == ["FAILED"]
-    assert jobs.exit_code(number) == 1
-    log = jobs.log(number)
+    """Every start of its ranks fails before the first step, or its preflight is killed."""
+
+    def submit(name: str, fault: str, *options: str) -> str:
+        python = tmp_path / name
+        real = jobs.environment["CALM_PYTHON"]
+        python.write_text(f'#!/bin/bash\ncase "$1" in {fault} ;; esac\nexec "{real}" "$@"\n')
+        python.chmod(0o755)
+        settings = {"RECIPE": recipe("calm"), "CALM_PYTHON": str(python), "CALM_PREFLIGHT": "0"}
+        return jobs.submit(
+            "calm_s.sh",
+            [*TWO_BY_TWO, *options],
+            overrides(tiny, tmp_path / f"run_{name}"),
+            **settings,
+            CALM_MAX_FAILURES="2",
+        )
+
+    failing = '*tools/train.py) echo "Error: no luck"; exit 1'
+    numbers = [
+        submit("failing", failing),
+        submit("alone", failing, "--no-requeue"),
+        submit("killed", "*tools/preflight.py) kill -9 $$"),
+    ]
+    assert jobs.wait_for_end(*numbers) == ["FAILED"] * 3
+    assert [jobs.exit_code(number) for number in numbers] == [1, 1, 137]
+    log, alone, killed = map(jobs.log, numbers)
     assert log.count("exit code 1; requeued") == 1
     assert "exit code 1; not requeued: 2 starts in a row made no progress" in log
     # The words of a rank are in the job's own log, with the file and so the node they are from.
     assert re.search(r"rank0003\.n\d+\.restart0\.log\nError: no luck", log)
+    assert "exit code 1; not requeued: it was submitted with --no-requeue" in alone
+    assert killed.count("exit code 137; requeued") == 1
+    assert "exit code 137; not requeued: 2 starts in a row made no progress" in killed
 
 
 def test_what_is_wrong_is_said_before_any_rank_starts(
