@@ -10,7 +10,7 @@ from typing import Any
 from launches import language_recipe, recipe
 
 from calm_dist.costs.clusters import Cluster
-from calm_dist.costs.memory import stage_memory
+from calm_dist.costs.memory import stage_memory, sums_head_gradients
 from calm_dist.recipe import LanguageModelRecipe
 
 WORKER = Path(__file__).with_name("planner_worker.py")
@@ -104,4 +104,6 @@ def head_gradients(recipe: LanguageModelRecipe, stage: int) -> int:
     if model.kind != "calm" or stage != parallel.pipeline_parallel_size - 1:
         return 0
     ranks = recipe.world_size // parallel.pipeline_parallel_size
-    return 4 * flops.head_parameters(model) // (ranks if parallel.zero_stage >= 2 else 1)
+    size = 4 * flops.head_parameters(model)
+    partition = size // (ranks if parallel.zero_stage >= 2 else 1)
+    return partition + (size if sums_head_gradients(recipe) else 0)
