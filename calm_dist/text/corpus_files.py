@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
 import shutil
@@ -10,16 +9,23 @@ import stat
 import sys
 import tempfile
 from array import array
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import overload
 
 from calm_dist.errors import DataError
 from calm_dist.log import NOTE
 from calm_dist.text.compressed import CODECS
+from calm_dist.text.directories import (
+    directories,
+    expand,
+    is_directory,
+    is_inside,
+    status_of,
+    would_match,
+)
 from calm_dist.text.formats import (
     STANDARD_INPUT_DIRECTORY,
     STANDARD_INPUT_FILE,
@@ -101,7 +107,7 @@ class CorpusFiles(Sequence[CorpusFile]):
         """
         place = os.path.realpath(out)
         for directory in sorted(self.directories):
-            if _is_inside(place, directory):
+            if is_inside(place, directory):
                 raise _overlap(out, f"lies inside {directory}, a directory of the corpus")
         parents: dict[str, str] = {}
         for file in self.files:
@@ -112,10 +118,10 @@ class CorpusFiles(Sequence[CorpusFile]):
             if real is None:
                 real = parents[folder] = os.path.realpath(folder)
             linked = os.path.islink(file.path)
-            if _is_inside(os.path.realpath(file.path) if linked else real, place):
+            if is_inside(os.path.realpath(file.path) if linked else real, place):
                 raise _overlap(out, f"holds {file.path}, a file of the corpus")
         for pattern in self.globs:
-            if any(_would_match(pattern, os.path.join(place, name)) for name in written):
+            if any(would_match(pattern, os.path.join(place, name)) for name in written):
                 raise _overlap(out, f"is searched by {pattern}, a glob of the corpus")
 
 
@@ -225,7 +231,7 @@ class _Search:
         if os.path.lexists(path):
             self._add_path(path)
             return
-        matches = sorted({Path(match) for match in _expand(given)}, key=lambda path: path.parts)
+        matches = sorted({Path(match) for match in expand(given)}, key=lambda path: path.parts)
         if not matches:
             raise DataError(
                 f"corpus {given}: no such file or directory; give {SUPPORTED}, or directories or "
@@ -286,7 +292,7 @@ class _Search:
         return False
 
     def _add_path(self, path: str) -> None:
-        status = _status(path)
+        status = status_of(path)
         if stat.S_ISDIR(status.st_mode):
             self._add_directory(path)
             return
@@ -304,7 +310,7 @@ class _Search:
     def _add_directory(self, root: str) -> None:
         inside: list[tuple[str, tuple[object, int]]] = []
         before, start = Counter(self._left_out), len(os.path.join(root, ""))
-        for directory, entries in _directories(root):
+        for directory, entries in directories(root):
             if directory.is_root:
                 self._directories.add(os.path.realpath(directory.path))
             for entry in entries:
@@ -326,10 +332,10 @@ class _Search:
         """The status of a file that is part of the corpus; counts others as left out."""
         found = format_of(entry.name)
         if found is None:
-            if not _is_directory(entry):
+            if not is_directory(entry):
                 self._left_out[_kind(entry.name)] += 1
             return None
-        status = _status(entry.path)
+        status = status_of(entry.path)
         if stat.S_ISDIR(status.st_mode):
             return None
         if not stat.S_ISREG(status.st_mode):
@@ -358,107 +364,6 @@ def _identity(path: str, status: os.stat_result) -> object:
     return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
 
 
-@dataclass(frozen=True)
-class _Directory:
-    path: str
-    is_root: bool
-    """Whether the search starts here, or this is the target of a link."""
-
-
-def _directories(root: str) -> Iterator[tuple[_Directory, list[os.DirEntry[str]]]]:
-    """Each directory at and below ``root`` once, with its entries sorted by name.
-
-    Hidden directories are left out. Targets of links come after all others, so that a link to a
-    directory that is also reached directly changes nothing.
-    """
-    below: deque[_Directory] = deque([_Directory(root, True)])
-    linked: deque[_Directory] = deque()
-    seen = set()
-    while below or linked:
-        directory = (below or linked).popleft()
-        status = _status(directory.path)
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        try:
-            with os.scandir(directory.path) as entries:
-                listed = sorted(entries, key=lambda entry: entry.name)
-        except OSError as error:
-            raise DataError(
-                f"corpus {directory.path}: cannot be read ({error.strerror})"
-            ) from error
-        for entry in listed:
-            if entry.name.startswith(".") or not _is_directory(entry):
-                continue
-            if entry.is_symlink():
-                linked.append(_Directory(entry.path, True))
-            else:
-                below.append(_Directory(entry.path, False))
-        yield directory, listed
-
-
-def _is_directory(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def _status(path: str) -> os.stat_result:
-    try:
-        return os.stat(path)
-    except OSError as error:
-        link = "is a link whose target " if os.path.islink(path) else ""
-        raise DataError(
-            f"corpus {path}: {link}cannot be read ({error.strerror}); fix or remove it"
-        ) from error
-
-
-def _expand(pattern: str) -> set[str]:
-    """The files and directories that a glob matches; ``**`` enters each directory once.
-
-    Python's own ``**`` follows cyclic links up to the longest path that the system allows.
-    """
-    if not glob.has_magic(pattern):
-        return set()
-    parts = pattern.split(os.sep)
-    if "**" not in parts:
-        return set(glob.glob(pattern))
-    at = parts.index("**")
-    rest = os.sep.join(part for part in parts[at + 1 :] if part)
-    roots = glob.glob(os.sep.join([*parts[:at], ""])) if at else ["."]
-    if not rest:
-        return {root for root in roots if os.path.isdir(root)}
-    found: set[str] = set()
-    for root in roots:
-        for directory, _ in _directories(root):
-            inside = os.path.join(glob.escape(directory.path), rest)
-            found |= _expand(inside) if "**" in rest.split(os.sep) else set(glob.glob(inside))
-    return found
-
-
-def _would_match(pattern: str, path: str) -> bool:
-    """Whether a glob matches a path, which need not exist, or one of its parent directories."""
-    parts = pattern.split(os.sep)
-    fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
-    start = os.path.realpath(os.sep.join([*parts[:fixed], ""]) or ".")
-    if not _is_inside(path, start):
-        return False
-    names = os.path.relpath(path, start).split(os.sep)
-    magic = [part for part in parts[fixed:] if part]
-    return any(_match_parts(names[:depth], magic) for depth in range(len(names) + 1))
-
-
-def _match_parts(names: Sequence[str], pattern: Sequence[str]) -> bool:
-    if not pattern:
-        return not names
-    if pattern[0] == "**":
-        return any(_match_parts(names[i:], pattern[1:]) for i in range(len(names) + 1))
-    return (
-        bool(names) and fnmatchcase(names[0], pattern[0]) and _match_parts(names[1:], pattern[1:])
-    )
-
-
 def _names_from_common_directory(paths: Sequence[str]) -> list[str]:
     if any(map(is_url, paths)):
         return [_without_secrets(path) for path in paths]
@@ -484,10 +389,6 @@ def _without_secrets(path: str) -> str:
     # The user of an abfs URL is a container.
     host = server if ":" in user else f"{user}{at}{server}"
     return f"{scheme}://{host}{slash}{inside}"
-
-
-def _is_inside(path: str, directory: str) -> bool:
-    return path == directory or path.startswith(os.path.join(directory, ""))
 
 
 def _overlap(out: str | Path, how: str) -> DataError:
