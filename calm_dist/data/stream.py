@@ -44,6 +44,7 @@ from calm_dist.data.readers import (
     batches_of,
     check_shared_memory,
     check_socket_path,
+    end_readers,
     hand_over,
     poll_seconds,
 )
@@ -172,6 +173,10 @@ class TrainingStream:
                     "were lost while it was read"
                 )
             self._step += received
+
+    def close(self) -> None:
+        """End the reader processes. Nothing may be read from this stream any more."""
+        end_readers(self._loader)
 
     def _epoch(self) -> Iterator[Batch]:
         try:

@@ -453,8 +453,7 @@ def test_damage_in_a_large_store_is_found_on_first_use(
     assert "Traceback" not in str(error.value)
     if num_workers:
         # Left to the garbage collector inside pytest's traceback, torch waits 10 s for them.
-        iterator: Any = stream._loader._iterator
-        iterator._shutdown_workers()
+        stream.close()
 
 
 def test_random_access_to_a_large_store_checks_each_shard_once(
