@@ -54,6 +54,7 @@ from calm_dist.errors import (
     DataError,
     is_lost_connection,
     listed,
+    unreadable,
 )
 from calm_dist.redact import redact
 
@@ -111,10 +112,9 @@ class Store:
         try:
             return {"index": index, **dequantize(self._samples[index])}
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise DataError(
-                f"shard {shard.path}: block {index} cannot be read ({error}); copy or encode it "
-                "again"
-            ) from error
+            what = f"shard {shard.path}: block {index}"
+            message = f"{what} cannot be read ({error}); copy or encode it again"
+            raise unreadable(what, error, message) from error
 
 
 def open_store(path: str | Path) -> Store:

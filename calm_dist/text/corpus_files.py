@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import overload
 
-from calm_dist.errors import DataError
+from calm_dist.errors import DataError, unreadable
 from calm_dist.log import NOTE
 from calm_dist.text.compressed import CODECS
 from calm_dist.text.formats import (
@@ -384,9 +384,9 @@ def _directories(root: str) -> Iterator[tuple[_Directory, list[os.DirEntry[str]]
             with os.scandir(directory.path) as entries:
                 listed = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
-            raise DataError(
-                f"corpus {directory.path}: cannot be read ({error.strerror})"
-            ) from error
+            what = f"corpus {directory.path}"
+            message = f"{what}: cannot be read ({error.strerror})"
+            raise unreadable(what, error, message) from error
         for entry in listed:
             if entry.name.startswith(".") or not _is_directory(entry):
                 continue
@@ -409,9 +409,8 @@ def _status(path: str) -> os.stat_result:
         return os.stat(path)
     except OSError as error:
         link = "is a link whose target " if os.path.islink(path) else ""
-        raise DataError(
-            f"corpus {path}: {link}cannot be read ({error.strerror}); fix or remove it"
-        ) from error
+        message = f"corpus {path}: {link}cannot be read ({error.strerror}); fix or remove it"
+        raise unreadable(f"corpus {path}", error, message) from error
 
 
 def _expand(pattern: str) -> set[str]:
