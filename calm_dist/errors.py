@@ -7,6 +7,7 @@ large the value is.
 
 from __future__ import annotations
 
+import errno
 import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -39,7 +40,7 @@ class DataError(UserError):
 
 class UnreachableError(DataError):
     """Data could not be read for a reason that may pass: an object store did not answer for as
-    long as downloads are retried, or a reader process was killed.
+    long as downloads are retried, a mounted file system failed, or a reader process was killed.
 
     The only `UserError` that may disappear when the same command is started again, hence its own
     exit code, which schedulers act on.
@@ -78,6 +79,35 @@ def is_lost_connection(error: Exception) -> bool:
     # gloo has no error type of its own; names of types avoid an import of torch.
     types = {kind.__name__ for kind in type(error).__mro__}
     return "DistError" in types or "gloo/transport" in str(error)
+
+
+_LOST_MOUNT = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ESHUTDOWN,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.EREMOTEIO,
+}
+
+
+def is_lost_mount(error: BaseException | None) -> bool:
+    """Whether a file could not be used as when a mounted file system (NFS, Lustre, FUSE) loses its
+    server, which another start may find again. A broken local disk gives the same error EIO."""
+    return isinstance(error, OSError) and error.errno in _LOST_MOUNT
+
+
+def unreadable(what: Any, error: BaseException | None, message: str) -> DataError:
+    """The error for a file that cannot be read: an `UnreachableError` about ``what`` if its mount
+    was lost, otherwise a `DataError` with ``message``, which names file, cause and remedy."""
+    if not is_lost_mount(error):
+        return DataError(message)
+    return UnreachableError(
+        f"{what}: cannot be read ({getattr(error, 'strerror', None)}); check the file system and "
+        "its mount, then start the same command again"
+    )
 
 
 def plain_failure(error: DataError) -> DataError:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from calm_dist.errors import DataError, UserError
+from calm_dist.errors import DataError, UserError, unreadable
 
 NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 """Errors of `flock` on a file system that does not support it."""
@@ -24,13 +24,14 @@ def file_sha256(path: Path) -> str:
     """sha256 of a file's bytes.
 
     Raises:
-        DataError: the file cannot be read.
+        DataError: the file cannot be read; `UnreachableError` if it may be readable later.
     """
     try:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        message = f"{path}: cannot be read ({error.strerror})"
+        raise unreadable(path, error, message) from error
 
 
 def read_bounded(path: Path, limit: int, error_type: type[UserError] = DataError) -> bytes:

@@ -49,8 +49,9 @@ _outlives = False
 def outlive_console() -> None:
     """From now on, drop what stdout and stderr refuse, whoever prints it.
 
-    For trainings: neither a ``tee`` that has gone, a closed terminal nor a full disk with the log
-    may end one or change its exit code. Streams that lead elsewhere, as in tests, stay.
+    For trainings: neither a ``tee`` that has gone nor a full disk with the log may end one or
+    change its exit code, nor a terminal that was closed without the SIGHUP of that (``setsid``).
+    Streams that lead elsewhere, as in tests, stay.
     """
     global _outlives
     _outlives = True

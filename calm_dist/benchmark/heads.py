@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -23,14 +24,22 @@ from calm_dist.training.build import build_head, energy_kernel
 MORE_STEPS = {"flow": (2, 4)}
 """Sampling steps beside a head's own default: the paper's for flow."""
 
+SIZES = ("num_mlp_layers", "noise_size", "num_samples", "posterior_samples", "beta")
+"""Fields of a head that all kinds accept; the others belong to one kind."""
+
 TRAIN_FLOPS = 3
 """Cost of forward and backward pass, in forward passes."""
+
+_log = logging.getLogger(__name__)
 
 
 def measure_heads(
     recipe: Recipe, *, positions: int, samples: int, repeats: int, device: torch.device
 ) -> dict[str, Any]:
     """Time sampling and training of every head at the size of a CALM recipe.
+
+    A head that the recipe could not have, such as a chain that does not divide its latents, is left
+    out with a warning.
 
     Args:
         recipe: the recipe of a CALM.
@@ -52,29 +61,42 @@ def measure_heads(
         )
     # The head that predicts tokens, which comes last, needs it.
     flops.known_size(recipe.model, "vocab_size")
-    rows = [
-        _measure(recipe, kind, steps, positions, samples, repeats, device)
-        for kind, spec in all_specs().items()
-        if spec.predicts == "latents"
-        for steps in (*MORE_STEPS.get(kind, ()), None)
-    ]
-    rows.append(_measure_tokens(recipe, positions, samples, repeats, device))
+    latent_heads = [kind for kind, spec in all_specs().items() if spec.predicts == "latents"]
+    rows = []
+    for kind in (*latent_heads, "tokens"):
+        try:
+            own = _with_head(recipe, kind)
+        except RecipeError as error:
+            _log.warning("%s head: left out: %s", kind, error)
+            continue
+        if kind == "tokens":
+            rows.append(_measure_tokens(own, positions, samples, repeats, device))
+            continue
+        for steps in (*MORE_STEPS.get(kind, ()), None):
+            own = _with_head(recipe, kind, steps)
+            rows.append(_measure(own, positions, samples, repeats, device))
     sizes = {"positions": positions, "samples": samples, "repeats": repeats}
     return {**environment(device), **sizes, "recipe": recipe.run.display_name, "heads": rows}
 
 
-def _measure(
-    recipe: Recipe,
-    kind: str,
-    steps: int | None,
-    positions: int,
-    samples: int,
-    repeats: int,
-    device: torch.device,
-) -> dict[str, Any]:
+def _with_head(recipe: Recipe, kind: str, steps: int | None = None) -> Recipe:
+    """The recipe with a head of this kind: its own, or one of the same sizes.
+
+    Raises:
+        RecipeError: the recipe cannot have such a head.
+    """
     values = recipe.to_dict()
-    values["model"]["head"] |= {"kind": kind, "sampling_steps": steps}
-    model = Recipe.from_dict(values).model
+    head = values["model"]["head"]
+    if kind != head["kind"]:
+        head = {name: head[name] for name in SIZES}
+    values["model"]["head"] = head | {"kind": kind, "sampling_steps": steps, "independent": False}
+    return Recipe.from_dict(values)
+
+
+def _measure(
+    recipe: Recipe, positions: int, samples: int, repeats: int, device: torch.device
+) -> dict[str, Any]:
+    model = recipe.model
     assert isinstance(model, CalmModel) and model.latent_size is not None
     head = latent_head(build_head(model, seed=0)).to(device)
     if model.head.spec.scores_energy:
@@ -97,7 +119,7 @@ def _measure(
 
     evaluations = model.head.evaluations_per_sample
     return {
-        "kind": kind,
+        "kind": model.head.kind,
         "sampling_steps": model.head.steps_per_sample,
         "network_runs": evaluations * model.head_spec.runs_per_evaluation,
         "parameters": flops.head_parameters(model),
@@ -115,9 +137,7 @@ def _measure_tokens(
     recipe: Recipe, positions: int, samples: int, repeats: int, device: torch.device
 ) -> dict[str, Any]:
     """The discrete head with its output layer; a sample is a patch, drawn token by token."""
-    values = single_process_recipe(LanguageModelRecipe.from_dict(recipe.to_dict())).to_dict()
-    values["model"]["head"] |= {"kind": "tokens", "sampling_steps": None}
-    tokens_recipe = LanguageModelRecipe.from_dict(values)
+    tokens_recipe = single_process_recipe(LanguageModelRecipe.from_dict(recipe.to_dict()))
     model = tokens_recipe.model
     assert isinstance(model, CalmModel) and model.vocab_size is not None
     topology = single_process_topology(tokens_recipe, device)

@@ -27,6 +27,7 @@ from calm_dist.errors import (
     TrainingDivergedError,
     UnreachableError,
     UserError,
+    is_lost_mount,
     shortened,
 )
 from calm_dist.files import (
@@ -43,8 +44,8 @@ def run(main: Callable[[], int | None]) -> None:
     """Run a tool's ``main`` and exit with 0, its own code, or the code of its error.
 
     2 for a `UserError` or a file that cannot be used, 3 for a `PeerLostError`, 4 for a
-    `TrainingDivergedError`, 5 for a `HungError`, 6 for an `UnreachableError`, 75 for a
-    `StoppedError`; all with a message instead of a traceback.
+    `TrainingDivergedError`, 5 for a `HungError`, 6 for an `UnreachableError` or a file on a lost
+    mount, 75 for a `StoppedError`; all with a message instead of a traceback.
     """
     _silence_library_warnings()
     show_on_console()
@@ -70,7 +71,7 @@ def run(main: Callable[[], int | None]) -> None:
             raise
         place = "output" if error.filename is None else error.filename
         print(redact(f"error: {place}: {error.strerror}"), file=sys.stderr, flush=True)
-        code = EXIT_BAD_INPUT
+        code = EXIT_UNREACHABLE if is_lost_mount(error) else EXIT_BAD_INPUT
     except (PeerLostError, TrainingDivergedError) as error:
         print(redact(f"error: {error}"), file=sys.stderr, flush=True)
         code = EXIT_PEER_LOST if isinstance(error, PeerLostError) else EXIT_DIVERGED

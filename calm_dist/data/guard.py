@@ -38,7 +38,7 @@ from calm_dist.data.layout import is_remote
 from calm_dist.data.mixture import Mixture
 from calm_dist.data.shared_names import RunNumber
 from calm_dist.data.store import DamagedShardError, Shard, StoreMeta, read_meta, read_shards
-from calm_dist.errors import DataError
+from calm_dist.errors import DataError, unreadable
 from calm_dist.log import NOTE
 from calm_dist.redact import redact
 
@@ -349,7 +349,7 @@ class GuardedDataset(EvictingDataset):
             super().prepare_shard(shard_id, blocking)
         except Exception as error:
             if not isinstance(error, InterruptedTransferError):
-                self._number.tell_failure(_as_data_error(error))
+                self._number.tell_failure(as_data_error(error))
                 self._failed_shard.set(shard_id + 1)
             self._shard_states[shard_id] = ShardState.REMOTE
             raise
@@ -412,7 +412,7 @@ class GuardedDataset(EvictingDataset):
         if self._failure is None and failed >= 0:
             stream = self.streams[self.stream_per_shard[failed]]
             return stream.fault(self.shards[failed])
-        return _as_data_error(cause)
+        return as_data_error(cause)
 
     def is_stopping(self) -> bool:
         """Whether the readers are ending: after a failure, or with their process."""
@@ -435,10 +435,13 @@ def _blocks_ahead(
     return max(1, min(usual, cache_limit // max(sizes) // readers - 2))
 
 
-def _as_data_error(error: BaseException | None) -> DataError:
+def as_data_error(error: BaseException | None) -> DataError:
+    """The error for any failure while a store is read."""
     if isinstance(error, DataError):
         return error
-    return DataError(f"data store: cannot be read ({type(error).__name__}: {error})")
+    message = f"data store: cannot be read ({type(error).__name__}: {error})"
+    file = getattr(error, "filename", None)
+    return unreadable(f"data store: {file}" if file else "data store", error, message)
 
 
 class _NodeEvent(Event):

@@ -13,10 +13,16 @@ import torch.distributed as dist
 from calm_dist.compat.streaming import World
 from calm_dist.data.description import fetch_description
 from calm_dist.data.download import Downloads
-from calm_dist.data.guard import OpenedStore, open_source
+from calm_dist.data.guard import OpenedStore, as_data_error, open_source
 from calm_dist.data.mixture import Weight
 from calm_dist.data.store import StoreMeta
-from calm_dist.errors import DataError, LaunchError, first_failure, plain_failure
+from calm_dist.errors import (
+    DataError,
+    LaunchError,
+    first_failure,
+    is_lost_mount,
+    plain_failure,
+)
 
 T = TypeVar("T")
 
@@ -99,6 +105,11 @@ def on_all_ranks(work: Callable[[], T]) -> T:
         result = work()
     except DataError as error:
         failure = error
+    except OSError as error:
+        # The other ranks may still reach the file system.
+        if not is_lost_mount(error):
+            raise
+        failure = as_data_error(error)
     found = first_failure(_gather(failure and plain_failure(failure)))
     if found is not None:
         raise found[1]

@@ -241,11 +241,14 @@ def begin(
     if not isinstance(corpus, BegunCorpus) and _begun_plan(out) is None:
         scratch = out / f"{PARTS}.{_random_name()}"
         scratch.mkdir()
-        if files is not None:
-            write_manifest(scratch, files, plan, skip=skip_faults)
-        described = {**plan.to_dict(), _BLOCKS: blocks_per_shard}
-        (scratch / _PLAN).write_text(json.dumps(described, indent=2), encoding="utf-8")
-        _put(scratch, out / PARTS)
+        try:
+            if files is not None:
+                write_manifest(scratch, files, plan, skip=skip_faults)
+            described = {**plan.to_dict(), _BLOCKS: blocks_per_shard}
+            (scratch / _PLAN).write_text(json.dumps(described, indent=2), encoding="utf-8")
+            _put(scratch, out / PARTS)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     present = _plan_in(out)
     _refuse_other_plan(out, present, plan)
     found = present.get(_BLOCKS)

@@ -154,6 +154,15 @@ def batches_of(loader: DataLoader, timeout_seconds: float) -> Iterator[dict[str,
         yield batch
 
 
+def end_readers(loader: DataLoader) -> None:
+    """End the reader processes of a loader, which torch keeps for another epoch; may be called
+    again. One that is in a download is waited for 5 seconds and then killed."""
+    # Absent in a loader that reads in this process.
+    if (iterator := loader._iterator) is not None:
+        iterator._shutdown_workers()  # type: ignore[attr-defined]
+        loader._iterator = None
+
+
 def _iterator(loader: DataLoader) -> Any:
     """torch's iterator without its SIGCHLD handler, which interrupts the main thread anywhere with
     an exception when a reader dies."""

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from calm_dist.costs.memory import UINT16_ENTRIES
 from calm_dist.data.layout import INDEX, META, is_remote
-from calm_dist.errors import DataError, listed, shown
+from calm_dist.errors import DataError, listed, shown, unreadable
 from calm_dist.files import file_sha256, read_bounded
 from calm_dist.text.formats import TEXT_AND_ID, Reading
 
@@ -220,6 +220,7 @@ def read_meta(path: str | Path, downloads: Downloads | None = None) -> StoreMeta
 
     Raises:
         DataError: there is no store, it is unfinished, or its ``meta.json`` is damaged.
+            `UnreachableError` if it may be readable later.
     """
     if is_remote(path):
         # Imported here, because importing Streaming takes seconds.
@@ -229,19 +230,21 @@ def read_meta(path: str | Path, downloads: Downloads | None = None) -> StoreMeta
         with fetch_meta(str(path), downloads or DEFAULT) as directory:
             return read_meta(directory)
     path = Path(path)
-    if not path.is_dir():
-        raise DataError(
-            f"data store {path}: no such directory; set data.path (or --data) to a store, or write "
-            f"this one: python tools/encode_latents.py --out {path} --corpus PATH --tokenizer F "
-            "--autoencoder CKPT (for tokens without latents: --variant tokens --patch-size K)"
-        )
     try:
+        if not path.is_dir():
+            raise DataError(
+                f"data store {path}: no such directory; set data.path (or --data) to a store, or "
+                f"write this one: python tools/encode_latents.py --out {path} --corpus PATH "
+                "--tokenizer F --autoencoder CKPT (for tokens without latents: --variant tokens "
+                "--patch-size K)"
+            )
         text = read_bounded(path / META, _LARGEST_META)
     except OSError as error:
-        raise DataError(
+        message = (
             f"data store {path}: has no readable {META}; it is unfinished or not a store. Run "
             "tools/encode_latents.py (again)"
-        ) from error
+        )
+        raise unreadable(f"data store {path}", error, message) from error
     try:
         return StoreMeta.model_validate_json(text)
     except ValidationError as error:
@@ -356,9 +359,13 @@ class Shard(StoredFile):
         Streaming would read from whatever offsets the file holds.
         """
         try:
-            count, *places = np.fromfile(self.path, np.dtype("<u4"), self.samples + 2).tolist()
+            # numpy's own reading does not tell the system's error.
+            with self.path.open("rb") as stream:
+                head = stream.read(4 * (self.samples + 2))
+            count, *places = np.frombuffer(head, np.dtype("<u4")).tolist()
         except (OSError, ValueError) as error:
-            raise DataError(f"shard {self.path}: cannot be read ({error})") from error
+            message = f"shard {self.path}: cannot be read ({error})"
+            raise unreadable(f"shard {self.path}", error, message) from error
         first = self.size - self.samples * self.sample_bytes
         wanted = list(range(first, self.size + 1, self.sample_bytes))
         if count != self.samples or places != wanted:
@@ -371,9 +378,8 @@ def _stat(path: Path) -> os.stat_result:
     try:
         return path.stat()
     except OSError as error:
-        raise DataError(
-            f"shard {path}: is missing ({error.strerror}); copy or encode it again"
-        ) from error
+        message = f"shard {path}: is missing ({error.strerror}); copy or encode it again"
+        raise unreadable(f"shard {path}", error, message) from error
 
 
 def read_shards(path: str | Path, meta: StoreMeta) -> list[Shard]:
@@ -388,7 +394,8 @@ def read_shards(path: str | Path, meta: StoreMeta) -> list[Shard]:
     try:
         raw = read_bounded(file, _LARGEST_INDEX)
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}); copy it again") from error
+        message = f"{file}: cannot be read ({error.strerror}); copy it again"
+        raise unreadable(file, error, message) from error
     if fingerprint(meta.to_dict(), raw) != meta.fingerprint:
         raise DataError(
             f"{file}: does not belong to {path / META} (fingerprints differ); one of them was "

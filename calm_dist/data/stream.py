@@ -44,6 +44,7 @@ from calm_dist.data.readers import (
     batches_of,
     check_shared_memory,
     check_socket_path,
+    end_readers,
     hand_over,
     poll_seconds,
 )
@@ -53,6 +54,7 @@ from calm_dist.errors import (
     DataError,
     is_lost_connection,
     listed,
+    unreadable,
 )
 from calm_dist.redact import redact
 
@@ -110,10 +112,9 @@ class Store:
         try:
             return {"index": index, **dequantize(self._samples[index])}
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise DataError(
-                f"shard {shard.path}: block {index} cannot be read ({error}); copy or encode it "
-                "again"
-            ) from error
+            what = f"shard {shard.path}: block {index}"
+            message = f"{what} cannot be read ({error}); copy or encode it again"
+            raise unreadable(what, error, message) from error
 
 
 def open_store(path: str | Path) -> Store:
@@ -172,6 +173,10 @@ class TrainingStream:
                     "were lost while it was read"
                 )
             self._step += received
+
+    def close(self) -> None:
+        """End the reader processes. Nothing may be read from this stream any more."""
+        end_readers(self._loader)
 
     def _epoch(self) -> Iterator[Batch]:
         try:

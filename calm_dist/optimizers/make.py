@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from calm_dist.errors import RecipeError
 from calm_dist.optimizers.spec import ADAMW, OptimizerSpec
@@ -37,12 +38,15 @@ def make_optimizer(spec: OptimizerSpec, groups: Groups, training: Any) -> torch.
 
     Raises:
         RecipeError: the package that registers it does not hold the function it names, or the
-            optimizer is not as described (tried on six numbers, once for each kind).
+            optimizer is not as described (tried on six numbers, once for each kind; not in a
+            rehearsal).
     """
     builder = load_module_part(spec.builder, "training.optimizer", spec.kind, "builder")
-    if spec is not ADAMW and spec.kind not in _checked:
-        devices = (p.device for group in groups for p in group["params"])
-        device = next(devices, torch.device("cpu"))
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    # A rehearsal's tensors have no numbers to compare.
+    is_rehearsal = any(isinstance(parameter, FakeTensor) for parameter in parameters)
+    if spec is not ADAMW and spec.kind not in _checked and not is_rehearsal:
+        device = parameters[0].device if parameters else torch.device("cpu")
         _check_description(spec, lambda own: builder(own, training), device)
         _checked.add(spec.kind)
     return builder(groups, training)

@@ -1,5 +1,6 @@
 """Typed recipes: sections, fields, YAML, overrides and checks. No torch."""
 
+from calm_dist.recipe.ignored import RECIPE_FILE
 from calm_dist.recipe.recipe import (
     LARGEST_FILE,
     AutoencoderRecipe,
@@ -28,6 +29,7 @@ from calm_dist.recipe.sections import (
 
 __all__ = [
     "LARGEST_FILE",
+    "RECIPE_FILE",
     "AutoencoderModel",
     "AutoencoderRecipe",
     "AutoencoderSize",

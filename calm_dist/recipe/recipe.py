@@ -26,6 +26,7 @@ from calm_dist.recipe.checks import (
     join_problems,
 )
 from calm_dist.recipe.fields import RecipeFields
+from calm_dist.recipe.ignored import RECIPE_FILE, leave_out_ignored
 from calm_dist.recipe.overrides import apply_overrides
 from calm_dist.recipe.sections import AutoencoderModel, AutoencoderSize, LanguageModel
 from calm_dist.recipe.yaml_text import parse_yaml, write_yaml
@@ -237,6 +238,9 @@ class AutoencoderRecipe(Recipe):
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, apply ``a.b=value`` overrides (see `apply_overrides`), check the result.
 
+    In a file named ``recipe.yaml``, as runs write it, fields that earlier versions ignored are left
+    out with a warning; elsewhere they are refused.
+
     Raises:
         RecipeError: the file cannot be read, an override is malformed, or the recipe is wrong.
     """
@@ -251,6 +255,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = parse_yaml(text, source=str(path))
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: not a mapping of sections; see the files in recipes/")
+    if path.name == RECIPE_FILE:
+        leave_out_ignored(values, str(path))
     try:
         return Recipe.from_dict(apply_overrides(values, overrides, Recipe))
     except RecipeError as error:

@@ -59,8 +59,9 @@ mapping is parsed; write `./[a]` for a store called `[a]`. All other values are 
 Unknown fields, wrong types, values out of range and impossible combinations are reported before \
 anything starts, all at once (the first ten if there are more), each with the remedy. For \
 combinations that are not supported, see [layouts.md](layouts.md#refused-with-the-reason). A run \
-writes its resolved recipe to `recipe.yaml` in its directory; `--dry-run` shows the plan without \
-running.
+writes its resolved recipe to `recipe.yaml` in its directory; in a file of that name, fields that \
+an earlier version accepted and ignored are left out with a warning. `--dry-run` shows the plan \
+without running.
 
 A field whose default is – may be absent; its meaning says what applies then."""
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from calm_dist.errors import DataError
+from calm_dist.errors import unreadable
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ def directories(root: str) -> Iterator[tuple[Directory, list[os.DirEntry[str]]]]
             with os.scandir(directory.path) as entries:
                 listed = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
-            raise DataError(
-                f"corpus {directory.path}: cannot be read ({error.strerror})"
-            ) from error
+            what = f"corpus {directory.path}"
+            message = f"{what}: cannot be read ({error.strerror})"
+            raise unreadable(what, error, message) from error
         for entry in listed:
             if entry.name.startswith(".") or not is_directory(entry):
                 continue
@@ -71,9 +71,8 @@ def status_of(path: str) -> os.stat_result:
         return os.stat(path)
     except OSError as error:
         link = "is a link whose target " if os.path.islink(path) else ""
-        raise DataError(
-            f"corpus {path}: {link}cannot be read ({error.strerror}); fix or remove it"
-        ) from error
+        message = f"corpus {path}: {link}cannot be read ({error.strerror}); fix or remove it"
+        raise unreadable(f"corpus {path}", error, message) from error
 
 
 def expand(pattern: str) -> set[str]:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from calm_dist.errors import DataError
+from calm_dist.errors import DataError, unreadable
 from calm_dist.redact import redact
 from calm_dist.text.compressed import CODECS, Unpacked
 from calm_dist.text.remote_files import is_url, open_url
@@ -211,7 +211,8 @@ def open_file(file: CorpusFile, start: int = 0) -> io.BufferedReader:
 
 def cannot_be_read(file: CorpusFile, error: OSError) -> DataError:
     """The error for a file that the system cannot read."""
-    return DataError(f"corpus {file.shown}: cannot be read ({error.strerror or error})")
+    what = f"corpus {file.shown}"
+    return unreadable(what, error, f"{what}: cannot be read ({error.strerror or error})")
 
 
 def skip_line(stream: io.BufferedReader) -> int:

@@ -24,10 +24,12 @@ _COUNTS = (
     "dropped_characters",
     "special_words",
 )
+_LATER = ("without_id", "tokens_dropped")
+"""Counts that the first version of reports did not have."""
 
 
 def merged_report(tallies: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The report of all parts.
+    """The report of all parts, without the counts that a part of an earlier version does not have.
 
     Args:
         tallies: of each part, as `Tally.to_dict` gives them, with the counts of its tokens.
@@ -36,14 +38,17 @@ def merged_report(tallies: Iterable[dict[str, Any]]) -> dict[str, Any]:
     reasons: Counter[str] = Counter()
     first: list[Any] = []
     lines: dict[str, list[tuple[int, int]]] = {}
+    names = set(_COUNTS)
     for tally in tallies:
+        # The sum of the other parts would pass for that of all.
+        names -= {name for name in _LATER if name not in tally}
         total.update({name: tally.get(name, 0) for name in _COUNTS})
         reasons.update(tally["faults"])
         first = sorted([*first, *tally["first"]], key=lambda fault: tuple(fault[:3]))[:LISTED]
         for name, start, count in tally["lines"]:
             lines.setdefault(name, []).append((start, count))
     return {
-        **{name: total[name] for name in _COUNTS},
+        **{name: total[name] for name in _COUNTS if name in names},
         "faults": sum(reasons.values()),
         "faults_by_reason": dict(sorted(reasons.items())),
         "first_faults": list(_with_lines((fault[3] for fault in first), lines)),

@@ -214,6 +214,8 @@ class TrainingRun(ABC):
         finally:
             if self._metrics is not None:
                 self._metrics.close()
+            # After the checkpoint, because a reader in a download ends late.
+            self._stream.close()
         self.say(self._stream.describe_read(self.progress.step))
         if self.rank == 0 and (doubt := checkpoints.doubt(self.run_dir, self.progress)):
             _log.warning(doubt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import weakref
 from pathlib import Path
 
@@ -12,6 +13,31 @@ from launches import ALONE, Tiny, language_recipe, recipe
 
 from calm_dist.parallel.launch import World
 from calm_dist.training.resolve import resolve
+
+
+def test_readers_end_while_the_trainer_is_kept(tiny: Tiny, tmp_path: Path) -> None:
+    from calm_dist.inference.load import single_process_topology
+    from calm_dist.training.language_model import Trainer
+
+    World(0, 1, 0, 1, "", 0, "test").export()
+    more = {"training__steps": 1, "parallel__device": "cpu", "data__num_workers": 2}
+    (tmp_path / "run").mkdir()
+    overrides = tiny(tmp_path / "run", "transformer", **ALONE, **more)
+    given = resolve(language_recipe(recipe("transformer"), overrides))
+    trainer = Trainer(given, single_process_topology(given, torch.device("cpu")))
+    readers: list[set[int | None]] = []
+    finish_saving = trainer.finish_saving
+
+    def see_readers() -> None:
+        readers.append({process.pid for process in multiprocessing.active_children()})
+        finish_saving()
+
+    trainer.finish_saving = see_readers  # type: ignore[method-assign]
+    before = {process.pid for process in multiprocessing.active_children()}
+    trainer.run()
+    # They end after the checkpoint, whose writer may be a process of its own.
+    assert len(readers[0] - before) >= 2
+    assert {process.pid for process in multiprocessing.active_children()} <= before
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["nothing_frozen", "frozen_before"])

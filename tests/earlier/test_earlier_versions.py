@@ -69,3 +69,40 @@ def test_work_of_an_earlier_version(version: str, tmp_path: Path) -> None:
     for step, values in later_steps(work / "autoencoder").items():
         assert values == pytest.approx(expected["autoencoder"].pop(step), rel=1e-5)
     assert not expected["autoencoder"]
+
+
+def write_field(directory: Path, old: str, new: str) -> None:
+    """Add a line to the recipe of a run and of its checkpoint, whose manifest then lists that."""
+    (checkpoint,) = (directory / "checkpoints").glob("step_*")
+    for file in (directory / "recipe.yaml", checkpoint / "recipe.yaml"):
+        text = file.read_text(encoding="utf-8")
+        assert text.count(old) == 1
+        file.write_text(text.replace(old, new), encoding="utf-8")
+    manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+    recipe = (checkpoint / "recipe.yaml").read_bytes()
+    sha256 = hashlib.sha256(recipe).hexdigest()
+    manifest["recipe.yaml"] = {"bytes": len(recipe), "sha256": sha256}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def test_a_run_that_was_given_fields_which_its_version_ignored(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(HERE / "before_rooms", work)
+    expected: dict[str, Any] = json.loads((work / "expected.json").read_text(encoding="utf-8"))
+    write_field(work / "run", "    sampling_steps:", "    width: 24\n    sampling_steps:")
+    write_field(work / "autoencoder", "  recompute: false", "  recompute: true")
+
+    start = "run/checkpoints/step_00000008"
+    said = tool(
+        "evaluate", "--checkpoint", start, "--data", "store", "--json", "scores.json", cwd=work
+    )
+    assert "model.head.width: 24 is left out" in said
+    scores = json.loads((work / "scores.json").read_text(encoding="utf-8"))
+    assert scores["energy_loss"] == pytest.approx(expected["energy_loss"], rel=1e-5)
+    # Continued, not begun again.
+    for name, program in (("run", "train"), ("autoencoder", "train_autoencoder")):
+        said = tool(program, f"{name}/recipe.yaml", "training.steps=9", cwd=work)
+        assert "is left out" in said and "step 8" in said
+        (values,) = later_steps(work / name).values()
+        assert values == pytest.approx(expected[name]["9"], rel=1e-5)
+    assert "width: null" in (work / "run" / "recipe.yaml").read_text(encoding="utf-8")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
+import sys
+import termios
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -55,6 +59,54 @@ def test_training_outlives_its_console_and_keeps_its_exit_code(
     assert sorted(training_records(run)) == list(range(1, STEPS + 1))
     assert (run / "checkpoints" / f"step_{STEPS:08d}" / "manifest.json").is_file()
     assert train([*overrides, "model.hidden_size=48"], console) == BAD_INPUT
+
+
+WAITS = """
+import time
+from pathlib import Path
+
+from calm_dist.log import outlive_console
+from calm_dist.training.stop import StopRequest
+
+outlive_console()
+stop = StopRequest()
+with stop.listening():
+    Path("begun").touch()
+    while not stop.requested:
+        print("step", flush=True)
+        time.sleep(0.01)
+print("stopped")
+"""
+
+
+@pytest.mark.parametrize("wrapper", [[], ["nohup"]])
+def test_a_closed_terminal_ends_what_was_not_started_with_nohup(
+    tmp_path: Path, wrapper: list[str]
+) -> None:
+    """As docs/faults.md says of a single process; a signal to stop is still heard."""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [*wrapper, sys.executable, "-c", WAITS],
+        cwd=tmp_path,
+        env=environment(),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.close(ours)
+    if not wrapper:
+        assert process.wait(TIMEOUT_SECONDS) == -signal.SIGHUP
+        return
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.terminate()
+    assert process.wait(TIMEOUT_SECONDS) == 0
 
 
 def test_terminal_that_hangs_up_does_not_stop_the_bar(

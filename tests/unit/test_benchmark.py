@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 import runpy
 import sys
@@ -11,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from launches import Tiny, language_recipe, untrained_run
+from launches import Tiny, language_recipe, recipe, untrained_run
 from tiny_models import VOCAB, tiny_model
 
-from calm_dist.benchmark import growth, inference, model, plain, ranks, reading, tokenizing
+from calm_dist.benchmark import growth, heads, inference, model, plain, ranks, reading, tokenizing
 from calm_dist.benchmark.compare import Pair, compare, table
 from calm_dist.benchmark.pairs import zipf_tokens
 from calm_dist.benchmark.scoring_pairs import pairs_of_runs
@@ -25,6 +26,7 @@ from calm_dist.evaluation.block_scores import draw_latents
 from calm_dist.evaluation.brier_softmax import scores_from_softmax
 from calm_dist.evaluation.brier_tree import cache_size, scores_from_patches
 from calm_dist.inference.generate import decode_latents
+from calm_dist.recipe import CalmModel
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CPU = torch.device("cpu")
@@ -346,3 +348,35 @@ def test_both_forms_of_tokenizing_give_the_same_number_of_tokens(
         assert ours == plain > 5000
         names.append(pair.name)
     assert len(set(names)) == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "left_out"),
+    [
+        ("model.head.kind=chain model.head.width=24", []),
+        ("model.head.kind=flow model.head.sampling_steps=3", []),
+        ("model.head.kind=flow model.head.num_samples=1", ["energy", "chain"]),
+        ("model.latent_size=15", ["chain"]),
+        ("model.patch_size=1", ["tokens"]),
+    ],
+)
+def test_heads_are_measured_beside_that_of_the_recipe(
+    tmp_path: Path,
+    tiny: Tiny,
+    caplog: pytest.LogCaptureFixture,
+    overrides: str,
+    left_out: list[str],
+) -> None:
+    """Fields of the recipe's own head hold for it alone; a head that does not fit is named."""
+    own = language_recipe(recipe("calm"), [*tiny(tmp_path, "calm"), *overrides.split()])
+    with caplog.at_level(logging.WARNING):
+        result = heads.measure_heads(own, positions=2, samples=2, repeats=1, device=CPU)
+    rows = {(row["kind"], row["sampling_steps"]): row for row in result["heads"]}
+    kinds = ["energy", "chain", "flow", "diffusion", "tokens"]
+    assert list(dict.fromkeys(kind for kind, _ in rows)) == [k for k in kinds if k not in left_out]
+    assert {("flow", 2), ("flow", 4), ("flow", 10), ("diffusion", 100)} <= rows.keys()
+    warned = [message.split()[0] for message in caplog.messages if "left out" in message]
+    assert warned == left_out
+    assert isinstance(own.model, CalmModel)
+    if own.model.head.kind == "chain":
+        assert rows["chain", 1]["parameters"] == flops.head_parameters(own.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import resource
 import subprocess
@@ -21,7 +22,14 @@ from calm_dist.cli.console import (
     writable_directory,
     write_json,
 )
-from calm_dist.errors import HungError, PeerLostError, RecipeError, TrainingDivergedError, UserError
+from calm_dist.errors import (
+    HungError,
+    PeerLostError,
+    RecipeError,
+    TrainingDivergedError,
+    UnreachableError,
+    UserError,
+)
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -38,6 +46,8 @@ def raising(error: BaseException) -> Callable[[], None]:
     [
         (UserError("field: bad"), 2),
         (FileNotFoundError(2, "No such file or directory", "/a/b"), 2),
+        (UnreachableError("the store does not answer"), 6),
+        (OSError(errno.ESTALE, "Stale file handle", "/a/b"), 6),
         (PeerLostError("rank 1 died"), 3),
         (TrainingDivergedError("not finite"), 4),
         (HungError("rank 1 hangs"), 5),

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from warm import warm_python
 
@@ -160,6 +162,22 @@ def test_part_may_hold_less_than_a_block_but_not_all(inputs: Path, tmp_path: Pat
     for _ in range(2):
         with pytest.raises(DataError, match=r"less than one block of 4096 tokens.*fewer --parts"):
             long.write(tmp_path / "short", (1, 2))
+
+
+@pytest.mark.parametrize("name", ["tokens_dropped", "without_id"])
+def test_report_has_no_count_that_a_part_of_an_earlier_version_lacks(
+    job: Job, tmp_path: Path, unbroken: dict[str, bytes], name: str
+) -> None:
+    out = tmp_path / "out"
+    assert job.write(out, (0, 2)) == [1]
+    tally = out / ".parts" / "report.00002.json"
+    counts = json.loads(tally.read_text())
+    del counts[name]
+    tally.write_text(json.dumps(counts))
+    assert job.write(out, (1, 2)) == []
+    report = json.loads(unbroken["report.json"])
+    del report[name]
+    assert json.loads((out / "report.json").read_text()) == report
 
 
 @pytest.mark.parametrize("fate", ["killed", "overtaken"])
@@ -380,6 +398,19 @@ def test_bad_options_end_with_code_2(
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_begin_that_is_refused_leaves_nothing(inputs: Path, tmp_path: Path) -> None:
+    table = tmp_path / "corpus.parquet"
+    pq.write_table(pa.table({"text": WORDS}), table)
+    job = Job(inputs, 3)
+    job.corpus = [table]
+    job.plan = plan_store([table], job.tokenizer, variant="tokens", parts=3, **job.options)
+    table.write_bytes(b"replaced since")
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"corpus\.parquet"):
+            job.write(tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_other_number_of_parts_or_size_of_shards_is_refused(inputs: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from calm_dist.errors import RecipeError
 from calm_dist.optimizers import OptimizerSpec, make
@@ -136,3 +137,16 @@ def test_not_as_described(
 ) -> None:
     with pytest.raises(RecipeError, match=f"training.optimizer: .*{message}"):
         build(builder, moments)
+
+
+def test_a_rehearsal_builds_one_without_the_comparison() -> None:
+    """Its tensors have shapes but no numbers."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        optimizer = build(nesterov, ("momentum_buffer",))
+        (weight,) = optimizer.param_groups[0]["params"]
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        assert optimizer.state[weight]["momentum_buffer"].shape == weight.shape
+    # The process has not compared yet: a training in it does.
+    with pytest.raises(RecipeError, match="its state has momentum_buffer"):
+        build(nesterov, ())

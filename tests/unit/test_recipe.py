@@ -10,6 +10,7 @@ import yaml
 
 from calm_dist.errors import RecipeError
 from calm_dist.recipe import AutoencoderModel, CalmModel, Recipe, load_recipe
+from calm_dist.recipe.overrides import apply_overrides
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL_RECIPES = Path(__file__).parents[1] / "recipes"
@@ -138,6 +139,29 @@ def test_refusals_name_field_value_and_remedy(override: str, words: str) -> None
     message = refusal(override)
     assert words in message
     assert override.partition("=")[0].split(".")[0] in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [
+        ("calm", "model.head.width=64"),
+        ("autoencoder", "parallel.recompute=true"),
+        ("autoencoder", "parallel.stage_layers=[2]"),
+    ],
+)
+def test_what_a_run_ignored_is_left_out_of_its_recipe_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, field: str
+) -> None:
+    name = field.partition("=")[0]
+    own = RECIPES / f"{kind}_tiny.yaml"
+    values = apply_overrides(load_recipe(own).to_dict(), [field], Recipe)
+    for file in ("recipe.yaml", "mine.yaml"):
+        (tmp_path / file).write_text(yaml.safe_dump(values))
+    for _ in range(2):
+        assert load_recipe(tmp_path / "recipe.yaml") == load_recipe(own)
+    assert len(caplog.messages) == 1 and name in caplog.messages[0]
+    for file, overrides in (("mine.yaml", []), ("recipe.yaml", [field])):
+        assert name in refusal(*overrides, recipe=tmp_path / file)
 
 
 def test_all_problems_come_at_once() -> None:

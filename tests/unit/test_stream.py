@@ -5,6 +5,9 @@ early, local data is never hashed, a pickle in the index is unpickled by LocalDa
 ``../x`` is written outside the cache.
 """
 
+import builtins
+import errno
+import io
 import json
 import os
 import shutil
@@ -26,7 +29,8 @@ from calm_dist.data import guard
 from calm_dist.data.latents import plan_store, write_store
 from calm_dist.data.store import fingerprint, read_meta
 from calm_dist.data.stream import TrainingStream, open_store, open_training_stream
-from calm_dist.errors import DataError, LaunchError
+from calm_dist.errors import DataError, LaunchError, UnreachableError
+from calm_dist.files import file_sha256
 from calm_dist.interop.huggingface import load_autoencoder, save_autoencoder
 from calm_dist.models.autoencoder import Autoencoder, AutoencoderConfig
 from calm_dist.text.tokenizer import train_tokenizer
@@ -453,8 +457,7 @@ def test_damage_in_a_large_store_is_found_on_first_use(
     assert "Traceback" not in str(error.value)
     if num_workers:
         # Left to the garbage collector inside pytest's traceback, torch waits 10 s for them.
-        iterator: Any = stream._loader._iterator
-        iterator._shutdown_workers()
+        stream.close()
 
 
 def test_random_access_to_a_large_store_checks_each_shard_once(
@@ -480,6 +483,56 @@ def test_shard_that_vanishes_while_reading_is_an_error(store: Path) -> None:
     with pytest.raises(DataError, match=r"shard\.\d+\.mds: is missing"):
         for _ in range(stream.steps_per_epoch):
             next(batches)
+
+
+def lose(patch: pytest.MonkeyPatch, ending: str, number: int) -> None:
+    """The mount of files with this ending of their path is lost: no call of the system finds it."""
+    for owner, name in ((os, "stat"), (os, "open"), (io, "open"), (builtins, "open")):
+        original = getattr(owner, name)
+
+        def call(path: Any, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+            if isinstance(path, str | Path) and str(path).endswith(ending):
+                raise OSError(number, os.strerror(number), str(path))
+            return original(path, *args, **kwargs)
+
+        patch.setattr(owner, name, call)
+
+
+NUMBERS = [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("ending", ["/store", "/meta.json", "/index.json", "/shard.00001.mds"])
+def test_a_lost_mount_is_no_lasting_fault(
+    store: Path, monkeypatch: pytest.MonkeyPatch, ending: str, number: int
+) -> None:
+    lose(monkeypatch, ending, number)
+    message = rf"store.*: cannot be read \({os.strerror(number)}\).*start the same command again"
+    for opened in (lambda: open_training_stream([store], batch_size=4), lambda: open_store(store)):
+        with pytest.raises(UnreachableError, match=message):
+            opened()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_mount_that_is_lost_while_reading_is_no_lasting_fault(
+    store: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    monkeypatch.setattr(guard, "CHECK_ON_OPEN_BYTES", 0)
+    stream = open_training_stream([store], batch_size=4, num_workers=num_workers)
+    random_access = open_store(store)
+    assert random_access[0]["index"] == 0
+    lose(monkeypatch, ".mds", errno.ESTALE)
+    with pytest.raises(UnreachableError, match=r"shard\.\d+\.mds: cannot be read"):
+        indices(stream, stream.steps_per_epoch)
+    stream.close()
+    with pytest.raises(UnreachableError, match=r"shard\.00000\.mds: block 1: cannot be read"):
+        random_access[1]
+
+
+def test_the_systems_own_error_of_a_read() -> None:
+    """Page zero of a process cannot be read: EIO, from the read itself."""
+    with pytest.raises(UnreachableError, match=r"mem: cannot be read \(Input/output error\)"):
+        file_sha256(Path("/proc/self/mem"))
 
 
 def test_waiting_for_a_shard_that_another_reader_cannot_prepare_ends(

@@ -18,7 +18,7 @@ from pathlib import Path
 from calm_dist.errors import CheckpointError, DataError, UserError, shown
 from calm_dist.files import file_sha256
 from calm_dist.log import NOTE
-from calm_dist.recipe import load_recipe
+from calm_dist.recipe import RECIPE_FILE, load_recipe
 from calm_dist.runs.checkpoints.run_state import STATE_FILE, RunState
 
 _log = logging.getLogger(__name__)
@@ -26,7 +26,6 @@ _log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 LATEST = "latest"
-RECIPE_FILE = "recipe.yaml"
 TENSORS = "tensors"
 """Megatron's distributed checkpoint of a language model."""
 AUTOENCODER_FILES = ("config.json", "model.safetensors")
