@@ -142,7 +142,11 @@ def _handle(
         where = span.file.shown_line(number + lines_before(span))
     elif found.kind in TABLES:
         where += f": row {place}"
-    raise DataError(f"corpus {where}: {problem.message}; --on-bad-line skip leaves it out")
+    # Not every tool that reads text has that option.
+    raise DataError(
+        f"corpus {where}: {problem.message}; correct it, or leave it out with --on-bad-line skip "
+        "of prepare_corpus.py or encode_latents.py"
+    )
 
 
 def lines_before(span: Span) -> int:

@@ -309,6 +309,41 @@ def test_an_imported_model_has_no_known_training_block_size(
     assert said in result["block_size_note"] and said in capsys.readouterr().out
 
 
+def test_the_text_may_have_another_key(
+    tmp_path: Path,
+    corpus: Path,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The same documents under another key have the same score."""
+    write_run(tiny_model("transformer", vocab_size=VOCAB), tmp_path / "run", tokenizer.fingerprint)
+    file = corpus.parent / "tokenizer.json"
+
+    def scores(key: str, *options: str) -> dict[str, Any]:
+        documents = ({"id": str(number), key: text} for number, text in enumerate(TEXT))
+        lines = "".join(f"{json.dumps(document)}\n" for document in documents)
+        (tmp_path / f"{key}.jsonl").write_text(lines)
+        code = evaluate(
+            monkeypatch,
+            *("--checkpoint", tmp_path / "run", "--text", tmp_path / f"{key}.jsonl"),
+            *("--tokenizer", file, "--block-size", "24", "--blocks", "2"),
+            *("--json", tmp_path / "scores.json"),
+            *options,
+        )
+        assert code == 0, capsys.readouterr().err
+        return json.loads((tmp_path / "scores.json").read_text())
+
+    assert scores("content", "--text-key", "content")["brier"] == scores("text")["brier"]
+    # Without the option, the error names an option that this tool has.
+    arguments = ("--checkpoint", tmp_path / "run", "--text", tmp_path / "content.jsonl")
+    assert evaluate(monkeypatch, *arguments, "--tokenizer", file) == 2
+    error = capsys.readouterr().err
+    assert 'content.jsonl:1: has no "text" string' in error
+    assert "--text-key names another key" in error
+    assert "--on-bad-line skip of prepare_corpus.py or encode_latents.py" in error
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -316,6 +351,8 @@ def test_an_imported_model_has_no_known_training_block_size(
         (["--blocks", "0"], "0: give a whole number from 1"),
         (["--samples", "1"], "1: give a whole number from 2"),
         (["--begin-token", "<s>"], "--begin-token: is for --text, not for --data"),
+        (["--text-key", "content"], "--text-key: is for --text, not for --data"),
+        (["--text-key", ""], "--text-key: is empty; name a key or column"),
     ],
 )
 def test_wrong_options_are_refused_at_once(
