@@ -43,6 +43,9 @@ _WHOLE_STACK = (
     "networkx",
     "torch._inductor.compile_fx",
     "torch.distributed.launcher.api",
+    # Each report imports them.
+    "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_svg",
 )
 
 _OPTIONS = ("-u", "-m", "-c", "-")
