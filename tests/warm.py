@@ -39,10 +39,12 @@ _WHOLE_STACK = (
     "calm_dist.inference.generate",
     "calm_dist.training.autoencoder",
     "calm_dist.training.language_model",
-    # The first training step imports them.
-    "networkx",
-    "torch._inductor.compile_fx",
+    # The optimizer imports it when it is built.
+    "torch._dynamo",
     "torch.distributed.launcher.api",
+    # Each report imports them.
+    "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_svg",
 )
 
 _OPTIONS = ("-u", "-m", "-c", "-")
@@ -108,9 +110,8 @@ def _serve(address: str) -> None:
     from calm_dist.compat.deepspeed import import_deepspeed
 
     import_deepspeed()
-    # Its engine imports them when it is built.
-    for module in ("module_inject.auto_ep_layer", "runtime.zero.muon.muon_optimizer"):
-        importlib.import_module(f"deepspeed.{module}")
+    # Its engine imports it when it is built.
+    importlib.import_module("deepspeed.module_inject.auto_ep_layer")
     from gloo_device import share_device
 
     share_device()

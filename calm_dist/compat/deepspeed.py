@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 
+from calm_dist.compat.lazy_compile import compiled_when_called
+
 
 def import_deepspeed() -> Any:
-    """Import DeepSpeed without a C++ build at run time and without its banners.
+    """Import DeepSpeed without a C++ build at run time, torch's compiler and its banners.
 
     On CPU it would compile `deepspeed_shm_comm` for over a minute, which only its inference kernels
-    use.
+    use. Its engine imports Muon whatever the optimizer is, whose functions are compiled at their
+    first call.
     """
     on_cpu = not torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cpu" if on_cpu else "cuda")
@@ -23,6 +26,9 @@ def import_deepspeed() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
     import deepspeed.ops
+
+    with compiled_when_called():
+        import deepspeed.runtime.zero.muon.muon_optimizer
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
     if on_cpu:

@@ -15,7 +15,6 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import nn
-from torch.nn.attention.bias import causal_lower_right
 
 from calm_dist.models.kv_cache import KeyValueCache
 
@@ -145,6 +144,9 @@ class CoreAttention(MegatronModule):
         else:
             if mask is None and 1 < steps < slots:
                 # SDPA's own causal mask is aligned to the first slot.
+                # It loads torch's compiler front end, which takes 2 seconds.
+                from torch.nn.attention.bias import causal_lower_right
+
                 mask = causal_lower_right(steps, slots)
             output = F.scaled_dot_product_attention(
                 query.permute(1, 2, 0, 3),

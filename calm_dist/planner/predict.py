@@ -68,11 +68,12 @@ def predict(recipe: LanguageModelRecipe, cluster: Cluster) -> Prediction:
     Raises:
         RecipeError: the recipe leaves a size to a data store that does not exist.
     """
+    counts = layer_counts(recipe)
     memory = tuple(
         stage_memory(recipe, stage, layers=layers, on_cpu=cluster.on_cpu)
-        for stage, layers in enumerate(layer_counts(recipe))
+        for stage, layers in enumerate(counts)
     )
-    return Prediction(recipe, cluster, memory, step_time(recipe, cluster))
+    return Prediction(recipe, cluster, memory, step_time(recipe, cluster, layers=counts))
 
 
 def training_cost(

@@ -47,9 +47,16 @@ class StepTime:
         return sum(self.terms.values())
 
 
-def step_time(recipe: LanguageModelRecipe, cluster: Cluster) -> StepTime:
-    """Predict a step of a language model's recipe."""
-    number, links, counts = recipe.num_micro_batches, groups(recipe, cluster), layer_counts(recipe)
+def step_time(
+    recipe: LanguageModelRecipe, cluster: Cluster, *, layers: list[int] | None = None
+) -> StepTime:
+    """Predict a step of a language model's recipe.
+
+    Args:
+        layers: number of layers of each stage, if already known from `layer_counts`.
+    """
+    number, links = recipe.num_micro_batches, groups(recipe, cluster)
+    counts = layer_counts(recipe) if layers is None else layers
     last = len(counts) - 1
     # Stages between the first and the last are equal if they have the same number of layers.
     kinds = [(n, stage if stage in (0, last) else None) for stage, n in enumerate(counts)]

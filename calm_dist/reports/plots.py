@@ -1,7 +1,7 @@
 """The report's plots, by matplotlib: inline SVG for the page, PNG for everything else.
 
-In SVG, placeholder colours become CSS variables of `reports.page`, so that plots follow the light
-or dark scheme.
+In SVG, the light colours become CSS variables of `reports.page`, so that plots follow the light or
+dark scheme.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,14 +53,11 @@ DARK = Palette(
     "#343a40",
     ("#74a9f5", "#f0935a", "#6cc796", "#c39af0", "#dfbb4a", "#5fcbd9", "#ef86b0"),
 )
-_PLACEHOLDERS = Palette(
-    "none", "#010101", "#010102", "#010103", tuple(f"#0102{number:02d}" for number in range(1, 8))
-)
 _CSS_VARIABLES = {
-    _PLACEHOLDERS.ink: "var(--ink)",
-    _PLACEHOLDERS.muted: "var(--muted)",
-    _PLACEHOLDERS.line: "var(--line)",
-    **{color: f"var(--series-{number})" for number, color in enumerate(_PLACEHOLDERS.series, 1)},
+    LIGHT.ink: "var(--ink)",
+    LIGHT.muted: "var(--muted)",
+    LIGHT.line: "var(--line)",
+    **{color: f"var(--series-{number})" for number, color in enumerate(LIGHT.series, 1)},
 }
 
 PART_NAMES = {
@@ -101,36 +99,33 @@ class Plot:
 
     def svg(self) -> str:
         """An ``<svg>`` element whose ids start with the plot's name, in the page's colours."""
-        with _figure(self, _PLACEHOLDERS) as figure:
-            return _as_svg(figure, self.name)
+        with _style():
+            return _as_svg(self._figure, self.name)
 
     def png(self) -> bytes:
         """An image in light colours."""
-        with _figure(self, LIGHT) as figure:
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
-            return buffer.getvalue()
+        buffer = io.BytesIO()
+        with _style():
+            self._figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
+        return buffer.getvalue()
 
+    @cached_property
+    def _figure(self) -> Figure:
+        """Drawn, without a window system, and laid out, which takes as long as to write it."""
+        from matplotlib.figure import Figure
 
-@contextmanager
-def _figure(plot: Plot, palette: Palette) -> Iterator[Figure]:
-    """The drawn figure, without a window system."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    columns = _legend_columns(plot)
-    legend_rows = math.ceil(len(plot.legend) / columns)
-    height = (0.75 + 0.36 * plot.rows if plot.rows else _HEIGHT) + 0.22 * legend_rows
-    with matplotlib.rc_context(_style(palette)), warnings.catch_warnings():
-        # A PNG shows boxes for characters that no local font has; the page uses the reader's fonts.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        columns = _legend_columns(self)
+        legend_rows = math.ceil(len(self.legend) / columns)
+        height = (0.75 + 0.36 * self.rows if self.rows else _HEIGHT) + 0.22 * legend_rows
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         axis = figure.subplots()
-        plot.draw(axis, palette)
-        if plot.legend:
+        self.draw(axis, LIGHT)
+        if self.legend:
             handles, labels = axis.get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-        yield figure
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+        return figure
 
 
 def _legend_columns(plot: Plot) -> int:
@@ -148,27 +143,34 @@ def shortened(name: str, longest: int = 40) -> str:
     return name.replace("$", r"\$")
 
 
-def _style(palette: Palette) -> dict[Any, Any]:
-    return {
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib
+
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",  # text stays text: it takes the page's font and can be selected
         "font.size": 10,
-        "figure.facecolor": palette.paper,
+        "figure.facecolor": LIGHT.paper,
         "axes.facecolor": "none",
-        "axes.edgecolor": palette.muted,
-        "axes.labelcolor": palette.ink,
+        "axes.edgecolor": LIGHT.muted,
+        "axes.labelcolor": LIGHT.ink,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
         "axes.axisbelow": True,
-        "grid.color": palette.line,
+        "grid.color": LIGHT.line,
         "grid.linewidth": 0.8,
-        "text.color": palette.ink,
-        "xtick.color": palette.muted,
-        "ytick.color": palette.muted,
+        "text.color": LIGHT.ink,
+        "xtick.color": LIGHT.muted,
+        "ytick.color": LIGHT.muted,
         "legend.frameon": False,
         "legend.fontsize": 9.5,
         "lines.markersize": 5.5,
     }
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        # A PNG shows boxes for characters that no local font has; the page uses the reader's fonts.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
 
 
 def _look(number: int, palette: Palette) -> dict[str, Any]:

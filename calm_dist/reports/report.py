@@ -107,10 +107,10 @@ def write_files(
     out: Path,
 ) -> None:
     """Write the files of a report; see `write_report`."""
-    content = report_content(summary, models, autoencoder)
-    page, words = render_page(content), render_markdown(content)
     try:
         (out / "plots").mkdir(parents=True, exist_ok=True)
+        content = report_content(summary, models, autoencoder)
+        page, words = render_page(content), render_markdown(content)
         for section in content.sections:
             for plot in section.plots:
                 (out / "plots" / f"{plot.name}.png").write_bytes(plot.png())

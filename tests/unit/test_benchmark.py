@@ -53,12 +53,11 @@ def test_plain_brier_has_the_same_expectation() -> None:
     tokens = torch.randint(VOCAB, (12,), generator=torch.Generator().manual_seed(0))
     starts = torch.arange(2, 7)
     generator = torch.Generator().manual_seed(1)
-    runs = torch.stack(
-        [
-            plain.transformer_brier(tiny.logits, tiny.new_cache, tokens, starts, generator)[0]
-            for _ in range(300)
-        ]
-    ).mean(1)
+    # The starts are scored one after the other, each with draws of its own.
+    scores, _ = plain.transformer_brier(
+        tiny.logits, tiny.new_cache, tokens, starts.repeat(300), generator
+    )
+    runs = scores.unflatten(0, (300, -1)).mean(1)
     ours = scores_from_softmax(
         tiny.logits, tiny.new_cache, tokens, starts, num_draws=500, seed=0
     ).scores.mean(0)
@@ -89,10 +88,15 @@ def test_plain_brier_of_a_calm_has_the_same_expectation() -> None:
             tiny.hidden, cache, lambda h, starts, depth: draw(h, 2), draw(hidden, 2), starts, target
         )
 
+    def run(tokens: torch.Tensor, positions: Any, mask: Any, held: Any) -> torch.Tensor:
+        # The text's states are the same in all runs.
+        return hidden[None] if held is cache else tiny.hidden(tokens, positions, mask, held)
+
     def released() -> torch.Tensor:
         assert tiny.autoencoder is not None
+        cache.truncate(5)
         scores, _ = plain.calm_evaluation(
-            tiny.hidden, tiny.new_cache, tiny.head, tiny.autoencoder, tokens, starts, 2, generator
+            run, lambda *_: cache, tiny.head, tiny.autoencoder, tokens, starts, 2, generator
         )
         return scores
 

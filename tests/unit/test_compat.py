@@ -277,26 +277,35 @@ print(StreamingC4.__name__, streaming.text.__name__)
     ]
 
 
-def test_megatron_is_imported_without_compiler_and_wandb() -> None:
+def test_libraries_are_imported_without_compiler_and_wandb() -> None:
     """In a fresh process; what it decorates is compiled when it is called, and wandb works."""
     code = """
 import functools, sys, torch
-from calm_dist.compat import megatron_import
+from calm_dist.compat import deepspeed, lazy_compile, megatron_import
 real = torch.compile
 megatron_import.import_megatron()
-loaded = [name for name in ("torch._inductor.compile_fx", "wandb") if name in sys.modules]
+deepspeed.import_deepspeed()
+# As its engine does.
+from deepspeed.runtime.zero.muon import original_muon
+import calm_dist.inference.generate
+loaded = [name for name in ("torch._dynamo", "wandb") if name in sys.modules]
 assert torch.compile is real and loaded == [], loaded
 # The eager backend needs no C++ compiler.
 compiled = []
-megatron_import._compile = lambda function: compiled.append(function) or real(
-    function, backend="eager"
-)
+def compile_eagerly(function, **settings):
+    compiled.append(function)
+    return real(function, backend="eager")
+
+lazy_compile._compile = compile_eagerly
 from megatron.core.fusions.fused_bias_swiglu import bias_swiglu
 values, bias = torch.randn(5, 8), torch.randn(8)
 for _ in range(2):
     first, second = torch.chunk(values + bias, 2, -1)
     torch.testing.assert_close(bias_swiglu(values, bias), torch.nn.functional.silu(first) * second)
-assert [function.__name__ for function in compiled] == ["bias_swiglu"]
+# Orthogonal rows up to the iteration's tolerance.
+near = original_muon.zeropower_via_newtonschulz5(torch.randn(4, 8), 5)
+torch.testing.assert_close(near.float() @ near.float().T, torch.eye(4), atol=0.5, rtol=0)
+assert [f.__name__ for f in compiled] == ["bias_swiglu", "zeropower_via_newtonschulz5"]
 import wandb
 assert wandb.__version__
 """

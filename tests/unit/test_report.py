@@ -10,7 +10,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from made_runs import (
@@ -32,7 +32,8 @@ from calm_dist.reports.analysis import (
     pareto_front,
 )
 from calm_dist.reports.content import missing_and_incomparable
-from calm_dist.reports.report import summarize, write_report
+from calm_dist.reports.markdown import render_markdown
+from calm_dist.reports.report import read_runs, report_content, summarize, write_report
 from calm_dist.runs.records import read_run
 from calm_dist.scores import MARK_EXPLAINED
 
@@ -41,6 +42,25 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 @pytest.fixture
 def experiment(tmp_path: Path) -> dict[str, Path]:
+    return made_experiment(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Reported:
+    """Several tests look at one report, since to draw its plots takes seconds."""
+    folder = tmp_path_factory.mktemp("reported")
+    experiment = made_experiment(folder)
+    return Reported(experiment, folder / "report", *report(experiment, folder / "report"))
+
+
+class Reported(NamedTuple):
+    experiment: dict[str, Path]
+    out: Path
+    summary: dict[str, Any]
+    page: str
+
+
+def made_experiment(tmp_path: Path) -> dict[str, Path]:
     steps = range(10, 401, 10)
     return {
         "calm": make_run(
@@ -73,8 +93,15 @@ def report(experiment: dict[str, Path], out: Path) -> tuple[dict[str, Any], str]
     return summary, (out / "index.html").read_text()
 
 
-def test_report_json_has_the_measured_numbers(experiment: dict[str, Path], tmp_path: Path) -> None:
-    summary, _ = report(experiment, tmp_path / "report")
+def words_of(runs: list[Path], autoencoder: Path | None = None) -> tuple[dict[str, Any], str]:
+    """Summary and text of a report whose plots are not drawn."""
+    models, autoencoder_run = read_runs(runs, autoencoder)
+    summary = summarize(models, autoencoder_run)
+    return summary, render_markdown(report_content(summary, models, autoencoder_run))
+
+
+def test_report_json_has_the_measured_numbers(reported: Reported) -> None:
+    experiment, _, summary, _ = reported
     calm, transformer = summary["models"]
     assert (calm["name"], calm["kind"], calm["patch_size"]) == ("calm", "calm", 4)
     assert (transformer["kind"], transformer["patch_size"]) == ("transformer", 1)
@@ -96,10 +123,8 @@ def test_report_json_has_the_measured_numbers(experiment: dict[str, Path], tmp_p
     assert summary["autoencoder"]["collapsed_dims"] == 3
 
 
-def test_totals_bear_the_autoencoder_and_its_pass_over_the_text(
-    experiment: dict[str, Path], tmp_path: Path
-) -> None:
-    summary, page = report(experiment, tmp_path / "report")
+def test_totals_bear_the_autoencoder_and_its_pass_over_the_text(reported: Reported) -> None:
+    experiment, _, summary, page = reported
     calm, transformer = summary["models"]
     tokens = 400 * TOKENS_PER_STEP
     model = read_run(experiment["calm"]).recipe.model
@@ -117,12 +142,11 @@ def test_totals_bear_the_autoencoder_and_its_pass_over_the_text(
     ours = summary["comparison"]["train_flops_with_autoencoder_ours_ratio"]
     assert f"it took {ours:.2f} times the training FLOPs" in page
     # Without the autoencoder's run its training is not known, and no total either.
-    del experiment["autoencoder"]
-    summary, page = report(experiment, tmp_path / "without")
+    summary, words = words_of([experiment["calm"], experiment["transformer"]])
     (calm, transformer), comparison = summary["models"], summary["comparison"]
     assert calm["encoding_flops"] == pytest.approx(encoding)
     assert calm["autoencoder_train_flops"] is None is calm["train_flops_with_autoencoder"]
-    assert comparison["train_flops_with_autoencoder_ratio"] is None and "it took" not in page
+    assert comparison["train_flops_with_autoencoder_ratio"] is None and "it took" not in words
 
 
 def test_the_control_stands_beside_the_two(experiment: dict[str, Path], tmp_path: Path) -> None:
@@ -130,7 +154,7 @@ def test_the_control_stands_beside_the_two(experiment: dict[str, Path], tmp_path
     records = [training(400), evaluation(400, 3.0, cross_entropy=2.5)]
     control = make_run(tmp_path / "patches", "tokens", records)
     runs = [control, experiment["transformer"], experiment["calm"]]
-    summary = write_report(runs, tmp_path / "report", autoencoder=experiment["autoencoder"])
+    summary, words = words_of(runs, experiment["autoencoder"])
     entry = summary["models"][0]
     assert entry["kind"] == "tokens" and entry["layout"]["zero_stage"] == 2
     assert entry["autoencoder_train_flops"] == entry["encoding_flops"] == 0
@@ -141,28 +165,27 @@ def test_the_control_stands_beside_the_two(experiment: dict[str, Path], tmp_path
     assert comparison["train_flops_ratio"] == pytest.approx(
         summary["models"][2]["train_flops"] / transformer["train_flops"]
     )
-    page = (tmp_path / "report" / "index.html").read_text()
-    assert "patches is the control" in page and "patches, discrete head" in page
-    assert "output layer" in page
+    assert "patches is the control" in words and "patches, discrete head" in words
+    assert "output layer" in words
 
 
 def test_a_run_given_twice_is_one(experiment: dict[str, Path], tmp_path: Path) -> None:
     calm = experiment["calm"]
     (tmp_path / "link").symlink_to(calm)
-    summary = write_report([calm, f"{calm}/", tmp_path / "link"], tmp_path / "report")
-    assert [entry["path"] for entry in summary["models"]] == [str(calm)]
+    models, _ = read_runs([calm, f"{calm}/", tmp_path / "link"], None)
+    assert [str(run.path) for run in models] == [str(calm)]
     # The first one named stays the first.
     other = experiment["transformer"]
-    summary = write_report([other, calm, other], tmp_path / "report2")
+    summary, _ = words_of([other, calm, other])
     assert [entry["path"] for entry in summary["models"]] == [str(other), str(calm)]
 
 
-def test_flops_follow_the_tokens_really_seen(experiment: dict[str, Path], tmp_path: Path) -> None:
-    full = report(experiment, tmp_path / "full")[0]["models"][0]["train_flops"]
+def test_flops_follow_the_tokens_really_seen(experiment: dict[str, Path]) -> None:
+    full = words_of([experiment["calm"]])[0]["models"][0]["train_flops"]
     metrics = experiment["calm"] / "metrics.jsonl"
     metrics.write_text(json.dumps(training(100)) + "\n")
-    half = report(experiment, tmp_path / "half")[0]["models"][0]["train_flops"]
-    assert half == pytest.approx(full / 4)
+    part = words_of([experiment["calm"]])[0]["models"][0]["train_flops"]
+    assert part == pytest.approx(full / 4)
 
 
 class Outline(HTMLParser):
@@ -193,10 +216,10 @@ class Outline(HTMLParser):
         self.text += data
 
 
-def test_page_is_whole_and_needs_no_network(experiment: dict[str, Path], tmp_path: Path) -> None:
-    _, page = report(experiment, tmp_path / "report")
+def test_page_is_whole_and_needs_no_network(reported: Reported) -> None:
+    _, out, _, page = reported
     outline = Outline(page)
-    plots = sorted(path.stem for path in (tmp_path / "report" / "plots").iterdir())
+    plots = sorted(path.stem for path in (out / "plots").iterdir())
     assert plots == [
         *("brierlm", "flops_inference", "flops_training", "information"),
         *("loss_autoencoder", "loss_calm", "loss_transformer", "reconstruction", "throughput"),
@@ -214,18 +237,18 @@ def test_page_is_whole_and_needs_no_network(experiment: dict[str, Path], tmp_pat
     used |= set(re.findall(r"url\(#([^)]*)\)", page))
     assert used and used <= set(ids)
     # Colours come from the page's variables, in both schemes.
-    assert not re.search(r"#0[12]0[0-9]{3}", page)
+    drawings = re.findall("<svg.*?</svg>", page, re.DOTALL)
+    assert len(drawings) == len(plots) and not re.search(r"#[0-9a-f]{6}\b", "".join(drawings))
     assert "Transformer &lt;tiny&gt;" in page and "<tiny>" not in page
     assert "2.00 ± 0.10" in outline.text and "There is no" not in outline.text
 
 
-def test_markdown_and_images_say_the_same(experiment: dict[str, Path], tmp_path: Path) -> None:
-    report(experiment, tmp_path / "report")
-    words = (tmp_path / "report" / "report.md").read_text()
+def test_markdown_and_images_say_the_same(reported: Reported) -> None:
+    words = (reported.out / "report.md").read_text()
     images = re.findall(r"!\[([^]]+)\]\((plots/\w+\.png)\)", words)
     assert len(images) == 9 and all(len(alternative) > 40 for alternative, _ in images)
     for _, image in images:
-        assert (tmp_path / "report" / image).read_bytes().startswith(b"\x89PNG")
+        assert (reported.out / image).read_bytes().startswith(b"\x89PNG")
     # Names are no markup, and a table's rows have as many cells as its head.
     assert "Transformer \\<tiny\\>" in words
     for block in re.findall(r"(?:^\|.*\n)+", words, re.MULTILINE):
@@ -429,10 +452,16 @@ def test_scores_of_noise_are_marked_everywhere_and_explained_once(
     assert done.count(MARK_EXPLAINED) == 1
 
 
-def test_reports_without_noise_explain_no_mark(experiment: dict[str, Path], tmp_path: Path) -> None:
-    summary, page = report(with_control(experiment), tmp_path / "report")
+def test_reports_without_noise_explain_no_mark(
+    reported: Reported, experiment: dict[str, Path], tmp_path: Path
+) -> None:
+    models = with_control(experiment)
+    autoencoder = models.pop("autoencoder")
+    summary, words = words_of(list(models.values()), autoencoder)
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").write_text(json.dumps(summary))
     done = quickstart_summary(tmp_path)
-    assert MARK_EXPLAINED not in page + done and "BrierLM 2.00 ± 0.10 | " in done
+    assert MARK_EXPLAINED not in reported.page + words + done and "BrierLM 2.00 ± 0.10 | " in done
     ratios = summary["comparison"]
     for name, key in (("calm", ""), ("tokens", "tokens_")):
         training = ratios[f"{key}train_flops_ours_ratio"]
@@ -598,8 +627,8 @@ def test_damaged_environments_are_unknown(experiment: dict[str, Path], tmp_path:
     words = (out / "report.md").read_text()
     assert "environment.json: the value of world\\_size, gpu, libraries is damaged." in words
     (run_dir / "environment.json").write_text("{")
-    assert call("flops_report.py", "--run", run_dir, "--out", out).returncode == 0
-    assert "environment.json is damaged." in (out / "report.md").read_text()
+    done = call("flops_report.py", "--run", run_dir)
+    assert done.returncode == 0 and "environment.json is damaged." in done.stdout
 
 
 def test_a_look_at_a_few_blocks_replaces_no_evaluation(tmp_path: Path) -> None:

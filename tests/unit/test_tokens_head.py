@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from calm_dist.recipe import HeadRecipe, load_recipe
 
 VOCAB, STEPS = 3, 6
 RUNS, SIGMAS = 60, 5.0
+NO_TOKENS = torch.empty(1, 0, dtype=torch.long)
 
 
 def model(patch_size: int, **more: Any) -> LoadedModel:
@@ -41,18 +43,20 @@ def all_patches(patch_size: int) -> Tensor:
 
 
 def patch_probabilities(made: LoadedModel, hidden: Tensor) -> Tensor:
-    """Of every patch after one hidden state [d], token by token; float64 [V^K]."""
+    """Of every patch after each hidden state [..., d], token by token; float64 [..., V^K]."""
     patches = all_patches(made.recipe.model.patch_size)
-    same = hidden[None].expand(len(patches), -1)
+    same = hidden[..., None, :].expand(*hidden.shape[:-1], len(patches), -1).flatten(0, -2)
+    patches = patches.repeat(len(same) // len(patches), 1)
     chance = torch.ones(len(patches), dtype=torch.float64)
     for k in range(patches.shape[1]):
         softmax = made.token_logits(same, patches[:, :k]).double().softmax(-1)
         chance *= softmax.gather(-1, patches[:, k : k + 1])[:, 0]
-    return chance
+    return chance.view(*hidden.shape[:-1], -1)
 
 
 def hidden_after(made: LoadedModel, tokens: Tensor) -> Tensor:
-    return made.hidden(tokens[None])[0, -1]
+    """After one text [T] or several [n, T]."""
+    return made.hidden(tokens.view(-1, tokens.shape[-1]))[:, -1].view(*tokens.shape[:-1], -1)
 
 
 def random_block(patch_size: int) -> Tensor:
@@ -116,7 +120,7 @@ def exact_brier(made: LoadedModel, tokens: Tensor, start: int) -> Tensor:
     context = tokens[start % patch_size : start]
     paths, joint = context[None], torch.ones(1, dtype=torch.float64)
     for _ in range(-(-NGRAM // patch_size)):
-        after = torch.stack([patch_probabilities(made, hidden_after(made, path)) for path in paths])
+        after = patch_probabilities(made, hidden_after(made, paths))
         joint = (joint[:, None] * after).flatten()
         every = all_patches(patch_size).repeat(len(paths), 1)
         paths = torch.cat([paths.repeat_interleave(VOCAB**patch_size, 0), every], dim=1)
@@ -130,7 +134,7 @@ def exact_brier(made: LoadedModel, tokens: Tensor, start: int) -> Tensor:
 @pytest.mark.parametrize("patch_size", [2, 3, 4])
 def test_both_brier_estimates_are_unbiased(patch_size: int) -> None:
     """At every position of a block, against the sum over all patches."""
-    made = model(patch_size)
+    made = model(patch_size, num_hidden_layers=1)  # the estimates are what is tested
     tokens = random_block(patch_size)
     starts = ngram_starts(len(tokens), patch_size, "all")
     expected = torch.stack([exact_brier(made, tokens, start) for start in starts.tolist()])
@@ -163,15 +167,44 @@ def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
     return (value - degrees) / (2 * degrees) ** 0.5
 
 
+def with_known_logits(made: LoadedModel, hidden: Tensor) -> LoadedModel:
+    """The model, which looks up what it computed once for every first part of a patch after one
+    hidden state [d]."""
+    tables = [
+        made.token_logits(hidden[None].expand(VOCAB**k, -1), all_patches(k) if k else NO_TOKENS)
+        for k in range(made.recipe.model.patch_size)
+    ]
+
+    class Known(LoadedModel):
+        def token_logits(self, outputs: Tensor, previous: Tensor) -> Tensor:
+            k = previous.shape[1]
+            return tables[k][(previous * VOCAB ** torch.arange(k - 1, -1, -1)).sum(-1)]
+
+    fields = dataclasses.fields(made)
+    return Known(**{field.name: getattr(made, field.name) for field in fields})
+
+
+def test_known_logits_are_those_of_the_model() -> None:
+    made = model(3)
+    hidden = hidden_after(made, random_block(3)[:6])
+    known = with_known_logits(made, hidden)
+    for k in range(3):
+        rows = torch.tensor([0, 5, 2, 5, 3, 20, 26, 1])
+        previous, same = all_patches(3)[rows, :k], hidden[None].expand(len(rows), -1)
+        expected = made.token_logits(same, previous)
+        torch.testing.assert_close(known.token_logits(same, previous), expected)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.5, 1 / 3])
 def test_patches_of_a_temperature_are_exact(temperature: float) -> None:
     made = model(3)
     hidden = hidden_after(made, random_block(3)[:6])
     sharp = patch_probabilities(made, hidden).pow(1 / temperature).numpy()
     rng, draws = np.random.default_rng(0), 2000
+    known = with_known_logits(made, hidden)
     places = VOCAB ** np.arange(2, -1, -1)
     numbers = [
-        int(np.dot(draw_sharpened(made, hidden, temperature, rng, 10_000), places))
+        int(np.dot(draw_sharpened(known, hidden, temperature, rng, 10_000), places))
         for _ in range(draws)
     ]
     counts = np.bincount(numbers, minlength=VOCAB**3)
