@@ -270,7 +270,9 @@ def run(command: str, place: Path) -> str:
             kill_tree(started)
     shown = f"$ {command}\n{printed[-3000:]}"
     assert started.returncode == 0, shown
-    assert not re.search(r"warning|Traceback|\[INFO\]", printed, re.IGNORECASE), shown
+    # Every score of an imported model says so, which paper.md explains.
+    rest = re.sub(r"warning: .* training block size of an imported model is not known", "", printed)
+    assert not re.search(r"warning|Traceback|\[INFO\]", rest, re.IGNORECASE), shown
     steps = [line for line in printed.splitlines() if line.startswith("step ")]
     assert max(map(len, steps), default=0) < 80, shown
     return printed
