@@ -573,7 +573,8 @@ def test_waiting_for_a_shard_that_another_reader_cannot_prepare_ends(
 
 
 def test_reader_process_that_dies_is_an_error(stores: Path) -> None:
-    batches = iter(open_training_stream([stores / "tokens"], batch_size=1, num_workers=1))
+    stream = open_training_stream([stores / "tokens"], batch_size=1, num_workers=1)
+    batches = iter(stream)
     next(batches)
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     workers = [int(pid) for pid in children if "resource_tracker" not in cmdline(pid)]
@@ -581,6 +582,8 @@ def test_reader_process_that_dies_is_an_error(stores: Path) -> None:
     with pytest.raises(DataError, match="reader process died"):
         for _ in range(200):
             next(batches)
+    stream.close()
+    stream.close()
 
 
 def cmdline(pid: str) -> str:
