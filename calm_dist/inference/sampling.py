@@ -383,7 +383,9 @@ def pool_steps(
     classes, level = yield from pool.candidates(n)
     weights = [comb(len(members), level) for members in classes]
     total = sum(weights)  # an exact integer: C(count, n) may not fit a float
-    chosen = int(rng.choice(len(classes), p=[weight / total for weight in weights]))
+    bounds = np.cumsum([weight / total for weight in weights])
+    # As `rng.choice` with these weights, which takes ten times as long.
+    chosen = int((bounds / bounds[-1]).searchsorted(rng.random(), "right"))
     return (yield from pool.patch(classes[chosen][0]))
 
 

@@ -18,7 +18,7 @@ from launches import (
     start_rank,
     training_records,
 )
-from test_layouts import ALONE, TOLERANCE
+from test_layouts import ALONE, TOLERANCE, TWO
 
 RANKS = 4
 FULL_LAYOUT = {
@@ -26,6 +26,7 @@ FULL_LAYOUT = {
     "parallel__pipeline_parallel_size": 2,
     "parallel__sequence_parallel": True,
 }
+COMMON = TWO | {"training__schedule": "linear"}
 
 
 def train(overrides: list[str], code: int = 0) -> str:
@@ -57,7 +58,7 @@ def unbroken(
 ) -> dict[int, dict[str, float]]:
     """TP2 PP2 without interruption."""
     directory = tmp_path_factory.mktemp("unbroken")
-    overrides = tiny(directory / "run", "calm", training__schedule="linear", **FULL_LAYOUT)
+    overrides = tiny(directory / "run", "calm", **COMMON, **FULL_LAYOUT)
     run_jobs(RANKS, [("calm", overrides)], directory)
     return training_records(directory / "run")
 
@@ -66,7 +67,7 @@ def test_killed_run_resumes_bit_for_bit_and_on_another_layout(
     tmp_path: Path, tiny: Callable[..., list[str]], unbroken: dict[int, dict[str, float]]
 ) -> None:
     run_dir = tmp_path / "run"
-    common = {"training__schedule": "linear", "checkpoint__every": 4}
+    common = COMMON | {"checkpoint__every": 4}
     full = tiny(run_dir, "calm", **common, **FULL_LAYOUT)
     kill_at(run_dir, full, step=6)
     kill_at(run_dir, full, step=14)

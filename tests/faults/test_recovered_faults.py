@@ -20,9 +20,10 @@ DATA_STEPS = 10
 SHARD = "shard.00007.mds"
 
 # Kind of model, and how it is divided.
+SHALLOW: dict[str, object] = ALONE | {"model__num_hidden_layers": 2}
 LAYOUTS: dict[str, tuple[str, dict[str, object]]] = {
-    "dp2": ("calm", ALONE),
-    "pp2": ("calm", ALONE | {"parallel__pipeline_parallel_size": 2}),
+    "dp2": ("calm", SHALLOW),
+    "pp2": ("calm", SHALLOW | {"parallel__pipeline_parallel_size": 2}),
     "autoencoder": ("autoencoder", {}),
 }
 # The first module of a rank is of its backbone, the last one of a last stage is the head.

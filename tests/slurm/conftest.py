@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from cluster import PACKAGES, Cluster, missing_programs
 from cluster_jobs import CPUS, GPUS, NODES, Jobs
+from warm import warm_python
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +28,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture
 def jobs(cluster: Cluster, tmp_path: Path) -> Jobs:
     return Jobs(cluster, tmp_path)
+
+
+@pytest.fixture
+def warm(jobs: Jobs) -> None:
+    """For many short jobs: the stack is imported once."""
+    jobs.environment["CALM_PYTHON"] = warm_python()

@@ -60,6 +60,7 @@ def test_header_fits_the_recipe(name: str) -> None:
     assert recipe.training.global_batch_size % (recipe.training.micro_batch_size * replicas) == 0
 
 
+@pytest.mark.usefixtures("warm")
 def test_every_script_as_it_stands_reaches_its_tool(jobs: Jobs) -> None:
     """All submitted unchanged, from a directory without data: each ends at once and says how to
     make what it lacks."""
@@ -80,6 +81,7 @@ def test_outside_of_a_job(jobs: Jobs) -> None:
     assert "this is not a Slurm job; submit it: sbatch slurm/NAME.sh" in said
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_script_finds_its_launcher_wherever_it_is_submitted_from(
     jobs: Jobs, tmp_path: Path
 ) -> None:

@@ -11,6 +11,8 @@ from cluster_jobs import Jobs
 from launches import ROOT
 from warm import warm_python
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 MODELS = ("calm_tiny", "transformer_tiny")
 CHAIN = ["tokens", "autoencoder_tiny", "latents", "calm_tiny", "score-calm_tiny"]
 CHAIN += ["transformer_tiny", "score-transformer_tiny", "report"]
@@ -61,12 +63,6 @@ class Study:
             line.split(": submitted as job ") for line in said.splitlines() if "as job" in line
         )
         return {name: rest.split(",")[0] for name, rest in lines}
-
-
-@pytest.fixture(autouse=True)
-def warm(jobs: Jobs) -> None:
-    """Many short jobs: import the stack once."""
-    jobs.environment["CALM_PYTHON"] = warm_python()
 
 
 def test_the_study_runs_to_its_report_though_a_node_dies(jobs: Jobs, corpus: Path) -> None:

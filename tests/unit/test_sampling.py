@@ -26,8 +26,9 @@ LEVEL = 1e-5
 
 
 def sampler(seed: int, probabilities: np.ndarray = PROBABILITIES) -> Callable[[int], np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return lambda count: PATCHES[rng.choice(len(probabilities), count, p=probabilities)]
+    rng, bounds = np.random.default_rng(seed), probabilities.cumsum()
+    # As `rng.choice`, which takes several times as long for few draws.
+    return lambda count: PATCHES[bounds.searchsorted(rng.random(count) * bounds[-1], "right")]
 
 
 def p_value(samples: list[sampling.Patch], expected: np.ndarray) -> float:
