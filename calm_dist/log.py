@@ -50,7 +50,7 @@ def outlive_console() -> None:
     """From now on, drop what stdout and stderr refuse, whoever prints it.
 
     For trainings: neither a ``tee`` that has gone nor a full disk with the log may end one or
-    change its exit code, nor a terminal that was closed without the SIGHUP of that (``setsid``).
+    change its exit code, nor a closed terminal whose SIGHUP does not reach it (``setsid``).
     Streams that lead elsewhere, as in tests, stay.
     """
     global _outlives

@@ -225,8 +225,9 @@ train() {
   code=$?
   case $code in
     0) ;;
-    # The object store does not answer. There is no run directory yet: count failures under logs/.
-    # Or it was killed, for memory or at a preemption (srun passes Slurm's TERM on).
+    # 6: an object store does not answer, or a mount was lost. 137, 143: preflight.py was killed, for
+    # memory or at a preemption (srun passes Slurm's TERM on). There is no run directory yet: count
+    # failures under logs/.
     6 | 137 | 143) CODE=$code && open_logs "logs" && finish ;;
     *) exit 2 ;;
   esac

@@ -210,7 +210,7 @@ for model in $MODELS; do
   if [ "$trained" != done ] || ! already "score of $model" "$STUDY/$model/evaluation.json"; then
     # The same blocks for all models: scores on different blocks are not comparable.
     SETTINGS=("CHECKPOINT=$STUDY/$model" "TEST=$DATA/tokens/test" "LOGS=$STUDY/$model/logs")
-    submit "score-$model" "$trained" evaluate.sh --json "$STUDY/$model/evaluation.json" \
+    submit "score-$model" "$trained $tokens" evaluate.sh --json "$STUDY/$model/evaluation.json" \
       ${DEVICE[@]+"${DEVICE[@]}"}
   fi
   scores+=("$ID")

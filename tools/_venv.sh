@@ -118,6 +118,9 @@ make_venv() {
     # Write the state first, so that an interrupted `python -m venv` is recognised as well.
     mkdir "$VENV" && echo unfinished >"$VENV_STATE"
     "$python" -m venv "$VENV" || die "$python -m venv $VENV failed"
+  elif [ -n "$gpu" ] && has_gpu_torch; then
+    # Jobs may be using it: the next start may not remove it if this one is interrupted.
+    rm -f "$VENV_STATE"
   elif [ -e "$VENV_STATE" ]; then
     echo unfinished >"$VENV_STATE"
   fi

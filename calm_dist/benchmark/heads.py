@@ -89,7 +89,7 @@ def _with_head(recipe: Recipe, kind: str, steps: int | None = None) -> Recipe:
     head = values["model"]["head"]
     if kind != head["kind"]:
         head = {name: head[name] for name in SIZES}
-    values["model"]["head"] = head | {"kind": kind, "sampling_steps": steps, "independent": False}
+    values["model"]["head"] = head | {"kind": kind, "sampling_steps": steps}
     return Recipe.from_dict(values)
 
 
@@ -142,7 +142,9 @@ def _measure_tokens(
     assert isinstance(model, CalmModel) and model.vocab_size is not None
     topology = single_process_topology(tokens_recipe, device)
     config = transformer_config(tokens_recipe, torch.float32)
-    tables = PatchTokens(config, model.vocab_size, topology.groups, independent=False).to(device)
+    tables = PatchTokens(
+        config, model.vocab_size, topology.groups, independent=model.head.independent
+    ).to(device)
     head = build_head(model, seed=0).to(device)
     assert isinstance(head, TokensHead)
     generator = torch.Generator(device).manual_seed(0)
@@ -167,7 +169,8 @@ def _measure_tokens(
         F.cross_entropy(tables.logits(states).flatten(0, 1), targets.flatten()).backward()
 
     parts = {part.name: part for part in flops.count(tokens_recipe, tokens=0).parts}
-    own = [parts[name] for name in ("head", "patch_embedding", "output_layer")]
+    # An independent head has no embedding.
+    own = [parts[name] for name in ("head", "patch_embedding", "output_layer") if name in parts]
     patch_flops = model.patch_size * sum(part.forward_flops_per_token_ours for part in own)
     return {
         "kind": "tokens",

@@ -47,7 +47,7 @@ from calm_dist.data.store import (
     read_meta,
     read_shards,
 )
-from calm_dist.errors import DataError
+from calm_dist.errors import DataError, unreadable
 from calm_dist.text.corpus_files import CorpusFiles
 from calm_dist.text.formats import TEXT_AND_ID
 from calm_dist.text.reports import REPORT, merged_report
@@ -145,7 +145,8 @@ def _begun_plan(out: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}); fix or remove it") from error
+        message = f"{file}: cannot be read ({error.strerror}); fix or remove it"
+        raise unreadable(file, error, message) from error
     except (ValueError, RecursionError) as error:
         raise _damaged(out, file, error) from error
     return described

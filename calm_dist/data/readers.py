@@ -156,7 +156,7 @@ def batches_of(loader: DataLoader, timeout_seconds: float) -> Iterator[dict[str,
 
 def end_readers(loader: DataLoader) -> None:
     """End the reader processes of a loader, which torch keeps for another epoch; may be called
-    again. One that is in a download is waited for 5 seconds and then killed."""
+    again. One that is in a download is waited for 5 seconds, then ended."""
     # Absent in a loader that reads in this process.
     if (iterator := loader._iterator) is not None:
         iterator._shutdown_workers()  # type: ignore[attr-defined]

@@ -241,8 +241,8 @@ def read_meta(path: str | Path, downloads: Downloads | None = None) -> StoreMeta
         text = read_bounded(path / META, _LARGEST_META)
     except OSError as error:
         message = (
-            f"data store {path}: has no readable {META}; it is unfinished or not a store. Run "
-            "tools/encode_latents.py (again)"
+            f"data store {path}: has no readable {META} ({error.strerror}); it is unfinished, not "
+            "a store, or not yours to read. Run tools/encode_latents.py (again), or mend its mode"
         )
         raise unreadable(f"data store {path}", error, message) from error
     try:

@@ -144,7 +144,7 @@ class CoreAttention(MegatronModule):
         else:
             if mask is None and 1 < steps < slots:
                 # SDPA's own causal mask is aligned to the first slot.
-                # It loads torch's compiler front end, which takes 2 seconds.
+                # Imported here: this module loads torch's compiler front end, 2 seconds.
                 from torch.nn.attention.bias import causal_lower_right
 
                 mask = causal_lower_right(steps, slots)

@@ -159,11 +159,18 @@ def impossible_combinations(recipe: RecipeFields) -> list[str]:
     return [problem for check in checks for problem in check(recipe)]
 
 
-def _text_problems(recipe: RecipeFields) -> list[str]:
-    problems = []
+def _may_have_null(recipe: RecipeFields) -> bool:
     # JSON is made much faster than the texts are looked at one by one, and planners check thousands
     # of recipes.
-    if r"\u0000" in recipe.model_dump_json():
+    try:
+        return r"\u0000" in recipe.model_dump_json()
+    except ValueError:  # a file name that is not UTF-8 cannot be JSON
+        return True
+
+
+def _text_problems(recipe: RecipeFields) -> list[str]:
+    problems = []
+    if _may_have_null(recipe):
         problems = [
             f"{name}: {shown(value)} has a null character, which file names cannot have; remove it"
             for name, value in _texts(recipe.to_dict())

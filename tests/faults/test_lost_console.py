@@ -99,6 +99,7 @@ def test_a_closed_terminal_ends_what_was_not_started_with_nohup(
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
+    assert (tmp_path / "begun").exists()
     os.close(ours)
     if not wrapper:
         assert process.wait(TIMEOUT_SECONDS) == -signal.SIGHUP

@@ -359,6 +359,7 @@ def test_both_forms_of_tokenizing_give_the_same_number_of_tokens(
     [
         ("model.head.kind=chain model.head.width=24", []),
         ("model.head.kind=flow model.head.sampling_steps=3", []),
+        ("model.head.kind=tokens model.head.independent=true", []),
         ("model.head.kind=flow model.head.num_samples=1", ["energy", "chain"]),
         ("model.latent_size=15", ["chain"]),
         ("model.patch_size=1", ["tokens"]),
@@ -384,3 +385,8 @@ def test_heads_are_measured_beside_that_of_the_recipe(
     assert isinstance(own.model, CalmModel)
     if own.model.head.kind == "chain":
         assert rows["chain", 1]["parameters"] == flops.head_parameters(own.model)
+    parts = {part.name: part.parameters for part in flops.count(own, tokens=0).parts}
+    if own.model.head.kind == "tokens":
+        # An independent head embeds no tokens of its own patch.
+        assert "patch_embedding" not in parts
+        assert rows["tokens", 1]["parameters"] == parts["head"] + parts["output_layer"]

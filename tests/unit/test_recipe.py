@@ -133,6 +133,8 @@ def test_decay_may_fill_what_the_warm_up_leaves() -> None:
         ("run={dir: null}", "run.dir: found None"),
         ('run={dir: "a\\0b"}', "run.dir: 'a\\x00b' has a null character"),
         ("run={dir: [&a x, *a]}", "alias *a: write the value itself"),
+        # As the system gives a name that is not UTF-8.
+        ("run.name=caf\udce9", "run.name: 'caf\\udce9' has a line break or another character"),
     ],
 )
 def test_refusals_name_field_value_and_remedy(override: str, words: str) -> None:
