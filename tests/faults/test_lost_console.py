@@ -79,6 +79,12 @@ print("stopped")
 """
 
 
+def _enter_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    # The tests may have been started with nohup.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("wrapper", [[], ["nohup"]])
 def test_a_closed_terminal_ends_what_was_not_started_with_nohup(
     tmp_path: Path, wrapper: list[str]
@@ -93,7 +99,7 @@ def test_a_closed_terminal_ends_what_was_not_started_with_nohup(
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=_enter_terminal,
     )
     os.close(theirs)
     deadline = time.monotonic() + TIMEOUT_SECONDS
