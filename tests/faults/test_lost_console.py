@@ -102,18 +102,21 @@ def test_a_closed_terminal_ends_what_was_not_started_with_nohup(
         preexec_fn=_enter_terminal,
     )
     os.close(theirs)
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert (tmp_path / "begun").exists()
-    os.close(ours)
-    if not wrapper:
-        assert process.wait(TIMEOUT_SECONDS) == -signal.SIGHUP
-        return
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(1)
-    process.terminate()
-    assert process.wait(TIMEOUT_SECONDS) == 0
+    try:
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert (tmp_path / "begun").exists()
+        os.close(ours)
+        if not wrapper:
+            assert process.wait(60) == -signal.SIGHUP
+            return
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.terminate()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
 
 
 def test_terminal_that_hangs_up_does_not_stop_the_bar(
