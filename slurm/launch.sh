@@ -66,7 +66,7 @@ set_up() {
     "$PER_NODE tasks each; give --nodes and --ntasks-per-node instead"
   # The steps need this environment, even after sbatch --export=NONE.
   export SLURM_EXPORT_ENV=ALL
-  # The checkout's package, not the one that an image or python3 has installed.
+  # Use the checkout's package rather than one installed in an image or beside python3.
   export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
   # srun does not inherit it from sbatch.
   [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
@@ -226,7 +226,7 @@ train() {
   case $code in
     0) ;;
     # 6: an object store does not answer, or a mount was lost. 137, 143: preflight.py was killed, for
-    # memory or at a preemption (srun passes Slurm's TERM on). There is no run directory yet: count
+    # memory or at a preemption (srun forwards Slurm's TERM). There is no run directory yet: count
     # failures under logs/.
     6 | 137 | 143) CODE=$code && open_logs "logs" && finish ;;
     *) exit 2 ;;

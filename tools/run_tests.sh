@@ -27,8 +27,8 @@ step() {
 step ruff check .
 step ruff format --check .
 # Beside the tests, many of which wait.
-checked=$(mktemp) interpreted=$(mktemp)
-trap 'rm -f "$checked" "$interpreted"' EXIT
+checked=$(mktemp)
+trap 'rm -f "$checked"' EXIT
 mypy >"$checked" 2>&1 &
 mypy=$!
 # Triton compiles the energy kernel, and interprets it, without a GPU. Beside .venv and not in it:
@@ -42,21 +42,20 @@ ensure_triton() {
 tests=(python -m pytest -rs --durations=10)
 case "$*" in
 "" | --full)
-  # Each worker takes one file after another, the tests of several processes first.
+  # Each worker takes one file after another, the tests of several processes first. What is done to
+  # Slurm's jobs has to happen while they run: its tests have the cores to themselves.
   step "${tests[@]}" "$@" -n "$(workers)" --dist loadfile --no-loadscope-reorder \
     --ignore=tests/slurm --ignore=tests/gpu
-  # A process of its own: Triton's interpreter is chosen when it is loaded.
-  step ensure_triton
-  PYTHONPATH=$TRITON nice -n 19 "${tests[@]}" "$@" -n "$(workers)" tests/gpu >"$interpreted" 2>&1 &
-  gpu=$!
-  # What is done to Slurm's jobs has to happen while they run: beside its tests there are only those of
-  # the lowest priority, in the time in which they wait.
   step "${tests[@]}" "$@" tests/slurm
-  echo "== tests/gpu"
-  wait "$gpu" || status=1
-  cat "$interpreted"
   ;;
 *) step "${tests[@]}" "$@" ;;
+esac
+case "$*" in
+"" | --full)
+  # A process of its own: Triton's interpreter is chosen when it is loaded.
+  step ensure_triton
+  PYTHONPATH=$TRITON step "${tests[@]}" "$@" -n "$(workers)" tests/gpu
+  ;;
 esac
 echo "== mypy"
 wait "$mypy" || status=1

@@ -157,7 +157,7 @@ def passing_faults() -> list[Fault]:
 def test_a_store_that_recovers(
     recovered: Recovered, expected: list[float], num_workers: int
 ) -> None:
-    """The watchdog does not take a rank that retries for one that hangs."""
+    """The watchdog does not mistake a rank that retries a download for one that hangs."""
     run_dir, codes, output, requests = recovered[num_workers]
     assert codes == [0, 0], output
     assert requests > 4

@@ -147,6 +147,6 @@ def test_a_rehearsal_builds_one_without_the_comparison() -> None:
         weight.grad = torch.ones_like(weight)
         optimizer.step()
         assert optimizer.state[weight]["momentum_buffer"].shape == weight.shape
-    # The process has not compared yet: a training in it does.
+    # The rehearsal did not count as the comparison: a training in this process still makes it.
     with pytest.raises(RecipeError, match="its state has momentum_buffer"):
         build(nesterov, ())
