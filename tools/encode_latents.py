@@ -185,10 +185,10 @@ def load_encoder(directory: Path, device: str) -> Autoencoder:
 
 def find_corpus(args: argparse.Namespace, reading: Reading) -> CorpusFiles | BegunCorpus:
     """The corpus; that of a store which has been begun is not searched again."""
+    from calm_dist.data.existing import PARTS
     from calm_dist.data.latents import refuse_corpus_in_store
     from calm_dist.data.layout import is_remote
     from calm_dist.data.manifest import begun_corpus
-    from calm_dist.data.parts import PARTS
     from calm_dist.text.corpus_files import find_files
 
     if not (is_remote(args.out) or args.overwrite):

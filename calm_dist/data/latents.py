@@ -18,15 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calm_dist.data.existing import PARTS, finished_store
 from calm_dist.data.int8 import quantize
 from calm_dist.data.layout import INDEX, META, is_remote
 from calm_dist.data.manifest import BegunCorpus, moved_paths, read_shares
 from calm_dist.data.parts import (
-    PARTS,
     begin,
     blocks_in_shard,
     complete_part,
-    finished_store,
     has_shard,
     is_complete,
     merge,

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import secrets
 import shutil
@@ -27,10 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
-from calm_dist.data.download import MissingError
-from calm_dist.data.layout import INDEX, META, is_remote
+from calm_dist.data.existing import (
+    BLOCKS,
+    PARTS,
+    PLAN,
+    begun_plan,
+    damaged,
+    plan_of_unfinished,
+    refuse_other_plan,
+)
+from calm_dist.data.layout import INDEX, META
 from calm_dist.data.manifest import (
     MANIFEST,
     BegunCorpus,
@@ -39,158 +45,23 @@ from calm_dist.data.manifest import (
 )
 from calm_dist.data.store import (
     HASH,
-    LATER_FIELDS,
     StoreMeta,
     StorePlan,
-    TokenDtype,
     fingerprint,
-    read_meta,
-    read_shards,
 )
-from calm_dist.errors import DataError, unreadable
+from calm_dist.errors import DataError
 from calm_dist.text.corpus_files import CorpusFiles
-from calm_dist.text.formats import TEXT_AND_ID
 from calm_dist.text.reports import REPORT, merged_report
 from calm_dist.text.tokenizer import Tokenizer
 
-PARTS = ".parts"
-_PLAN = "plan.json"
 # There while a store is being removed, which may be interrupted.
 _BEING_REMOVED = ".being_removed"
-_BLOCKS = "blocks_per_shard"
 
 # MDS counts the bytes of a shard in 32 bits and overflows silently. Every sample has an offset of
 # 4 bytes; a header needs at most the rest.
 _MDS_BYTES = 2**32 - 1
 _MDS_HEADER_BYTES = 1 << 16
 _MDS_OFFSET_BYTES = 4
-
-_TOKEN_NAMES = ("begin_token", "end_token")
-_DEFAULTS = {
-    "parts": 1,
-    "order": None,
-    "reading": TEXT_AND_ID.model_dump(mode="json"),
-    "token_dtype": "uint32",
-    "compression": None,
-    "latent_dtype": "float16",
-}
-
-
-def finished_store(out: str | Path, plan: StorePlan) -> StoreMeta | None:
-    """The finished store in ``out``, if it exists, is complete and agrees with ``plan``.
-
-    Only the sizes of shards are checked here; every reader checks their contents.
-
-    Raises:
-        DataError: ``out`` holds a store of another plan, finished or not, or other files.
-    """
-    if is_remote(out):
-        try:
-            meta = read_meta(out)
-        except MissingError:
-            return None
-        _refuse_other_plan(out, meta.to_dict(), plan)
-        return meta
-    out = Path(out)
-    if not out.exists():
-        return None
-    # In this order, since another process may finish meanwhile: there are shards only together
-    # with the plan or, later, meta.json.
-    others = not out.is_dir() or any(not file.name.startswith(PARTS) for file in out.iterdir())
-    try:
-        begun = _begun_plan(out)
-    except DataError:
-        # A leftover plan in a finished store does no harm.
-        if not (out / META).is_file():
-            raise
-        begun = None
-    if (out / META).is_file():
-        meta = read_meta(out)
-        _refuse_other_plan(out, meta.to_dict(), plan)
-        for shard in read_shards(out, meta):
-            shard.stored.check_size()
-        return meta
-    if begun is not None:
-        _refuse_other_plan(out, begun, plan)
-    elif others:
-        raise DataError(
-            f"--out {out}: exists and is not a data store; give an empty or new directory"
-        )
-    return None
-
-
-def token_dtype_of(out: str | Path) -> TokenDtype | None:
-    """The type of tokens of the store in ``out``, finished or begun; None if there is none."""
-    try:
-        return read_meta(out).token_dtype
-    except DataError:
-        if is_remote(out):
-            return None
-    with suppress(DataError):
-        begun = _begun_plan(Path(out))
-        return None if begun is None else begun.get("token_dtype", "uint32")
-    return None
-
-
-def _begun_plan(out: Path) -> dict[str, Any] | None:
-    file = out / PARTS / _PLAN
-    try:
-        described = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(described, dict):
-            raise ValueError(f"a {type(described).__name__} instead of an object")
-        fields = {key: value for key, value in described.items() if key != _BLOCKS}
-        StorePlan.model_validate(fields)
-        if type(blocks := described.get(_BLOCKS, 1)) is not int or blocks < 1:
-            raise ValueError(f"{_BLOCKS} {blocks!r}")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        message = f"{file}: cannot be read ({error.strerror}); fix or remove it"
-        raise unreadable(file, error, message) from error
-    except (ValueError, RecursionError) as error:
-        raise _damaged(out, file, error) from error
-    return described
-
-
-def _plan_in(out: Path) -> dict[str, Any]:
-    """The plan of an unfinished store; FileNotFoundError if another process finished it."""
-    present = _begun_plan(out)
-    if present is None:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(out / PARTS / _PLAN))
-    return present
-
-
-def _damaged(out: Path, file: Path, error: Exception) -> DataError:
-    reason = str(error).partition("\n")[0] if not isinstance(error, KeyError) else f"no {error}"
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return DataError(
-        f"{file}: is damaged, or of another version ({reason}); the store in {out} is not "
-        "finished: write it again with --overwrite"
-    )
-
-
-def _refuse_other_plan(out: str | Path, present: dict[str, Any], plan: StorePlan) -> None:
-    for key, wanted in plan.model_dump(mode="json").items():
-        found = present.get(key)
-        if found is None and key in LATER_FIELDS:
-            found = _DEFAULTS[key]
-        if key == "autoencoder" and found and wanted:
-            # The same weights at another path are the same autoencoder.
-            found, wanted = found["sha256"], wanted["sha256"]
-        if key == "tokenizer" and isinstance(found, dict):
-            # Compare the ids of its tokens; earlier versions did not write their names.
-            found = {name: found.get(name) for name in wanted if name not in _TOKEN_NAMES}
-            wanted = {name: wanted[name] for name in found}
-        if found != wanted and key == "reading" and isinstance(found, dict):
-            key = next(name for name in wanted if found.get(name) != wanted[name])
-            found, wanted = found.get(key), wanted[key]
-        if found != wanted:
-            raise DataError(
-                f"--out {out}: holds a store with another {key} ({found} there, {wanted} now); "
-                "give another --out, or --overwrite to replace it"
-            )
 
 
 def blocks_in_shard(plan: StorePlan, shard_bytes: int) -> int:
@@ -239,27 +110,27 @@ def begin(
     """
     out.mkdir(parents=True, exist_ok=True)
     files = None if isinstance(corpus, BegunCorpus) else corpus
-    if not isinstance(corpus, BegunCorpus) and _begun_plan(out) is None:
+    if not isinstance(corpus, BegunCorpus) and begun_plan(out) is None:
         scratch = out / f"{PARTS}.{_random_name()}"
         scratch.mkdir()
         try:
             if files is not None:
                 write_manifest(scratch, files, plan, skip=skip_faults)
-            described = {**plan.to_dict(), _BLOCKS: blocks_per_shard}
-            (scratch / _PLAN).write_text(json.dumps(described, indent=2), encoding="utf-8")
+            described = {**plan.to_dict(), BLOCKS: blocks_per_shard}
+            (scratch / PLAN).write_text(json.dumps(described, indent=2), encoding="utf-8")
             _put(scratch, out / PARTS)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    present = _plan_in(out)
-    _refuse_other_plan(out, present, plan)
-    found = present.get(_BLOCKS)
+    present = plan_of_unfinished(out)
+    refuse_other_plan(out, present, plan)
+    found = present.get(BLOCKS)
     if found != blocks_per_shard:
         raise DataError(
             f"--out {out}: was begun with shards of another size ({found} blocks there, "
             f"{blocks_per_shard} now); give the same size, or --overwrite"
         )
     if corpus is not None and not (out / PARTS / MANIFEST).is_file():
-        _plan_in(out)
+        plan_of_unfinished(out)
         if files is None or not can_continue_without(files, plan):
             raise DataError(
                 f"--out {out}: was begun by an earlier version, which read the corpus in another "
@@ -324,7 +195,7 @@ def complete_part(
             (entry,) = json.loads(index.read_text(encoding="utf-8"))["shards"]
             _check_entry(entry)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise _damaged(out, index, error) from error
+            raise damaged(out, index, error) from error
         entries.append(entry)
     if report is not None:
         _write(out, _report(out, part), json.dumps(report).encode())
@@ -346,8 +217,8 @@ def merge(out: Path, tokenizer: Tokenizer) -> list[int]:
     """
     # Not the caller's plan: the path of the autoencoder may differ between workers, and all must
     # write the same meta.json.
-    fields = _plan_in(out)
-    fields.pop(_BLOCKS, None)
+    fields = plan_of_unfinished(out)
+    fields.pop(BLOCKS, None)
     plan = StorePlan.model_validate(fields)
     # On NFS, our own marker, written just before, makes those of other nodes visible here. So the
     # last two workers cannot both miss each other's.
@@ -395,11 +266,11 @@ def _merged_report(out: Path, parts: int) -> dict[str, Any] | None:
                 raise
             return None
         except (ValueError, RecursionError) as error:
-            raise _damaged(out, file, error) from error
+            raise damaged(out, file, error) from error
     try:
         return merged_report(tallies)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(out, out / PARTS, error) from error
+        raise damaged(out, out / PARTS, error) from error
 
 
 def _shards_of(out: Path, part: int) -> list[tuple[Path, dict[str, Any]]]:
@@ -412,7 +283,7 @@ def _shards_of(out: Path, part: int) -> list[tuple[Path, dict[str, Any]]]:
         for entry in entries:
             _check_entry(entry)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(out, marker, error) from error
+        raise damaged(out, marker, error) from error
     return [
         (_shard_directory(out, part, shard) / _stored_name(entry), entry)
         for shard, entry in enumerate(entries)
@@ -456,7 +327,7 @@ def remove_parts(out: Path) -> None:
 def remove_store(out: Path) -> None:
     """Remove the files of a store, finished or not, and nothing else."""
     # The plan's existence shows that this is a store: even a damaged one is replaced.
-    known_by = (out / META, out / PARTS / _PLAN, out / _BEING_REMOVED)
+    known_by = (out / META, out / PARTS / PLAN, out / _BEING_REMOVED)
     if not any(file.is_file() for file in known_by):
         return
     (out / _BEING_REMOVED).touch()

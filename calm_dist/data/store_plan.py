@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from calm_dist.costs.memory import UINT16_ENTRIES
+from calm_dist.data.existing import token_dtype_of
 from calm_dist.data.manifest import BegunCorpus
-from calm_dist.data.parts import token_dtype_of
 from calm_dist.data.store import (
     AutoencoderInfo,
     Compression,

@@ -16,8 +16,8 @@ from faulty_store import BREAKS, Fault, FaultyStore, faulty_store
 
 from calm_dist.data import download
 from calm_dist.data.download import Downloads, MissingError, busy, fault_of
+from calm_dist.data.existing import finished_store
 from calm_dist.data.latents import plan_store, write_store
-from calm_dist.data.parts import finished_store
 from calm_dist.data.store import read_meta
 from calm_dist.data.stream import open_training_stream
 from calm_dist.errors import DataError, UnreachableError

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from warm import warm_python
 
-from calm_dist.data import latents, parts
+from calm_dist.data import existing, latents, parts
 from calm_dist.data.latents import finished_store, plan_store, read_meta, write_parts, write_store
 from calm_dist.data.stream import open_store
 from calm_dist.errors import DataError
@@ -219,7 +219,7 @@ def test_merge_that_is_killed_or_overtaken_at_any_step(
     [
         (latents, "find_files", 0),
         (latents, "begin", 0),
-        (parts, "_begun_plan", 0),
+        (existing, "begun_plan", 0),
         (parts, "_put", 0),
         (latents, "write_shard", 0),
         (latents, "write_shard", 4),
@@ -275,7 +275,7 @@ def test_store_that_is_finished_while_it_is_looked_at(
 ) -> None:
     out = tmp_path / "out"
     assert job.write(out, (0, 2)) == [1]
-    done = before_call(monkeypatch, parts, "_begun_plan", 0, lambda: job.write(out, (1, 2)))
+    done = before_call(monkeypatch, existing, "begun_plan", 0, lambda: job.write(out, (1, 2)))
     assert finished_store(out, job.plan) == read_meta(out)
     assert next(done, None) is None
 

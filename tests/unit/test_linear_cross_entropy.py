@@ -79,8 +79,8 @@ def test_memory_is_that_of_a_chunk(dtype: torch.dtype) -> None:
 
     step()
     peak, _ = peak_mib(step, torch.device("cpu"))
-    # The process's memory, which also holds what the allocator keeps: some MiB in either direction. A
-    # chunk's logits take 2 MiB, in bf16 with the products before and the gradient after them 4 MiB.
+    # Of the whole process, hence wrong by some MiB. A chunk's logits take 2 MiB, in bf16 with the
+    # products before and the gradient after them 4 MiB.
     all_logits = rows * words * 4 / 2**20
     assert all_logits == 128 and peak is not None and peak < all_logits / 8
 
