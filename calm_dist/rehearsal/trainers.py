@@ -6,6 +6,7 @@ import itertools
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -46,8 +47,10 @@ class RehearsedTrainer(Trainer):
         # Not the trainer's own: it opens files.
         TrainingRun.__init__(self, recipe, topology.rank, None, None, lambda: None)
         self.topology = topology
-        # No checkpoint is read.
-        build.on_the_fly_encoder = untrained_encoder
+        # No checkpoint is read. One encoder for the forward steps of all sizes: a training moves it
+        # to the device once.
+        self._encoder = cache(lambda: untrained_encoder(recipe))
+        build.on_the_fly_encoder = lambda _: self._encoder()
         self.build()
 
     def take_step(self, micro_batches: int) -> None:
@@ -73,6 +76,8 @@ class RehearsedTrainer(Trainer):
                 yield "optimizer", getattr(zero, name, ())
             modules.append(parts.head.module)
             gradients += averaged_gradients(zero)
+        if self.topology.is_last_stage and self.recipe.data.latents == "on_the_fly":
+            modules.append(self._encoder())
         for optimizer in optimizers:
             if optimizer is not None:
                 yield "optimizer", optimizer_tensors(optimizer)
