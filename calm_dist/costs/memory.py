@@ -31,6 +31,7 @@ from calm_dist.recipe.checks import padded_vocab_size
 UINT16_ENTRIES = 1 << 16
 """Largest vocabulary whose tokens fit uint16, as which data stores then hold them."""
 FP32_BYTES = 4
+_TOKEN_BYTES = 8
 # Tensors of a chunk's draws that exist together: the draws, their noise, a product of both.
 SCORE_COPIES = 3
 
@@ -49,7 +50,8 @@ class Memory:
     energy_score: int = 0
     """Draws of the posterior, a chunk of positions at a time."""
     buffers: int = 0
-    """Buckets and gathered sequences of the libraries. The fused AdamW has no temporaries."""
+    """Buckets and gathered sequences of the libraries, and the batch of a step. The fused AdamW has
+    no temporaries."""
 
     @property
     def kept(self) -> int:
@@ -113,7 +115,7 @@ def stage_memory(
     buffers = _gathered_sequence(recipe, model) + max(0, most - max(after, again))
     # The backward pass of the embedding comes last, when little else is there.
     buffers = max(buffers, embedding - backbone - head.head_samples - head.energy_score)
-    return memory + head + Memory(activations=backbone, buffers=buffers)
+    return memory + head + Memory(activations=backbone, buffers=buffers + _batch(recipe, stage))
 
 
 def backbone_parameters(recipe: LanguageModelRecipe, stage: int, layers: int) -> int:
@@ -238,6 +240,20 @@ def _backbone_activations(
     # while they are joined; the product and its gradient have been freed.
     gradients = positions * width * (2 * d + 3 * model.intermediate_size / tensor)
     return int(total), int(last), int(layer), int(gradients)
+
+
+def _batch(recipe: LanguageModelRecipe, stage: int) -> int:
+    """Bytes of a rank's part of a global batch: whole blocks of int64 tokens, and on the last stage
+    of fp32 latents, mean and log_std, if they are stored."""
+    model = recipe.model
+    numbers = 0
+    if stage == recipe.parallel.pipeline_parallel_size - 1 and recipe.reads_latents:
+        assert model.kind == "calm"
+        numbers = 2 * flops.known_size(model, "latent_size")
+    patch = model.patch_size * _TOKEN_BYTES + numbers * FP32_BYTES
+    return (
+        recipe.training.global_batch_size // recipe.data_parallel_size * recipe.num_patches * patch
+    )
 
 
 def _output_loss(recipe: LanguageModelRecipe, stage: int, on_cpu: bool) -> int:

@@ -58,7 +58,7 @@ def latent_bytes_per_token(recipe: LanguageModelRecipe, *, int8: bool = False) -
     """
     model = recipe.model
     token = 2 if flops.known_size(model, "vocab_size") <= UINT16_ENTRIES else 4
-    if model.kind != "calm" or not model.has_latents or recipe.data.latents != "stored":
+    if model.kind != "calm" or not recipe.reads_latents:
         return token
     latent = flops.known_size(model, "latent_size")
     if int8:

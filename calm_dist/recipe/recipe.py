@@ -165,12 +165,17 @@ class Recipe(RecipeFields):
             sizes["latent_slots"] = config["latent_slots"]
         return self._replace({"model": {"autoencoder_size": size, **sizes}})
 
+    @property
+    def reads_latents(self) -> bool:
+        """Whether training reads latents from the store."""
+        model = self.model
+        return model.kind == "calm" and model.has_latents and self.data.latents == "stored"
+
     def _store_problems(self, meta: Mapping[str, Any]) -> list[str]:
         """Contradictions with a store that are not just two different numbers."""
         model = self.model
         problems = []
-        wants_latents = model.kind == "calm" and model.has_latents and self.data.latents == "stored"
-        if wants_latents and meta["variant"] == "tokens":
+        if self.reads_latents and meta["variant"] == "tokens":
             problems.append(
                 "data.latents: 'stored', but the store holds only tokens; encode it with "
                 "tools/encode_latents.py, or set data.latents=on_the_fly"

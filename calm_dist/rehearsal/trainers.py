@@ -47,22 +47,25 @@ class RehearsedTrainer(Trainer):
         # Not the trainer's own: it opens files.
         TrainingRun.__init__(self, recipe, topology.rank, None, None, lambda: None)
         self.topology = topology
+        self._micro_batches_of_recipe = recipe.num_micro_batches
         # No checkpoint is read. One encoder for the forward steps of all sizes: a training moves it
         # to the device once.
         self._encoder = cache(lambda: untrained_encoder(recipe))
-        build.on_the_fly_encoder = lambda _: self._encoder()
+        build.on_the_fly_encoder = lambda recipe: self._encoder()
         self.build()
 
     def take_step(self, micro_batches: int) -> None:
         training, replicas = self.recipe.training, self.recipe.data_parallel_size
-        self.recipe = self.recipe.with_global_batch(
-            micro_batches * training.micro_batch_size * replicas
-        )
+        row = training.micro_batch_size * replicas
+        # Of the recipe's size also in a shorter step: it takes memory as a whole.
+        read = max(micro_batches, self._micro_batches_of_recipe)
+        batch = random_batch(self.recipe.with_global_batch(read * row), self.topology)
+        self.recipe = self.recipe.with_global_batch(micro_batches * row)
         forward_step = build.make_forward_step(
             self.recipe, self.topology, self.parts.chunks, self.parts.head
         )
         self.parts = replace(self.parts, forward_step=forward_step)
-        step_on(self, random_batch(self.recipe, self.topology), self.topology.device)
+        step_on(self, batch, self.topology.device)
 
     def kept(self) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
         parts = self.parts
@@ -109,7 +112,7 @@ class RehearsedAutoencoder(AutoencoderTrainer):
 
 def step_on(trainer: Trainer | AutoencoderTrainer, batch: Batch, device: torch.device) -> None:
     """The trainer's own step on a batch, reading the same one ahead."""
-    trainer._batches = LookAhead(itertools.repeat(batch), device)
+    trainer._batches = LookAhead(itertools.repeat(batch), device, trainer.used_of_batches)
     trainer._batches.read()
     trainer.train_step(trainer._batches.take())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -29,13 +29,19 @@ class LookAhead:
     of the step that is under way; nothing waits for it but the kernels that use it.
     """
 
-    def __init__(self, stream: Iterable[Batch], device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        stream: Iterable[Batch],
+        device: torch.device | None = None,
+        names: Collection[str] | None = None,
+    ) -> None:
         """
         Args:
             device: where the batches are used; None: they stay on the CPU.
+            names: what of them is used; None: everything.
         """
         self._batches: Iterator[Batch] = iter(stream)
-        self._device = device
+        self._device, self._names = device, names
         on_gpu = device is not None and device.type == "cuda" and torch.cuda.is_available()
         self._copies = torch.cuda.Stream(device) if on_gpu else None
         self._next: Batch | None = None
@@ -53,6 +59,8 @@ class LookAhead:
         except DataError as error:
             self._failure = error
             return
+        if self._names is not None:
+            batch = {name: batch[name] for name in self._names}
         with torch.cuda.stream(self._copies):
             self._next = copied(batch, self._device)
 

@@ -92,6 +92,11 @@ class TrainingRun(ABC):
         self._stream: TrainingStream
         self._batches: LookAhead
 
+    @property
+    def used_of_batches(self) -> tuple[str, ...]:
+        """What of a batch this rank uses; the rest is not copied to its device."""
+        return "index", "tokens"
+
     @abstractmethod
     def train_step(self, batch: Batch) -> StepResult:
         """Take one optimizer step on this rank's part of a global batch; call `read_ahead` once the
@@ -167,7 +172,7 @@ class TrainingRun(ABC):
             timeout_seconds=patience(recipe.health.timeout_seconds),
             downloads=Downloads.of(recipe.data),
         )
-        self._batches = LookAhead(self._stream, device)
+        self._batches = LookAhead(self._stream, device, self.used_of_batches)
 
     def resume(self) -> None:
         """Continue from the newest valid checkpoint of the run directory, if it has one; otherwise

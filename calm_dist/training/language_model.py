@@ -64,6 +64,12 @@ class Trainer(TrainingRun):
         self.optimizer = JointOptimizer(recipe, self.parts.optimizer, self.parts.head, topology)
         self._schedule = get_forward_backward_func()
 
+    @property
+    def used_of_batches(self) -> tuple[str, ...]:
+        # Latents take 2 * 4 * l bytes a patch, tokens 8 * K. Only the loss reads them.
+        latents = self.topology.is_last_stage and self.recipe.reads_latents
+        return (*super().used_of_batches, *(("mean", "log_std") if latents else ()))
+
     def train_step(self, batch: Batch) -> StepResult:
         """One optimizer step on this rank's part of a global batch."""
         parts, recipe = self.parts, self.recipe

@@ -178,7 +178,7 @@ def test_the_check_of_a_gpu_runs_on_fake_tensors(cuda_python: str, tmp_path: Pat
         parts, "done"
     ), found
     assert found["facts"]["gpu"]["name"] == "NVIDIA H200"
-    assert found["calm_m"]["planned"]["peak_bytes"] > 3e10
+    assert found["calm_m"]["planned"]["peak_bytes"] > 2.5e10
     # cuDNN's attention takes heads of 64 and 128.
     rows = found["attention"]["kernels"]
     assert all("seconds" in row for row in rows if row["head_dim"] < 160 and row["name"] == "cuDNN")

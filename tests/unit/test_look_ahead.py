@@ -56,6 +56,13 @@ def test_each_batch_is_pinned_and_copied_when_it_is_read() -> None:
     assert ahead.failed and not copies.seen
 
 
+def test_only_what_is_used_is_copied() -> None:
+    with Copies() as copies:
+        ahead = LookAhead(batches(), GPU, ("index", "tokens"))
+        ahead.read()
+    assert copies.seen == ["pin (4, 8)", "copy (4, 8)"] and set(ahead.take()) == {"index", "tokens"}
+
+
 def test_nothing_is_copied_on_a_cpu() -> None:
     given = next(batches())
     with Copies() as copies:
