@@ -31,6 +31,10 @@ from calm_dist.training.phases import Phases
 from calm_dist.training.resolve import encoder_sha256
 from calm_dist.training.stop import StopRequest
 
+# Python 3.12 itself freezes some hundred objects in each collection; a program that does so freezes
+# those of the libraries, a hundred thousand.
+_FROZEN_BY_PYTHON = 10_000
+
 
 class Trainer(TrainingRun):
     """One rank of a language model's run: its part of backbone and head."""
@@ -103,7 +107,7 @@ class Trainer(TrainingRun):
             yield micro_batch
 
     def run(self) -> None:
-        were_frozen = gc.get_freeze_count()
+        were_frozen = gc.get_freeze_count() > _FROZEN_BY_PYTHON
         try:
             super().run()
         finally:

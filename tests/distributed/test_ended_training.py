@@ -63,7 +63,8 @@ def test_memory_is_given_back(tiny: Tiny, tmp_path: Path, frozen: bool) -> None:
     del trainer
     gc.collect()
     try:
-        assert (gc.get_freeze_count() > 0) == frozen
+        # Python 3.12 itself freezes some hundred in each collection.
+        assert (gc.get_freeze_count() > 10_000) == frozen
         assert frozen or [part() for part in held] == [None] * 3
     finally:
         gc.unfreeze()
