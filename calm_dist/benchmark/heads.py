@@ -59,17 +59,17 @@ def measure_heads(
             f"model.kind: {recipe.model.kind}, model.latent_size: "
             f"{getattr(recipe.model, 'latent_size', None)}; give the recipe of a CALM with both"
         )
-    # The head that predicts tokens, which comes last, needs it.
+    # Heads that predict tokens, which come last, need it.
     flops.known_size(recipe.model, "vocab_size")
-    latent_heads = [kind for kind, spec in all_specs().items() if spec.predicts == "latents"]
+    specs = sorted(all_specs().items(), key=lambda item: item[1].predicts == "tokens")
     rows = []
-    for kind in (*latent_heads, "tokens"):
+    for kind, spec in specs:
         try:
             own = _with_head(recipe, kind)
         except RecipeError as error:
             _log.warning("%s head: left out: %s", kind, error)
             continue
-        if kind == "tokens":
+        if spec.predicts == "tokens":
             rows.append(_measure_tokens(own, positions, samples, repeats, device))
             continue
         for steps in (*MORE_STEPS.get(kind, ()), None):
