@@ -83,6 +83,8 @@ def parse_arguments() -> argparse.Namespace:
     ranks = parts.add_parser("ranks", help="one and two processes, pipelines and their bubbles")
     ranks.add_argument("--repeats", type=at_least(1), default=3, help="default: %(default)s")
     add_json(ranks)
+    # Of gloo.
+    ranks.set_defaults(device="cpu")
     heads = parts.add_parser("heads", help="one latent sample with each generative head")
     heads.add_argument("--recipe", default="recipes/calm_m.yaml", help="default: %(default)s")
     heads.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import json
 import logging
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -196,9 +199,31 @@ def test_bubble_is_what_the_stages_do_not_work() -> None:
     assert unequal["predicted_bubble"] == pytest.approx(1 - (2 / 3) * 3 / 4)
 
 
+def test_every_part_has_what_the_tool_reads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parse = runpy.run_path(str(RECIPES.parent / "tools" / "benchmark.py"))["parse_arguments"]
+
+    def parsed(*arguments: str) -> argparse.Namespace:
+        monkeypatch.setattr("sys.argv", ["benchmark.py", *arguments])
+        return parse()
+
+    with pytest.raises(SystemExit):
+        parsed("no such part")
+    _, _, choices = capsys.readouterr().err.partition("choose from")
+    parts = re.findall(r"[a-z]+", choices)
+    assert {"energy", "ranks", "inference"} <= set(parts)
+    for part in parts:
+        args = parsed(part, *(["RUN"] if part == "inference" else []))
+        assert args.part == part and args.device == "cpu" and args.json is None and args.repeats > 0
+
+
 @pytest.mark.full
-def test_processes_are_timed() -> None:
-    result = ranks.measure_ranks(repeats=1)
+def test_processes_are_timed(tmp_path: Path) -> None:
+    tool = [sys.executable, str(RECIPES.parent / "tools" / "benchmark.py")]
+    file = tmp_path / "ranks.json"
+    subprocess.run([*tool, "ranks", "--repeats", "1", "--json", str(file)], check=True)
+    result = json.loads(file.read_text())
     assert [row["micro_batches"] for row in result["pipeline"]] == list(ranks.MICRO_BATCHES)
     assert all(0 < row["bubble"] < 1 for row in result["pipeline"])
     assert len(result["scaling"]) == 5
