@@ -26,7 +26,9 @@ from calm_dist.inference.generate import continue_texts
 from calm_dist.inference.growing import GrowingText
 from calm_dist.inference.loading import LoadedModel, load_model
 from calm_dist.inference.patches import patch_sampler
+from calm_dist.recipe import Evaluation
 
+_DEFAULT_DRAWS = Evaluation().samples
 _POOL, _TEXTS, _PATCHES = 200, 8, 2
 """Draws of a pool, texts and new patches of a text in `sampling_pair`."""
 
@@ -36,7 +38,7 @@ def brier_pairs(device: torch.device) -> Iterator[Pair]:
 
     What both forms cost depends on how often two samples of a position agree, so each model is
     timed where all agree and where none do, and the Transformer at the rate of a trained one. With
-    K=4 nothing is continued.
+    K=4 nothing is continued; there the recipes' default number of draws is timed, too.
     """
     for rate in (1.0, 0.2, None):
         model = random_model("transformer", 256, device)
@@ -54,7 +56,9 @@ def brier_pairs(device: torch.device) -> Iterator[Pair]:
     ):
         model = random_model("calm", block_size, device, patch_size=patch_size, noise=noise)
         tokens = zipf_tokens(SMALL_VOCAB, block_size, seed=2)
-        yield calm_pair(model, tokens, f"CALM K={patch_size}, block {block_size}{said}")
+        name = f"CALM K={patch_size}, block {block_size}{said}"
+        yield calm_pair(model, tokens, name)
+    yield calm_pair(model, tokens, f"{name}, ours with {_DEFAULT_DRAWS} draws", _DEFAULT_DRAWS)
 
 
 def _factor_of_agreement(logits: Tensor, rate: float) -> float:
@@ -87,8 +91,9 @@ def transformer_pair(model: LoadedModel, tokens: Tensor, name: str, stride: int 
     return _pair(f"evaluation, {name}", ours, looped, model, len(starts), {"block": len(tokens)})
 
 
-def calm_pair(model: LoadedModel, tokens: Tensor, name: str) -> Pair:
-    """Brier scores and losses of a CALM on one block ``tokens`` [T], from two draws of a patch."""
+def calm_pair(model: LoadedModel, tokens: Tensor, name: str, samples: int = 2) -> Pair:
+    """Brier scores and losses of a CALM on one block ``tokens`` [T], from two draws of a patch, of
+    which ours may make more."""
     assert model.autoencoder is not None
     autoencoder, size = model.autoencoder, model.recipe.model.patch_size
     starts = ngram_starts(len(tokens), size)
@@ -98,7 +103,7 @@ def calm_pair(model: LoadedModel, tokens: Tensor, name: str) -> Pair:
     seeds = itertools.count()
 
     def ours() -> None:
-        score_latent_block(model, block, starts, samples=2, seed=next(seeds))
+        score_latent_block(model, block, starts, samples=samples, seed=next(seeds))
 
     def looped() -> None:
         plain.calm_evaluation(

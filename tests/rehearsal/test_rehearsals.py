@@ -48,6 +48,7 @@ LAYOUTS = {
     "calm_m": ("calm_m",),
     "calm_xl": ("calm_xl", "--world", "128"),
     "calm_xl_tp2pp2": ("calm_xl_tp2pp2", "--world", "128"),
+    "calm_7b": ("calm_7b", "--world", "512"),
     "transformer_m": ("transformer_m",),
     "interleaved": ("calm_m", *SMALL, *TP2, *OVERLAPS,
                     *cut(pipeline_parallel_size=2, virtual_pipeline_size=2, overlap_p2p="true")),
