@@ -78,7 +78,7 @@ sys.exit(not version("torch").endswith("+cpu"))' 2>/dev/null; then
   fi
 }
 
-# Whether .venv holds a torch that is no CPU build: made by hand or on a GPU node that shares the
+# Whether .venv holds a torch that is not a CPU build: made by hand or on a GPU node that shares the
 # checkout, whose jobs may be using it.
 has_gpu_torch() {
   [ "$(cat "$VENV_STATE" 2>/dev/null)" != unfinished ] && [ -x "$VENV/bin/python" ] &&

@@ -107,7 +107,8 @@ def faster(capability: tuple[int, int], head_dim: int, context_parallel: bool) -
     - On Hopper, SDPA has cuDNN's attention for heads up to 128, which FlashAttention-2 does not
       reach: it has no use for the asynchronous products of these GPUs. Larger heads go to SDPA's
       FlashAttention-2 again.
-    - A causal mask aligned to the last key, of context parallelism, is no case of SDPA's cuDNN.
+    - SDPA's cuDNN attention does not take a causal mask that is aligned to the last key, as context
+      parallelism needs it.
     - Wheels of flash-attn 2 have no kernels for Blackwell.
     """
     if capability >= _BLACKWELL:

@@ -57,7 +57,7 @@ def rehearse(
         Plain values; a rank that failed has ``failed`` instead of results.
 
     Raises:
-        UserError: the recipe has no such rank or is not for GPUs, or torch is no CUDA build.
+        UserError: the recipe has no such rank or is not for GPUs, or torch is not a CUDA build.
     """
     if recipe.parallel.device == "cpu":
         raise RecipeError("parallel.device: cpu; a rehearsal is of a run on GPUs; use auto or cuda")
