@@ -236,7 +236,7 @@ def numbered_documents(out: Path) -> Counter[int]:
     found: Counter[int] = Counter()
     waiting = np.empty(0, np.int64)
     for index in range(len(store) + 1):
-        # Documents and their numbers go on in the next block; behind the last one there is none.
+        # Documents and their numbers continue in the next block; behind the last one there is none.
         more = store[index]["tokens"] if index < len(store) else [tokenizer.begin_id] * _HEAD_TOKENS
         waiting = np.concatenate([waiting, more])
         begins = waiting == tokenizer.begin_id

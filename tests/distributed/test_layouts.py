@@ -26,7 +26,7 @@ BF16_TOLERANCE = {"loss": 3e-3, "grad_norm": 2e-2}
 CLIP = 0.3
 COMMON: dict[str, object] = {
     "training__clip_grad_norm": CLIP,
-    # Does not depend on training.steps: the runs that go on elsewhere stop early at first.
+    # Does not depend on training.steps: the runs that continue elsewhere stop early at first.
     "training__schedule": "constant",
 }
 
@@ -122,7 +122,7 @@ LONG: Layouts = {
     },
 }
 
-# Runs that stop and go on in other layouts: [launch][(steps, layout)], each to be equal to a run
+# Runs that stop and continue in other layouts: [launch][(steps, layout)], each to be equal to a run
 # that does not.
 MOVES_2 = [
     (4, layout()),

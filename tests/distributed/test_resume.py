@@ -1,4 +1,4 @@
-"""A training that is killed goes on as if nothing had happened, also on another layout."""
+"""A training that is killed continues as if nothing had happened, also on another layout."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ RUN = [
     r"bash slurm/study\.sh --dry-run",
     r"wandb sync runs/calm_m/wandb/offline-run-\*",
 ]
-# With --full only: more launches of several processes, and what goes on from the others' results.
+# With --full only: more launches of several processes, and what continues from the others' results.
 FULL = [
     r"python tools/plan\.py .*--gpu local.*",
     r"deepspeed --quiet --num_accelerators [24] tools/train\.py recipes/calm_tiny\.yaml .*",
@@ -279,7 +279,7 @@ def run(command: str, place: Path) -> str:
 
 
 def test_commands(place: Path) -> None:
-    """One test, since each goes on from what those before it have made."""
+    """One test, since each continues from what those before it have made."""
     printed: dict[str, str] = {}
     for command in COMMANDS:
         if matches(RUN, command) and command.text not in printed:

@@ -249,7 +249,7 @@ def status(doing: int, entered: int, **more: object) -> Status:
 # What each rank does, who is silent, who is stuck, and who is named.
 JUDGED = {
     "one sleeps, one waits for it": ((WORKING, 8), (WAITING, 8), set(), {0, 1}, [0]),
-    "one waits for one that goes on": ((WORKING, 8), (WAITING, 8), set(), {1}, []),
+    "one waits for one that continues": ((WORKING, 8), (WAITING, 8), set(), {1}, []),
     "one is silent": ((WORKING, 8), (WAITING, 8), {0}, {1}, [0]),
     "one may wait in its backward pass": ((BACKWARD, 8), (WORKING, 9), set(), {0, 1}, [1]),
     "both wait for each other": ((WAITING, 7), (WAITING, 8), set(), {0, 1}, [0]),

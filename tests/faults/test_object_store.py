@@ -1,4 +1,4 @@
-"""Two ranks that train from an object store that has faults: they wait and go on to the same
+"""Two ranks that train from an object store that has faults: they wait and continue to the same
 numbers, or end with a code that says whether another start may help."""
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def test_a_fault_that_outlasts_the_retries_is_met_again_by_the_same_command(
         said = outputs[0]
         assert f"{SHARD} cannot be downloaded: 503 SlowDown" in said
         assert "3 attempts failed" in said and "Traceback" not in said
-        # What was trained is saved, and goes on where the store answers.
+        # What was trained is saved, and continues where the store answers.
         store.faults.clear()
         codes, outputs = train_from(store, tiny, run_dir, **more)
     assert codes == [0, 0], outputs

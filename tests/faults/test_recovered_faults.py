@@ -1,4 +1,4 @@
-"""Faults that a run goes on from, or from which the same command goes on: numbers that are not
+"""Faults after which a run continues, or the same command does: numbers that are not
 finite on one of several ranks, a full disk, a clock that jumps, a shard that is lost or damaged."""
 
 from __future__ import annotations

@@ -232,7 +232,7 @@ def test_options_of_the_tools(
         assert caught.value.code == 2
         said = capsys.readouterr().err
         assert "a.jsonl:" in said or "b.parquet: row 4" in said or "c.txt" in said or "gz" in said
-        # What was begun goes on: where nothing was skipped, nothing was bad.
+        # What was begun continues: where nothing was skipped, nothing was bad.
         sys.argv += ["--on-bad-line", "skip"]
         with pytest.raises(SystemExit) as caught:
             runpy.run_path(tool, run_name="__main__")

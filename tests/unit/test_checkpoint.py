@@ -289,7 +289,7 @@ def test_damaged_checkpoints_are_not_counted_as_kept(tmp_path: Path) -> None:
     for step in (2, 4, 5):
         write(tmp_path, step)
     flip(tmp_path / "checkpoints" / "step_00000005" / "model.safetensors")
-    # What a start does, when it goes on from the step before.
+    # What a start does, when it continues from the step before.
     checkpoints.set_aside([tmp_path / "checkpoints" / "step_00000005"])
     write(tmp_path, 6, keep=2)
     names = [path.name for path in checkpoints.all_checkpoints(tmp_path)]

@@ -370,7 +370,7 @@ def test_blocks_are_spaced_and_their_draws_do_not_depend_on_the_others() -> None
     del store.blocks[1:]
     alone = evaluate(rule_calm(), store, settings)
     store.blocks.append(store[0])
-    # The same block under another number is drawn anew.
+    # The same block under another number is drawn again.
     assert evaluate(rule_calm(), store, settings)["brier"] != alone["brier"]
     assert first["brier"] != alone["brier"] and alone["brierlm_stderr"] is None
     assert "two" in alone["stderr_undefined"]

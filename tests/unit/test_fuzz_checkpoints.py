@@ -212,7 +212,7 @@ def load_file_of(data: bytes, directory: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["environment.json", "metrics.jsonl", "recipe.yaml"])
 def test_runs_are_listed(imported: Path, tmp_path: Path, name: str, seconds: float) -> None:
-    """A list of runs names what is damaged, and goes on with the next one."""
+    """A list of runs names what is damaged, and continues with the next one."""
     run = tmp_path / "run"
     shutil.copytree(imported, run)
     record = {"step": 3, "loss": 1.5, "tokens": 9, "tokens_per_second": 2.0, "time": 1.0}

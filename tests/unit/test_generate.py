@@ -90,7 +90,7 @@ def plain_loop(
             if len(new) == max_new_tokens:
                 return Generation(tokenizer.decode(new), new, "length")
         if len(context) == steps * size:
-            # The window is full: its newer half goes on, the new step included.
+            # The window is full: its newer half continues, the new step included.
             context = context[len(context) - (steps // 2 - 1) * size :]
         context = context + step
     raise AssertionError("each step gives at least one token")

@@ -60,7 +60,7 @@ def test_several_steps_behind_a_cache(kind: str) -> None:
 
 
 def test_rows_of_unequal_length() -> None:
-    """Twelve rows, more than one forward takes, each at its own length; one begins anew."""
+    """Twelve rows, more than one forward takes, each at its own length; one begins again."""
     model = tiny_model("calm", patch_size=2)
     lengths = [1, 9, 3, 70, 5, 2, 66, 8, 1, 4, 30, 7]
     rows = [random_tokens(model, 1, length + 1, seed)[0] for seed, length in enumerate(lengths)]

@@ -16,7 +16,7 @@ from calm_dist.progress import duration, progress
 
 
 def seconds_per_item(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Let the clock go on by so much with each look at it."""
+    """Advance the clock by so much with each look at it."""
     clock = iter(range(1_000_000))
     monkeypatch.setattr(module.time, "monotonic", lambda: seconds * next(clock))
 

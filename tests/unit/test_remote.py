@@ -79,7 +79,7 @@ def test_store_in_s3_is_written_read_and_checked(
     block = read_block(bucket, meta.num_blocks - 1)["tokens"]
     assert block.tolist() == open_store(local)[meta.num_blocks - 1]["tokens"].tolist()
 
-    # A damaged copy in the cache is found, and fetched anew by the next run.
+    # A damaged copy in the cache is found, and fetched again by the next run.
     shard = next(cache.rglob("shard.00001.mds"))
     good = shard.read_bytes()
     shard.write_bytes(good[:-1] + b"\xff")

@@ -158,7 +158,7 @@ def test_a_tracker_that_is_not_reached_keeps_no_run_from_training(
     tmp_path: Path, recipe: Recipe, key: str, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """No key, and a server that does not answer: the run goes on offline."""
+    """No key, and a server that does not answer: the run continues offline."""
     # It reads the environment once.
     wandb.teardown()
     with socket.socket() as nobody:

@@ -213,7 +213,7 @@ def test_a_longer_list_of_stores_begins_a_new_order(stores: Path, tmp_path: Path
     assert again.load_state_dict(state) is None
     assert indices(again, steps) == received[5 : 5 + steps]
     assert indices(open_training_stream([old, new], **options), 7) not in (first, received[:7])
-    # The old store alone still goes on.
+    # The old store alone still continues.
     alone = open_training_stream([old], **options)
     assert alone.load_state_dict(before.state_dict(7)) is None
     for paths in ([new, old], [new]):
@@ -538,7 +538,7 @@ def test_the_systems_own_error_of_a_read() -> None:
 def test_waiting_for_a_shard_that_another_reader_cannot_prepare_ends(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reader gets the shard's fault itself, or goes on to see that another met it."""
+    """The reader gets the shard's fault itself, or continues to see that another met it."""
     monkeypatch.setattr(guard, "CHECK_ON_OPEN_BYTES", 0)
     dataset = open_training_stream([store], batch_size=4)._dataset
     flip(store / "shard.00001.mds")

@@ -105,7 +105,7 @@ def test_a_copy(original: Path, capsys: pytest.CaptureFixture[str]) -> None:
     new = wandb_id(copy)
     assert new != name
     assert is_new(copy, capsys.readouterr().out)
-    # Both go on as what they are.
+    # Both continue as what they are.
     assert (wandb_id(original), wandb_id(copy)) == (name, new)
     assert not capsys.readouterr().out
 

@@ -57,7 +57,7 @@ def metaspace(path: Path) -> Tokenizer:
 
 
 def wordpiece(path: Path) -> Tokenizer:
-    """As BERT's: lower case, words that go on with ##, spaces that are no tokens."""
+    """As BERT's: lower case, words continued with ##, spaces that are no tokens."""
     names = ["[UNK]", "[BOS]", "[EOS]", "the", "sea", "is", "un", "##aff", "##able", "."]
     vocabulary = {name: number for number, name in enumerate(names)}
     made = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
