@@ -105,6 +105,13 @@ PY
     "remove $VENV, install the CPU wheel of torch ($CPU_INDEX) and start again"
 }
 
+# Streaming requires torchvision, for image formats that nothing here uses. The package index's build is
+# for CUDA and cannot be imported beside CPU torch; transformers, which finds it, then loads no model.
+remove_broken_torchvision() {
+  "$VENV/bin/python" -c 'import torchvision' 2>/dev/null ||
+    "$VENV/bin/pip" uninstall -qq -y torchvision
+}
+
 make_venv() {
   local python gpu='' started=$SECONDS
   python=$(find_python)
@@ -127,7 +134,7 @@ make_venv() {
   if [ -n "$gpu" ]; then remove_cpu_torch; elif [ "$(uname -s)" = Linux ]; then install_cpu_torch; fi
   pip_install -e "$ROOT[dev]" ||
     die "pip could not install calm_dist (see its messages above); fix the cause and start again"
-  [ -n "$gpu" ] || refuse_cuda
+  [ -n "$gpu" ] || { refuse_cuda && remove_broken_torchvision; }
   wanted_state $gpu >"$VENV_STATE"
   echo "installed in $((SECONDS - started)) s"
 }

@@ -22,16 +22,13 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """transformers copies the code of a directory into its cache. With torch for CPUs, the package
-    index's torchvision (a build for CUDA) cannot be imported; Llama does not need it."""
+    """transformers copies the code of a directory into its cache."""
     import transformers.dynamic_module_utils as dynamic
-    import transformers.utils.import_utils as available
 
-    kept = dynamic.HF_MODULES_CACHE, available._torchvision_available
+    kept = dynamic.HF_MODULES_CACHE
     dynamic.HF_MODULES_CACHE = str(tmp_path_factory.mktemp("hf"))
-    available._torchvision_available = False
     yield
-    dynamic.HF_MODULES_CACHE, available._torchvision_available = kept
+    dynamic.HF_MODULES_CACHE = kept
 
 
 def exported(root: Path, patch_size: int, quiet: bool = False) -> Path:
