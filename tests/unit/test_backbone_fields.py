@@ -19,7 +19,7 @@ from tiny_models import tiny_model
 from calm_dist.costs import flops
 from calm_dist.costs.memory import backbone_parameters
 from calm_dist.errors import CheckpointError
-from calm_dist.inference.load import LoadedModel
+from calm_dist.inference.load import LoadedModel, load_model
 from calm_dist.recipe import BackboneModel, CalmModel
 from calm_dist.released.calm import ReleasedCalm, released_calm
 from calm_dist.released.config import calm_config, calm_values
@@ -48,6 +48,7 @@ UNCHANGED: dict[str, Any] = {}
 STEPS = 3
 # |a - b| <= TOLERANCE * max(1, |b|), as in test_layouts.
 TOLERANCE = 1e-5
+WEIGHT_TOLERANCE = 1e-5
 
 
 def test_every_field_is_changed() -> None:
@@ -151,6 +152,12 @@ LAYOUTS = {
 }
 
 
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    """The weights of a run's last checkpoint."""
+    model = load_model(run)
+    return dict((*model.backbone.named_parameters(), *model.head.named_parameters()))
+
+
 def shapes(change: dict[str, Any]) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in tiny_model(**change).backbone.named_parameters()}
 
@@ -202,6 +209,7 @@ def test_layouts_train_the_same_model(
     run_worker(2, WORKER, [job(*layout) for layout in layouts], tmp_path)
     wrong = []
     for field in fields:
+        trained = weights_of(tmp_path / f"{field}_alone")
         alone = training_records(tmp_path / f"{field}_alone")
         assert len(alone) == STEPS
         for name in LAYOUTS:
@@ -211,4 +219,10 @@ def test_layouts_train_the_same_model(
                     mine, wanted = other[step][what], record[what]
                     if abs(mine - wanted) > TOLERANCE * max(1.0, abs(wanted)):
                         wrong.append((field, name, step, what, mine, wanted))
+            # A gradient that was not summed over the ranks hardly changes the norm, but AdamW's
+            # updates, which do not depend on a gradient's size.
+            for weight, value in weights_of(tmp_path / f"{field}_{name}").items():
+                difference = (value - trained[weight]).abs().max()
+                if difference > WEIGHT_TOLERANCE:
+                    wrong.append((field, name, weight, float(difference)))
     assert not wrong, "\n".join(map(str, wrong))
