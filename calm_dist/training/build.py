@@ -99,8 +99,8 @@ def build_head(model: CalmModel, seed: int) -> Head:
     """The initialised head, fp32 on the CPU.
 
     Raises:
-        RecipeError: it has another number of parameters than its description says, or one without a
-            rule for its initial value.
+        RecipeError: it has another number of parameters than its description says, one without a
+            rule for its initial value, or a buffer, which checkpoints would not hold.
     """
     head = make_head(model.head, *head_sizes(model), model.patch_size)
     described, held = head_parameters(model), sum(p.numel() for p in head.parameters())
@@ -108,6 +108,13 @@ def build_head(model: CalmModel, seed: int) -> Head:
         raise RecipeError(
             f"model.head.kind: {model.head.kind}, whose module has {held:,} parameters, its "
             f"description {described:,}; correct `parameters` in the package that registers it"
+        )
+    unsaved = head.state_dict().keys() - dict(head.named_parameters()).keys()
+    if unsaved:
+        raise RecipeError(
+            f"model.head.kind: {model.head.kind}, whose module has the buffer "
+            f"{', '.join(sorted(unsaved))}; checkpoints hold parameters only: make it a parameter, "
+            "or register it with persistent=False if it is the same at every start"
         )
     initialize_module(head, "head", head_init_std(model), seed, model.head_spec.vector_value)
     for layer in head.layers_from_zero(model.init):

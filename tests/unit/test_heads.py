@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -227,6 +229,21 @@ def test_a_head_of_another_size_than_described(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delattr(ScaledSpec, "parameters")
     with pytest.raises(RecipeError, match=f"scaled, whose module has {held:,} parameters, its "):
         built_as(ScaledSpec(), monkeypatch)
+
+
+def test_a_head_with_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would begin again at each resume."""
+    init = ScaledHead.__init__
+
+    def with_buffer(head: ScaledHead, *sizes: Any, persistent: bool) -> None:
+        init(head, *sizes)
+        head.register_buffer("center", torch.zeros(3), persistent=persistent)
+
+    monkeypatch.setattr(ScaledHead, "__init__", partialmethod(with_buffer, persistent=True))
+    with pytest.raises(RecipeError, match="scaled, whose module has the buffer center; checkpoint"):
+        built_as(ScaledSpec(), monkeypatch)
+    monkeypatch.setattr(ScaledHead, "__init__", partialmethod(with_buffer, persistent=False))
+    built_as(ScaledSpec(), monkeypatch)
 
 
 def trained_on_two_gaussians(kind: str) -> tuple[GenerativeHead, torch.Tensor]:
