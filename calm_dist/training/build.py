@@ -23,6 +23,7 @@ from calm_dist.models.attention_kernel import attention_kernel
 from calm_dist.models.autoencoder import Autoencoder
 from calm_dist.models.backbone import Backbone, transformer_config
 from calm_dist.models.heads import Head, latent_head, make_head
+from calm_dist.models.heads.tokens import TokensHead
 from calm_dist.models.initialize import initialize_backbone
 from calm_dist.models.transformer import Transformer
 from calm_dist.models.weights import head_init_std, init_std, initialize_module
@@ -100,9 +101,15 @@ def build_head(model: CalmModel, seed: int) -> Head:
 
     Raises:
         RecipeError: it has another number of parameters than its description says, one without a
-            rule for its initial value, or a buffer, which checkpoints would not hold.
+            rule for its initial value, or a buffer, which checkpoints would not hold; or it is said
+            to predict tokens and is not a `TokensHead`.
     """
     head = make_head(model.head, *head_sizes(model), model.patch_size)
+    if model.head_spec.predicts == "tokens" and not isinstance(head, TokensHead):
+        raise RecipeError(
+            f"model.head.kind: {model.head.kind}, which predicts tokens: its module must be a "
+            "subclass of calm_dist.models.heads.tokens.TokensHead"
+        )
     described, held = head_parameters(model), sum(p.numel() for p in head.parameters())
     if held != described:
         raise RecipeError(

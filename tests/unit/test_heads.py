@@ -246,6 +246,12 @@ def test_a_head_with_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     built_as(ScaledSpec(), monkeypatch)
 
 
+def test_a_head_that_predicts_tokens_in_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ScaledSpec, "predicts", "tokens")
+    with pytest.raises(RecipeError, match="scaled, which predicts tokens: its module must be a"):
+        built_as(ScaledSpec(), monkeypatch)
+
+
 def trained_on_two_gaussians(kind: str) -> tuple[GenerativeHead, torch.Tensor]:
     """A head after 400 steps on latents N(-2, 0.5²) or N(2, 0.5²), and the two hidden states."""
     torch.manual_seed(0)
