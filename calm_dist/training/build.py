@@ -16,17 +16,19 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer import TransformerConfig
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from calm_dist.costs.flops import head_parameters, head_sizes
 from calm_dist.errors import RecipeError
 from calm_dist.models.attention_kernel import attention_kernel
 from calm_dist.models.autoencoder import Autoencoder
 from calm_dist.models.backbone import Backbone, transformer_config
-from calm_dist.models.heads import Head, latent_head, make_head
+from calm_dist.models.heads import GenerativeHead, Head, latent_head, make_head
 from calm_dist.models.heads.tokens import TokensHead
 from calm_dist.models.initialize import initialize_backbone
 from calm_dist.models.transformer import Transformer
 from calm_dist.models.weights import head_init_std, init_std, initialize_module
+from calm_dist.parallel.noise import KeyedNoise
 from calm_dist.parallel.pipeline import (
     ForwardStep,
     LatentForwardStep,
@@ -101,8 +103,8 @@ def build_head(model: CalmModel, seed: int) -> Head:
 
     Raises:
         RecipeError: it has another number of parameters than its description says, one without a
-            rule for its initial value, or a buffer, which checkpoints would not hold; or it is said
-            to predict tokens and is not a `TokensHead`.
+            rule for its initial value, or a buffer, which checkpoints would not hold; it is said to
+            predict tokens and is not a `TokensHead`; or its loss draws from torch's own generator.
     """
     head = make_head(model.head, *head_sizes(model), model.patch_size)
     if model.head_spec.predicts == "tokens" and not isinstance(head, TokensHead):
@@ -126,7 +128,31 @@ def build_head(model: CalmModel, seed: int) -> Head:
     initialize_module(head, "head", head_init_std(model), seed, model.head_spec.vector_value)
     for layer in head.layers_from_zero(model.init):
         nn.init.zeros_(layer.weight)
+    # The tests do this for the heads of this package.
+    if isinstance(head, GenerativeHead) and not model.head_spec.module.startswith("calm_dist."):
+        check_randomness(head, model)
     return head
+
+
+def check_randomness(head: GenerativeHead, model: CalmModel) -> None:
+    """Raise RecipeError if the loss of a head on the CPU, at two positions, draws from torch's
+    default generator: dropout, or `torch.randn` without a generator. Layouts would then train
+    different models, and a resumed training another one than an uninterrupted one."""
+    if isinstance(next(head.parameters()), FakeTensor):
+        return
+    hidden_size, latent_size = head_sizes(model)
+    hidden, zeros = torch.ones(2, hidden_size), torch.zeros(2, latent_size)
+    noise = KeyedNoise(0, 0, [0], 0, 2, torch.device("cpu"))
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        head.position_loss(hidden, zeros, zeros, noise)
+    if not torch.equal(before, torch.get_rng_state()):
+        torch.set_rng_state(before)
+        raise RecipeError(
+            f"model.head.kind: {model.head.kind}, whose loss draws from torch's default generator "
+            "(dropout, or torch.randn without a generator), so that it would depend on the layout; "
+            "draw from the noise that it is given"
+        )
 
 
 def build_chunks(

@@ -25,7 +25,7 @@ from calm_dist.models.heads.flow import FlowHead
 from calm_dist.models.weights import head_init_std
 from calm_dist.parallel.noise import KeyedNoise
 from calm_dist.recipe import HeadRecipe, load_recipe
-from calm_dist.training.build import build_head
+from calm_dist.training.build import build_head, check_randomness
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RECIPE = Path(__file__).parents[1] / "recipes" / "calm_4_layers.yaml"
@@ -249,6 +249,26 @@ def test_a_head_with_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_head_that_predicts_tokens_in_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ScaledSpec, "predicts", "tokens")
     with pytest.raises(RecipeError, match="scaled, which predicts tokens: its module must be a"):
+        built_as(ScaledSpec(), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind, spec in all_specs().items() if spec.predicts == "latents"]
+)
+def test_no_head_draws_from_the_default_generator(kind: str) -> None:
+    model = load_recipe(RECIPE, [f"model.head.kind={kind}"]).model
+    assert model.kind == "calm"
+    check_randomness(latent_head(build_head(model, seed=0)), model)
+
+
+def test_a_head_with_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = ScaledHead.position_loss
+
+    def dropped(head: ScaledHead, hidden: torch.Tensor, *given: Any) -> torch.Tensor:
+        return loss(head, torch.nn.functional.dropout(hidden, 0.1, head.training), *given)
+
+    monkeypatch.setattr(ScaledHead, "position_loss", dropped)
+    with pytest.raises(RecipeError, match="scaled, whose loss draws from torch's default gener"):
         built_as(ScaledSpec(), monkeypatch)
 
 
