@@ -191,7 +191,7 @@ def texts_to_make(args: argparse.Namespace) -> list[tuple[str, int]]:
 def streamer(
     args: argparse.Namespace, wanted: list[tuple[str, int]]
 ) -> Callable[[int, str], None] | None:
-    """What prints the text as it is generated, if it is to be printed so; prints the prompt."""
+    """A callback that prints text while it is generated, or None; prints the prompt."""
     on_terminal = len(wanted) == 1 and sys.stdout.isatty()
     if args.json == "-" or not (args.stream or on_terminal):
         return None
@@ -260,7 +260,7 @@ def note_equal_seeds(wanted: list[tuple[str, int]]) -> None:
 
 
 def end_at(signal_number: int, frame: object) -> NoReturn:
-    """End as by an error, so that what is finished is shown and written."""
+    """Stop early, but still show and write the texts that are finished."""
     sys.exit(128 + signal_number)
 
 

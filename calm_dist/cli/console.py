@@ -256,7 +256,7 @@ def write_json(value: Any, target: str | Path) -> None:
 
 
 def write_json_lines(values: Iterable[Any], target: str | Path, *, append: bool = False) -> None:
-    """As `write_json`, each value on a line of its own, after what a file holds if ``append``."""
+    """As `write_json`, one value per line; ``append`` keeps the lines that the file has."""
     lines = (json.dumps(finite(value), allow_nan=False) for value in values)
     _write("".join(f"{line}\n" for line in lines), target, append)
 

@@ -17,8 +17,8 @@ def import_deepspeed() -> Any:
     """Import DeepSpeed without a C++ build at run time, torch's compiler and its banners.
 
     On CPU it would compile `deepspeed_shm_comm` for over a minute, which only its inference kernels
-    use. Its engine imports Muon whatever the optimizer is, whose functions are compiled at their
-    first call.
+    use. Its engine imports Muon for every optimizer; Muon's functions are compiled at their first
+    call.
     """
     on_cpu = not torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cpu" if on_cpu else "cuda")
@@ -64,9 +64,8 @@ def discard_gradients(zero: Any, stage: int) -> None:
 
 
 def skip_norm(zero: Any) -> None:
-    """ZeRO-3: make `step` use no norm of its own, which nothing reads without DeepSpeed's clipping
-    and for which the host waits for the device. Stages 1 and 2 have the option
-    ``compute_grad_norm``.
+    """ZeRO-3: skip the gradient norm in `step`. Nothing reads it without DeepSpeed's clipping, and
+    the host waits for the device to get it. Stages 1 and 2 have the option ``compute_grad_norm``.
     """
     zero._get_norm_groups = lambda: [torch.zeros(())]
 

@@ -1,5 +1,5 @@
-"""How much is computed or reduced at a time, by the code that does it, for which the planner counts
-the memory. Needs no torch."""
+"""Sizes of chunks and buckets, shared by the code that computes or reduces them and the planner,
+which counts their memory. Needs no torch."""
 
 from __future__ import annotations
 

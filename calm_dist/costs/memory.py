@@ -257,8 +257,8 @@ def _batch(recipe: LanguageModelRecipe, stage: int) -> int:
 
 
 def _output_loss(recipe: LanguageModelRecipe, stage: int, on_cpu: bool) -> int:
-    """Bytes of a chunk of the output layer's loss on the last stage, beside the gradients that it
-    leaves; 0 on other stages."""
+    """Bytes that one chunk of the output layer's loss needs on the last stage, without the
+    gradients that it leaves; 0 on other stages."""
     model = recipe.model
     if stage < recipe.parallel.pipeline_parallel_size - 1 or not last_stage_tables(model):
         return 0

@@ -204,7 +204,7 @@ def _follow(
 
 
 def _survivors(product: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Which of the paths go on ``[s]``, and what their products then count as ``[s]``."""
+    """Indices of the paths that continue ``[s]``, and the weighted products of those ``[s]``."""
     chance = (product / _SMALLEST_PRODUCT).clamp(max=1)
     lives = (_uniform(len(product), generator) < chance).nonzero()[:, 0]
     return lives, (product / chance)[lives]

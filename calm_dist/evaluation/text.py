@@ -29,7 +29,7 @@ PUBLISHED_BLOCK_SIZE = 8192
 """Tokens of a block with which published scores were reproduced: 2,048 patches of 4."""
 
 _GROUP_OF_DOCUMENTS = 1000
-"""The authors' script packs so many documents at a time, and drops what fills no block."""
+"""Documents that the authors' script packs together; it drops the last, incomplete block."""
 
 
 class Blocks(Protocol):

@@ -187,8 +187,7 @@ def _normal_pair(of_radius, of_angle):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _masks(columns, size, rows, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where the four groups of columns are inside a tensor, for rows of which ``rows`` says the
-    same."""
+    """Masks of the four groups of columns, combined with that of the rows."""
     return (
         rows & (columns < size)[None, :],
         rows & (columns + GROUP < size)[None, :],

@@ -56,7 +56,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _grid(tensor: torch.Tensor) -> tuple[int, int]:
-    """A program for each row and so many columns."""
+    """One program per row and block of columns."""
     size = tensor.shape[-1]
     return tensor.numel() // size, triton.cdiv(size, _COLUMNS_AT_ONCE)
 

@@ -21,8 +21,8 @@ _CHECK = "assert_ints_same_as_other_ranks"
 
 
 def join_fake_world(rank: int, size: int) -> None:
-    """Make this process a rank of a world of which the other ranks do not exist: collectives return
-    at once and leave their results as they are."""
+    """Make this process one rank of a simulated world: collectives return at once and leave
+    their results as they are."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
@@ -124,7 +124,7 @@ def _answer_tensor_types() -> None:
 
 
 def _report_waits(observer: Observer) -> None:
-    """Waits that are no operations on tensors."""
+    """Report waits of the host that are not operations on tensors."""
     for owner, name, what in (
         (torch.cuda, "synchronize", "torch.cuda.synchronize"),
         (torch.cuda.Stream, "synchronize", "Stream.synchronize"),

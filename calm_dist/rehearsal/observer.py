@@ -84,7 +84,7 @@ class Observer(TorchDispatchMode):
         self.counts.waits[Wait(what, line_here())] += 1
 
     def launch(self, part: str | None = None) -> None:
-        """Count the launch of a kernel that is none of torch's operations."""
+        """Count a kernel that is launched outside torch's operations."""
         self.counts.kernels[self._part(part)] += 1
 
     def __torch_dispatch__(

@@ -57,7 +57,7 @@ def rehearse(
         Plain values; a rank that failed has ``failed`` instead of results.
 
     Raises:
-        UserError: the recipe has no such rank or is not for GPUs, or torch is not a CUDA build.
+        UserError: the rank does not exist, the recipe is not for GPUs, or torch is a CPU build.
     """
     if recipe.parallel.device == "cpu":
         raise RecipeError("parallel.device: cpu; a rehearsal is of a run on GPUs; use auto or cuda")

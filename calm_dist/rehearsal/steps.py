@@ -61,7 +61,7 @@ def rehearse_steps(recipe: Recipe, trainer: RehearsedRun, observer: Observer) ->
 
 
 def _settle(trainer: RehearsedRun, observer: Observer) -> None:
-    """Label what is kept between steps as what it is."""
+    """Label the tensors kept between steps with their categories."""
     observer.memory.relabel_all(KEPT)
     for label, tensors in trainer.kept():
         for tensor in tensors:

@@ -36,8 +36,8 @@ class RehearsedRun(Protocol):
 
     @abstractmethod
     def kept(self) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
-        """What is kept between steps, by what it is; later ones win where a tensor is two of
-        them, as an fp32 weight, which is also the optimizer's."""
+        """Tensors kept between steps, by category. A tensor of two categories, such as an fp32
+        weight, which is also the optimizer's, counts in the later one."""
 
 
 class RehearsedTrainer(Trainer):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _READ_BYTES = 1 << 20
 _ARROW = ("s3", "gs", "gcs", "abfs", "abfss")
-# Names, since none of these clients need be installed: aiohttp's, requests' and httpx'.
+# By name, since aiohttp, requests and httpx, whose errors they are, may not be installed.
 _LOST_CONNECTION = ("ClientConnectionError", "ClientPayloadError", "ConnectionError", "Timeout",
                     "TransportError")  # fmt: skip
 _ENDPOINTS = ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
@@ -104,7 +104,7 @@ def find_urls(url: str) -> list[tuple[str, str, int, bool]]:
         for root in roots:
             info = files.info(root)
             if info["type"] == "file":
-                # A signature in the query is none of the name, which becomes part of ids.
+                # Without the query, which may hold a signature: the name becomes part of ids.
                 name = root.partition("?")[0].rpartition("/")[2]
                 found.append((to_url(root), name, int(info["size"] or 0), True))
                 continue
